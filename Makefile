@@ -1,0 +1,34 @@
+# make test, make bench: create .venv and install on the first run, start at once on the next.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export OPENBLAS_NUM_THREADS := 1
+
+.PHONY: test bench microbench lint format clean
+
+test: lint
+	$(BIN)/python -m pytest -q
+
+bench: $(VENV)/installed
+	$(BIN)/atm-triton bench
+
+microbench: $(VENV)/installed
+	$(BIN)/python -m pytest -q benchmarks --benchmark-enable --benchmark-only --benchmark-json=microbench.json
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+
+$(VENV)/installed: pyproject.toml setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $@

@@ -1,0 +1,192 @@
+"""ATMConfig: what merges, how much, and how it is computed."""
+
+import json
+import math
+from dataclasses import asdict, dataclass, fields
+from numbers import Integral, Real
+from typing import Any, Self
+
+from atm_triton.operating_points import choose
+from atm_triton.reference import threshold
+
+ADAPT = ("batch", "static")
+BACKENDS = ("auto", "triton", "reference")
+
+
+@dataclass(frozen=True)
+class ATMConfig:
+    """The settings of adaptive token merging; the thresholds default to the paper's for DeiT-S (Table A2, 3.26 GFLOPs).
+
+    Thresholds belong to a trained model: those of another model over- or under-merge yours.
+
+    Args:
+        alpha: threshold of the first block, a cosine similarity (Eq. 1).
+        beta: decay rate, in [0, 1] (Eq. 1).
+        theta_min: lowest threshold, -1 <= theta_min <= alpha <= 1 (Eq. 1).
+        split_depth: the number of blocks that group tokens alternately; later ones group them by size (Section 3.3).
+            None: three quarters of the depth, rounded down. The model's depth: alternate everywhere, as ToMe.
+        adapt: "batch": all images of a batch merge r tokens, the mean of their counts, rounded down (Section 3.4).
+            "static": ``schedule`` tells r.
+        schedule: r for each block; for "static" alone. An r above half of the tokens that may merge takes that half.
+        thresholds: a threshold for each block instead of Eq. 1; for "batch" alone.
+        proportional_attention: add log n to the attention scores of a token that stands for n patches (Appendix A).
+        cls_only_last: where the classifier reads the class token alone, the last block does not merge and computes
+            that token only (Appendix A); it changes no logit. False: the last block merges as every other.
+        backend: "auto" takes the Triton kernels where they can run and the plain-torch reference elsewhere; "triton"
+            and "reference" insist.
+        source: where the values come from, for people to read.
+
+    Raises:
+        TypeError, ValueError: a field of the wrong kind or out of its range.
+
+    Example:
+        >>> ATMConfig(alpha=0.99, beta=0.04, theta_min=0.88).theta(2, depth=12)
+        0.9491892...
+    """
+
+    alpha: float = 0.99
+    beta: float = 0.04
+    theta_min: float = 0.88
+    split_depth: int | None = None
+    adapt: str = "batch"
+    schedule: tuple[int, ...] | None = None
+    thresholds: tuple[float, ...] | None = None
+    proportional_attention: bool = True
+    cls_only_last: bool = True
+    backend: str = "auto"
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        _check_real("theta_min", self.theta_min, -1, 1)
+        _check_real("alpha", self.alpha, self.theta_min, 1)
+        _check_real("beta", self.beta, 0, 1)
+        if self.split_depth is not None:
+            _check_count("split_depth", self.split_depth)
+        self._check_adapt()
+        for name in ("proportional_attention", "cls_only_last"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}={getattr(self, name)!r} is no bool; give True or False")
+        if self.backend not in BACKENDS:
+            raise ValueError(f"backend={self.backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
+        if not isinstance(self.source, str):
+            raise TypeError(f"source={self.source!r} is no text")
+
+    def _check_adapt(self) -> None:
+        if self.adapt == "image":
+            raise ValueError('adapt="image" is not in this version yet; choose "batch" or "static"')
+        if self.adapt not in ADAPT:
+            raise ValueError(f"adapt={self.adapt!r} is unknown; choose one of {', '.join(ADAPT)}")
+        if (self.adapt == "static") != (self.schedule is not None):
+            raise ValueError(
+                f"adapt={self.adapt!r} with schedule={self.schedule!r}: a schedule, r for each block, belongs to "
+                f'adapt="static" and to it alone'
+            )
+        if self.schedule is not None:
+            object.__setattr__(self, "schedule", _check_each("schedule", self.schedule, _check_count))
+        if self.thresholds is not None:
+            if self.adapt == "static":
+                raise ValueError('adapt="static" takes its r from schedule; leave thresholds out')
+            check = lambda name, value: _check_real(name, value, -1, 1)  # noqa: E731
+            object.__setattr__(self, "thresholds", _check_each("thresholds", self.thresholds, check))
+
+    def check_depth(self, depth: int) -> None:
+        """Raise ValueError if this configuration cannot be that of a model with ``depth`` blocks."""
+        if self.split_depth is not None and self.split_depth > depth:
+            raise ValueError(f"split_depth={self.split_depth} is beyond the model's {depth} blocks")
+        for name in ("schedule", "thresholds"):
+            values = getattr(self, name)
+            if values is not None and len(values) != depth:
+                raise ValueError(f"{name} has {len(values)} values for a model of {depth} blocks; give one for each")
+
+    def theta(self, block: int, depth: int) -> float:
+        """The threshold of a block, counted from 1 as in Eq. 1, of a model with ``depth`` blocks."""
+        self.check_depth(depth)
+        _check_block(block, depth)
+        if self.thresholds is not None:
+            return self.thresholds[block - 1]
+        return threshold(block, self.alpha, self.beta, self.theta_min)
+
+    def groups_by_size(self, block: int, depth: int) -> bool:
+        """Whether a block, counted from 1, lies beyond the splitting depth l_s (Section 3.3)."""
+        _check_block(block, depth)
+        return block > (3 * depth // 4 if self.split_depth is None else self.split_depth)
+
+    def to_json(self) -> str:
+        """All fields as a JSON object."""
+        return json.dumps(asdict(self), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """The configuration of :meth:`to_json`, or of a document that holds one under "config"."""
+        try:
+            document = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"the configuration is no JSON: {error}") from None
+        values = document.get("config", document) if isinstance(document, dict) else None
+        if not isinstance(values, dict):
+            raise ValueError(f"the configuration is no JSON object but {text.strip()[:40]!r}")
+        unknown = values.keys() - {field.name for field in fields(cls)}
+        if unknown:
+            raise ValueError(f"the configuration has unknown fields: {', '.join(sorted(unknown))}")
+        return cls(**values)
+
+    @classmethod
+    def preset(
+        cls,
+        name: str,
+        max_gflops: float | None = None,
+        top1_drop: float | None = None,
+        fine_tuned: bool = False,
+        **changes: Any,
+    ) -> Self:
+        """An operating point of the paper: the most accurate at or below ``max_gflops``, or the cheapest that loses at
+        most ``top1_drop`` points of top-1; ``source`` says which, with the paper's figures.
+
+        The figures are the paper's, for the checkpoints that it used: another model wants thresholds of its own.
+
+        Args:
+            name: a model of the paper, by timm's name or the paper's ("deit_small_patch16_224", "DeiT-S").
+            max_gflops: 1e9 multiply-accumulates an image; top1_drop: percentage points. Exactly one of the two.
+            fine_tuned: from Table A3 (30 epochs of fine-tuning).
+            changes: further fields, such as ``backend``.
+
+        Raises:
+            ValueError: an unknown model, a target that the paper does not reach, or not exactly one target.
+        """
+        point, unmerged = choose(name, max_gflops, top1_drop, fine_tuned)
+        source = (
+            f"paper, Table {point.table}, {point.model}{', fine-tuned' if fine_tuned else ''}: "
+            f"{point.gflops:.2f} GFLOPs, {point.top1:.2f} % top-1 on ImageNet-1k "
+            f"(unmerged {unmerged.gflops:.2f}, {unmerged.top1:.2f} %)"
+        )
+        # the MAE model averages its patch tokens and is evaluated without log n (Appendix A)
+        mae = {"proportional_attention": False, "cls_only_last": False} if point.model == "MAE" else {}
+        values = {"alpha": point.alpha, "beta": point.beta, "theta_min": point.theta_min, "source": source}
+        return cls(**{**values, **mae, **changes})
+
+
+def _check_real(name: str, value: Any, low: float, high: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}={value!r} is no number; give one from {low} to {high}")
+    if not low <= value <= high or not math.isfinite(value):
+        raise ValueError(f"{name}={value!r} is out of range; give one from {low} to {high}")
+
+
+def _check_count(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name}={value!r} is no whole number")
+    if value < 0:
+        raise ValueError(f"{name}={value} is negative")
+
+
+def _check_each(name: str, values: Any, check: Any) -> tuple:
+    if not isinstance(values, (tuple, list)) or not values:
+        raise TypeError(f"{name}={values!r} is no list; give one value for each block")
+    for index, value in enumerate(values):
+        check(f"{name}[{index}]", value)
+    return tuple(values)
+
+
+def _check_block(block: int, depth: int) -> None:
+    if not 1 <= block <= depth:
+        raise ValueError(f"block={block} is outside 1 .. {depth}; blocks count from 1, as in the paper")

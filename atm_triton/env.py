@@ -1,0 +1,91 @@
+"""Where a number came from: the versions, the machine and the command that every result file carries."""
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_HERE = Path(__file__).parent
+_PACKAGES = ("torch", "triton", "timm", "torchvision", "numpy")
+
+
+def environment() -> dict[str, Any]:
+    """Python and package versions, processor, GPU, driver, git commit and dirty flag, UTC time and the command."""
+    return {
+        "python": platform.python_version(),
+        **{name: _version(name) for name in _PACKAGES},
+        "atm_triton": _version("atm-triton"),
+        "cpu": _cpu(),
+        "cpu_threads": torch.get_num_threads(),
+        **_gpu(),
+        **_commit(),
+        "utc": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": _command(),
+    }
+
+
+def write_result(path: Path, result: dict[str, Any]) -> None:
+    """Write ``result`` and its :func:`environment` as JSON, making the directory if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"environment": environment(), **result}, indent=1) + "\n")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
+
+
+def _gpu() -> dict[str, Any]:
+    if not torch.cuda.is_available():
+        return {"gpu": None, "driver": None, "cuda": torch.version.cuda}
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    driver = _output(query)
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "driver": driver.splitlines()[0] if driver else None,
+        "cuda": torch.version.cuda,
+    }
+
+
+def _commit() -> dict[str, Any]:
+    """The commit of the checkout this package lies in; None where it is installed elsewhere."""
+    git = ["git", "-C", str(_HERE)]
+    if _output([*git, "ls-files", "--error-unmatch", str(_HERE / "env.py")]) is None:
+        return {"commit": None, "dirty": None}
+    return {
+        "commit": _output([*git, "rev-parse", "HEAD"]),
+        "dirty": bool(_output([*git, "status", "--porcelain", "--untracked-files=no"])),
+    }
+
+
+def _output(command: list[str]) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _command() -> str:
+    """The command line without this machine's paths to the interpreter and the script."""
+    arguments = sys.orig_argv[1:]
+    if arguments and Path(arguments[0]).name == "atm-triton":
+        return shlex.join(["atm-triton", *arguments[1:]])
+    return shlex.join(["python", *arguments])

@@ -1,0 +1,115 @@
+"""Multiply-accumulates of a VisionTransformer, from the tokens that were really there.
+
+``macs``: convolutions, linear layers and the two products of attention, as torch's FlopCounterMode counts them (halved,
+with unfused attention). ``paper_gflops``: what the paper calls FLOPs, the same and one operation an element for every
+LayerNorm of the blocks and the final one. The products of the matching are neither's: they are reported beside.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from atm_triton.model import Record, leading_tokens
+from atm_triton.reference import largest_r
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Multiply-accumulates of one image: ``stem``, each of ``blocks``, ``head``; ``norms``: the LayerNorm elements that
+    the paper's convention adds; ``matching``: the cosine similarities, in no total."""
+
+    stem: int
+    blocks: tuple[int, ...]
+    head: int
+    norms: int
+    matching: int
+
+    @property
+    def macs(self) -> int:
+        return self.stem + sum(self.blocks) + self.head
+
+    @property
+    def paper_gflops(self) -> float:
+        return (self.macs + self.norms) / 1e9
+
+
+def block_macs(block: Block, tokens: int, queries: int, rows: int) -> int:
+    """One block: 2 N D A for keys and values, D A for each query (and its gate), 2 N A for its two products, A D for
+    its projection, and the linear layers of the MLP for each row.
+
+    Args:
+        tokens: N, that enter the block; queries: whose attention is computed; rows: that the MLP sees.
+    """
+    attn = block.attn
+    A, D = attn.attn_dim, attn.qkv.in_features
+    of_query = D * A + 2 * tokens * A + A * attn.proj.out_features + (D * A if attn.gate is not None else 0)
+    mlp = sum(m.in_features * m.out_features for m in block.mlp.modules() if isinstance(m, nn.Linear))
+    return 2 * tokens * D * A + queries * of_query + rows * mlp
+
+
+def cost(model: VisionTransformer, record: Record) -> Cost:
+    """What ``record`` says a forward pass of ``model`` cost, for one image."""
+    D = model.embed_dim
+    blocks = getattr(model.blocks, "original", (model.blocks,))[0]
+    counts = list(zip(record.tokens, record.queries, record.rows, strict=True))
+    norms = sum(tokens + rows for tokens, _, rows in counts) + counts[-1][2]
+    return Cost(
+        stem=_counted(model, model.patch_embed, record.image_shape),
+        blocks=tuple(block_macs(block, *count) for block, count in zip(blocks, counts, strict=True)),
+        head=_counted(model, model.forward_head, (counts[-1][2], D)),
+        norms=norms * D,
+        matching=sum(
+            _matching_macs(tokens, model.num_prefix_tokens, block.attn.head_dim)
+            for block, (tokens, queries, rows), matched in zip(blocks, counts, record.matched, strict=True)
+            if matched
+        ),
+    )
+
+
+def planned(
+    model: VisionTransformer, image_shape: tuple[int, ...], schedule: tuple[int, ...], cls_only_last: bool
+) -> Record:
+    """What a given r for each block does to images [C, H, W], without running the blocks."""
+    with torch.no_grad():
+        patches = model.patch_embed(_zeros(model, image_shape)).numel() // model.embed_dim
+    leading = leading_tokens(model) if cls_only_last else None
+    P = model.num_prefix_tokens
+    left, tokens, queries, rows, matched = patches + P, [], [], [], []
+    for block, r in enumerate(schedule, start=1):
+        alone = leading is not None and block == len(schedule)
+        r = 0 if alone else min(r, largest_r(left, P))
+        tokens.append(left)
+        queries.append(leading if alone else left)
+        left = leading if alone else left - r
+        rows.append(left)
+        matched.append(r > 0)
+    columns = map(tuple, (tokens, queries, rows, [None] * len(rows), matched))
+    return Record(1, image_shape, *columns)
+
+
+def unmerged(model: VisionTransformer, image_shape: tuple[int, ...]) -> Record:
+    """The record of ``model`` without merging and without the class-token-only last block."""
+    return planned(model, image_shape, (0,) * len(model.blocks), cls_only_last=False)
+
+
+def _matching_macs(tokens: int, num_prefix: int, head_dim: int) -> int:
+    a = (tokens - num_prefix) // 2
+    return a * (tokens - num_prefix - a) * head_dim
+
+
+def _zeros(model: VisionTransformer, shape: tuple[int, ...]) -> torch.Tensor:
+    parameter = next(model.parameters())
+    return torch.zeros(1, *shape, device=parameter.device, dtype=parameter.dtype)
+
+
+def _counted(model: VisionTransformer, part: nn.Module, shape: tuple[int, ...]) -> int:
+    """By torch's own counter, which sees attention only where it is written out as products."""
+    counter = FlopCounterMode(display=False)
+    # with gradients on: its module tracker asks parameters for their graph
+    with torch.inference_mode(False), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+        part(_zeros(model, shape))
+    return counter.get_total_flops() // 2

@@ -1,0 +1,87 @@
+"""The paper's operating points (Tables A2-A5): what it measured for which thresholds, with its own checkpoints."""
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+_DATA = Path(__file__).parent / "operating_points.json"
+
+PAPER_NAMES = {  # timm's and our names of the models that the paper calls otherwise
+    "deit_tiny_patch16_224": "DeiT-T",
+    "deit_small_patch16_224": "DeiT-S",
+    "deit_base_patch16_224": "DeiT-B",
+    "lvvit_t": "LV-ViT-T",
+    "lvvit_s": "LV-ViT-S",
+    "lvvit_m": "LV-ViT-M",
+    "t2t_vit_t_14": "T2T-ViT-14",
+    "t2t_vit_t_19": "T2T-ViT-19",
+    "vit_base_patch16_224.mae": "MAE",
+}
+
+
+@dataclass(frozen=True)
+class OperatingPoint:
+    """A row of Tables A2-A5. ``gflops`` is 1e9 multiply-accumulates an image, ``top1`` percent on ImageNet-1k;
+    ``alpha``, ``beta`` and ``theta_min`` are None for the model without merging."""
+
+    table: str
+    model: str
+    alpha: float | None
+    beta: float | None
+    theta_min: float | None
+    gflops: float
+    top1: float
+    fine_tuned: bool
+
+
+@cache
+def operating_points() -> tuple[OperatingPoint, ...]:
+    """All 186 rows, in the paper's order."""
+    return tuple(OperatingPoint(**row) for row in json.loads(_DATA.read_text()))
+
+
+def choose(
+    name: str, max_gflops: float | None = None, top1_drop: float | None = None, fine_tuned: bool = False
+) -> tuple[OperatingPoint, OperatingPoint]:
+    """The most accurate point at or below ``max_gflops``, or the cheapest that loses at most ``top1_drop`` points.
+
+    Args:
+        name: a name of timm's, with or without its tag ("deit_small_patch16_224.fb_in1k"), or the paper's ("DeiT-S").
+        max_gflops, top1_drop: exactly one of them.
+        fine_tuned: choose among the points after 30 epochs of fine-tuning (Table A3) instead.
+
+    Returns:
+        The chosen point and the model's unmerged one.
+
+    Raises:
+        ValueError: an unknown model, a target that no point reaches, or not exactly one target.
+    """
+    if (max_gflops is None) == (top1_drop is None):
+        raise ValueError("preset wants exactly one of max_gflops and top1_drop")
+    rows = [p for p in operating_points() if p.model == _paper_name(name) and p.fine_tuned == fine_tuned]
+    if not rows:
+        raise ValueError(f"the paper has no fine-tuned points for {name!r} (Table A3: DeiT-T, DeiT-S, DeiT-B)")
+    unmerged = next(p for p in rows if p.alpha is None)
+    merged = [p for p in rows if p.alpha is not None]
+    if max_gflops is not None:
+        reached = [p for p in merged if p.gflops <= max_gflops]
+        best = max(reached, key=lambda p: (p.top1, -p.gflops), default=None)
+        lowest = f"{min(p.gflops for p in merged)} GFLOPs; raise max_gflops={max_gflops}"
+    else:
+        reached = [p for p in merged if p.top1 >= round(unmerged.top1 - top1_drop, 6)]
+        best = min(reached, key=lambda p: (p.gflops, -p.top1), default=None)
+        lowest = f"a drop of {unmerged.top1 - max(p.top1 for p in merged):.2f}; raise top1_drop={top1_drop}"
+    if best is None:
+        raise ValueError(f"the paper's points for {unmerged.model} go no lower than {lowest}")
+    return best, unmerged
+
+
+def _paper_name(name: str) -> str:
+    names = {paper.lower(): paper for paper in PAPER_NAMES.values()} | PAPER_NAMES
+    base = name.split(".")[0]
+    found = names.get(name) or names.get(name.lower()) or (names.get(base) if base in PAPER_NAMES else None)
+    if found is None:
+        known = ", ".join(f"{ours} ({paper})" for ours, paper in PAPER_NAMES.items())
+        raise ValueError(f"the paper has no operating points for {name!r}; it has them for {known}")
+    return found

@@ -1,0 +1,110 @@
+"""apply_patch and remove_patch: merging in and out of a timm model, in place."""
+
+from collections.abc import Callable
+
+from timm.layers.attention import Attention
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import nn
+
+from atm_triton.block import ATMBlock
+from atm_triton.config import ATMConfig
+from atm_triton.model import ATMBlocks, MergingTransformer, merging_class
+
+_NO_GAP = "it has no point between attention and MLP where tokens could merge"
+_REASONS = {
+    "ResPostBlock": "it normalises after attention and MLP, on a path that is not supported",
+    "ParallelScalingBlock": _NO_GAP,
+    "ParallelThingsBlock": _NO_GAP,
+    "DiffParallelScalingBlock": _NO_GAP,
+}
+
+
+def apply_patch(model: VisionTransformer, config: ATMConfig | None = None) -> VisionTransformer:
+    """Let the blocks of a timm VisionTransformer merge tokens, in place.
+
+    Parameters stay where they are, under the same names. A patched model is patched anew, never twice over. Wrap or
+    compile a model after patching it, not before.
+
+    Args:
+        model: any of timm's VisionTransformer class (or a subclass) whose blocks are ``Block`` with ``Attention``.
+        config: what merges, and how much; ``ATMConfig()`` by default.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        TypeError: the model cannot be merged, named with the reason; it is left as it was.
+        ValueError: ``config`` is for another depth, or cannot run here.
+    """
+    config = ATMConfig() if config is None else config
+    if not isinstance(config, ATMConfig):
+        raise TypeError(f"config is {type(config).__name__}; want ATMConfig")
+
+    def merging(block: Block, index: int) -> ATMBlock:
+        return ATMBlock.of(block, config, index, depth, model.num_prefix_tokens)
+
+    blocks = check_model(model)
+    depth = len(blocks)
+    config.check_depth(depth)
+    return install(model, merging, config)
+
+
+def remove_patch(model: VisionTransformer) -> VisionTransformer:
+    """Give a patched model its own class and its own blocks back, the very objects; returns ``model``.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
+    if not isinstance(model, MergingTransformer):
+        raise ValueError(f"{type(model).__name__} is not patched; remove_patch undoes apply_patch")
+    (original,) = model.blocks.original
+    for block, merging in zip(original, model.blocks, strict=True):
+        block.training = merging.training
+    original.training = model.blocks.training
+    model.blocks = original
+    model.__class__ = type(model).__bases__[1]
+    return model
+
+
+def install(model: VisionTransformer, make: Callable[[Block, int], nn.Module], config: ATMConfig) -> VisionTransformer:
+    """Put ``make(block, index)`` in the place of every block of ``model``, taking an earlier patch away."""
+    if isinstance(model, MergingTransformer):
+        remove_patch(model)
+    blocks = ATMBlocks([make(block, index) for index, block in enumerate(model.blocks)], model.blocks, config)
+    blocks.training = model.blocks.training
+    model.blocks = blocks
+    model.__class__ = merging_class(type(model))
+    return model
+
+
+def check_model(model: nn.Module) -> nn.Sequential:
+    """The model's own blocks, if all of them can merge; else TypeError with the reason."""
+    if not isinstance(model, VisionTransformer):
+        raise TypeError(
+            f"{type(model).__name__} cannot be merged: it is not of timm's VisionTransformer class "
+            f"(patch the bare model, before compiling or wrapping it)"
+        )
+    patched = isinstance(model, MergingTransformer)
+    base = type(model).__bases__[1] if patched else type(model)
+    for method in ("forward", "forward_features", "forward_intermediates"):
+        if getattr(base, method) is not getattr(VisionTransformer, method):
+            raise TypeError(f"{base.__name__} cannot be merged: it has a {method} of its own")
+    blocks = model.blocks.original[0] if patched else model.blocks
+    for index, block in enumerate(blocks):
+        reason = _obstacle(block)
+        if reason is not None:
+            raise TypeError(f"{type(model).__name__} cannot be merged: blocks.{index} is a {reason}")
+    return blocks
+
+
+def _obstacle(block: nn.Module) -> str | None:
+    kind = type(block)
+    if kind is not Block:
+        return f"{kind.__name__}: {_REASONS.get(kind.__name__, 'only Block of timm is supported')}"
+    if type(block.attn) is not Attention:
+        return f"Block with {type(block.attn).__name__}: only Attention of timm is supported"
+    if type(block.attn.qkv) is not nn.Linear:
+        return f"Block whose attn.qkv is {type(block.attn.qkv).__name__}: want nn.Linear (merge adapters into it first)"
+    if any(m._forward_hooks or m._forward_pre_hooks for m in (block, block.attn, block.attn.qkv)):
+        return "Block with forward hooks that would no longer run: remove them, or hook attn.proj or mlp"
+    return None

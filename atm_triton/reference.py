@@ -1,0 +1,229 @@
+"""The specification: every operation of adaptive token merging in plain torch, as the formulas say it.
+
+B images of N tokens with C channels; keys have H heads of d channels; the first P tokens of an image (``num_prefix``:
+class, distillation and register tokens) are protected: they never merge and stay first. ``sizes`` n_i [B, N] float32
+counts the patches a token stands for. A merge step is one map, ``assignment`` [B, N] int32: the slot of the merged
+sequence that a token goes to, -1 for a dropped token.
+
+Equations and sections are those of Lee and Choi, "Lossless Token Merging Even Without Fine-Tuning in Vision
+Transformers", ECAI 2025 (arXiv 2505.15160). "Ours" marks a choice that the paper leaves open.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+EPS = 1e-12  # a key no longer than this has no direction
+NOT_ALIKE = -2.0  # below every cosine: the similarity of a token that is similar to nothing
+
+
+def threshold(block: int, alpha: float, beta: float, theta_min: float) -> float:
+    """Eq. 1: theta_l = max(alpha - (exp(beta (l - 1)) - 1), theta_min), for block l = 1, 2, ...
+
+    Example:
+        >>> [round(threshold(block, 0.99, 0.04, 0.88), 4) for block in (1, 2, 3, 4)]
+        [0.99, 0.9492, 0.9067, 0.88]
+    """
+    return max(alpha - (math.exp(beta * (block - 1)) - 1), theta_min)
+
+
+def group_alternate(B: int, N: int, num_prefix: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+    """Alternate grouping (Section 3.3, blocks up to the splitting depth; ToMe, Section 3): even positions of the
+    sequence form A, odd positions B, protected tokens neither.
+
+    Returns:
+        The positions of A [B, Na] and of B [B, Nb], int64, ascending; Na + Nb = N - P.
+    """
+    positions = torch.arange(num_prefix, N, device=device)
+    a, b = positions[positions % 2 == 0], positions[positions % 2 == 1]
+    return a.expand(B, -1), b.expand(B, -1)
+
+
+def group_by_size(sizes: Tensor, num_prefix: int) -> tuple[Tensor, Tensor]:
+    """Size-distinctive grouping (Section 3.3, blocks after the splitting depth): tokens sorted by merging size, the
+    small half (floor of half the tokens) forms A, the large half B. Tokens of equal size keep their order (ours).
+
+    Args:
+        sizes: n_i [B, N] float32.
+
+    Returns:
+        The positions of A [B, Na] and of B [B, Nb], int64, each ascending; Na = (N - P) // 2.
+    """
+    order = sizes[:, num_prefix:].argsort(dim=1, stable=True) + num_prefix
+    half = order.shape[1] // 2
+    return order[:, :half].sort(dim=1).values, order[:, half:].sort(dim=1).values
+
+
+def match(keys: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """For each token of A its most similar token of B: s_i = max_j k_i . k_j / (|k_i| |k_j|), k the mean of the keys
+    over the heads (Section 3.1; Appendix A). Of equally similar tokens of B the first is taken (ours).
+
+    A zero key, or one with a NaN or an infinity, is similar to nothing (ours): its token reaches no threshold, and of a
+    given r it is merged last.
+
+    Args:
+        keys: [B, H, N, d], any floating dtype; computed in float32 or above.
+        a, b: the positions of A [B, Na] and of B [B, Nb].
+
+    Returns:
+        similarity [B, N], float32 or above: s_i for tokens of A, ``NOT_ALIKE`` for one that is similar to nothing,
+        -inf for every token outside A; partner [B, N] int32: the position of the most similar token of B, -1 outside A.
+    """
+    B, _, N, _ = keys.shape
+    k = keys.to(torch.promote_types(keys.dtype, torch.float32)).mean(dim=1)
+    similarity = k.new_full((B, N), -math.inf)
+    partner = torch.full((B, N), -1, dtype=torch.int32, device=k.device)
+    if b.shape[1] == 0:  # a single token: nothing to merge with
+        return similarity, partner
+    norm = k.norm(dim=2, keepdim=True)
+    has_direction = (norm > EPS) & norm.isfinite()
+    k = torch.where(has_direction, k / norm, 0)
+    cosine = _rows(k, a) @ _rows(k, b).transpose(1, 2)  # [B, Na, Nb]
+    alike = _rows(has_direction, a) & _rows(has_direction, b).transpose(1, 2)
+    best, column = cosine.where(alike, NOT_ALIKE).max(dim=2)
+    return similarity.scatter(1, a, best), partner.scatter(1, a, b.gather(1, column).int())
+
+
+def _rows(x: Tensor, positions: Tensor) -> Tensor:
+    return torch.take_along_dim(x, positions.unsqueeze(2), dim=1)
+
+
+def count(similarity: Tensor, theta: float) -> Tensor:
+    """Section 3.2: the candidates of each image, #{i in A : s_i >= theta}: int64 [B]. With these as r every image
+    merges by its own count."""
+    return (similarity >= theta).sum(dim=1)
+
+
+def batch_r(counts: Tensor) -> int:
+    """Section 3.4: the one r of a batch, the mean of its images' counts, rounded down; 0 for an empty batch (ours)."""
+    return int(counts.sum()) // max(len(counts), 1)
+
+
+def largest_r(N: int, num_prefix: int) -> int:
+    """The most that a given r can take: half of the tokens that may merge, rounded down (as ToMe)."""
+    return max(N - num_prefix, 0) // 2
+
+
+def assign(similarity: Tensor, partner: Tensor, r: int | Tensor, num_prefix: int) -> Tensor:
+    """The merge step: the r most similar tokens of A join their partners, of equally similar ones the first (ours).
+
+    The merged sequence holds the protected tokens, then the tokens of A that did not join, then the tokens of B, each
+    in the order in which they stood (ToMe's order). An image with r = 0 keeps its order as it is.
+
+    Args:
+        similarity, partner: [B, N], from :func:`match`.
+        r: one for the batch, or int64 [B], each image its own; never above the number of tokens in A.
+
+    Returns:
+        assignment [B, N] int32; the slots of image b are 0 .. N - r_b - 1.
+    """
+    B, N = partner.shape
+    r = torch.as_tensor(r, device=partner.device).expand(B).unsqueeze(1)
+    position = torch.arange(N, device=partner.device).expand(B, N)
+    order = similarity.argsort(dim=1, descending=True, stable=True)
+    rank = torch.empty_like(order).scatter(1, order, position)
+    in_a = partner >= 0
+    joins = in_a & (rank < r)
+    stays = in_a & ~joins
+    in_b = ~in_a & (position >= num_prefix)
+    slot_in_a = num_prefix + stays.cumsum(dim=1) - 1
+    slot_in_b = num_prefix + stays.sum(dim=1, keepdim=True) + in_b.cumsum(dim=1) - 1
+    slot = torch.where(stays, slot_in_a, torch.where(in_b, slot_in_b, position))
+    slot = torch.where(joins, slot.gather(1, partner.long().clamp(min=0)), slot)
+    return torch.where(r == 0, position, slot).int()
+
+
+def merge(x: Tensor, sizes: Tensor, assignment: Tensor, M: int) -> tuple[Tensor, Tensor]:
+    """Definition 2: a slot becomes the size-weighted mean of its tokens, x' = sum(n_i x_i) / sum(n_i), n' = sum(n_i).
+
+    Written as x' = sum_i (n_i / n') x_i: the share of a token that merges with nothing is exactly 1, so it passes
+    through unchanged. Sums are in float32 or above, in the order of the tokens.
+
+    Args:
+        x: [B, N, C]; sizes: [B, N] float32; assignment: [B, N] int32; M: the length of the merged sequence.
+
+    Returns:
+        merged x [B, M, C] in the dtype of x and merged sizes [B, M] float32; a slot with no token is 0 with size 0.
+    """
+    B, N, C = x.shape
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    n = sizes.to(dtype).flatten()
+    slot = _flat_slots(assignment, M)
+    merged_n = n.new_zeros(B * M + 1).index_add(0, slot, n)  # the last entry takes the dropped tokens
+    share = n / merged_n[slot]
+    merged = x.new_zeros(B * M + 1, C, dtype=dtype)
+    merged = merged.index_add(0, slot, x.reshape(B * N, C) * share.unsqueeze(1))
+    return merged[:-1].view(B, M, C).to(x.dtype), merged_n[:-1].view(B, M).to(sizes.dtype)
+
+
+def _flat_slots(assignment: Tensor, M: int) -> Tensor:
+    """Slots of all images in one row, [B * N] int64; dropped tokens share the slot B * M."""
+    B = len(assignment)
+    first = M * torch.arange(B, device=assignment.device).unsqueeze(1)
+    return torch.where(assignment >= 0, assignment + first, B * M).flatten()
+
+
+def unmerge(x: Tensor, assignment: Tensor) -> Tensor:
+    """The way back: every token gets the value of its slot, x_i = x'[assignment_i]; a dropped token gets 0.
+
+    Args:
+        x: [B, M, C]; assignment: [B, N] int32.
+
+    Returns:
+        [B, N, C] in the dtype of x.
+    """
+    B, M, C = x.shape
+    slots = torch.cat([x.reshape(B * M, C), x.new_zeros(1, C)])
+    return slots[_flat_slots(assignment, M)].view(B, assignment.shape[1], C)
+
+
+def compose(first: Tensor, second: Tensor) -> Tensor:
+    """Two merge steps as one: where the tokens [B, N] end up after ``first`` [B, N] and then ``second`` [B, M], int32;
+    a token dropped by either is -1. Composed over all blocks it tells which patches a final token stands for."""
+    return torch.where(first >= 0, second.gather(1, first.long().clamp(min=0)), -1)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sizes: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    fused: bool = True,
+) -> Tensor:
+    """Proportional attention (Appendix A; ToMe, Section 3): softmax(q k^T * scale + log n) v, with log n added to the
+    column of every key, for all heads and queries.
+
+    Args:
+        q: [B, H, Nq, d]; k, v: [B, H, N, d]; sizes: [B, N] float32 or None, which stands for all ones; scale: d^-0.5 by
+        default; fused: by torch's scaled_dot_product_attention, else with the scores written out.
+
+    Returns:
+        [B, H, Nq, d] in the dtype of q.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    bias = None
+    if sizes is not None:  # float32 also beside 16-bit queries, whose rounding of log n would be felt
+        bias = sizes.to(torch.promote_types(q.dtype, torch.float32)).log()[:, None, None, :]
+    if fused:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p, scale=scale)
+    scores = (q * scale) @ k.transpose(-2, -1)
+    if bias is not None:
+        scores = scores + bias
+    probabilities = F.dropout(scores.softmax(dim=-1).to(v.dtype), dropout_p)
+    return probabilities @ v
+
+
+def merging_error(x_i: Tensor, x_j: Tensor, n_i: Tensor, n_j: Tensor) -> Tensor:
+    """Definition 2: E(i, j) = n_i delta(x_i, x*) + n_j delta(x_j, x*), delta the cosine distance and x* the
+    size-weighted mean of two unit vectors [..., C] of sizes [...].
+
+    Theorem 1: with h = n_i n_j / (n_i + n_j) and x_i . x_j >= 0, h delta(x_i, x_j) <= E(i, j) <= 2 h delta(x_i, x_j).
+    """
+    mean = (n_i.unsqueeze(-1) * x_i + n_j.unsqueeze(-1) * x_j) / (n_i + n_j).unsqueeze(-1)
+    distance_i = 1 - F.cosine_similarity(x_i, mean, dim=-1)
+    distance_j = 1 - F.cosine_similarity(x_j, mean, dim=-1)
+    return n_i * distance_i + n_j * distance_j

@@ -1,0 +1,1 @@
+"""What proves the package: micro-benchmarks, the paper's experiments, the digits model and result files."""

@@ -1,0 +1,147 @@
+"""ATMConfig: every field out of range, JSON and the paper's presets."""
+
+import math
+
+import pytest
+
+from atm_triton import ATMConfig
+from atm_triton.operating_points import PAPER_NAMES, operating_points
+
+BAD = [
+    ({"alpha": 1.5}, ValueError, "alpha=1.5 is out of range; give one from 0.88 to 1"),
+    ({"alpha": 0.8}, ValueError, "alpha=0.8 is out of range; give one from 0.88 to 1"),
+    ({"alpha": "0.9"}, TypeError, "alpha='0.9' is no number"),
+    ({"alpha": math.nan}, ValueError, "alpha=nan is out of range"),
+    ({"beta": -0.1}, ValueError, "beta=-0.1 is out of range; give one from 0 to 1"),
+    ({"beta": 1.1}, ValueError, "beta=1.1 is out of range"),
+    ({"beta": True}, TypeError, "beta=True is no number"),
+    ({"theta_min": -1.1}, ValueError, "theta_min=-1.1 is out of range; give one from -1 to 1"),
+    ({"theta_min": None}, TypeError, "theta_min=None is no number"),
+    ({"split_depth": -1}, ValueError, "split_depth=-1 is negative"),
+    ({"split_depth": 2.0}, TypeError, "split_depth=2.0 is no whole number"),
+    ({"adapt": "image"}, ValueError, 'adapt="image" is not in this version yet'),
+    ({"adapt": "token"}, ValueError, "adapt='token' is unknown; choose one of batch, static"),
+    ({"adapt": "static"}, ValueError, "adapt='static' with schedule=None: a schedule"),
+    ({"schedule": (1,)}, ValueError, "adapt='batch' with schedule="),
+    ({"adapt": "static", "schedule": ()}, TypeError, "schedule=.. is no list"),
+    ({"adapt": "static", "schedule": 8}, TypeError, "schedule=8 is no list; give one value for each block"),
+    ({"adapt": "static", "schedule": (1, -2)}, ValueError, r"schedule\[1\]=-2 is negative"),
+    ({"adapt": "static", "schedule": (1, 0.5)}, TypeError, r"schedule\[1\]=0.5 is no whole number"),
+    ({"adapt": "static", "schedule": (1,), "thresholds": (0.9,)}, ValueError, "leave thresholds out"),
+    ({"thresholds": (0.9, 1.2)}, ValueError, r"thresholds\[1\]=1.2 is out of range; give one from -1 to 1"),
+    ({"thresholds": 0.9}, TypeError, "thresholds=0.9 is no list"),
+    ({"proportional_attention": 1}, TypeError, "proportional_attention=1 is no bool"),
+    ({"cls_only_last": None}, TypeError, "cls_only_last=None is no bool"),
+    ({"backend": "cuda"}, ValueError, "backend='cuda' is unknown; choose one of auto, triton, reference"),
+    ({"source": 3}, TypeError, "source=3 is no text"),
+]
+
+
+@pytest.mark.parametrize(("fields", "error", "message"), BAD, ids=[str(fields) for fields, *_ in BAD])
+def test_bad_fields(fields, error, message):
+    with pytest.raises(error, match=message) as caught:
+        ATMConfig(**fields)
+    assert "\n" not in str(caught.value)
+
+
+def test_theta_follows_eq_1_and_thresholds_override_it():
+    config = ATMConfig()
+    assert [round(config.theta(block, 12), 4) for block in (1, 2, 3, 4, 12)] == [0.99, 0.9492, 0.9067, 0.88, 0.88]
+    assert ATMConfig(alpha=0.9, theta_min=-1.0, beta=1.0).theta(700, 700) == -1.0
+    given = ATMConfig(thresholds=[0.9, 0.8])
+    assert given.thresholds == (0.9, 0.8) and given.theta(2, 2) == 0.8
+    with pytest.raises(ValueError, match="thresholds has 2 values for a model of 3 blocks"):
+        given.theta(1, 3)
+    for block in (0, 13):
+        with pytest.raises(ValueError, match=f"block={block} is outside 1 .. 12; blocks count from 1"):
+            config.theta(block, 12)
+
+
+@pytest.mark.parametrize(("depth", "split"), [(12, 9), (16, 12), (20, 15), (14, 10), (1, 0)])
+def test_the_last_quarter_groups_by_size(depth, split):
+    assert [ATMConfig().groups_by_size(block, depth) for block in range(1, depth + 1)] == [
+        block > split for block in range(1, depth + 1)
+    ]
+    assert not ATMConfig(split_depth=depth).groups_by_size(depth, depth)
+    assert ATMConfig(split_depth=0).groups_by_size(1, depth)
+
+
+def test_it_is_frozen():
+    with pytest.raises(AttributeError):
+        ATMConfig().alpha = 0.5
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        ATMConfig(),
+        ATMConfig(adapt="static", schedule=[3, 0], split_depth=2, cls_only_last=False),
+        ATMConfig(thresholds=(0.9, 0.5), backend="reference", proportional_attention=False, source="mine"),
+    ],
+)
+def test_json_round_trip(config):
+    assert ATMConfig.from_json(config.to_json()) == config
+    assert ATMConfig.from_json(f'{{"config": {config.to_json()}, "model": "digits"}}') == config
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "the configuration is no JSON"),
+        ("[1]", "the configuration is no JSON object but '\\[1\\]'"),
+        ('{"alfa": 0.9}', "the configuration has unknown fields: alfa"),
+        ('{"alpha": 9}', "alpha=9 is out of range"),
+        ('{"config": 3}', "the configuration is no JSON object"),
+    ],
+)
+def test_bad_json(text, message):
+    with pytest.raises(ValueError, match=message):
+        ATMConfig.from_json(text)
+
+
+def test_the_papers_tables_are_whole():
+    points = operating_points()
+    assert len(points) == 186
+    unmerged = {(p.model, p.gflops, p.top1) for p in points if p.alpha is None}
+    assert ("DeiT-S", 4.6, 79.81) in unmerged and ("MAE", 17.57, 83.72) in unmerged
+    assert {p.model for p in points} == set(PAPER_NAMES.values())
+    merged = [p for p in points if p.alpha is not None]
+    assert len(merged) == 174
+    for p in merged:
+        ATMConfig(alpha=p.alpha, beta=p.beta, theta_min=p.theta_min)
+
+
+def test_presets():
+    config = ATMConfig.preset("deit_small_patch16_224", max_gflops=3.3)
+    assert (config.alpha, config.beta, config.theta_min) == (0.99, 0.04, 0.88)
+    assert config.source == (
+        "paper, Table A2, DeiT-S: 3.26 GFLOPs, 79.80 % top-1 on ImageNet-1k (unmerged 4.60, 79.81 %)"
+    )
+    assert ATMConfig.preset("DeiT-S", top1_drop=0.0).source.startswith("paper, Table A2, DeiT-S: 3.38 GFLOPs, 79.82 %")
+    assert ATMConfig.preset("deit_small_patch16_224.fb_in1k", max_gflops=3.3) == config
+    tuned = ATMConfig.preset("deit-s", top1_drop=0.0, fine_tuned=True)
+    assert tuned.source.startswith("paper, Table A3, DeiT-S, fine-tuned: 2.93 GFLOPs, 79.86 %")
+    mae = ATMConfig.preset("vit_base_patch16_224.mae", top1_drop=0.1, backend="reference")
+    assert not mae.proportional_attention and not mae.cls_only_last and mae.backend == "reference"
+
+
+def test_every_model_of_the_paper_has_a_preset():
+    for ours, paper in PAPER_NAMES.items():
+        assert ATMConfig.preset(ours, top1_drop=1.0) == ATMConfig.preset(paper, top1_drop=1.0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("resnet50", 3.0), "the paper has no operating points for 'resnet50'; it has them for deit_tiny"),
+        (("vit_base_patch16_224", 3.0), "no operating points for 'vit_base_patch16_224'"),
+        (("DeiT-S", 1.0), "the paper's points for DeiT-S go no lower than 2.56 GFLOPs; raise max_gflops=1.0"),
+        (("DeiT-S", None, -0.5), "DeiT-S go no lower than a drop of -0.05; raise top1_drop=-0.5"),
+        (("DeiT-S",), "exactly one of max_gflops and top1_drop"),
+        (("DeiT-S", 3.0, 0.0), "exactly one of max_gflops and top1_drop"),
+        (("LV-ViT-S", 5.0, None, True), "no fine-tuned points for 'LV-ViT-S'"),
+    ],
+)
+def test_bad_presets(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ATMConfig.preset(*arguments)

@@ -1,0 +1,386 @@
+"""apply_patch on every kind of timm VisionTransformer: nothing changes at r = 0, and what merges still fits."""
+
+import copy
+import pickle
+import threading
+from functools import partial
+
+import pytest
+import timm
+import torch
+from timm.layers import Attention, GluMlp, SwiGLU, set_fused_attn
+from timm.models.vision_transformer import Block, ParallelScalingBlock, VisionTransformer
+from torch import nn
+
+from atm_triton import ATMBlock, ATMConfig, apply_patch, remove_patch, summary
+from models import distilled, images, vit
+
+
+def vit_with_attention(dtype=torch.float32, **options):
+    model = vit()
+    for block in model.blocks:
+        block.attn = Attention(32, 2, qkv_bias=True, **options)
+    return model.to(dtype).eval()
+
+
+KINDS = {
+    "plain": vit,
+    "distilled": distilled,
+    "layerscale": partial(vit, init_values=0.3),
+    "qk_norm": partial(vit, qk_norm=True),
+    "scale_norms": partial(vit, scale_attn_norm=True, scale_mlp_norm=True),
+    "gated": partial(vit_with_attention, gated=True),
+    "attn_dim": partial(vit_with_attention, attn_head_dim=24),
+    "no_qkv_bias": partial(vit, qkv_bias=False, proj_bias=False),
+    "no_prefix": partial(vit, class_token=False, global_pool="avg"),
+    "registers4": partial(vit, reg_tokens=4, no_embed_class=True),
+    "registers9": partial(vit, reg_tokens=9),
+    "registers_no_class": partial(vit, class_token=False, reg_tokens=3, global_pool="avg"),
+    "avg": partial(vit, global_pool="avg"),
+    "avg_prefix": partial(vit, global_pool="avg", pool_include_prefix=True),
+    "avg_norm": partial(vit, global_pool="avg", fc_norm=False),
+    "avgmax": partial(vit, global_pool="avgmax"),
+    "max": partial(vit, global_pool="max"),
+    "map": partial(vit, class_token=False, global_pool="map"),
+    "pre_norm": partial(vit, pre_norm=True),
+    "swiglu": partial(vit, mlp_layer=SwiGLU),
+    "glu": partial(vit, mlp_layer=GluMlp),
+    "dynamic": partial(vit, dynamic_img_size=True),
+    "no_head": partial(vit, num_classes=0),
+    "no_pool": partial(vit, global_pool="", num_classes=0),
+}
+STATIC = ATMConfig(adapt="static", schedule=(3, 5, 2, 4))
+NOTHING = ATMConfig(adapt="static", schedule=(0,) * 4)
+EASY = ATMConfig(alpha=0.5, theta_min=0.3, beta=0.05)
+
+every_kind = pytest.mark.parametrize("make", KINDS.values(), ids=KINDS)
+
+
+@every_kind
+def test_r_0_changes_no_logit(make):
+    model, x = make(dtype=torch.float64), images(dtype=torch.float64)
+    before = model(x)
+    for config in (
+        NOTHING,
+        ATMConfig(alpha=1.0, theta_min=1.0),
+        ATMConfig(schedule=(0,) * 4, adapt="static", split_depth=4),
+    ):
+        apply_patch(model, config)
+        torch.testing.assert_close(model(x), before, rtol=0, atol=1e-12)
+        assert summary(model).r == (0,) * 4
+
+
+@every_kind
+def test_merging_fits_and_is_taken_away_again(make):
+    model, x = make(), images()
+    keys, logits, features = list(model.state_dict()), model(x), model.forward_features(x)
+    own = (type(model), model.blocks, list(model.blocks))
+    apply_patch(model, STATIC)
+    assert list(model.state_dict()) == keys
+    assert isinstance(model, VisionTransformer)
+    assert model(x).shape == logits.shape and model(x).isfinite().all()
+    assert not torch.equal(model(x), logits)
+    assert model.forward_features(x).shape == features.shape
+    assert sum(summary(model).r) > 0
+    model(x).sum().backward()
+    assert all(p.grad is not None for n, p in model.named_parameters() if n.endswith("qkv.weight"))
+    remove_patch(model)
+    assert (type(model), model.blocks, list(model.blocks)) == own
+    assert torch.equal(model(x), logits)
+
+
+@every_kind
+def test_intermediates_are_those_of_the_unpatched_model_in_shape(make):
+    model, x = make(), images()
+    options = [
+        {},
+        {"indices": 2, "norm": True, "return_prefix_tokens": True},
+        {"indices": [0, 2], "stop_early": True, "output_fmt": "NLC"},
+        {"intermediates_only": True},
+        {"output_dict": True, "return_prefix_tokens": True},
+    ]
+    before = [model.forward_intermediates(x, **option) for option in options]
+    layers = model.get_intermediate_layers(x, n=2, reshape=True)
+    apply_patch(model, STATIC)
+    for option, expected in zip(options, before, strict=True):
+        assert shapes(model.forward_intermediates(x, **option)) == shapes(expected)
+    assert shapes(model.get_intermediate_layers(x, n=2, reshape=True)) == shapes(layers)
+    apply_patch(model, NOTHING)
+    for option, expected in zip(options, before, strict=True):
+        torch.testing.assert_close(model.forward_intermediates(x, **option), expected, rtol=0, atol=1e-5)
+
+
+def shapes(result):
+    if isinstance(result, torch.Tensor):
+        return result.shape
+    if isinstance(result, dict):
+        return {key: shapes(value) for key, value in result.items()}
+    return [shapes(value) for value in result]
+
+
+@pytest.mark.parametrize("kind", ["no_prefix", "avg", "avg_norm", "avg_prefix", "max", "avgmax", "map"])
+def test_pools_see_every_original_token(kind):
+    """With exact duplicates merged, and log n in the attention, no logit changes."""
+    model = KINDS[kind](dtype=torch.float64)
+    with torch.no_grad():
+        model.pos_embed.zero_()
+    x = images(dtype=torch.float64)
+    x = x[:, :, :8].repeat(1, 1, 5, 1)  # every row of patches repeats the first
+    before = model(x)
+    apply_patch(model, ATMConfig(alpha=1.0 - 1e-9, theta_min=1.0 - 1e-9, split_depth=4))
+    torch.testing.assert_close(model(x), before, rtol=0, atol=1e-9)
+    assert sum(summary(model).r) >= 12
+
+
+def test_merged_tokens_share_their_features():
+    model, x = vit(), images()
+    apply_patch(model, STATIC)
+    tokens = model.forward_features(x)
+    assert len(tokens[0].unique(dim=0)) == 26 - 3 - 5 - 2  # the last block serves the class token alone
+    torch.testing.assert_close(model.forward_head(tokens), model(x), rtol=0, atol=1e-5)
+
+
+def test_cls_only_last_changes_no_logit():
+    for make in (vit, distilled, KINDS["registers4"]):
+        model, x = make(dtype=torch.float64), images(dtype=torch.float64)
+        every = apply_patch(model, ATMConfig(adapt="static", schedule=(3, 5, 2, 4), cls_only_last=False))(x)
+        alone = apply_patch(model, STATIC)(x)
+        torch.testing.assert_close(alone, every, rtol=0, atol=1e-12)
+        assert summary(model).record.rows[-1] == (2 if make is distilled else 1)
+
+
+def test_fused_and_unfused_agree():
+    fused = vit()
+    set_fused_attn(False)
+    try:
+        unfused = vit()
+    finally:
+        set_fused_attn(True)
+    unfused.load_state_dict(fused.state_dict())
+    x = images()
+    for config in (STATIC, NOTHING):
+        a, b = apply_patch(fused, config)(x), apply_patch(unfused, config)(x)
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+    assert not unfused.blocks[0].attn.fused_attn
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["plain", "qk_norm", "distilled"])
+def test_16_bits_stay_near_float32(dtype, kind):
+    model, x = KINDS[kind](), images()
+    apply_patch(model, NOTHING)
+    exact = model(x)
+    half = model.to(dtype)(x.to(dtype))
+    assert half.dtype == dtype
+    reference = remove_patch(model)(x.to(dtype))  # what 16 bits cost without merging
+    slack = (reference.float() - exact).abs().max()
+    assert (half.float() - exact).abs().max() <= 1.5 * slack
+    apply_patch(model, STATIC)
+    assert model(x.to(dtype)).isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["plain", "qk_norm", "gated"])
+def test_autocast(kind):
+    model, x = KINDS[kind](), images()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        before = model(x)
+        apply_patch(model, NOTHING)
+        torch.testing.assert_close(model(x), before, rtol=0, atol=1e-6)
+        apply_patch(model, STATIC)
+        merged = model(x)
+    assert merged.dtype == before.dtype and merged.isfinite().all()
+    full = model(x)
+    assert (merged.float() - full).abs().max() < 0.1 * full.abs().max() + 0.1
+
+
+def test_gradient_checkpointing_changes_nothing():
+    model, x = vit(), images()
+    apply_patch(model, STATIC).train()
+    model(x).square().sum().backward()
+    plain = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    model.set_grad_checkpointing(True)
+    model(x).square().sum().backward()
+    for gradient, parameter in zip(plain, model.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-5, atol=1e-6)
+
+
+def test_training_with_drop_path_and_dropout():
+    model, x = vit(drop_path_rate=0.5, attn_drop_rate=0.2, proj_drop_rate=0.2), images(16)
+    apply_patch(model, EASY).train()
+    first, second = model(x), model(x)
+    assert not torch.equal(first, second)
+    first.sum().backward()
+    model.eval()
+    assert torch.equal(model(x), model(x))
+
+
+def test_every_batch_size_runs():
+    model = apply_patch(vit(), EASY)
+    assert model(images(0)).shape == (0, 5)
+    assert model(images(1)).shape == (1, 5)
+
+
+def test_another_image_size():
+    model = apply_patch(vit(dynamic_img_size=True), STATIC)
+    assert model(images(side=64)).shape == (3, 5)
+    assert summary(model).tokens[0] == 65
+    assert model(images(side=8)).shape == (3, 5)  # a single patch: nothing to merge with
+    assert summary(model).r == (0, 0, 0, 0)
+
+
+def test_nan_images_give_nan_logits_for_themselves_alone():
+    model, x = apply_patch(vit(), STATIC), images()
+    alone = model(x)
+    x[1] = float("nan")
+    logits = model(x)
+    assert logits[1].isnan().all()
+    assert torch.equal(logits[[0, 2]], alone[[0, 2]])
+
+
+def test_two_threads_share_a_model():
+    model = apply_patch(vit(), EASY).eval()
+    batches = [images(batch) for batch in (1, 2, 3, 4, 5, 6)] * 5
+    with torch.inference_mode():
+        expected = [model(x) for x in batches]
+    results = [[None] * len(batches) for _ in range(2)]
+
+    def work(own):
+        with torch.inference_mode():
+            for index in range(len(batches)) if own == 0 else reversed(range(len(batches))):
+                results[own][index] = model(batches[index])
+
+    threads = [threading.Thread(target=work, args=(own,)) for own in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for result in results:
+        assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
+
+
+def test_a_patched_model_can_be_copied_and_pickled():
+    model, x = apply_patch(distilled(), STATIC), images()
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin(x), model(x))
+        assert twin.blocks[0].attn is not model.blocks[0].attn
+        assert type(remove_patch(twin)).__name__ == "VisionTransformerDistilled"
+        assert [type(block) for block in twin.blocks] == [Block] * 4
+
+
+def test_patching_again_replaces_the_configuration():
+    model, x = vit(), images()
+    own = model.blocks
+    apply_patch(apply_patch(model, EASY), STATIC)
+    assert model.blocks.config == STATIC
+    once = model(x)
+    assert torch.equal(once, apply_patch(model, STATIC)(x))
+    assert remove_patch(model).blocks is own
+    with pytest.raises(ValueError, match="VisionTransformer is not patched"):
+        remove_patch(model)
+
+
+def test_modes_and_moves_survive_the_patch():
+    model = apply_patch(vit().train(), STATIC)
+    assert model.blocks[0].training
+    model.eval().double()
+    remove_patch(model)
+    assert not any(m.training for m in model.modules())
+    assert model(images(dtype=torch.float64)).dtype == torch.float64
+
+
+def test_a_new_classifier_on_a_patched_model():
+    model = apply_patch(vit(), STATIC)
+    model.reset_classifier(7)
+    assert model(images()).shape == (3, 7)
+    model.reset_classifier(3, "avg")
+    assert model(images()).shape == (3, 3)
+    assert summary(model).record.rows[-1] == 26 - 3 - 5 - 2 - 4  # patch tokens are read now: the last block merges
+
+
+class Odd(VisionTransformer):
+    def forward_features(self, x):
+        return super().forward_features(x)
+
+
+class SubBlock(Block):
+    pass
+
+
+REFUSED = {
+    "no ViT": (lambda: timm.create_model("resnet18"), "ResNet cannot be merged: it is not of timm's VisionTransformer"),
+    "swin": (lambda: timm.create_model("swin_tiny_patch4_window7_224"), "SwinTransformer cannot be merged"),
+    "eva": (lambda: timm.create_model("eva02_tiny_patch14_224"), "Eva cannot be merged"),
+    "parallel": (partial(vit, block_fn=ParallelScalingBlock), "ParallelScalingBlock: it has no point between"),
+    "respost": (lambda: timm.create_model("vit_base_patch16_rpn_224", depth=1), "ResPostBlock: it normalises after"),
+    "attention": (lambda: timm.create_model("vit_dlittle_patch16_reg1_gap_256", depth=1), "with DiffAttention"),
+    "own block": (partial(vit, block_fn=SubBlock), "blocks.0 is a SubBlock: only Block of timm"),
+    "own forward": (partial(vit, Odd), "Odd cannot be merged: it has a forward_features of its own"),
+    "sequential": (lambda: nn.Sequential(vit()), "Sequential cannot be merged"),
+}
+
+
+@pytest.mark.parametrize(("make", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_merged_is_refused_by_name(make, message):
+    model = make()
+    kind, parameters = type(model), list(model.state_dict())
+    with pytest.raises(TypeError, match=message) as caught:
+        apply_patch(model)
+    assert "\n" not in str(caught.value)
+    assert type(model) is kind and list(model.state_dict()) == parameters
+
+
+def test_hooks_and_adapters_are_refused():
+    model = vit()
+    model.blocks[1].attn.register_forward_hook(lambda *_: None)
+    with pytest.raises(TypeError, match="blocks.1 is a Block with forward hooks"):
+        apply_patch(model)
+    model = vit()
+    model.blocks[2].attn.qkv = nn.Sequential(model.blocks[2].attn.qkv)
+    with pytest.raises(TypeError, match="blocks.2 is a Block whose attn.qkv is Sequential"):
+        apply_patch(model)
+
+
+def test_other_bad_calls():
+    model = vit()
+    with pytest.raises(ValueError, match="schedule has 3 values for a model of 4 blocks"):
+        apply_patch(model, ATMConfig(adapt="static", schedule=(1, 2, 3)))
+    with pytest.raises(ValueError, match="split_depth=5 is beyond the model's 4 blocks"):
+        apply_patch(model, ATMConfig(split_depth=5))
+    with pytest.raises(TypeError, match="config is dict; want ATMConfig"):
+        apply_patch(model, {"alpha": 0.9})
+    assert type(model) is VisionTransformer
+    with pytest.raises(ValueError, match="not patched: apply_patch first"):
+        summary(model)
+    apply_patch(model)
+    with pytest.raises(ValueError, match="has not run since it was patched"):
+        summary(model)
+    for call in (model, model.forward_features, model.forward_intermediates):
+        with pytest.raises(ValueError, match="a mask of N tokens does not fit"):
+            call(images(), attn_mask=torch.zeros(26, 26))
+    with pytest.raises(TypeError, match="call the model, or remove_patch first"):
+        model.blocks(torch.zeros(1, 26, 32))
+    with pytest.raises(ValueError, match="remove_patch first, prune"):
+        model.prune_intermediate_layers(1)
+    with pytest.raises(ValueError, match="output_fmt='NHWC' is unknown"):
+        model.forward_intermediates(images(), output_fmt="NHWC")
+
+
+def test_triton_is_refused_where_it_cannot_run():
+    model = apply_patch(vit(), ATMConfig(backend="triton"))
+    with pytest.raises(ValueError, match='backend="triton" cannot run on cpu: this version has no Triton kernels yet'):
+        model(images())
+
+
+def test_a_block_alone():
+    config = ATMConfig(alpha=0.5, theta_min=0.3)
+    block = ATMBlock(32, 2, block_index=0, depth=4, config=config).eval()
+    x, size = block(torch.randn(3, 26, 32))
+    assert x.shape[1] < 26 and size.shape == x.shape[:2]
+    assert size.sum(1).tolist() == [26.0] * 3
+    later = ATMBlock(32, 2, block_index=3, depth=4, config=config, init_values=0.1, qk_norm=True).eval()
+    assert later.by_size and not block.by_size
+    y, grown = later(x, size)
+    assert grown.sum(1).tolist() == [26.0] * 3 and y.shape[1] <= x.shape[1]
+    with pytest.raises(ValueError, match="block_index=4 is outside 0 .. 3"):
+        ATMBlock(32, 2, block_index=4, depth=4)
