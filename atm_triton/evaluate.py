@@ -1,0 +1,176 @@
+"""What merging changes: accuracy, agreement with the unpatched model and divergence from it, cost, by difficulty."""
+
+import copy
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+from tqdm import tqdm
+
+from atm_triton.config import ATMConfig
+from atm_triton.flops import cost, unmerged
+from atm_triton.patch import apply_patch
+
+Batches = Iterable[tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Of a number of images: top-1 in percent, merged and unpatched (None where labels are not the model's classes),
+    the percentage whose predicted class is the unpatched model's, mean KL(unpatched || merged) in nats, mean GFLOPs in
+    the paper's convention, and the mean number of tokens an image would keep by its own count (None without one)."""
+
+    images: int
+    top1: float | None
+    top1_unpatched: float | None
+    agreement: float
+    kl: float
+    gflops: float
+    own_tokens: float | None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """``overall``, and ``deciles`` from the images that would keep the fewest tokens to those that would keep the most
+    (empty where no threshold tells images apart); ``saved``: the share of the unpatched model's MACs, in [0, 1];
+    ``top1_drop_se``: standard error of the difference in top-1, in points, from the images where the two differ;
+    ``tokens``: mean tokens that enter each block."""
+
+    overall: Quality
+    deciles: tuple[Quality, ...]
+    gflops_unpatched: float
+    saved: float
+    top1_drop_se: float | None
+    tokens: tuple[float, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def share(model: VisionTransformer) -> VisionTransformer:
+    """A copy of a model that shares its parameters and buffers, to be patched on its own."""
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, shared)
+
+
+@torch.inference_mode()
+def unpatched_logits(model: VisionTransformer, batches: Batches, title: str = "unpatched") -> list[Tensor]:
+    """The float32 logits of every batch on the CPU, for several evaluations against the same model."""
+    parameter = next(model.parameters())
+    logits = []
+    for images, _ in tqdm(batches, desc=title, unit="batch", disable=None):
+        _check_finite(images, "images", len(logits))
+        logits.append(model(images.to(parameter)).float().cpu())
+        _check_finite(logits[-1], "the unpatched model's logits", len(logits) - 1)
+    if not logits:
+        raise ValueError("there are no images to evaluate")
+    return logits
+
+
+@torch.inference_mode()
+def evaluate(
+    model: VisionTransformer,
+    batches: Batches,
+    config: ATMConfig,
+    base: list[Tensor] | None = None,
+    labelled: bool = True,
+    title: str | None = "merged",
+) -> Evaluation:
+    """Run an unpatched model with and without ``config`` over the same batches.
+
+    Args:
+        model: unpatched, in eval mode; it stays so.
+        batches: (images, labels), sized and re-iterable (a DataLoader without shuffling, or a list).
+        base: :func:`unpatched_logits` of the same batches, if they are at hand.
+        labelled: whether the labels are the model's classes.
+        title: of the progress bar; None for no bar.
+
+    Raises:
+        ValueError: no images, or images or logits that are not finite; TypeError: a model that cannot be merged.
+    """
+    base = unpatched_logits(model, batches) if base is None else base
+    patched = apply_patch(share(model), config)
+    parameter = next(model.parameters())
+    columns: dict[str, list[Tensor]] = {"right": [], "right_unpatched": [], "agree": [], "kl": [], "macs": []}
+    columns |= {"gflops": [], "own_tokens": [], "tokens": []}
+    bar = tqdm(batches, desc=title, unit="batch", disable=True if title is None else None)
+    for (images, labels), before in zip(bar, base, strict=True):
+        after = patched(images.to(parameter)).float().cpu()
+        _check_finite(after, "the merged model's logits", len(columns["kl"]))
+        record = patched.blocks.last
+        spent = cost(patched, record)
+        rows = {
+            "right": after.argmax(1) == labels,
+            "right_unpatched": before.argmax(1) == labels,
+            "agree": after.argmax(1) == before.argmax(1),
+            "kl": _kl(before, after),
+            "macs": torch.full((len(labels),), spent.macs, dtype=torch.float64),
+            "gflops": torch.full((len(labels),), spent.paper_gflops, dtype=torch.float64),
+            "own_tokens": _own_tokens(record),
+            "tokens": torch.tensor(record.tokens, dtype=torch.float64).expand(len(labels), -1),
+        }
+        for name, values in rows.items():
+            if values is not None:
+                columns[name].append(values)
+    table = {name: torch.cat(values).double() for name, values in columns.items() if values}
+    if not labelled:
+        del table["right"], table["right_unpatched"]
+    return _conclude(table, cost(model, unmerged(model, record.image_shape)))
+
+
+def _conclude(table: dict[str, Tensor], whole: Any) -> Evaluation:
+    n = len(table["kl"])
+    every = torch.arange(n)
+    deciles = ()
+    if "own_tokens" in table and n >= 10:
+        order = table["own_tokens"].argsort(stable=True)
+        deciles = tuple(_quality(table, part) for part in order.tensor_split(10))
+    drop_se = None
+    if "right" in table:
+        drop_se = 100 * ((table["right"] - table["right_unpatched"]).std(correction=0) / n**0.5).item()
+    return Evaluation(
+        overall=_quality(table, every),
+        deciles=deciles,
+        gflops_unpatched=whole.paper_gflops,
+        saved=1 - table["macs"].mean().item() / whole.macs,
+        top1_drop_se=drop_se,
+        tokens=tuple(table["tokens"].mean(0).tolist()),
+    )
+
+
+def _quality(table: dict[str, Tensor], chosen: Tensor) -> Quality:
+    def mean(name: str) -> float | None:
+        return table[name][chosen].mean().item() if name in table else None
+
+    def percent(name: str) -> float | None:
+        return 100 * mean(name) if name in table else None
+
+    return Quality(
+        images=len(chosen),
+        top1=percent("right"),
+        top1_unpatched=percent("right_unpatched"),
+        agreement=percent("agree"),
+        kl=mean("kl"),
+        gflops=mean("gflops"),
+        own_tokens=mean("own_tokens"),
+    )
+
+
+def _kl(before: Tensor, after: Tensor) -> Tensor:
+    log_p, log_q = F.log_softmax(before.double(), 1), F.log_softmax(after.double(), 1)
+    return (log_p.exp() * (log_p - log_q)).sum(1)
+
+
+def _own_tokens(record: Any) -> Tensor | None:
+    """The tokens that each image would keep by its own count, on average over the blocks that compare with a theta."""
+    kept = [n - counts for n, counts in zip(record.tokens, record.counts, strict=True) if counts is not None]
+    return torch.stack(kept).double().mean(0).cpu() if kept else None
+
+
+def _check_finite(values: Tensor, name: str, batch: int) -> None:
+    if not values.isfinite().all():
+        raise ValueError(f"{name} of batch {batch} hold NaN or infinity; check the images and the weights")

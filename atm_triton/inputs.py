@@ -1,0 +1,143 @@
+"""Models and images by name: the digits that come with the package, or timm's models and folders of images."""
+
+from difflib import get_close_matches
+from pathlib import Path
+
+import timm
+import torch
+from timm.data import create_loader, resolve_model_data_config
+from timm.models import load_checkpoint
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets import ImageFolder
+
+from atm_triton.config import ATMConfig
+from atm_triton.digits import model as digits_model
+from atm_triton.digits.render import render
+from atm_triton.patch import check_model
+
+DIGITS = "digits"
+TEST_IMAGES = 4000  # of the digits' test split, where no limit is given
+
+
+def open_model(name: str = DIGITS, checkpoint: Path | None = None, pretrained: bool = False) -> VisionTransformer:
+    """A model in eval mode.
+
+    Args:
+        name: "digits", or any name of timm's.
+        checkpoint: weights to load into it (safetensors, or a .pth file of tensors alone).
+        pretrained: download timm's published weights. With neither of the two, weights are random but the digits'.
+
+    Raises:
+        ValueError: an unknown name, or weights that do not fit; OSError: a file that cannot be read; TypeError: a model
+            that cannot be merged.
+    """
+    if name == DIGITS:
+        name, pretrained = digits_model.NAME, checkpoint is None
+    if not timm.is_model(name.split(".")[0]):
+        close = ", ".join(get_close_matches(name, [DIGITS, *timm.list_models()], n=3))
+        raise ValueError(f"model {name!r} is unknown to timm" + (f"; did you mean {close}?" if close else ""))
+    try:
+        model = timm.create_model(name, pretrained=pretrained)
+    except (RuntimeError, OSError) as error:  # an unknown tag; no network, no such file
+        raise ValueError(f"model {name!r} cannot be made: {error}") from error
+    check_model(model)
+    if checkpoint is not None:
+        _load(model, checkpoint)
+    return model.eval()
+
+
+def _load(model: torch.nn.Module, checkpoint: Path) -> None:
+    if not checkpoint.is_file():
+        raise FileNotFoundError(f"checkpoint {checkpoint} does not exist")
+    try:
+        load_checkpoint(model, str(checkpoint))
+    except Exception as error:  # torch, pickle and safetensors each raise their own for a file that is not theirs
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"checkpoint {checkpoint} does not fit {type(model).__name__}: {reason}") from error
+
+
+def digits_config() -> ATMConfig:
+    """The thresholds chosen for the digits model on its calibration split."""
+    return ATMConfig.from_json(digits_model.CONFIG.read_text())
+
+
+class DigitImages(Dataset):
+    """Rendered digits as the digits model takes them: normalised float32 [1, 112, 112], and the label."""
+
+    def __init__(self, split: str, count: int, seed: int = 0) -> None:
+        self.digits = render(split, count, seed)
+        config = timm.get_pretrained_cfg(digits_model.NAME)
+        self.mean, self.std = config.mean[0], config.std[0]
+
+    def __len__(self) -> int:
+        return len(self.digits.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image = (self.digits.images[index].float() / 255 - self.mean) / self.std
+        return image, int(self.digits.labels[index])
+
+
+class NamedImages(ImageFolder):
+    """torchvision's ImageFolder, whose errors say which file is to blame."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        try:
+            return super().__getitem__(index)
+        except Exception as error:
+            raise ValueError(f"{self.samples[index][0]} is no readable image: {error}") from error
+
+
+def open_images(
+    model: VisionTransformer,
+    data: str = DIGITS,
+    split: str = "test",
+    limit: int | None = None,
+    batch_size: int = 64,
+    workers: int = 0,
+    device: str = "cpu",
+) -> DataLoader:
+    """Batches of (images [B, C, H, W], labels [B]), in the order of the folder, as the model wants them.
+
+    Args:
+        data: "digits", or a directory with one folder of images a class (as ImageNet's validation set).
+        split: of the digits: "train", "calibration" or "test".
+        limit: take the first images alone.
+
+    Raises:
+        ValueError: bad numbers, or digits for a model of another shape; OSError: a directory without images.
+    """
+    for name, number, least in (("batch size", batch_size, 1), ("limit", limit, 1), ("workers", workers, 0)):
+        if number is not None and number < least:
+            raise ValueError(f"{name} {number} is too small; give {least} or more")
+    config = resolve_model_data_config(model)
+    if data == DIGITS:
+        if tuple(config["input_size"]) != (1, 112, 112):
+            shape = " x ".join(map(str, config["input_size"]))
+            raise ValueError(f"the digits are 1 x 112 x 112, the model takes {shape}: give it a directory of images")
+        return DataLoader(DigitImages(split, limit or TEST_IMAGES), batch_size=batch_size)
+    if not Path(data).is_dir():
+        raise FileNotFoundError(f"directory {data} does not exist")
+    try:
+        dataset = NamedImages(data)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"directory {data} holds no folders of images: {error}") from error
+    if limit is not None:
+        dataset.samples = dataset.samples[:limit]
+    return create_loader(
+        dataset,
+        batch_size=batch_size,
+        is_training=False,
+        use_prefetcher=False,
+        num_workers=workers,
+        persistent_workers=False,
+        pin_memory=device != "cpu",
+        **{key: config[key] for key in ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")},
+    )
+
+
+def labels_fit(loader: DataLoader, model: VisionTransformer) -> bool:
+    """Whether the labels are the model's classes: a folder for each of them, or the digits."""
+    classes = getattr(loader.dataset, "classes", range(10))
+    return len(classes) == model.num_classes

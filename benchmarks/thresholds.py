@@ -1,0 +1,115 @@
+"""Choose thresholds for the digits model on its calibration split: ``python -m benchmarks.thresholds``.
+
+A random search over the paper's curve (Eq. 1): alpha and theta_min are drawn, beta is bisected until the wanted share
+of the MACs is saved, and the draw with the least KL divergence from the unpatched model is kept. Labels are not used,
+and no image of the test split is seen.
+"""
+
+import argparse
+import json
+import math
+import random
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+from tqdm import tqdm
+
+from atm_triton import ATMConfig
+from atm_triton.digits.model import CONFIG
+from atm_triton.env import write_result
+from atm_triton.evaluate import Evaluation, evaluate, unpatched_logits
+from atm_triton.inputs import open_images, open_model
+
+Batch = tuple[Tensor, Tensor]
+SEARCH_BATCHES, BATCH_SIZE = 4, 64
+FINALISTS = 5
+TOLERANCE = 0.005  # of the share saved
+
+
+class Search:
+    """Evaluations of a model on calibration batches: the first few to search on, all of them to decide."""
+
+    def __init__(self, model: VisionTransformer, batches: list[Batch]) -> None:
+        self.model, self.batches = model, batches
+        self.base = unpatched_logits(model, batches)
+
+    def measure(self, config: ATMConfig, batches: int | None = None) -> Evaluation:
+        chosen, base = self.batches[:batches], self.base[:batches]
+        return evaluate(self.model, chosen, config, base, title=None)
+
+    def bisect_beta(self, alpha: float, theta_min: float, saved: float) -> tuple[float, ATMConfig] | None:
+        """The KL and the configuration at the beta that saves ``saved`` of the MACs; None where no beta does."""
+        low, high = math.log(1e-5), 0.0  # of log beta: hardly falling, at theta_min from the second block on
+        for _ in range(12):
+            config = ATMConfig(alpha=alpha, beta=math.exp((low + high) / 2), theta_min=theta_min)
+            outcome = self.measure(config, SEARCH_BATCHES)
+            if abs(outcome.saved - saved) < TOLERANCE:
+                return outcome.overall.kl, config
+            low, high = ((low + high) / 2, high) if outcome.saved < saved else (low, (low + high) / 2)
+        return None
+
+
+def choose(search: Search, saved: float, draws: int, seed: int = 0) -> tuple[ATMConfig, Evaluation]:
+    """The best of ``draws`` random curves that save ``saved`` of the MACs, and how it does on all batches."""
+    rng = random.Random(seed)
+    found = []
+    for _ in tqdm(range(draws), desc=f"save {saved:.0%}", unit="draw", disable=None):
+        alpha = 1 - 10 ** rng.uniform(-3.7, -1.3)
+        theta_min = 1 - (1 - alpha) * 10 ** rng.uniform(0, 2)
+        candidate = search.bisect_beta(alpha, max(theta_min, -1.0), saved)
+        if candidate is not None:
+            found.append(candidate)
+    if not found:
+        raise ValueError(f"none of {draws} curves saves {saved:.0%} of the MACs; take more draws or another share")
+    finalists = [config for _, config in sorted(found, key=lambda pair: pair[0])[:FINALISTS]]
+    outcomes = [(config, search.measure(config)) for config in finalists]
+    return min(outcomes, key=lambda pair: pair[1].overall.kl)
+
+
+def calibration_search(images: int, device: str) -> Search:
+    """The search on ``images`` images of the digits' calibration split."""
+    model = open_model().to(device)
+    loader = open_images(model, split="calibration", limit=images, batch_size=BATCH_SIZE)
+    return Search(model, [(x.to(device), labels) for x, labels in loader])
+
+
+def rounded(config: ATMConfig, source: str) -> ATMConfig:
+    """As it is written down: five digits tell thresholds apart."""
+    values = {name: float(f"{getattr(config, name):.5g}") for name in ("alpha", "beta", "theta_min")}
+    return ATMConfig(**values, source=source)
+
+
+def document(config: ATMConfig, outcome: Evaluation, draws: int) -> dict[str, Any]:
+    overall = outcome.overall
+    return {
+        "config": asdict(config),
+        "model": "digits",
+        "split": "calibration",
+        "images": overall.images,
+        "draws": draws,
+        "promise": {"saved": outcome.saved, "kl": overall.kl, "agreement": overall.agreement},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--saved", type=float, default=0.47, help="the share of the MACs to save (0.47)")
+    parser.add_argument("--images", type=int, default=2048, help="calibration images (2048)")
+    parser.add_argument("--draws", type=int, default=60)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, default=CONFIG)
+    args = parser.parse_args()
+    search = calibration_search(args.images, args.device)
+    config, _ = choose(search, args.saved, args.draws)
+    config = rounded(config, "chosen by benchmarks.thresholds on the calibration split of the digits")
+    result = document(config, search.measure(config), args.draws)
+    write_result(args.out, result)
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()
