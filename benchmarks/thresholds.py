@@ -1,13 +1,12 @@
 """Choose thresholds for the digits model on its calibration split: ``python -m benchmarks.thresholds``.
 
-A random search over the paper's curve (Eq. 1): alpha and theta_min are drawn, beta is bisected until the wanted share
-of the MACs is saved, and the draw with the least KL divergence from the unpatched model is kept. Labels are not used,
-and no image of the test split is seen.
+A random search over the paper's curve (Eq. 1): beta and the distance of theta_min from 1, as a multiple of alpha's, are
+drawn, alpha is bisected until the wanted share of the MACs is saved, and the draw with the least KL divergence from the
+unpatched model is kept. Labels are not used, and no image of the test split is seen.
 """
 
 import argparse
 import json
-import math
 import random
 from dataclasses import asdict
 from pathlib import Path
@@ -41,11 +40,13 @@ class Search:
         chosen, base = self.batches[:batches], self.base[:batches]
         return evaluate(self.model, chosen, config, base, title=None)
 
-    def bisect_beta(self, alpha: float, theta_min: float, saved: float) -> tuple[float, ATMConfig] | None:
-        """The KL and the configuration at the beta that saves ``saved`` of the MACs; None where no beta does."""
-        low, high = math.log(1e-5), 0.0  # of log beta: hardly falling, at theta_min from the second block on
-        for _ in range(12):
-            config = ATMConfig(alpha=alpha, beta=math.exp((low + high) / 2), theta_min=theta_min)
+    def bisect_alpha(self, beta: float, spread: float, saved: float) -> tuple[float, ATMConfig] | None:
+        """The KL and the configuration at the alpha that saves ``saved`` of the MACs, with 1 - theta_min = ``spread``
+        (1 - alpha); None where no alpha does."""
+        low, high = -5.0, -0.5  # of log10 (1 - alpha)
+        for _ in range(10):
+            distance = 10 ** ((low + high) / 2)
+            config = ATMConfig(alpha=1 - distance, beta=beta, theta_min=max(1 - spread * distance, -1.0))
             outcome = self.measure(config, SEARCH_BATCHES)
             if abs(outcome.saved - saved) < TOLERANCE:
                 return outcome.overall.kl, config
@@ -58,9 +59,7 @@ def choose(search: Search, saved: float, draws: int, seed: int = 0) -> tuple[ATM
     rng = random.Random(seed)
     found = []
     for _ in tqdm(range(draws), desc=f"save {saved:.0%}", unit="draw", disable=None):
-        alpha = 1 - 10 ** rng.uniform(-3.7, -1.3)
-        theta_min = 1 - (1 - alpha) * 10 ** rng.uniform(0, 2)
-        candidate = search.bisect_beta(alpha, max(theta_min, -1.0), saved)
+        candidate = search.bisect_alpha(10 ** rng.uniform(-5, 0), 10 ** rng.uniform(0, 2), saved)
         if candidate is not None:
             found.append(candidate)
     if not found:
