@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple, Self
 
 import torch.nn.functional as F
+from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
@@ -33,7 +34,8 @@ class ATMBlock(Block):
         num_prefix_tokens: the protected tokens (class, distillation, registers) at the start of the sequence.
 
     Raises:
-        ValueError: ``block_index`` outside the depth, or a ``config`` for another depth.
+        ValueError: ``block_index`` outside the depth, or a ``config`` for another depth; TypeError: an ``attn_layer``
+            other than timm's ``Attention``.
 
     Example:
         >>> block = ATMBlock(384, 6, block_index=0, depth=12, config=ATMConfig(theta_min=0.5, alpha=0.5))
@@ -52,6 +54,8 @@ class ATMBlock(Block):
         **block_kwargs: Any,
     ) -> None:
         super().__init__(dim, num_heads, depth=block_index, **block_kwargs)
+        if type(self.attn) is not Attention:
+            raise TypeError(f"attn_layer makes {type(self.attn).__name__}: only Attention of timm is supported")
         self._set_merging(config or ATMConfig(), block_index, depth, num_prefix_tokens)
 
     @classmethod
@@ -136,7 +140,7 @@ class ATMBlock(Block):
         r = batch_r(found.counts) if r is None else r
         if r == 0:
             return None, found.counts, 0
-        return ops.assign(found.similarity, found.partner, r, P, config.backend), found.counts, r
+        return ops.assign(found.similarity, found.partner, r, P, self.by_size, config.backend), found.counts, r
 
     def _attend(self, y: Tensor, q: Tensor, k: Tensor, v: Tensor, size: Tensor | None) -> Tensor:
         """The rest of timm's ``Attention`` for the queries of the normalised tokens ``y`` [B, Nq, C]."""

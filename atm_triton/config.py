@@ -2,7 +2,9 @@
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from numbers import Integral, Real
 from typing import Any, Self
 
@@ -57,11 +59,12 @@ class ATMConfig:
     source: str = ""
 
     def __post_init__(self) -> None:
-        _check_real("theta_min", self.theta_min, -1, 1)
-        _check_real("alpha", self.alpha, self.theta_min, 1)
-        _check_real("beta", self.beta, 0, 1)
+        for name, low in (("theta_min", -1), ("alpha", -1), ("beta", 0)):
+            object.__setattr__(self, name, _real(name, getattr(self, name), low, 1))
+        if self.alpha < self.theta_min:
+            raise ValueError(f"alpha={self.alpha} is below theta_min={self.theta_min}; raise alpha or lower theta_min")
         if self.split_depth is not None:
-            _check_count("split_depth", self.split_depth)
+            object.__setattr__(self, "split_depth", _count("split_depth", self.split_depth))
         self._check_adapt()
         for name in ("proportional_attention", "cls_only_last"):
             if not isinstance(getattr(self, name), bool):
@@ -82,12 +85,12 @@ class ATMConfig:
                 f'adapt="static" and to it alone'
             )
         if self.schedule is not None:
-            object.__setattr__(self, "schedule", _check_each("schedule", self.schedule, _check_count))
+            object.__setattr__(self, "schedule", _each("schedule", self.schedule, _count))
         if self.thresholds is not None:
             if self.adapt == "static":
                 raise ValueError('adapt="static" takes its r from schedule; leave thresholds out')
-            check = lambda name, value: _check_real(name, value, -1, 1)  # noqa: E731
-            object.__setattr__(self, "thresholds", _check_each("thresholds", self.thresholds, check))
+            theta = partial(_real, low=-1, high=1)
+            object.__setattr__(self, "thresholds", _each("thresholds", self.thresholds, theta))
 
     def check_depth(self, depth: int) -> None:
         """Raise ValueError if this configuration cannot be that of a model with ``depth`` blocks."""
@@ -165,26 +168,26 @@ class ATMConfig:
         return cls(**{**values, **mae, **changes})
 
 
-def _check_real(name: str, value: Any, low: float, high: float) -> None:
+def _real(name: str, value: Any, low: float, high: float) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}={value!r} is no number; give one from {low} to {high}")
     if not low <= value <= high or not math.isfinite(value):
         raise ValueError(f"{name}={value!r} is out of range; give one from {low} to {high}")
+    return float(value)
 
 
-def _check_count(name: str, value: Any) -> None:
+def _count(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name}={value!r} is no whole number")
     if value < 0:
         raise ValueError(f"{name}={value} is negative")
+    return int(value)
 
 
-def _check_each(name: str, values: Any, check: Any) -> tuple:
+def _each(name: str, values: Any, check: Callable[[str, Any], float]) -> tuple:
     if not isinstance(values, (tuple, list)) or not values:
         raise TypeError(f"{name}={values!r} is no list; give one value for each block")
-    for index, value in enumerate(values):
-        check(f"{name}[{index}]", value)
-    return tuple(values)
+    return tuple(check(f"{name}[{index}]", value) for index, value in enumerate(values))
 
 
 def _check_block(block: int, depth: int) -> None:

@@ -69,10 +69,8 @@ def _commit() -> dict[str, Any]:
     git = ["git", "-C", str(_HERE)]
     if _output([*git, "ls-files", "--error-unmatch", str(_HERE / "env.py")]) is None:
         return {"commit": None, "dirty": None}
-    return {
-        "commit": _output([*git, "rev-parse", "HEAD"]),
-        "dirty": bool(_output([*git, "status", "--porcelain", "--untracked-files=no"])),
-    }
+    changes = _output([*git, "status", "--porcelain", "--", ":/", ":(top,exclude)benchmarks/results"])
+    return {"commit": _output([*git, "rev-parse", "HEAD"]), "dirty": None if changes is None else bool(changes)}
 
 
 def _output(command: list[str]) -> str | None:

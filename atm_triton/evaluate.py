@@ -63,9 +63,9 @@ def unpatched_logits(model: VisionTransformer, batches: Batches, title: str = "u
     parameter = next(model.parameters())
     logits = []
     for images, _ in tqdm(batches, desc=title, unit="batch", disable=None):
-        _check_finite(images, "images", len(logits))
+        check_finite(images, "images", len(logits))
         logits.append(model(images.to(parameter)).float().cpu())
-        _check_finite(logits[-1], "the unpatched model's logits", len(logits) - 1)
+        check_finite(logits[-1], "the unpatched model's logits", len(logits) - 1)
     if not logits:
         raise ValueError("there are no images to evaluate")
     return logits
@@ -100,7 +100,7 @@ def evaluate(
     bar = tqdm(batches, desc=title, unit="batch", disable=True if title is None else None)
     for (images, labels), before in zip(bar, base, strict=True):
         after = patched(images.to(parameter)).float().cpu()
-        _check_finite(after, "the merged model's logits", len(columns["kl"]))
+        check_finite(after, "the merged model's logits", len(columns["kl"]))
         record = patched.blocks.last
         spent = cost(patched, record)
         rows = {
@@ -171,6 +171,6 @@ def _own_tokens(record: Any) -> Tensor | None:
     return torch.stack(kept).double().mean(0).cpu() if kept else None
 
 
-def _check_finite(values: Tensor, name: str, batch: int) -> None:
+def check_finite(values: Tensor, name: str, batch: int) -> None:
     if not values.isfinite().all():
         raise ValueError(f"{name} of batch {batch} hold NaN or infinity; check the images and the weights")

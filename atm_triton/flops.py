@@ -5,6 +5,7 @@ with unfused attention). ``paper_gflops``: what the paper calls FLOPs, the same 
 LayerNorm of the blocks and the final one. The products of the matching are neither's: they are reported beside.
 """
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -58,9 +59,9 @@ def cost(model: VisionTransformer, record: Record) -> Cost:
     counts = list(zip(record.tokens, record.queries, record.rows, strict=True))
     norms = sum(tokens + rows for tokens, _, rows in counts) + counts[-1][2]
     return Cost(
-        stem=_counted(model, model.patch_embed, record.image_shape),
+        stem=_counted(model, "patch_embed", record.image_shape),
         blocks=tuple(block_macs(block, *count) for block, count in zip(blocks, counts, strict=True)),
-        head=_counted(model, model.forward_head, (counts[-1][2], D)),
+        head=_counted(model, "forward_head", (_read_by_head(record), D)),
         norms=norms * D,
         matching=sum(
             _matching_macs(tokens, model.num_prefix_tokens, block.attn.head_dim)
@@ -74,8 +75,10 @@ def planned(
     model: VisionTransformer, image_shape: tuple[int, ...], schedule: tuple[int, ...], cls_only_last: bool
 ) -> Record:
     """What a given r for each block does to images [C, H, W], without running the blocks."""
+    skeleton = _skeleton(model)
     with torch.no_grad():
-        patches = model.patch_embed(_zeros(model, image_shape)).numel() // model.embed_dim
+        image = torch.zeros(1, *image_shape, device="meta", dtype=next(skeleton.parameters()).dtype)
+        patches = skeleton.patch_embed(image).numel() // model.embed_dim
     leading = leading_tokens(model) if cls_only_last else None
     P = model.num_prefix_tokens
     left, tokens, queries, rows, matched = patches + P, [], [], [], []
@@ -101,15 +104,25 @@ def _matching_macs(tokens: int, num_prefix: int, head_dim: int) -> int:
     return a * (tokens - num_prefix - a) * head_dim
 
 
-def _zeros(model: VisionTransformer, shape: tuple[int, ...]) -> torch.Tensor:
-    parameter = next(model.parameters())
-    return torch.zeros(1, *shape, device=parameter.device, dtype=parameter.dtype)
+def _read_by_head(record: Record) -> int:
+    """The tokens that the head sees: the leading ones alone, or every original one."""
+    return record.rows[-1] if record.queries[-1] < record.tokens[-1] else record.tokens[0]
 
 
-def _counted(model: VisionTransformer, part: nn.Module, shape: tuple[int, ...]) -> int:
+def _counted(model: VisionTransformer, part: str, shape: tuple[int, ...]) -> int:
     """By torch's own counter, which sees attention only where it is written out as products."""
-    counter = FlopCounterMode(display=False)
+    skeleton, counter = _skeleton(model), FlopCounterMode(display=False)
     # with gradients on: its module tracker asks parameters for their graph
-    with torch.inference_mode(False), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), counter:
-        part(_zeros(model, shape))
+    with torch.inference_mode(False), torch.enable_grad():
+        x = torch.zeros(1, *shape, device="meta", dtype=next(skeleton.parameters()).dtype)
+        with sdpa_kernel(SDPBackend.MATH), counter:
+            getattr(skeleton, part)(x)
     return counter.get_total_flops() // 2
+
+
+def _skeleton(model: VisionTransformer) -> VisionTransformer:
+    """The model without blocks, numbers or training: counting leaves the running one as it is."""
+    tensors = (*model.parameters(), *model.buffers())
+    with torch.inference_mode(False):
+        shapes = {id(t): nn.Parameter(t.to("meta")) if isinstance(t, nn.Parameter) else t.to("meta") for t in tensors}
+    return copy.deepcopy(model, {**shapes, id(model.blocks): nn.Sequential()}).eval()

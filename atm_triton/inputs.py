@@ -5,6 +5,7 @@ from pathlib import Path
 
 import timm
 import torch
+from PIL import Image
 from timm.data import create_loader, resolve_model_data_config
 from timm.models import load_checkpoint
 from timm.models.vision_transformer import VisionTransformer
@@ -55,7 +56,7 @@ def _load(model: torch.nn.Module, checkpoint: Path) -> None:
         load_checkpoint(model, str(checkpoint))
     except Exception as error:  # torch, pickle and safetensors each raise their own for a file that is not theirs
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"checkpoint {checkpoint} does not fit {type(model).__name__}: {reason}") from error
+        raise ValueError(f"checkpoint {checkpoint} is none of this {type(model).__name__}: {reason}") from error
 
 
 def digits_config() -> ATMConfig:
@@ -80,7 +81,11 @@ class DigitImages(Dataset):
 
 
 class NamedImages(ImageFolder):
-    """torchvision's ImageFolder, whose errors say which file is to blame."""
+    """torchvision's ImageFolder, whose errors say which file is to blame; grey for a model of one channel."""
+
+    def __init__(self, root: str, channels: int) -> None:
+        mode = "L" if channels == 1 else "RGB"
+        super().__init__(root, loader=lambda path: Image.open(path).convert(mode))
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         try:
@@ -120,7 +125,7 @@ def open_images(
     if not Path(data).is_dir():
         raise FileNotFoundError(f"directory {data} does not exist")
     try:
-        dataset = NamedImages(data)
+        dataset = NamedImages(data, config["input_size"][0])
     except FileNotFoundError as error:
         raise FileNotFoundError(f"directory {data} holds no folders of images: {error}") from error
     if limit is not None:

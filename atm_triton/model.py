@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from timm.models._features import feature_take_indices
+from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -90,7 +91,9 @@ class ATMBlocks(nn.Sequential):
             rows.append(x.shape[1])
             counts.append(count)
             matched.append(assignment is not None or count is not None)
-        self.last = Record(len(x), image_shape, *map(tuple, (tokens, queries, rows, counts, matched)))
+        whole = len(tokens) == len(self)
+        record = Record(len(x), image_shape, *map(tuple, (tokens, queries, rows, counts, matched)))
+        self.last = record if whole else None
         return Run(x, trace, collected)
 
     def unmerge(self, x: Tensor, trace: Tensor | None) -> Tensor:
@@ -102,10 +105,16 @@ class ATMBlocks(nn.Sequential):
 
 def leading_tokens(model: VisionTransformer) -> int | None:
     """How many leading tokens the classifier reads if it reads no others: the class token, and in a distilled model the
-    distillation token; None for a model that pools its patch tokens."""
+    distillation token; None for a model that pools its patch tokens, or reads them in a way of its own."""
+    cls = type(model)
+    if cls.pool is not VisionTransformer.pool or cls.forward_head not in _HEADS:
+        return None
     if getattr(model, "dist_token", None) is not None:
         return 2
     return 1 if model.global_pool == "token" else None
+
+
+_HEADS = (VisionTransformer.forward_head, VisionTransformerDistilled.forward_head)
 
 
 class MergingTransformer:
@@ -115,11 +124,10 @@ class MergingTransformer:
     blocks: ATMBlocks
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        leading = self._leading()
-        if leading is None:  # pools over patch tokens: of all N of them, so a merged token counts by its size
+        if leading_tokens(self) is None:  # pools over patch tokens: of all N, so a merged token counts by its size
             return self.forward_head(self.forward_features(x, attn_mask, is_causal))
         _refuse_mask(attn_mask, is_causal)
-        run = self._run(x, leading, dense=False)
+        run = self._run(x, self._leading(), dense=False)
         return self.forward_head(self.norm(run.x))
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
@@ -151,7 +159,7 @@ class MergingTransformer:
         prefixes, features = [f[:, :P] for f in features], [f[:, P:] for f in features]
         if output_fmt == "NCHW":
             H, W = self.patch_embed.dynamic_feat_size(x.shape[-2:])
-            features = [f.transpose(1, 2).reshape(len(x), -1, H, W) for f in features]
+            features = [f.transpose(1, 2).reshape(len(x), -1, H, W).contiguous() for f in features]
         with_prefix = return_prefix_tokens and P > 0
         final = None if intermediates_only else self.blocks.unmerge(self.norm(run.x), run.trace)
         if output_dict:

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from atm_triton import reference
 
+_HAS_TRITON = find_spec("triton") is not None
+_HAS_KERNELS = find_spec("atm_triton.kernels.match") is not None
+
 
 class Match(NamedTuple):
     """``similarity`` [B, N] float32 or above and ``partner`` [B, N] int32 as :func:`reference.match` gives them;
@@ -40,9 +43,9 @@ def explain(backend: str, device: torch.device | str) -> tuple[str, str]:
 
 
 def _missing_for_triton(device: torch.device) -> str | None:
-    if find_spec("atm_triton.kernels.match") is None:
+    if not _HAS_KERNELS:
         return "this version has no Triton kernels yet"
-    if find_spec("triton") is None:
+    if not _HAS_TRITON:
         return "triton is not installed"
     return None if device.type == "cuda" else f"tensors are on {device.type}, not on a CUDA device"
 
@@ -77,17 +80,20 @@ def match(
         return Match(similarity, partner, None if theta is None else reference.count(similarity, theta))
 
 
-def assign(similarity: Tensor, partner: Tensor, r: int, num_prefix: int, backend: str = "auto") -> Tensor:
+def assign(
+    similarity: Tensor, partner: Tensor, r: int, num_prefix: int, by_size: bool, backend: str = "auto"
+) -> Tensor:
     """The assignment [B, N] int32 in which the ``r`` most similar tokens of each image join their partners.
 
     Args:
-        similarity, partner: [B, N], from :func:`match`.
+        similarity, partner: [B, N], from :func:`match` with the same ``num_prefix`` and ``by_size``.
         r: 0 .. the number of tokens in A.
     """
     _check(similarity.shape == partner.shape and partner.dim() == 2, "partner", partner, "[B, N], as similarity")
-    most = (partner.shape[1] - num_prefix + 1) // 2
+    N = partner.shape[1]
+    most = reference.group_a_size(N, num_prefix, by_size)
     if not 0 <= r <= most:
-        raise ValueError(f"r={r} is outside 0 .. {most}: {partner.shape[1]} tokens, {num_prefix} of them protected")
+        raise ValueError(f"r={r} is outside 0 .. {most}, the tokens in A: {N} tokens, {num_prefix} of them protected")
     explain(backend, similarity.device)
     return reference.assign(similarity, partner, r, num_prefix)
 
@@ -134,6 +140,8 @@ def attention(
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    if sizes is not None and device == "cuda" and q.element_size() < 4:
+        fused = False  # torch's CUDA kernels want a bias in the dtype of q, in which log n would be off by a percent
     with torch.autocast(device, enabled=False):
         return reference.attention(q, k, v, sizes, dropout_p=dropout_p, fused=fused)
 

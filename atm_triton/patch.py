@@ -34,7 +34,7 @@ def apply_patch(model: VisionTransformer, config: ATMConfig | None = None) -> Vi
 
     Raises:
         TypeError: the model cannot be merged, named with the reason; it is left as it was.
-        ValueError: ``config`` is for another depth, or cannot run here.
+        ValueError: ``config`` is for another depth. A backend that cannot run is refused when the model runs.
     """
     config = ATMConfig() if config is None else config
     if not isinstance(config, ATMConfig):

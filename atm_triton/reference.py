@@ -6,7 +6,8 @@ counts the patches a token stands for. A merge step is one map, ``assignment`` [
 sequence that a token goes to, -1 for a dropped token.
 
 Equations and sections are those of Lee and Choi, "Lossless Token Merging Even Without Fine-Tuning in Vision
-Transformers", ECAI 2025 (arXiv 2505.15160). "Ours" marks a choice that the paper leaves open.
+Transformers", ECAI 2025 (arXiv 2505.15160). "Restored" marks a formula read in a review of the paper, "derived" one
+derived from its text and checked against its examples, "ours" a choice that it leaves open.
 """
 
 import math
@@ -20,7 +21,7 @@ NOT_ALIKE = -2.0  # below every cosine: the similarity of a token that is simila
 
 
 def threshold(block: int, alpha: float, beta: float, theta_min: float) -> float:
-    """Eq. 1: theta_l = max(alpha - (exp(beta (l - 1)) - 1), theta_min), for block l = 1, 2, ...
+    """Eq. 1 (restored): theta_l = max(alpha - (exp(beta (l - 1)) - 1), theta_min), for block l = 1, 2, ...
 
     Example:
         >>> [round(threshold(block, 0.99, 0.04, 0.88), 4) for block in (1, 2, 3, 4)]
@@ -36,8 +37,10 @@ def group_alternate(B: int, N: int, num_prefix: int, device: torch.device | None
     Returns:
         The positions of A [B, Na] and of B [B, Nb], int64, ascending; Na + Nb = N - P.
     """
-    positions = torch.arange(num_prefix, N, device=device)
-    a, b = positions[positions % 2 == 0], positions[positions % 2 == 1]
+    first_even = num_prefix + num_prefix % 2
+    first_odd = num_prefix + 1 - num_prefix % 2
+    a = torch.arange(first_even, max(N, first_even), 2, device=device)
+    b = torch.arange(first_odd, max(N, first_odd), 2, device=device)
     return a.expand(B, -1), b.expand(B, -1)
 
 
@@ -101,6 +104,12 @@ def batch_r(counts: Tensor) -> int:
     return int(counts.sum()) // max(len(counts), 1)
 
 
+def group_a_size(N: int, num_prefix: int, by_size: bool) -> int:
+    """The number of tokens in A, by either grouping."""
+    free = max(N - num_prefix, 0)
+    return free // 2 if by_size else (free + 1 - num_prefix % 2) // 2
+
+
 def largest_r(N: int, num_prefix: int) -> int:
     """The most that a given r can take: half of the tokens that may merge, rounded down (as ToMe)."""
     return max(N - num_prefix, 0) // 2
@@ -120,7 +129,7 @@ def assign(similarity: Tensor, partner: Tensor, r: int | Tensor, num_prefix: int
         assignment [B, N] int32; the slots of image b are 0 .. N - r_b - 1.
     """
     B, N = partner.shape
-    r = torch.as_tensor(r, device=partner.device).expand(B).unsqueeze(1)
+    r = r.unsqueeze(1) if isinstance(r, Tensor) else r
     position = torch.arange(N, device=partner.device).expand(B, N)
     order = similarity.argsort(dim=1, descending=True, stable=True)
     rank = torch.empty_like(order).scatter(1, order, position)
@@ -132,14 +141,14 @@ def assign(similarity: Tensor, partner: Tensor, r: int | Tensor, num_prefix: int
     slot_in_b = num_prefix + stays.sum(dim=1, keepdim=True) + in_b.cumsum(dim=1) - 1
     slot = torch.where(stays, slot_in_a, torch.where(in_b, slot_in_b, position))
     slot = torch.where(joins, slot.gather(1, partner.long().clamp(min=0)), slot)
-    return torch.where(r == 0, position, slot).int()
+    return torch.where(joins.any(dim=1, keepdim=True), slot, position).int()
 
 
 def merge(x: Tensor, sizes: Tensor, assignment: Tensor, M: int) -> tuple[Tensor, Tensor]:
     """Definition 2: a slot becomes the size-weighted mean of its tokens, x' = sum(n_i x_i) / sum(n_i), n' = sum(n_i).
 
     Written as x' = sum_i (n_i / n') x_i: the share of a token that merges with nothing is exactly 1, so it passes
-    through unchanged. Sums are in float32 or above, in the order of the tokens.
+    through unchanged. Sums are in float32 or above; on the CPU in the order of the tokens, to the same bits every time.
 
     Args:
         x: [B, N, C]; sizes: [B, N] float32; assignment: [B, N] int32; M: the length of the merged sequence.
@@ -194,8 +203,8 @@ def attention(
     dropout_p: float = 0.0,
     fused: bool = True,
 ) -> Tensor:
-    """Proportional attention (Appendix A; ToMe, Section 3): softmax(q k^T * scale + log n) v, with log n added to the
-    column of every key, for all heads and queries.
+    """Proportional attention (Appendix A; derived, from ToMe, Section 3): softmax(q k^T * scale + log n) v, with log n
+    added to the column of every key, for all heads and queries.
 
     Args:
         q: [B, H, Nq, d]; k, v: [B, H, N, d]; sizes: [B, N] float32 or None, which stands for all ones; scale: d^-0.5 by
@@ -218,8 +227,8 @@ def attention(
 
 
 def merging_error(x_i: Tensor, x_j: Tensor, n_i: Tensor, n_j: Tensor) -> Tensor:
-    """Definition 2: E(i, j) = n_i delta(x_i, x*) + n_j delta(x_j, x*), delta the cosine distance and x* the
-    size-weighted mean of two unit vectors [..., C] of sizes [...].
+    """Definition 2 (restored in part, derived): E(i, j) = n_i delta(x_i, x*) + n_j delta(x_j, x*), delta the cosine
+    distance and x* the size-weighted mean of two unit vectors [..., C] of sizes [...].
 
     Theorem 1: with h = n_i n_j / (n_i + n_j) and x_i . x_j >= 0, h delta(x_i, x_j) <= E(i, j) <= 2 h delta(x_i, x_j).
     """

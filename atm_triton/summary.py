@@ -59,11 +59,11 @@ def summary(model: VisionTransformer) -> Summary:
     """The :class:`Summary` of the last forward pass of a patched model.
 
     Raises:
-        ValueError: the model is not patched, or has not run yet.
+        ValueError: the model is not patched, or its last pass did not run every block.
     """
     if not isinstance(model, MergingTransformer):
         raise ValueError(f"{type(model).__name__} is not patched: apply_patch first")
     record = model.blocks.last
     if record is None:
-        raise ValueError("the model has not run since it was patched: call it first")
+        raise ValueError("the patched model has not run all its blocks yet: call it first")
     return Summary(record, cost(model, record), cost(model, unmerged(model, record.image_shape)))

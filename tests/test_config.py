@@ -2,14 +2,15 @@
 
 import math
 
+import numpy as np
 import pytest
 
 from atm_triton import ATMConfig
 from atm_triton.operating_points import PAPER_NAMES, operating_points
 
 BAD = [
-    ({"alpha": 1.5}, ValueError, "alpha=1.5 is out of range; give one from 0.88 to 1"),
-    ({"alpha": 0.8}, ValueError, "alpha=0.8 is out of range; give one from 0.88 to 1"),
+    ({"alpha": 1.5}, ValueError, "alpha=1.5 is out of range; give one from -1 to 1"),
+    ({"alpha": 0.8}, ValueError, "alpha=0.8 is below theta_min=0.88; raise alpha or lower theta_min"),
     ({"alpha": "0.9"}, TypeError, "alpha='0.9' is no number"),
     ({"alpha": math.nan}, ValueError, "alpha=nan is out of range"),
     ({"beta": -0.1}, ValueError, "beta=-0.1 is out of range; give one from 0 to 1"),
@@ -64,6 +65,12 @@ def test_the_last_quarter_groups_by_size(depth, split):
     ]
     assert not ATMConfig(split_depth=depth).groups_by_size(depth, depth)
     assert ATMConfig(split_depth=0).groups_by_size(1, depth)
+
+
+def test_numbers_of_numpy_are_taken_as_pythons():
+    config = ATMConfig(alpha=np.float32(0.5), theta_min=np.float64(0.25), split_depth=np.int64(3))
+    assert (type(config.alpha), type(config.split_depth)) == (float, int)
+    assert ATMConfig.from_json(config.to_json()) == config
 
 
 def test_it_is_frozen():

@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 from timm.layers import set_fused_attn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from atm_triton import ATMConfig, apply_patch, summary
@@ -70,14 +71,17 @@ def test_the_class_token_alone_saves_what_the_paper_drops():
         lambda: vit(global_pool="avg", class_token=False),
         lambda: vit(reg_tokens=4, qk_norm=True),
         lambda: vit(dynamic_img_size=True, num_heads=4),
+        lambda: vit(global_pool="map", class_token=False),
+        lambda: vit(global_pool="prr"),
+        lambda: vit(global_pool=""),
     ],
-    ids=["plain", "distilled", "avg", "registers", "dynamic"],
+    ids=["plain", "distilled", "avg", "registers", "dynamic", "map", "prr", "none"],
 )
 def test_macs_equal_torchs_counter(unfused, make, last, merged):
     model = make()
     schedule = (3, 5, 2, 4) if merged else (0,) * 4
     apply_patch(model, ATMConfig(adapt="static", schedule=schedule, cls_only_last=last))
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(images(1))
     s = summary(model)
     assert counter.get_total_flops() // 2 == s.macs + s.cost.matching
@@ -107,3 +111,14 @@ def test_the_summary_prints_and_adds_up():
     lines = str(s).splitlines()
     assert lines[1].split()[:4] == ["1", "26", "3", "23"] and lines[4].split()[:4] == ["4", "16", "0", "1"]
     assert lines[-1].endswith(f"{100 * s.saved:.1f} % of the MACs saved")
+
+
+def test_counting_leaves_the_model_and_the_random_numbers_alone():
+    model = vit(drop_rate=0.5)
+    model.patch_embed.norm = torch.nn.BatchNorm1d(25)
+    apply_patch(model, ATMConfig(adapt="static", schedule=(3, 5, 2, 4))).train()
+    model(images(2))
+    before, random = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
+    summary(model)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random) and model.training

@@ -42,6 +42,7 @@ KINDS = {
     "avgmax": partial(vit, global_pool="avgmax"),
     "max": partial(vit, global_pool="max"),
     "map": partial(vit, class_token=False, global_pool="map"),
+    "prr": partial(vit, global_pool="prr"),
     "pre_norm": partial(vit, pre_norm=True),
     "swiglu": partial(vit, mlp_layer=SwiGLU),
     "glu": partial(vit, mlp_layer=GluMlp),
@@ -118,7 +119,7 @@ def shapes(result):
     return [shapes(value) for value in result]
 
 
-@pytest.mark.parametrize("kind", ["no_prefix", "avg", "avg_norm", "avg_prefix", "max", "avgmax", "map"])
+@pytest.mark.parametrize("kind", ["no_prefix", "avg", "avg_norm", "avg_prefix", "max", "avgmax", "map", "prr"])
 def test_pools_see_every_original_token(kind):
     """With exact duplicates merged, and log n in the attention, no logit changes."""
     model = KINDS[kind](dtype=torch.float64)
@@ -353,7 +354,7 @@ def test_other_bad_calls():
     with pytest.raises(ValueError, match="not patched: apply_patch first"):
         summary(model)
     apply_patch(model)
-    with pytest.raises(ValueError, match="has not run since it was patched"):
+    with pytest.raises(ValueError, match="has not run all its blocks yet"):
         summary(model)
     for call in (model, model.forward_features, model.forward_intermediates):
         with pytest.raises(ValueError, match="a mask of N tokens does not fit"):
@@ -384,3 +385,43 @@ def test_a_block_alone():
     assert grown.sum(1).tolist() == [26.0] * 3 and y.shape[1] <= x.shape[1]
     with pytest.raises(ValueError, match="block_index=4 is outside 0 .. 3"):
         ATMBlock(32, 2, block_index=4, depth=4)
+
+
+def test_a_pass_that_stops_early_is_not_summed_up():
+    model, x = apply_patch(vit(), STATIC), images()
+    model(x)
+    model.forward_intermediates(x, indices=[1], stop_early=True)
+    with pytest.raises(ValueError, match="has not run all its blocks yet"):
+        summary(model)
+
+
+class OwnHead(VisionTransformer):
+    """Classifies from a patch token too."""
+
+    def forward_head(self, x, pre_logits=False):
+        return self.head(x[:, 0] + x[:, -1])
+
+
+def test_a_head_of_its_own_gets_every_token():
+    model, x = vit(OwnHead), images()
+    before = model(x)
+    apply_patch(model, NOTHING)
+    torch.testing.assert_close(model(x), before)
+
+
+def test_intermediates_are_contiguous_as_timms():
+    model = apply_patch(vit(), STATIC)
+    assert all(f.is_contiguous() for f in model.forward_intermediates(images(), intermediates_only=True))
+
+
+def test_static_compiles_in_one_graph():
+    model, x = vit(), images()
+    apply_patch(model, STATIC)
+    expected = model(x)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), expected)
+
+
+def test_a_block_with_another_attention_is_refused():
+    with pytest.raises(TypeError, match="attn_layer makes DiffAttention: only Attention of timm is supported"):
+        ATMBlock(32, 2, block_index=0, depth=4, attn_layer="diff")

@@ -31,10 +31,6 @@ AUXILIARY_BLOCK = 8  # its output tokens also say which digit covers them
 RESULT = Path(__file__).parents[1] / "results" / "digits_training.json"
 
 
-# Muon orthogonalises in bfloat16, and offers no other; on a CPU without bfloat16 products that takes 70 % of the time
-muon.zeropower_via_newtonschulz = partial(muon.zeropower_via_newtonschulz, dtype=torch.float32)
-
-
 class Trainee(nn.Module):
     """The model and its auxiliary head, on canvases of any side that is a multiple of the patch."""
 
@@ -94,6 +90,8 @@ def accuracy(model: VisionTransformer, split: str, count: int, device: str) -> f
 def train(seed: int, device: str, scale: float) -> tuple[VisionTransformer, list[dict]]:
     """Every stage with ``scale`` times its steps; the trained model and a log row every 50 steps."""
     torch.manual_seed(seed)
+    # Muon orthogonalises in bfloat16 and offers nothing else, which is slow on a CPU that has no bfloat16 products
+    muon.zeropower_via_newtonschulz = partial(muon.zeropower_via_newtonschulz, dtype=torch.float32)
     trainee = Trainee(vit_digits_patch8_112(weight_init="jax")).to(device)
     optimizer = create_optimizer_v2(
         trainee, opt="nmuon", lr=5e-3, weight_decay=0.05, fallback_list=["head"], fallback_lr_scale=0.3
