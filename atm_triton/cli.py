@@ -1,0 +1,239 @@
+"""The command line: atm-triton bench | eval | env. Bad input is one line and exit code 2."""
+
+import argparse
+import os
+import sys
+from dataclasses import asdict, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
+from atm_triton import report
+from atm_triton.config import BACKENDS, ATMConfig
+from atm_triton.env import environment, write_result
+from atm_triton.evaluate import evaluate
+from atm_triton.inputs import DIGITS, digits_config, labels_fit, open_images, open_model
+from atm_triton.ops import explain
+from atm_triton.throughput import measure
+
+DEIT = "deit_small_patch16_224"
+RANDOM_R = 8  # of every block, where no images tell thresholds what to do
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+def bench(args: argparse.Namespace) -> dict[str, Any]:
+    """Throughput of the unpatched model, the free-merge bound, ToMe and ATM, in turn."""
+    if args.repeats < 1 or args.batches < 1:
+        raise ValueError("--repeats and --batches want 1 or more")
+    report.check_plot(args.plot)
+    if args.model == DIGITS or args.data is not None:
+        cases = [_image_case(args)]
+    else:
+        cases = [_random_case(args, args.model, args.checkpoint, args.pretrained)]
+    if args.model == DIGITS and not _configured(args):
+        cases.append(_random_case(args, DEIT))
+    results = []
+    for title, model, batches, config in cases:
+        print(f"{title}\n")
+        rows = measure(model, batches, config, args.repeats)
+        print(report.throughput_table(rows) + "\n")
+        results.append({"title": title, "config": asdict(config), "batch_size": len(batches[0]), "rows": rows})
+    if args.plot is not None:
+        report.throughput_plot(results, args.plot)
+    return {"cases": results}
+
+
+def _image_case(args: argparse.Namespace) -> tuple[str, VisionTransformer, list[torch.Tensor], ATMConfig]:
+    model, data = _model(args), args.data or DIGITS
+    batch_size = 64 if args.batch_size is None else args.batch_size
+    loader = open_images(model, data, batch_size=batch_size, limit=batch_size * args.batches)
+    parameter = next(model.parameters())
+    batches = [images.to(parameter) for images, _ in islice(loader, args.batches)]
+    weights = _weights(args.model, args.checkpoint, args.pretrained)
+    title = f"{args.model}, {weights}, on {data}: {len(batches)} batches of {len(batches[0])}"
+    return f"{title}, {_where(args)}", model, batches, _config(args, len(model.blocks))
+
+
+def _random_case(
+    args: argparse.Namespace, name: str, checkpoint: Path | None = None, pretrained: bool = False
+) -> tuple[str, VisionTransformer, list[torch.Tensor], ATMConfig]:
+    """A model on random images: thresholds mean nothing there, so it runs a stated schedule."""
+    model = open_model(name, checkpoint, pretrained).to(args.device, DTYPES[args.dtype])
+    depth = len(model.blocks)
+    config = _config(args, depth, ATMConfig(adapt="static", schedule=(RANDOM_R,) * depth))
+    if config.adapt != "static":
+        raise ValueError(f"thresholds mean nothing on random images: give {name} a --schedule, or --data DIR")
+    shape = model.pretrained_cfg["input_size"] if hasattr(model, "pretrained_cfg") else (3, 224, 224)
+    batch_size = 8 if args.batch_size is None else args.batch_size
+    if batch_size < 1:
+        raise ValueError(f"batch size {batch_size} is too small; give 1 or more")
+    images = torch.randn(batch_size, *shape, generator=torch.Generator().manual_seed(0))
+    r = ", ".join(map(str, config.schedule))
+    title = f"{name}, {_weights(name, checkpoint, pretrained)}, random images, batch {batch_size}, r = {r}"
+    return f"{title}, {_where(args)}", model, [images.to(args.device, DTYPES[args.dtype])], config
+
+
+def run_eval(args: argparse.Namespace) -> dict[str, Any]:
+    """Accuracy, agreement, divergence and cost of merging, in all and by difficulty."""
+    model, data = _model(args), args.data or DIGITS
+    if args.model != DIGITS and args.checkpoint is None and not args.pretrained:
+        raise ValueError(f"{args.model} would have random weights: give --checkpoint FILE or --pretrained")
+    config = _config(args, len(model.blocks))
+    batch_size = 64 if args.batch_size is None else args.batch_size
+    loader = open_images(model, data, args.split, args.limit, batch_size, args.workers, args.device)
+    labelled = labels_fit(loader, model)
+    outcome = evaluate(model, loader, config, labelled=labelled)
+    print(f"{args.model} on {data}, batch {batch_size}, {_where(args)}")
+    if not labelled:
+        print("no top-1: it needs one folder for each class of the model")
+    print("\n" + report.evaluation_table(outcome))
+    return {
+        "model": args.model,
+        "data": data,
+        "split": args.split if data == DIGITS else None,
+        "batch_size": batch_size,
+        "config": asdict(config),
+        "evaluation": outcome.to_dict(),
+    }
+
+
+def run_env(args: argparse.Namespace) -> dict[str, Any]:
+    """Versions, the GPU, and the backend that "auto" takes here."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    backend, reason = explain("auto", device)
+    facts = {**environment(), "backend_auto": backend, "backend_reason": reason}
+    for name, value in facts.items():
+        print(f"{name:15} {value}")
+    return {"backend_auto": backend, "backend_reason": reason}
+
+
+def _model(args: argparse.Namespace) -> VisionTransformer:
+    return open_model(args.model, args.checkpoint, args.pretrained).to(args.device, DTYPES[args.dtype])
+
+
+def _weights(name: str, checkpoint: Path | None, pretrained: bool) -> str:
+    if checkpoint is not None:
+        return f"weights of {checkpoint.name}"
+    return "published weights" if pretrained else "its own weights" if name == DIGITS else "random weights"
+
+
+def _where(args: argparse.Namespace) -> str:
+    device = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    return f"{args.dtype}, {device}, backend {explain(args.backend, args.device)[0]}"
+
+
+def _configured(args: argparse.Namespace) -> bool:
+    given = (args.config, args.alpha, args.beta, args.theta_min, args.schedule, args.max_gflops, args.top1_drop)
+    return any(value is not None for value in given)
+
+
+def _config(args: argparse.Namespace, depth: int, default: ATMConfig | None = None) -> ATMConfig:
+    """What the options say: a file, a preset of the paper or a schedule, or else ``default``, the digits' own or the
+    paper's for DeiT-S; and single fields over that."""
+    if args.config is not None:
+        config = _read_config(args.config)
+    elif args.max_gflops is not None or args.top1_drop is not None:
+        config = ATMConfig.preset(args.model, args.max_gflops, args.top1_drop)
+    elif args.schedule is not None:
+        config = ATMConfig(adapt="static", schedule=tuple(args.schedule))
+    elif _configured(args):
+        config = ATMConfig()
+    else:
+        config = default or (digits_config() if args.model == DIGITS else ATMConfig())
+    fields = {name: getattr(args, name) for name in ("alpha", "beta", "theta_min", "split_depth", "backend")}
+    if args.no_proportional_attention:
+        fields["proportional_attention"] = False
+    if args.all_tokens_last:
+        fields["cls_only_last"] = False
+    config = replace(config, **{name: value for name, value in fields.items() if value is not None})
+    config.check_depth(depth)
+    return config
+
+
+def _read_config(path: Path) -> ATMConfig:
+    try:
+        return ATMConfig.from_json(path.read_text())
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"--config {path}: {error}") from error
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="atm-triton", description="Adaptive token merging for Vision Transformers.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    inputs = argparse.ArgumentParser(add_help=False)
+    inputs.add_argument("--model", default=DIGITS, help="digits (default), or any name of timm's")
+    inputs.add_argument("--checkpoint", type=Path, help="weights to load (safetensors or .pth)")
+    inputs.add_argument("--pretrained", action="store_true", help="download timm's published weights")
+    inputs.add_argument("--data", help="digits, or a directory with one folder of images a class")
+    inputs.add_argument("--batch-size", type=int, help="images a batch (64; 8 for random images)")
+    inputs.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    inputs.add_argument("--dtype", default="float32", choices=DTYPES)
+
+    merging = argparse.ArgumentParser(add_help=False)
+    group = merging.add_argument_group(
+        "merging (default: the digits' calibrated thresholds, or the paper's for DeiT-S)"
+    )
+    one = group.add_mutually_exclusive_group()
+    one.add_argument("--config", type=Path, help="a JSON file of ATMConfig, or a result file that holds one")
+    one.add_argument("--max-gflops", type=float, help="the paper's best operating point at this cost")
+    one.add_argument("--top1-drop", type=float, help="the paper's cheapest operating point at this loss, in points")
+    one.add_argument("--schedule", type=int, nargs="+", metavar="R", help='r for each block: adapt="static"')
+    group.add_argument("--alpha", type=float, help="threshold of the first block")
+    group.add_argument("--beta", type=float, help="decay rate of the threshold")
+    group.add_argument("--theta-min", type=float, help="lowest threshold")
+    group.add_argument("--split-depth", type=int, help="blocks that group alternately (3/4 of the depth)")
+    group.add_argument("--backend", default="auto", choices=BACKENDS)
+    group.add_argument("--no-proportional-attention", action="store_true", help="no log n in the attention scores")
+    group.add_argument("--all-tokens-last", action="store_true", help="the last block computes every token")
+
+    out = argparse.ArgumentParser(add_help=False)
+    out.add_argument("--json", type=Path, help="write what was measured, with versions, machine and command")
+
+    sub = commands.add_parser("bench", parents=[inputs, merging, out], help=bench.__doc__, description=bench.__doc__)
+    sub.add_argument("--batches", type=int, default=4, help="batches of images that one turn runs (4)")
+    sub.add_argument("--repeats", type=int, default=9, help="turns (9)")
+    sub.add_argument("--plot", type=Path, help="write a bar chart (PNG)")
+    sub.set_defaults(run=bench)
+    sub = commands.add_parser(
+        "eval", parents=[inputs, merging, out], help=run_eval.__doc__, description=run_eval.__doc__
+    )
+    sub.add_argument("--split", default="test", choices=["test", "calibration", "train"], help="of the digits")
+    sub.add_argument("--limit", type=int, help="the first images alone; of a folder, in the order of its classes")
+    sub.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1), help="processes that load images")
+    sub.set_defaults(run=run_eval)
+    sub = commands.add_parser("env", parents=[out], help=run_env.__doc__, description=run_env.__doc__)
+    sub.set_defaults(run=run_env)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; 0 when it is done, 2 on bad input."""
+    args = _parser().parse_args(argv)
+    try:
+        if args.json is not None:
+            report.check_file("--json", args.json)
+        if getattr(args, "device", "cpu") == "cuda" and not torch.cuda.is_available():
+            raise ValueError("--device cuda: torch sees no CUDA device here")
+        result = args.run(args)
+        if args.json is not None:
+            write_result(args.json, result)
+    except (ValueError, TypeError, OSError) as error:
+        print(f"atm-triton: {_one_line(error)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _one_line(error: Exception) -> str:
+    """The message; of an error that comes with a worker's traceback, its last line."""
+    text = str(error).strip() or type(error).__name__
+    if "Traceback (most recent call last)" in text:
+        text = text.splitlines()[-1].partition(": ")[2]
+    return " ".join(text.split())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,93 @@
+"""Tables and bar charts of what the commands measure."""
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from atm_triton.evaluate import Evaluation, Quality
+
+
+def throughput_table(rows: list[dict[str, Any]]) -> str:
+    """The rows of :func:`atm_triton.throughput.measure`."""
+    lines = [
+        f"{'':24} {'images/s':>9} {'slowest':>9} {'fastest':>9} {'speed-up':>8} {'bound/it':>8} {'GFLOPs':>7} "
+        f"{'peak MiB':>8}"
+    ]
+    for row in rows:
+        name = f"{row['name']}, {row['note']}" if row["note"] else row["name"]
+        lines.append(
+            f"{name:24} {row['images_per_second']:9.1f} {row['slowest']:9.1f} {row['fastest']:9.1f} "
+            f"{row['speedup']:8.2f} {row['of_bound']:8.3f} {row['gflops']:7.3f} {row['peak_mib']:8.1f}"
+        )
+    lines.append("tokens that enter each block:")
+    for row in rows:
+        tokens = " ".join(f"{n:.0f}" for n in row["tokens"])
+        lines.append(f"  {row['name']:22} {tokens}")
+    return "\n".join(lines)
+
+
+def evaluation_table(outcome: Evaluation) -> str:
+    """All images, then the deciles from the easiest to the hardest."""
+    lines = [
+        f"{'':10} {'images':>7} {'top-1':>7} {'before':>7} {'agree %':>8} {'KL':>9} {'GFLOPs':>7} {'own tokens':>10}"
+    ]
+    lines.append(_line("all", outcome.overall))
+    lines += [_line(f"decile {number}", quality) for number, quality in enumerate(outcome.deciles, start=1)]
+    if outcome.deciles:
+        lines.append("deciles: from the images that would keep the fewest tokens by their own count to the most")
+    lines.append("tokens that enter each block: " + " ".join(f"{n:.1f}" for n in outcome.tokens))
+    lines.append(
+        f"{outcome.overall.gflops:.3f} GFLOPs an image of {outcome.gflops_unpatched:.3f}: "
+        f"{100 * outcome.saved:.1f} % of the MACs saved"
+    )
+    if outcome.top1_drop_se is not None:
+        change = outcome.overall.top1 - outcome.overall.top1_unpatched
+        lines.append(f"top-1 changes by {change:+.2f} points (standard error {outcome.top1_drop_se:.2f})")
+    return "\n".join(lines)
+
+
+def _line(name: str, quality: Quality) -> str:
+    def figure(value: float | None, width: int, digits: int) -> str:
+        return f"{value:{width}.{digits}f}" if value is not None else f"{'-':>{width}}"
+
+    return (
+        f"{name:10} {quality.images:7d} {figure(quality.top1, 7, 2)} {figure(quality.top1_unpatched, 7, 2)} "
+        f"{quality.agreement:8.2f} {quality.kl:9.5f} {quality.gflops:7.3f} {figure(quality.own_tokens, 10, 1)}"
+    )
+
+
+def check_plot(path: Path | None) -> None:
+    """Fail before an hour's run rather than after it."""
+    if path is None:
+        return
+    if find_spec("matplotlib") is None:
+        raise ValueError("plots need matplotlib: pip install 'atm-triton[paper]'")
+    check_file("--plot", path)
+
+
+def check_file(option: str, path: Path) -> None:
+    """Refuse a path that nothing can be written to."""
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"{option} {path}: its directory does not exist")
+    if path.is_dir():
+        raise IsADirectoryError(f"{option} {path} is a directory; name a file in it")
+
+
+def throughput_plot(cases: list[dict[str, Any]], path: Path) -> None:
+    """Images a second of every variant, a panel for each case, the turns' range as a whisker."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.2 * len(cases), 3.6), layout="constrained")
+    panels = figure.subplots(1, len(cases), squeeze=False)[0]
+    for panel, case in zip(panels, cases, strict=True):
+        rows = case["rows"]
+        names = [f"{row['name']}\n{row['gflops']:.2f} GFLOPs" for row in rows]
+        rates = [row["images_per_second"] for row in rows]
+        below = [row["images_per_second"] - row["slowest"] for row in rows]
+        above = [row["fastest"] - row["images_per_second"] for row in rows]
+        colours = ["0.6", "0.8", "tab:blue", "tab:red"]
+        panel.bar(names, rates, yerr=[below, above], color=colours, capsize=3)
+        panel.set_ylabel("images a second")
+        panel.set_title(case["title"].split(", r =")[0], fontsize=8)
+        panel.tick_params(axis="x", labelsize=8)
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,5 @@
+from atm_triton.env import environment
+
+
+def pytest_benchmark_update_machine_info(config, machine_info):
+    machine_info["environment"] = environment()

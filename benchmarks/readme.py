@@ -1,0 +1,86 @@
+"""Write README's tables from the files in ``benchmarks/results/``: ``python -m benchmarks.readme``."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+RESULTS = Path(__file__).parent / "results"
+
+
+def load(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / name).read_text())
+
+
+def made_by(*names: str) -> str:
+    """Where a table comes from: file, command, commit and machine."""
+    lines = []
+    for name in names:
+        e = load(name)["environment"]
+        commit = (e["commit"] or "none")[:7] + (" and changes" if e["dirty"] else "")
+        lines.append(
+            f"[`{name}`](benchmarks/results/{name}): `{e['command']}`, {e['cpu']}, torch {e['torch']}, "
+            f"timm {e['timm']}, commit {commit}."
+        )
+    return "\n".join(lines)
+
+
+def accuracy_table() -> str:
+    rows = load("digits_accuracy.json")["rows"]
+    shipped = next(row for row in rows if row["method"] == "shipped")
+    tome = min(
+        (row for row in rows if row["method"] == "ToMe"),
+        key=lambda row: abs(row["overall"]["gflops"] - shipped["overall"]["gflops"]),
+    )
+    whole = shipped["overall"]
+    r = tome["config"]["schedule"][0]
+    lines = [
+        f"| {whole['images']} test images, batches of 64 | GFLOPs | saved | top-1 | agreement | KL |",
+        "|---|---|---|---|---|---|",
+        f"| unpatched | {shipped['gflops_unpatched']:.3f} | | {whole['top1_unpatched']:.2f} % | | |",
+        _quality('ATM, `adapt="batch"`, shipped thresholds', shipped),
+        _quality(f"ToMe, constant r = {r}", tome),
+    ]
+    return "\n".join(lines) + "\n\n" + made_by("digits_accuracy.json")
+
+
+def _quality(name: str, row: dict[str, Any]) -> str:
+    q = row["overall"]
+    change = f"{q['top1'] - q['top1_unpatched']:+.2f} ± {row['top1_drop_se']:.2f}"
+    return (
+        f"| {name} | {q['gflops']:.3f} | {100 * row['saved']:.1f} % | {q['top1']:.2f} % ({change}) "
+        f"| {q['agreement']:.2f} % | {q['kl']:.5f} |"
+    )
+
+
+def throughput_table() -> str:
+    lines = ["| | images/s | speed-up | time(bound) / time | GFLOPs | peak MiB |", "|---|---|---|---|---|---|"]
+    for case in load("cpu_bench.json")["cases"]:
+        lines.append(f"| **{case['title']}** | | | | | |")
+        for row in case["rows"]:
+            name = f"{row['name']}, {row['note']}" if row["note"] else row["name"]
+            lines.append(
+                f"| {name} | {row['images_per_second']:.1f} ({row['slowest']:.1f} to {row['fastest']:.1f}) "
+                f"| {row['speedup']:.2f} | {row['of_bound']:.3f} | {row['gflops']:.3f} | {row['peak_mib']:.1f} |"
+            )
+    return "\n".join(lines) + "\n\n" + made_by("cpu_bench.json")
+
+
+TABLES = {"accuracy": accuracy_table, "throughput": throughput_table}
+
+
+def fill(text: str) -> str:
+    """``text`` with what stands between ``<!-- NAME -->`` and ``<!-- end -->`` made anew."""
+    for name, table in TABLES.items():
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+        if not pattern.search(text):
+            raise ValueError(f"README has no place for the table {name!r}")
+        content = table()
+        text = pattern.sub(lambda match, content=content: f"{match[1]}{content}\n{match[2]}", text)
+    return text
+
+
+if __name__ == "__main__":
+    README.write_text(fill(README.read_text()))

@@ -1,0 +1,279 @@
+"""The command line in the small, and bad input: one line, exit code 2."""
+
+import json
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from atm_triton import ATMConfig, apply_patch
+from atm_triton.cli import main
+from atm_triton.evaluate import evaluate
+from atm_triton.inputs import digits_config, open_images, open_model
+
+FEW = ["--limit", "20", "--batch-size", "10"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """An ImageFolder of three classes with two images each."""
+    for name in ("cat", "dog", "eel"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for index in range(2):
+            pixels = torch.randint(0, 255, (300, 200, 3), dtype=torch.uint8).numpy()
+            Image.fromarray(pixels).save(tmp_path / "images" / name / f"{index}.jpg")
+    return tmp_path / "images"
+
+
+def weights(path, name="deit_tiny_patch16_224", **options):
+    save_file(timm.create_model(name, **options).state_dict(), path)
+    return str(path)
+
+
+def test_eval_on_digits(tmp_path, capsys):
+    out = tmp_path / "eval.json"
+    assert main(["eval", *FEW, "--json", str(out)]) == 0
+    result = json.loads(out.read_text())
+    overall = result["evaluation"]["overall"]
+    assert overall["images"] == 20 and overall["top1"] > 60
+    assert len(result["evaluation"]["deciles"]) == 10 and len(result["evaluation"]["tokens"]) == 12
+    kept = [decile["own_tokens"] for decile in result["evaluation"]["deciles"]]
+    assert kept == sorted(kept)
+    assert result["environment"]["torch"] == version("torch") and result["environment"]["utc"]
+    printed = capsys.readouterr().out
+    assert "decile 10" in printed and f"{100 * result['evaluation']['saved']:.1f} % of the MACs saved" in printed
+
+
+def test_eval_on_a_folder_with_a_checkpoint(tmp_path, folder, capsys):
+    checkpoint = weights(tmp_path / "deit.safetensors")
+    arguments = ["eval", "--model", "deit_tiny_patch16_224", "--checkpoint", checkpoint, "--data", str(folder)]
+    assert main([*arguments, "--workers", "0", "--max-gflops", "1.0"]) == 0
+    assert "no top-1: it needs one folder for each class" in capsys.readouterr().out
+
+
+def test_evaluation_equals_a_count_by_hand():
+    model = open_model()
+    batches = list(open_images(model, limit=30, batch_size=10))
+    config = digits_config()
+    outcome = evaluate(model, batches, config)
+    patched = apply_patch(open_model(), config)
+    with torch.inference_mode():
+        pairs = [(model(x), patched(x), labels) for x, labels in batches]
+    right = sum((after.argmax(1) == labels).sum().item() for _, after, labels in pairs)
+    agree = sum((after.argmax(1) == before.argmax(1)).sum().item() for before, after, _ in pairs)
+    kl = sum(
+        torch.nn.functional.kl_div(
+            after.double().log_softmax(1), before.double().log_softmax(1), reduction="sum", log_target=True
+        ).item()
+        for before, after, _ in pairs
+    )
+    assert outcome.overall.top1 == pytest.approx(100 * right / 30)
+    assert outcome.overall.agreement == pytest.approx(100 * agree / 30)
+    assert outcome.overall.kl == pytest.approx(kl / 30, abs=1e-9)
+    assert sum(decile.images for decile in outcome.deciles) == 30
+
+
+def test_static_has_no_deciles():
+    model = open_model()
+    config = ATMConfig(adapt="static", schedule=(10,) * 12)
+    outcome = evaluate(model, open_images(model, limit=20, batch_size=10), config)
+    assert outcome.deciles == () and outcome.overall.own_tokens is None
+    assert outcome.tokens[1] == 197 - 10
+
+
+def test_bench(tmp_path, capsys):
+    out, plot = tmp_path / "bench.json", tmp_path / "bench.png"
+    arguments = ["--batches", "2", "--batch-size", "4", "--repeats", "2", "--json", str(out), "--plot", str(plot)]
+    assert main(["bench", *arguments]) == 0
+    cases = json.loads(out.read_text())["cases"]
+    titles = [case["title"].split(",")[0] for case in cases]
+    assert titles == ["digits", "deit_small_patch16_224"]
+    assert "digits, its own weights, on digits: 2 batches of 4" in cases[0]["title"]
+    assert "random weights, random images, batch 4, r = 8, 8" in cases[1]["title"]
+    for case in cases:
+        names = [row["name"] for row in case["rows"]]
+        assert names == ["timm", "free-merge bound", "ToMe", "ATM"]
+        base, bound, tome, atm = case["rows"]
+        assert base["speedup"] == 1 and bound["of_bound"] == 1 and len(atm["seconds"]) == 2
+        assert atm["tokens"] == bound["tokens"] and atm["gflops"] == bound["gflops"] < base["gflops"]
+        assert abs(tome["gflops"] - atm["gflops"]) < 0.05 * base["gflops"]
+        assert all(row["peak_mib"] > 0 for row in case["rows"])
+        assert atm["slowest"] <= atm["images_per_second"] <= atm["fastest"]
+    assert Image.open(plot).size[0] > 500
+    assert "free-merge bound" in capsys.readouterr().out
+
+
+def test_bench_of_a_given_model_and_schedule(capsys):
+    arguments = ["--model", "deit_tiny_patch16_224", "--batch-size", "1", "--repeats", "1"]
+    assert main(["bench", *arguments, "--schedule", *["13"] * 12, "--split-depth", "12"]) == 0
+    printed = capsys.readouterr().out
+    assert "ToMe, r = 13" in printed and "random weights" in printed
+    assert "197 184 171 158 145 132 119 106 93 80 67 54" in printed
+
+
+def test_env(tmp_path, capsys):
+    out = tmp_path / "env.json"
+    assert main(["env", "--json", str(out)]) == 0
+    assert "backend_reason" in capsys.readouterr().out
+    facts = json.loads(out.read_text())["environment"]
+    assert {"torch", "timm", "cpu", "commit", "dirty", "utc", "command"} <= facts.keys()
+
+
+@pytest.mark.parametrize("command", ["bench", "eval", "env"])
+def test_help(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0 and "--json" in capsys.readouterr().out
+
+
+def bad(*arguments):
+    return pytest.param(list(arguments[:-1]), arguments[-1], id=" ".join(arguments[:-1]) or "nothing")
+
+
+TINY = ("--model", "deit_tiny_patch16_224")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        bad("eval", "--model", "deit_smal_patch16_224", "model 'deit_smal_patch16_224' is unknown to timm; did you"),
+        bad("eval", "--model", "resnet18", "--checkpoint", "x", "ResNet cannot be merged"),
+        bad("eval", *TINY, "--pretrained", "model 'deit_tiny_patch16_224' cannot be made"),
+        bad("eval", *TINY, "deit_tiny_patch16_224 would have random weights: give --checkpoint FILE or --pretrained"),
+        bad("eval", "--checkpoint", "missing.safetensors", "checkpoint missing.safetensors does not exist"),
+        bad("eval", "--data", "missing", "directory missing does not exist"),
+        bad("eval", "--batch-size", "0", "batch size 0 is too small; give 1 or more"),
+        bad("eval", "--limit", "0", "limit 0 is too small"),
+        bad("eval", "--workers", "-1", "workers -1 is too small"),
+        bad("eval", "--alpha", "1.5", "alpha=1.5 is out of range"),
+        bad("eval", "--theta-min", "2", "theta_min=2.0 is out of range"),
+        bad("eval", "--beta", "-1", "beta=-1.0 is out of range"),
+        bad("eval", "--split-depth", "13", "split_depth=13 is beyond the model's 12 blocks"),
+        bad("eval", "--schedule", "8", "schedule has 1 values for a model of 12 blocks"),
+        bad("eval", "--schedule", "-8", "schedule[0]=-8 is negative"),
+        bad("eval", "--config", "missing.json", "missing.json"),
+        bad("eval", "--max-gflops", "3", "the paper has no operating points for 'digits'"),
+        bad("eval", "--json", "/nowhere/out.json", "--json /nowhere/out.json: its directory does not exist"),
+        bad("eval", "--backend", "triton", "--limit", "3", 'backend="triton" cannot run on cpu'),
+        bad("bench", "--repeats", "0", "--repeats and --batches want 1 or more"),
+        bad("bench", "--batches", "0", "--repeats and --batches want 1 or more"),
+        bad("bench", "--batch-size", "0", "batch size 0 is too small"),
+        bad("bench", *TINY, "--batch-size", "0", "batch size 0 is too small"),
+        bad("bench", "--model", "resnet18", "ResNet cannot be merged"),
+        bad("bench", "--plot", "/nowhere/out.png", "--plot /nowhere/out.png: its directory does not exist"),
+        bad("bench", *TINY, "--alpha", "0.95", "thresholds mean nothing on random images: give deit_tiny"),
+        bad("bench", *TINY, "--max-gflops", "1", "thresholds mean nothing on random images"),
+        bad("eval", "--json", ".", "--json . is a directory; name a file in it"),
+        bad("eval", "--config", "pyproject.toml", "--config pyproject.toml: the configuration is no JSON"),
+        bad("bench", *TINY, "--data", "digits", "the digits are 1 x 112 x 112, the model takes 3 x 224 x 224"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(arguments, message, capsys, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[1])
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # a machine without a network
+    assert main(arguments) == 2
+    error = capsys.readouterr().err.splitlines()
+    assert len(error) == 1 and error[0].startswith("atm-triton: ") and message in error[0], error
+
+
+BOTH = ["eval", "--max-gflops", "1", "--top1-drop", "0"]
+
+
+@pytest.mark.parametrize("arguments", [[], ["evaluate"], ["eval", "--adapt"], ["eval", "--dtype", "x"], BOTH], ids=str)
+def test_a_command_line_that_is_none(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2 and "usage: atm-triton" in capsys.readouterr().err
+
+
+def failing(arguments, capsys):
+    assert main(["eval", *TINY, *arguments, "--alpha", "0.95"]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.count("\n") == 0, error
+    return error
+
+
+def test_bad_files(tmp_path, folder, capsys):
+    good = weights(tmp_path / "good.safetensors")
+    small = weights(tmp_path / "small.safetensors", "deit_small_patch16_224")
+    (tmp_path / "text.pth").write_text("no weights")
+    (tmp_path / "text.safetensors").write_text("no weights")
+    data = ["--data", str(folder), "--workers", "0"]
+    error = failing([*data, "--checkpoint", small], capsys)
+    assert "small.safetensors is none of this VisionTransformer: Error(s) in loading" in error
+    torch.save({"model": print}, tmp_path / "code.pth")  # a pickle that is no weights
+    for name in ("text.pth", "text.safetensors", "code.pth"):
+        error = failing([*data, "--checkpoint", str(tmp_path / name)], capsys)
+        assert f"{name} is none of this VisionTransformer" in error
+
+    (tmp_path / "empty").mkdir()
+    assert "empty" in failing(["--checkpoint", good, "--data", str(tmp_path / "empty")], capsys)
+    (tmp_path / "empty" / "class").mkdir()
+    assert "empty" in failing(["--checkpoint", good, "--data", str(tmp_path / "empty")], capsys)
+    (folder / "dog" / "broken.jpg").write_bytes(b"no image")
+    for workers in ("0", "2"):
+        error = failing(["--checkpoint", good, "--data", str(folder), "--workers", workers], capsys)
+        assert error.startswith("atm-triton: ") and "broken.jpg is no readable image" in error
+
+
+def test_broken_weights(tmp_path, capsys):
+    state = open_model().state_dict()
+    state["norm.weight"][3] = float("nan")
+    save_file(state, tmp_path / "nan.safetensors")
+    assert main(["eval", "--checkpoint", str(tmp_path / "nan.safetensors"), "--limit", "3"]) == 2
+    assert "the unpatched model's logits of batch 0 hold NaN or infinity" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["eval", "bench"])
+def test_nan_images_end_a_command(command, capsys, monkeypatch):
+    loader = [(torch.full((2, 1, 112, 112), torch.nan), torch.zeros(2))]
+    monkeypatch.setattr("atm_triton.cli.open_images", lambda *_, **__: loader)
+    monkeypatch.setattr("atm_triton.cli.labels_fit", lambda *_: True)
+    assert main([command]) == 2
+    error = capsys.readouterr().err
+    assert error == "atm-triton: images of batch 0 hold NaN or infinity; check the images and the weights\n"
+
+
+def test_broken_weights_end_a_bench(tmp_path, capsys):
+    state = timm.create_model("deit_tiny_patch16_224").state_dict()
+    state["norm.weight"][3] = float("nan")
+    save_file(state, tmp_path / "nan.safetensors")
+    assert main(["bench", *TINY, "--checkpoint", str(tmp_path / "nan.safetensors"), "--batch-size", "1"]) == 2
+    assert "the unpatched model's logits of batch 0 hold NaN" in capsys.readouterr().err
+
+
+def test_the_digits_model_reads_a_folder_in_grey(folder, capsys):
+    assert main(["eval", "--data", str(folder), "--workers", "0"]) == 0
+    assert "no top-1" in capsys.readouterr().out
+
+
+def test_options_reach_the_bench(tmp_path):
+    arguments = ["--batch-size", "1", "--repeats", "1", "--all-tokens-last", "--no-proportional-attention"]
+    assert main(["bench", *TINY, *arguments, "--json", str(tmp_path / "bench.json")]) == 0
+    (case,) = json.loads((tmp_path / "bench.json").read_text())["cases"]
+    assert not case["config"]["cls_only_last"] and not case["config"]["proportional_attention"]
+    assert case["rows"][3]["gflops"] > 0.9 and case["rows"][2]["note"] == "r = 8"  # ToMe under the same terms
+
+
+def test_nan_images_are_refused():
+    model = open_model()
+    images = torch.randn(2, 1, 112, 112)
+    images[1, 0, 3, 3] = float("nan")
+    with pytest.raises(ValueError, match="images of batch 1 hold NaN or infinity"):
+        evaluate(model, [(torch.randn(2, 1, 112, 112), torch.zeros(2)), (images, torch.zeros(2))], digits_config())
+    with pytest.raises(ValueError, match="no images to evaluate"):
+        evaluate(model, [], digits_config())
+
+
+def test_as_a_process():
+    command = [sys.executable, "-m", "atm_triton", "eval", "--batch-size", "0"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == "atm-triton: batch size 0 is too small; give 1 or more\n"

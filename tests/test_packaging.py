@@ -1,0 +1,108 @@
+"""A wheel built from this checkout, installed elsewhere: it works and brings one top-level name."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """Built from a copy: building leaves folders behind."""
+    folder = tmp_path_factory.mktemp("build")
+    skipped = shutil.ignore_patterns(".git", ".venv", "build", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis")
+    shutil.copytree(ROOT, folder / "source", ignore=skipped)
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "."]
+    subprocess.run([*command, "--wheel-dir", str(folder)], cwd=folder / "source", check=True)
+    return next(folder.glob("*.whl"))
+
+
+@pytest.fixture(scope="module")
+def site(wheel, tmp_path_factory):
+    target = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), str(wheel)]
+    subprocess.run(command, check=True)
+    return target
+
+
+def test_the_wheel_holds_the_package_and_nothing_else(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    tops = {name.split("/")[0] for name in names}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"atm_triton"}
+    assert {
+        "atm_triton/kernels/__init__.py",
+        "atm_triton/digits/vit_digits_patch8_112.safetensors",
+        "atm_triton/digits/vit_digits_patch8_112.atm.json",
+        "atm_triton/digits/source.safetensors",
+        "atm_triton/operating_points.json",
+        "atm_triton/py.typed",
+    } <= set(names)
+    assert wheel.stat().st_size < 5e6
+
+
+CODE = """
+import atm_triton, atm_triton.kernels, atm_triton.digits.model, sys
+from pathlib import Path
+site = Path(sys.argv[1])
+for module in (atm_triton, atm_triton.kernels, atm_triton.digits.model):
+    assert site in Path(module.__file__).parents, module.__file__
+assert list(atm_triton.__path__) == [str(site / "atm_triton")]
+assert atm_triton.ATMConfig.preset("DeiT-S", max_gflops=3.3).alpha == 0.99
+from atm_triton.cli import main
+sys.exit(main(["eval", "--limit", "16"]))
+"""
+
+
+def test_it_works_where_it_is_installed(site, tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", CODE, str(site)], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "% of the MACs saved" in done.stdout
+
+
+def test_the_kernels_are_not_importable_by_their_folders_name():
+    done = subprocess.run([sys.executable, "-c", "import kernels"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "import atm_triton.kernels" in done.stderr
+
+
+def test_no_import_runs_upward():
+    """The layers of CONTRIBUTING: a file imports from its own or a lower one only."""
+    layers = [
+        {"reference", "operating_points", "env"},
+        {"config", "ops"},
+        {"block"},
+        {"model"},
+        {"patch", "flops"},
+        {"summary", "evaluate"},
+        {"inputs", "throughput"},
+        {"report"},
+        {"cli"},
+        {"__main__"},
+    ]
+    level = {name: index for index, names in enumerate(layers) for name in names}
+    files = {path.stem: path for path in (ROOT / "atm_triton").glob("*.py") if path.stem != "__init__"}
+    assert files.keys() == level.keys()
+    for name, path in files.items():
+        for line in path.read_text().splitlines():
+            if line.startswith("from atm_triton.") or line.startswith("from atm_triton import"):
+                imported = _modules(line) & level.keys()
+                assert all(level[other] < level[name] for other in imported), f"{name}: {line}"
+
+
+def _modules(line):
+    if line.startswith("from atm_triton."):
+        return {line.split()[1].split(".")[1]}
+    return {part.strip() for part in line.split(" import ")[1].split(",")}
+
+
+def test_the_reference_knows_no_device_and_no_model():
+    text = (ROOT / "atm_triton" / "reference.py").read_text()
+    assert "cuda" not in text and "timm" not in text and "from atm_triton" not in text
