@@ -96,6 +96,7 @@ class ATMBlock(Block):
         """:meth:`forward` with its assignment and counts; ``merges=False`` leaves every token as it is."""
         attended, assignment, counts, r = self._attend_and_plan(self.norm1(x), size, merges)
         x = x + self.drop_path1(self.ls1(attended))
+        del attended  # its memory is wanted again
         if assignment is not None:
             x, size = ops.merge(x, size, assignment, x.shape[1] - r, self.config.backend)
         x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))

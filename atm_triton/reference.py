@@ -90,7 +90,8 @@ def match(keys: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _rows(x: Tensor, positions: Tensor) -> Tensor:
-    return torch.take_along_dim(x, positions.unsqueeze(2), dim=1)
+    image = torch.arange(len(x), device=x.device).unsqueeze(1)
+    return x[image, positions]
 
 
 def count(similarity: Tensor, theta: float) -> Tensor:
@@ -148,7 +149,7 @@ def merge(x: Tensor, sizes: Tensor, assignment: Tensor, M: int) -> tuple[Tensor,
     """Definition 2: a slot becomes the size-weighted mean of its tokens, x' = sum(n_i x_i) / sum(n_i), n' = sum(n_i).
 
     Written as x' = sum_i (n_i / n') x_i: the share of a token that merges with nothing is exactly 1, so it passes
-    through unchanged. Sums are in float32 or above; on the CPU in the order of the tokens, to the same bits every time.
+    through unchanged. Sums are in float32 or above, in the order of the tokens.
 
     Args:
         x: [B, N, C]; sizes: [B, N] float32; assignment: [B, N] int32; M: the length of the merged sequence.
@@ -160,10 +161,12 @@ def merge(x: Tensor, sizes: Tensor, assignment: Tensor, M: int) -> tuple[Tensor,
     dtype = torch.promote_types(x.dtype, torch.float32)
     n = sizes.to(dtype).flatten()
     slot = _flat_slots(assignment, M)
-    merged_n = n.new_zeros(B * M + 1).index_add(0, slot, n)  # the last entry takes the dropped tokens
+    merged_n = n.new_zeros(B * M + 1).index_add_(0, slot, n)  # the last entry takes the dropped tokens
     share = n / merged_n[slot]
-    merged = x.new_zeros(B * M + 1, C, dtype=dtype)
-    merged = merged.index_add(0, slot, x.reshape(B * N, C) * share.unsqueeze(1))
+    by_slot = slot.argsort(stable=True)
+    first = torch.searchsorted(slot[by_slot], torch.arange(B * M + 1, device=x.device))  # where a slot's tokens begin
+    rows = x.reshape(B * N, C).to(dtype)
+    merged = F.embedding_bag(by_slot, rows, first, mode="sum", per_sample_weights=share[by_slot])
     return merged[:-1].view(B, M, C).to(x.dtype), merged_n[:-1].view(B, M).to(sizes.dtype)
 
 
