@@ -81,11 +81,9 @@ def match(keys: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     if b.shape[1] == 0:  # a single token: nothing to merge with
         return similarity, partner
     norm = k.norm(dim=2, keepdim=True)
-    has_direction = (norm > EPS) & norm.isfinite()
-    k = torch.where(has_direction, k / norm, 0)
+    k = k / norm.where((norm > EPS) & norm.isfinite(), math.nan)  # NaN: no direction
     cosine = _rows(k, a) @ _rows(k, b).transpose(1, 2)  # [B, Na, Nb]
-    alike = _rows(has_direction, a) & _rows(has_direction, b).transpose(1, 2)
-    best, column = cosine.where(alike, NOT_ALIKE).max(dim=2)
+    best, column = cosine.nan_to_num(nan=NOT_ALIKE).max(dim=2)
     return similarity.scatter(1, a, best), partner.scatter(1, a, b.gather(1, column).int())
 
 
