@@ -21,7 +21,7 @@ from benchmarks.thresholds import BATCH_SIZE, calibration_search, choose, rounde
 
 RESULTS = Path(__file__).parent / "results"
 SHARES = (0.3, 0.4, 0.5, 0.6, 0.65)
-TOME_R = (4, 8, 11, 12, 13, 16, 20)
+TOME_R = (4, 8, 11, 13, 14, 15, 16, 20)
 
 
 def configurations(draws: int, device: str) -> dict[str, list[ATMConfig]]:
