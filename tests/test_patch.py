@@ -369,7 +369,9 @@ def test_other_bad_calls():
 
 def test_triton_is_refused_where_it_cannot_run():
     model = apply_patch(vit(), ATMConfig(backend="triton"))
-    with pytest.raises(ValueError, match='backend="triton" cannot run on cpu: this version has no Triton kernels yet'):
+    with pytest.raises(
+        ValueError, match='backend="triton" cannot run on cpu: the operations do not call the Triton kernels yet'
+    ):
         model(images())
 
 

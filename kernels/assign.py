@@ -1,0 +1,262 @@
+"""assign: which token goes to which slot, and for each slot the list of its tokens.
+
+The assignment is the map of the reference. Beside it stand what lets a merge gather instead of scatter: ``tokens``, all
+tokens in the order of their slots (within a slot in the order in which they stood), and ``spans``, where in it the
+tokens of a slot begin and end. Slots of all images are numbered through, as are tokens: the merge knows no images.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from atm_triton.kernels.match import image_bounds
+
+NO_SLOT = tl.constexpr(2**30)  # sorts behind every slot
+TILE, CHUNK = 64, 64  # of lists_kernel
+ONE_PROGRAM = 2048  # tokens of an image that one program sorts; more are ranked by comparison, tile by tile
+
+
+@triton.jit
+def _ordered(similarity):
+    """float32 as uint32 in the same order."""
+    bits = (similarity + 0.0).to(tl.uint32, bitcast=True)  # + 0.0: -0.0 is 0.0
+    sign = tl.full([], 0x80000000, tl.uint32)
+    return tl.where(bits >= sign, ~bits, bits | sign)
+
+
+@triton.jit
+def _largest(key, in_a, r):
+    """Which elements are the ``r`` largest, of equal ones the first: by bisection over the bits of the r-th largest."""
+    bound = tl.full([], 0, tl.uint32)
+    for bit in tl.static_range(32):
+        higher = bound | tl.full([], 1 << (31 - bit), tl.uint32)
+        enough = tl.sum((in_a & (key >= higher)).to(tl.int32)) >= r
+        bound = tl.where(enough, higher, bound)
+    above = in_a & (key > bound)
+    level = in_a & (key == bound)
+    room = r - tl.sum(above.to(tl.int32))
+    return above | (level & (tl.cumsum(level.to(tl.int32)) <= room))
+
+
+@triton.jit
+def _removed_before(counts, image, CHUNK: tl.constexpr):
+    """The tokens that merge away in all images before this one."""
+    removed = tl.zeros([], tl.int64)
+    first = 0
+    while first < image:
+        other = first + tl.arange(0, CHUNK)
+        removed += tl.sum(tl.load(counts + other, mask=other < image, other=0), axis=0)
+        first += CHUNK
+    return removed
+
+
+@triton.jit
+def _first_slot(counts, image, start, r, N, PER_IMAGE: tl.constexpr):
+    """Where the slots of an image begin, and how many of its tokens merge away."""
+    if PER_IMAGE:
+        r = tl.load(counts + image).to(tl.int32)
+        slots = start - _removed_before(counts, image, 1024)
+    else:
+        slots = image.to(tl.int64) * (N - r)
+    return slots, r
+
+
+@triton.jit
+def _sorted_by_slot(slot, i, valid, BLOCK: tl.constexpr):
+    """The tokens of an image by slot, then by position; their slots; whether a list begins or ends there; whether a
+    token is there at all."""
+    key = tl.sort(tl.where(valid, slot * BLOCK + i, NO_SLOT))
+    at = key // BLOCK
+    last = BLOCK - 1
+    before = tl.gather(at, tl.maximum(i - 1, 0), 0)
+    after = tl.gather(at, tl.minimum(i + 1, last), 0)
+    filled = key < NO_SLOT
+    return key % BLOCK, at, filled & ((i == 0) | (before != at)), filled & ((i == last) | (after != at)), filled
+
+
+@triton.jit
+def assign_kernel(
+    similarity,
+    partner,
+    counts,
+    cu_seqlens,
+    assignment,
+    tokens,
+    spans,
+    new_cu_seqlens,
+    r,
+    N,
+    images,
+    P: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PACKED: tl.constexpr,
+    PER_IMAGE: tl.constexpr,
+    LISTS: tl.constexpr,
+):
+    """One program an image."""
+    image = tl.program_id(0)
+    start, length = image_bounds(cu_seqlens, image, N, PACKED)
+    i = tl.arange(0, BLOCK)
+    valid = i < length
+    mate = tl.load(partner + start + i, mask=valid, other=-1)
+    s = tl.load(similarity + start + i, mask=valid, other=float("-inf"))
+    slots, r = _first_slot(counts, image, start, r, N, PER_IMAGE)
+    in_a = mate >= 0
+    joins = _largest(_ordered(s), in_a, r) & (r > 0)
+    stays = in_a & ~joins
+    in_b = valid & ~in_a & (i >= P)
+    kept = tl.sum(stays.to(tl.int32))
+    in_order_a = P + tl.cumsum(stays.to(tl.int32)) - 1
+    in_order_b = P + kept + tl.cumsum(in_b.to(tl.int32)) - 1
+    slot = tl.where(stays, in_order_a, tl.where(in_b, in_order_b, i))
+    slot = tl.where(joins, tl.gather(slot, tl.maximum(mate, 0), 0), slot)
+    slot = tl.where(r == 0, i, slot)
+    tl.store(assignment + start + i, slot, mask=valid)
+    if PER_IMAGE:
+        tl.store(new_cu_seqlens + image, slots.to(tl.int32))
+        if image == images - 1:
+            tl.store(new_cu_seqlens + images, (slots + length - r).to(tl.int32))
+    if LISTS:
+        token, at, begins, ends, filled = _sorted_by_slot(slot, i, valid, BLOCK)
+        here = (start + i).to(tl.int32)
+        tl.store(tokens + start + i, (start + token).to(tl.int32), mask=filled)
+        tl.store(spans + 2 * (slots + at), here, mask=begins)
+        tl.store(spans + 2 * (slots + at) + 1, here + 1, mask=ends)
+
+
+@triton.jit
+def lists_kernel(
+    assignment,
+    counts,
+    cu_seqlens,
+    tokens,
+    spans,
+    N,
+    M,
+    TILE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PACKED: tl.constexpr,
+    PER_IMAGE: tl.constexpr,
+):
+    """The lists of any assignment: one program for some tokens and the slots of the same numbers, ranked by comparing
+    with every token of the image."""
+    image, tile = tl.program_id(0), tl.program_id(1)
+    start, length = image_bounds(cu_seqlens, image, N, PACKED)
+    slots = image.to(tl.int64) * M
+    if PER_IMAGE:
+        slots = start - _removed_before(counts, image, 1024)
+        M = length - tl.load(counts + image).to(tl.int32)
+    i = tile * TILE + tl.arange(0, TILE)
+    mine = tl.load(assignment + start + i, mask=i < length, other=-1)
+    rank = tl.zeros([TILE], tl.int32)
+    begin = tl.zeros([TILE], tl.int32)
+    end = tl.zeros([TILE], tl.int32)
+    first = 0
+    while first < length:
+        j = first + tl.arange(0, CHUNK)
+        slot = tl.load(assignment + start + j, mask=j < length, other=-1)[None, :]
+        there = slot >= 0
+        ahead = (slot < mine[:, None]) | ((slot == mine[:, None]) & (j[None, :] < i[:, None]))
+        rank += tl.sum((there & ahead).to(tl.int32), axis=1)
+        begin += tl.sum((there & (slot < i[:, None])).to(tl.int32), axis=1)
+        end += tl.sum((there & (slot <= i[:, None])).to(tl.int32), axis=1)
+        first += CHUNK
+    tl.store(tokens + start + rank, (start + i).to(tl.int32), mask=mine >= 0)
+    tl.store(spans + 2 * (slots + i), (start + begin).to(tl.int32), mask=i < M)
+    tl.store(spans + 2 * (slots + i) + 1, (start + end).to(tl.int32), mask=i < M)
+
+
+def assign(
+    similarity: Tensor,
+    partner: Tensor,
+    r: int | Tensor,
+    num_prefix: int,
+    cu_seqlens: Tensor | None = None,
+    max_tokens: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The assignment in which the most similar tokens of each image join their partners, and its lists.
+
+    Args:
+        similarity, partner: [B, N] (packed [1, T]), from match.
+        r: one for all images, which stay dense; or int64 [B], each its own, and the merged images are packed.
+        cu_seqlens: int32 [B + 1], where each packed image starts; max_tokens: no image is longer.
+
+    Returns:
+        assignment int32 as ``partner``; tokens int32 [B N]; spans int32 [slots, 2]; new_cu_seqlens int32 [B + 1], None
+        for a dense result. Of a packed result as many spans as tokens are returned: those from new_cu_seqlens[B] on
+        mean nothing.
+    """
+    B, N = partner.shape
+    packed, per_image = cu_seqlens is not None, isinstance(r, Tensor)
+    images, longest = (len(cu_seqlens) - 1, max_tokens) if packed else (B, N)
+    counts, r = (r, 0) if per_image else (None, r)
+    device = partner.device
+    assignment = torch.empty((B, N), dtype=torch.int32, device=device)
+    new_cu_seqlens = torch.zeros(images + 1, dtype=torch.int32, device=device) if per_image else None
+    sorts = longest <= ONE_PROGRAM
+    tokens, spans = _empty_lists(B, N, N - r, device) if sorts else (None, None)
+    if images:
+        block = max(16, triton.next_power_of_2(longest))
+        assign_kernel[(images,)](
+            similarity,
+            partner,
+            counts,
+            cu_seqlens,
+            assignment,
+            tokens,
+            spans,
+            new_cu_seqlens,
+            r,
+            N,
+            images,
+            P=num_prefix,
+            BLOCK=block,
+            PACKED=packed,
+            PER_IMAGE=per_image,
+            LISTS=sorts,
+            num_warps=warps(block),
+        )
+    if not sorts:
+        tokens, spans = lists(assignment, N - r, counts, cu_seqlens, longest)
+    return assignment, tokens, spans, new_cu_seqlens
+
+
+def lists(
+    assignment: Tensor,
+    M: int,
+    counts: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_tokens: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """tokens and spans of any assignment [B, N] with slots 0 .. M - 1 and -1 for dropped tokens; further arguments as
+    in :func:`assign`."""
+    B, N = assignment.shape
+    images, longest = (len(cu_seqlens) - 1, max_tokens) if cu_seqlens is not None else (B, N)
+    tokens, spans = _empty_lists(B, N, M, assignment.device)
+    if images:
+        lists_kernel[(images, triton.cdiv(max(longest, M if counts is None else 0), TILE))](
+            assignment,
+            counts,
+            cu_seqlens,
+            tokens,
+            spans,
+            N,
+            M,
+            TILE=TILE,
+            CHUNK=CHUNK,
+            PACKED=cu_seqlens is not None,
+            PER_IMAGE=counts is not None,
+            num_warps=4,
+        )
+    return tokens, spans
+
+
+def _empty_lists(B: int, N: int, M: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    tokens = torch.empty(B * N, dtype=torch.int32, device=device)
+    return tokens, torch.empty((B * M, 2), dtype=torch.int32, device=device)
+
+
+def warps(block: int) -> int:
+    """Warps of :func:`assign_kernel` for a block of tokens."""
+    return max(1, min(32, block // 128))

@@ -1,0 +1,144 @@
+"""attention: softmax(q k^T * scale + log n) v, flash style: no scores in memory (Appendix A; ToMe, Section 3)."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from atm_triton.kernels.match import image_base, image_bounds
+
+LOG2_E = 1.4426950408889634  # softmax in powers of two
+
+
+@triton.jit
+def attention_kernel(
+    q,
+    k,
+    v,
+    log2_sizes,
+    cu_seqlens,
+    out,
+    scale,
+    N,
+    queries,
+    q_stride_b,
+    q_stride_n,
+    q_stride_h,
+    k_stride_b,
+    k_stride_n,
+    k_stride_h,
+    v_stride_b,
+    v_stride_n,
+    v_stride_h,
+    H: tl.constexpr,
+    d: tl.constexpr,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
+    BIAS: tl.constexpr,
+    PACKED: tl.constexpr,
+    LEADING: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One program for some queries of one head of one image. ``scale`` has the factor log2 e in it. ``LEADING``: the
+    first ``queries`` tokens of an image ask, and q and out hold those alone."""
+    tile, head, image = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    start, length = image_bounds(cu_seqlens, image, N, PACKED)
+    first_query, asking = start, length
+    if LEADING:
+        first_query, asking = image.to(tl.int64) * queries, tl.minimum(queries, length)
+    if tile * ROWS >= asking:
+        return
+    i = tile * ROWS + tl.arange(0, ROWS)
+    c = tl.arange(0, D)
+    inside = (i < asking)[:, None] & (c < d)[None, :]
+    q_tile = tl.load(
+        image_base(q, image, first_query, q_stride_b, q_stride_n, PACKED)
+        + head * q_stride_h
+        + i[:, None] * q_stride_n
+        + c[None, :],
+        mask=inside,
+        other=0.0,
+    )
+    k_base = image_base(k, image, start, k_stride_b, k_stride_n, PACKED) + head * k_stride_h
+    v_base = image_base(v, image, start, v_stride_b, v_stride_n, PACKED) + head * v_stride_h
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    mixed = tl.zeros([ROWS, D], tl.float32)
+    for first in tl.range(0, length, COLUMNS, num_stages=STAGES):
+        j = first + tl.arange(0, COLUMNS)
+        there = j < length
+        inside_k = there[:, None] & (c < d)[None, :]
+        k_tile = tl.load(k_base + j[:, None] * k_stride_n + c[None, :], mask=inside_k, other=0.0)
+        s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale
+        if BIAS:
+            s += tl.load(log2_sizes + start + j, mask=there, other=float("-inf"))[None, :]
+        else:
+            s = tl.where(there[None, :], s, float("-inf"))
+        higher = tl.maximum(top, tl.max(s, axis=1))
+        shrink = tl.exp2(top - higher)
+        p = tl.exp2(s - higher[:, None])
+        v_tile = tl.load(v_base + j[:, None] * v_stride_n + c[None, :], mask=inside_k, other=0.0)
+        total = total * shrink + tl.sum(p, axis=1)
+        mixed = tl.dot(p.to(v_tile.dtype), v_tile, mixed * shrink[:, None], input_precision=PRECISION)
+        top = higher
+    at = out + ((first_query + i)[:, None] * H + head) * d + c[None, :]
+    tl.store(at, (mixed / total[:, None]).to(out.dtype.element_ty), mask=inside)
+
+
+def tiles(d: int, Nq: int) -> dict[str, int]:
+    """Tiles for a head dimension and a number of queries."""
+    rows = 64 if Nq > 16 else 16
+    return {"ROWS": rows, "COLUMNS": 64, "STAGES": 2, "num_warps": 4}
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log2_sizes: Tensor | None,
+    scale: float,
+    cu_seqlens: Tensor | None = None,
+    max_tokens: int | None = None,
+) -> Tensor:
+    """Attention with the logarithm of the sizes added to the scores.
+
+    Args:
+        q: [B, H, Nq, d], or packed [1, H, T, d]; k, v: [B, H, N, d], or packed; any strides but 1 for the last.
+        log2_sizes: float32 [B, N], contiguous (packed [1, T]): log2 of the patches that each token stands for; None for
+            one each.
+
+    Returns:
+        [B, H, Nq, d] in the dtype of q, a view of [B, Nq, H, d] in memory.
+    """
+    B, H, Nq, d = q.shape
+    N = k.shape[2]
+    packed = cu_seqlens is not None
+    images, longest = (len(cu_seqlens) - 1, max_tokens) if packed else (B, Nq)
+    out = torch.empty((B, Nq, H, d), dtype=q.dtype, device=q.device)
+    if images and longest:
+        table = tiles(d, longest)
+        grid = (triton.cdiv(longest, table["ROWS"]), H, images)
+        strides = (s for x in (q, k, v) for s in (x.stride(0), x.stride(2), x.stride(1)))
+        attention_kernel[grid](
+            q,
+            k,
+            v,
+            log2_sizes,
+            cu_seqlens,
+            out,
+            scale * LOG2_E,
+            N,
+            Nq,
+            *strides,
+            H=H,
+            d=d,
+            D=max(16, triton.next_power_of_2(d)),
+            BIAS=log2_sizes is not None,
+            PACKED=packed,
+            LEADING=not packed and Nq != N,
+            PRECISION="tf32x3" if q.dtype == torch.float32 else None,
+            **table,
+        )
+    return out.transpose(1, 2)

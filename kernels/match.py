@@ -1,0 +1,399 @@
+"""match: each token's most similar partner, and each image's number of candidates (Sections 3.1 to 3.3).
+
+Keys are read in place, averaged over the heads, normalised and multiplied in one launch where both groups of an image
+fit a tile; N x N similarities are never in memory. A longer image takes two launches: one that writes unit vectors
+[N, d], one that runs tiles of A against tiles of B.
+
+Products are accurate to float32: each factor is split in two float16 halves (scaled by 64, which keeps the low half
+out of the subnormals) and three of the four half products are summed. Plain tf32 would flip 7 % of the decisions near a
+cosine of 0.99, bfloat16 4 %.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+EPS_SQUARED = tl.constexpr(1e-24)
+NOT_ALIKE = tl.constexpr(-2.0)
+SCALE = tl.constexpr(64.0)
+LAST = tl.constexpr(2**31 - 1)
+ALTERNATE, BY_SIZE, HALVES = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # HALVES: by size where all are equal
+PREFIX = tl.constexpr(16)  # a tile that holds the protected tokens
+
+WHOLE_IMAGE = 256  # tokens that may merge: up to here the groups of an image fit one tile
+ROWS, COLUMNS, TOKENS = 128, 64, 64  # tiles of longer images
+
+
+@triton.jit
+def image_bounds(cu_seqlens, b, N, PACKED: tl.constexpr):
+    """The row of the image's first token (int64), and its number of tokens."""
+    if PACKED:
+        start = tl.load(cu_seqlens + b).to(tl.int64)
+        length = (tl.load(cu_seqlens + b + 1) - start).to(tl.int32)
+    else:
+        start = b.to(tl.int64) * N
+        length = N
+    return start, length
+
+
+@triton.jit
+def image_base(x, b, start, stride_b, stride_n, PACKED: tl.constexpr):
+    """Where the image's rows begin in a strided tensor."""
+    if PACKED:
+        x += start * stride_n
+    else:
+        x += b.to(tl.int64) * stride_b
+    return x
+
+
+@triton.jit
+def _group_sizes(length, P: tl.constexpr, GROUP: tl.constexpr):
+    """How many tokens are in A and in B."""
+    free = tl.maximum(length - P, 0)
+    if GROUP == ALTERNATE:
+        na = (free + 1 - P % 2) // 2
+    else:
+        na = free // 2
+    return na, free - na
+
+
+@triton.jit
+def _rank(sizes, n, token, free, CHUNK: tl.constexpr):
+    """How many of the ``free`` tokens come before each in a stable sort by size."""
+    rank = tl.zeros([n.shape[0]], tl.int32)
+    first = 0
+    while first < free:
+        other = first + tl.arange(0, CHUNK)
+        m = tl.load(sizes + other, mask=other < free, other=float("inf"))
+        before = (m[None, :] < n[:, None]) | ((m[None, :] == n[:, None]) & (other[None, :] < token[:, None]))
+        rank += tl.sum((before & (other < free)[None, :]).to(tl.int32), axis=1)
+        first += CHUNK
+    return rank
+
+
+@triton.jit
+def _positions(
+    sizes,
+    free,
+    na,
+    first,
+    IN_B: tl.constexpr,
+    P: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ALL: tl.constexpr,
+):
+    """The positions of the members ``first`` .. of A or of B [BLOCK], whatever past the end. By size a group stands in
+    order of size."""
+    member = first + tl.arange(0, BLOCK)
+    if GROUP == ALTERNATE:
+        position = (P + IN_B) % 2 + 2 * member
+    else:
+        if IN_B:
+            member += na
+        position = member
+        if GROUP == BY_SIZE:
+            position = tl.zeros([BLOCK], tl.int32)
+            at = 0
+            while at < free:  # ranks turned round by comparison: nothing passes between threads through memory
+                token = at + tl.arange(0, CHUNK)
+                n = tl.load(sizes + token, mask=token < free, other=float("inf"))
+                rank = tl.where(token < free, _rank(sizes, n, token, free, ALL), -1)
+                position += tl.sum(tl.where(rank[:, None] == member[None, :], token[:, None], 0), axis=0)
+                at += CHUNK
+    return P + position
+
+
+@triton.jit
+def _unit_vectors(
+    keys,
+    position,
+    valid,
+    stride_n,
+    stride_h,
+    H: tl.constexpr,
+    d: tl.constexpr,
+    D: tl.constexpr,
+    HEADS_TOGETHER: tl.constexpr,
+):
+    """Mean keys over the heads as unit vectors [BLOCK, D], 0 where they have no direction, and whether they do."""
+    c = tl.arange(0, D)
+    inside = valid[:, None] & (c < d)[None, :]
+    at = keys + position[:, None] * stride_n + c[None, :]
+    total = tl.zeros([position.shape[0], D], tl.float32)
+    for h in range(H):
+        if HEADS_TOGETHER:  # a stride that the compiler knows: wide loads also for odd d
+            offset = h * d
+        else:
+            offset = h * stride_h
+        total += tl.load(at + offset, mask=inside, other=0.0).to(tl.float32)
+    mean = total * (1.0 / H)
+    squared = tl.sum(mean * mean, axis=1)
+    has_direction = (squared > EPS_SQUARED) & (squared < float("inf"))
+    norm = tl.sqrt_rn(tl.maximum(squared, EPS_SQUARED))
+    return tl.where(has_direction[:, None], mean / norm[:, None], 0.0), has_direction
+
+
+@triton.jit
+def _halves(unit):
+    """A unit vector as the sum of two float16 vectors, scaled."""
+    scaled = unit * SCALE
+    high = scaled.to(tl.float16)
+    return high, (scaled - high.to(tl.float32)).to(tl.float16)
+
+
+@triton.jit
+def _cosines(a_high, a_low, b_high, b_low):
+    """float32-accurate products of rows of A and rows of B, smallest terms first."""
+    b_high, b_low = tl.trans(b_high), tl.trans(b_low)
+    s = tl.dot(a_low, b_high)
+    s = tl.dot(a_high, b_low, s)
+    s = tl.dot(a_high, b_high, s)
+    return s * (1.0 / (SCALE * SCALE))
+
+
+@triton.jit
+def _best(s, alike, position, valid):
+    """The largest similarity of each row, and the lowest position that has it."""
+    s = tl.where(alike, s, NOT_ALIKE)
+    s = tl.where(valid[None, :], s, float("-inf"))
+    best = tl.max(s, axis=1)
+    return best, tl.min(tl.where(s == best[:, None], position[None, :], LAST), axis=1)
+
+
+@triton.jit
+def _store_outside(similarity, partner, position, valid):
+    """Tokens outside A have no partner."""
+    tl.store(similarity + position, tl.full(position.shape, float("-inf"), tl.float32), mask=valid)
+    tl.store(partner + position, tl.full(position.shape, -1, tl.int32), mask=valid)
+
+
+@triton.jit
+def match_image_kernel(
+    keys,
+    sizes,
+    cu_seqlens,
+    similarity,
+    partner,
+    counts,
+    theta,
+    N,
+    stride_b,
+    stride_n,
+    stride_h,
+    P: tl.constexpr,
+    H: tl.constexpr,
+    d: tl.constexpr,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEADS_TOGETHER: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    """One program an image: B is one tile, A one or two."""
+    image = tl.program_id(0)
+    start, length = image_bounds(cu_seqlens, image, N, PACKED)
+    keys = image_base(keys, image, start, stride_b, stride_n, PACKED)
+    similarity += start
+    partner += start
+    na, nb = _group_sizes(length, P, GROUP)
+    free = na + nb
+    if GROUP == BY_SIZE:
+        sizes += start + P
+    b = _positions(sizes, free, na, 0, True, P, GROUP, BLOCK, CHUNK, 2 * BLOCK)
+    in_b = tl.arange(0, BLOCK) < nb
+    b_unit, b_has = _unit_vectors(keys, b, in_b, stride_n, stride_h, H, d, D, HEADS_TOGETHER)
+    b_high, b_low = _halves(b_unit)
+    candidates = tl.zeros([], tl.int32)
+    for first in range(0, BLOCK, ROWS):
+        a = _positions(sizes, free, na, first, False, P, GROUP, ROWS, CHUNK, 2 * BLOCK)
+        in_a = first + tl.arange(0, ROWS) < na
+        a_unit, a_has = _unit_vectors(keys, a, in_a, stride_n, stride_h, H, d, D, HEADS_TOGETHER)
+        a_high, a_low = _halves(a_unit)
+        s = _cosines(a_high, a_low, b_high, b_low)
+        best, found = _best(s, a_has[:, None] & b_has[None, :], b, in_b)
+        tl.store(similarity + a, best, mask=in_a)  # -inf where B is empty
+        tl.store(partner + a, tl.where(nb > 0, found, -1), mask=in_a)
+        candidates += tl.sum((in_a & (best >= theta)).to(tl.int32))
+    _store_outside(similarity, partner, b, in_b)
+    p = tl.arange(0, PREFIX)
+    _store_outside(similarity, partner, p, p < tl.minimum(P, length))
+    tl.store(counts + image, candidates.to(tl.int64))
+
+
+@triton.jit
+def unit_rows_kernel(
+    keys,
+    sizes,
+    cu_seqlens,
+    unit,
+    order,
+    similarity,
+    partner,
+    counts,
+    N,
+    stride_b,
+    stride_n,
+    stride_h,
+    P: tl.constexpr,
+    H: tl.constexpr,
+    d: tl.constexpr,
+    D: tl.constexpr,
+    TOKENS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEADS_TOGETHER: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    """One program for some tokens of a long image: their unit vectors go to rows of ``unit`` [rows, 2, d] float16,
+    first A's, then B's, and their positions to ``order``, as -1 - position where a key has no direction."""
+    image, tile = tl.program_id(0), tl.program_id(1)
+    start, length = image_bounds(cu_seqlens, image, N, PACKED)
+    keys = image_base(keys, image, start, stride_b, stride_n, PACKED)
+    similarity += start
+    partner += start
+    na, nb = _group_sizes(length, P, GROUP)
+    free = na + nb
+    token = tile * TOKENS + tl.arange(0, TOKENS)
+    valid = token < free
+    if GROUP == ALTERNATE:
+        row = tl.where((token + P) % 2 == 0, token // 2, na + token // 2)
+    elif GROUP == HALVES:
+        row = token
+    else:
+        n = tl.load(sizes + start + P + token, mask=valid, other=float("inf"))
+        row = _rank(sizes + start + P, n, token, free, CHUNK)
+    position = P + token
+    vectors, has = _unit_vectors(keys, position, valid, stride_n, stride_h, H, d, D, HEADS_TOGETHER)
+    high, low = _halves(vectors)
+    c = tl.arange(0, D)
+    at = unit + (start + row)[:, None] * (2 * d) + c[None, :]
+    inside = valid[:, None] & (c < d)[None, :]
+    tl.store(at, high, mask=inside)
+    tl.store(at + d, low, mask=inside)
+    tl.store(order + start + row, tl.where(has, position, -1 - position), mask=valid)
+    _store_outside(similarity, partner, position, valid & (row >= tl.where(nb > 0, na, 0)))
+    if tile == 0:
+        p = tl.arange(0, PREFIX)
+        _store_outside(similarity, partner, p, p < tl.minimum(P, length))
+        tl.store(counts + image, tl.zeros([], tl.int64))
+
+
+@triton.jit
+def _load_rows(unit, order, row, valid, d: tl.constexpr, D: tl.constexpr):
+    """Both halves of some unit vectors, their positions, and whether they have a direction."""
+    c = tl.arange(0, D)
+    at = unit + row[:, None] * (2 * d) + c[None, :]
+    inside = valid[:, None] & (c < d)[None, :]
+    high = tl.load(at, mask=inside, other=0.0)
+    low = tl.load(at + d, mask=inside, other=0.0)
+    position = tl.load(order + row, mask=valid, other=0)
+    return high, low, tl.where(position < 0, -1 - position, position), position >= 0
+
+
+@triton.jit
+def match_tiles_kernel(
+    unit,
+    order,
+    cu_seqlens,
+    similarity,
+    partner,
+    counts,
+    theta,
+    N,
+    P: tl.constexpr,
+    d: tl.constexpr,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    GROUP: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    """One program for some rows of A: all tiles of B pass by."""
+    image, tile = tl.program_id(0), tl.program_id(1)
+    start, length = image_bounds(cu_seqlens, image, N, PACKED)
+    na, nb = _group_sizes(length, P, GROUP)
+    if tile * ROWS >= na:
+        return
+    i = tile * ROWS + tl.arange(0, ROWS)
+    in_a = i < na
+    a_high, a_low, a, a_has = _load_rows(unit, order, start + i, in_a, d, D)
+    best = tl.full([ROWS], float("-inf"), tl.float32)
+    found = tl.full([ROWS], -1, tl.int32)
+    for first in tl.range(0, nb, COLUMNS):
+        j = first + tl.arange(0, COLUMNS)
+        b_high, b_low, b, b_has = _load_rows(unit, order, start + na + j, j < nb, d, D)
+        s = _cosines(a_high, a_low, b_high, b_low)
+        here, position = _best(s, a_has[:, None] & b_has[None, :], b, j < nb)
+        better = (here > best) | ((here == best) & (position < found))  # by size, B is not in the order of positions
+        best = tl.where(better, here, best)
+        found = tl.where(better, position, found)
+    tl.store(similarity + start + a, best, mask=in_a)
+    tl.store(partner + start + a, found, mask=in_a)
+    tl.atomic_add(counts + image, tl.sum((in_a & (best >= theta)).to(tl.int32)).to(tl.int64))
+
+
+def image_tiles(free: int, d: int) -> dict[str, int]:
+    """Tiles of :func:`match_image_kernel` for ``free`` tokens that may merge."""
+    block = max(16, triton.next_power_of_2((free + 1) // 2))
+    rows = min(block, 128 if d <= 64 else 64)
+    return {"ROWS": rows, "BLOCK": block, "CHUNK": 32 if block >= 32 else 16, "num_warps": 8 if block >= 64 else 4}
+
+
+def row_tiles(d: int) -> dict[str, int]:
+    """Tiles of :func:`match_tiles_kernel`."""
+    return {"ROWS": ROWS, "COLUMNS": COLUMNS, "num_warps": 8, "num_stages": 2}
+
+
+def match(
+    keys: Tensor,
+    sizes: Tensor | None,
+    num_prefix: int,
+    by_size: bool,
+    theta: float,
+    cu_seqlens: Tensor | None = None,
+    max_tokens: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Partners and similarities as :func:`atm_triton.reference.match` defines them, and the counts.
+
+    Args:
+        keys: [B, H, N, d], or packed [1, H, T, d]; any strides but 1 for the last.
+        sizes: float32 [B, N] (packed [1, T]), contiguous; None for all ones.
+        cu_seqlens: int32 [B + 1], where each packed image starts; ``max_tokens``: no image is longer.
+
+    Returns:
+        similarity float32, partner int32, both [B, N] (packed [1, T]); counts [B] int64.
+    """
+    B, H, N, d = keys.shape
+    packed = cu_seqlens is not None
+    images, longest = (len(cu_seqlens) - 1, max_tokens) if packed else (B, N)
+    similarity = torch.empty((B, N), dtype=torch.float32, device=keys.device)
+    partner = torch.empty((B, N), dtype=torch.int32, device=keys.device)
+    counts = torch.empty(images, dtype=torch.int64, device=keys.device)
+    if images == 0:
+        return similarity, partner, counts
+    sizes = sizes if by_size else None
+    group = (BY_SIZE if sizes is not None else HALVES) if by_size else ALTERNATE
+    stride_b, stride_h, stride_n, _ = keys.stride()
+    free = max(longest - num_prefix, 1)
+    shape = {"P": num_prefix, "d": d, "D": max(16, triton.next_power_of_2(d)), "GROUP": group.value, "PACKED": packed}
+    heads = {"H": H, "HEADS_TOGETHER": stride_h == d}
+    strides = (N, stride_b, stride_n, stride_h)
+    out = (similarity, partner, counts)
+    if free <= WHOLE_IMAGE:
+        tiles = image_tiles(free, d)
+        match_image_kernel[(images,)](keys, sizes, cu_seqlens, *out, theta, *strides, **shape, **heads, **tiles)
+        return out
+    unit = torch.empty((B * N, 2, d), dtype=torch.float16, device=keys.device)
+    order = torch.empty(B * N, dtype=torch.int32, device=keys.device)
+    grid = (images, triton.cdiv(free, TOKENS))
+    unit_rows_kernel[grid](
+        keys, sizes, cu_seqlens, unit, order, *out, *strides, **shape, **heads, TOKENS=TOKENS, CHUNK=128, num_warps=4
+    )
+    grid = (images, triton.cdiv((free + 1) // 2, ROWS))
+    match_tiles_kernel[grid](unit, order, cu_seqlens, *out, theta, N, **shape, **row_tiles(d))
+    return out
