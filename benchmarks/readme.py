@@ -30,18 +30,17 @@ def made_by(*names: str) -> str:
 def accuracy_table() -> str:
     rows = load("digits_accuracy.json")["rows"]
     shipped = next(row for row in rows if row["method"] == "shipped")
-    tome = min(
+    tome = sorted(
         (row for row in rows if row["method"] == "ToMe"),
         key=lambda row: abs(row["overall"]["gflops"] - shipped["overall"]["gflops"]),
-    )
+    )[:2]
     whole = shipped["overall"]
-    r = tome["config"]["schedule"][0]
     lines = [
         f"| {whole['images']} test images, batches of 64 | GFLOPs | saved | top-1 | agreement | KL |",
         "|---|---|---|---|---|---|",
         f"| unpatched | {shipped['gflops_unpatched']:.3f} | | {whole['top1_unpatched']:.2f} % | | |",
         _quality('ATM, `adapt="batch"`, shipped thresholds', shipped),
-        _quality(f"ToMe, constant r = {r}", tome),
+        *(_quality(f"ToMe, constant r = {row['config']['schedule'][0]}", row) for row in tome),
     ]
     return "\n".join(lines) + "\n\n" + made_by("digits_accuracy.json")
 
