@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.data import resolve_model_data_config
 from timm.models.vision_transformer import VisionTransformer
 
 from atm_triton import report
@@ -66,12 +67,16 @@ def _random_case(
     config = _config(args, depth, ATMConfig(adapt="static", schedule=(RANDOM_R,) * depth))
     if config.adapt != "static":
         raise ValueError(f"thresholds mean nothing on random images: give {name} a --schedule, or --data DIR")
-    shape = model.pretrained_cfg["input_size"] if hasattr(model, "pretrained_cfg") else (3, 224, 224)
+    shape = resolve_model_data_config(model)["input_size"]
     batch_size = 8 if args.batch_size is None else args.batch_size
     if batch_size < 1:
         raise ValueError(f"batch size {batch_size} is too small; give 1 or more")
     images = torch.randn(batch_size, *shape, generator=torch.Generator().manual_seed(0))
-    r = ", ".join(map(str, config.schedule))
+    r = (
+        ", ".join(map(str, config.schedule))
+        if len(set(config.schedule)) > 1
+        else f"{config.schedule[0]} in every block"
+    )
     title = f"{name}, {_weights(name, checkpoint, pretrained)}, random images, batch {batch_size}, r = {r}"
     return f"{title}, {_where(args)}", model, [images.to(args.device, DTYPES[args.dtype])], config
 

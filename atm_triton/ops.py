@@ -4,7 +4,6 @@ Checks and dispatch only: the formulas are in ``reference.py``. Shapes are dense
 [B, N] float32 may be None wherever every token still stands for one patch.
 """
 
-from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -12,8 +11,7 @@ from torch import Tensor
 
 from atm_triton import reference
 
-_HAS_TRITON = find_spec("triton") is not None
-_CALLS_KERNELS = False  # they are there, with their own tests, and not dispatched to yet
+_NOT_YET = "the operations do not call the Triton kernels yet"  # which are there, with tests of their own
 
 
 class Match(NamedTuple):
@@ -26,28 +24,16 @@ class Match(NamedTuple):
 
 
 def explain(backend: str, device: torch.device | str) -> tuple[str, str]:
-    """Which backend ("triton" or "reference") computes on a device, and why.
+    """Which backend computes on a device, and why: the reference, for now.
 
     Raises:
         ValueError: "triton" was asked for and cannot run.
     """
-    device = torch.device(device)
-    if backend == "reference":
-        return "reference", "asked for"
-    reason = _missing_for_triton(device)
     if backend == "triton":
-        if reason is not None:
-            raise ValueError(f'backend="triton" cannot run on {device.type}: {reason}; use "auto" or "reference"')
-        return "triton", "asked for"
-    return ("triton", "CUDA device, triton and kernels present") if reason is None else ("reference", reason)
-
-
-def _missing_for_triton(device: torch.device) -> str | None:
-    if not _CALLS_KERNELS:
-        return "the operations do not call the Triton kernels yet"
-    if not _HAS_TRITON:
-        return "triton is not installed"
-    return None if device.type == "cuda" else f"tensors are on {device.type}, not on a CUDA device"
+        raise ValueError(
+            f'backend="triton" cannot run on {torch.device(device).type}: {_NOT_YET}; use "auto" or "reference"'
+        )
+    return "reference", "asked for" if backend == "reference" else _NOT_YET
 
 
 def match(
@@ -141,7 +127,7 @@ def attention(
         dtype = torch.get_autocast_dtype(device)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if sizes is not None and device == "cuda" and q.element_size() < 4:
-        fused = False  # torch's CUDA kernels want a bias in the dtype of q, in which log n would be off by a percent
+        fused = False  # torch's CUDA kernels want a bias in the dtype of q, which would round log n
     with torch.autocast(device, enabled=False):
         return reference.attention(q, k, v, sizes, dropout_p=dropout_p, fused=fused)
 

@@ -52,14 +52,14 @@ def _removed_before(counts, image, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def _first_slot(counts, image, start, r, N, PER_IMAGE: tl.constexpr):
-    """Where the slots of an image begin, and how many of its tokens merge away."""
+def _slots(counts, image, start, length, M, PER_IMAGE: tl.constexpr):
+    """Where the slots of an image begin, and how many there are."""
     if PER_IMAGE:
-        r = tl.load(counts + image).to(tl.int32)
-        slots = start - _removed_before(counts, image, 1024)
+        first = start - _removed_before(counts, image, 1024)
+        M = length - tl.load(counts + image).to(tl.int32)
     else:
-        slots = image.to(tl.int64) * (N - r)
-    return slots, r
+        first = image.to(tl.int64) * M
+    return first, M
 
 
 @triton.jit
@@ -85,8 +85,8 @@ def assign_kernel(
     tokens,
     spans,
     new_cu_seqlens,
-    r,
     N,
+    M,
     images,
     P: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -101,7 +101,8 @@ def assign_kernel(
     valid = i < length
     mate = tl.load(partner + start + i, mask=valid, other=-1)
     s = tl.load(similarity + start + i, mask=valid, other=float("-inf"))
-    slots, r = _first_slot(counts, image, start, r, N, PER_IMAGE)
+    slots, M = _slots(counts, image, start, length, M, PER_IMAGE)
+    r = length - M
     in_a = mate >= 0
     joins = _largest(_ordered(s), in_a, r) & (r > 0)
     stays = in_a & ~joins
@@ -116,7 +117,7 @@ def assign_kernel(
     if PER_IMAGE:
         tl.store(new_cu_seqlens + image, slots.to(tl.int32))
         if image == images - 1:
-            tl.store(new_cu_seqlens + images, (slots + length - r).to(tl.int32))
+            tl.store(new_cu_seqlens + images, (slots + M).to(tl.int32))
     if LISTS:
         token, at, begins, ends, filled = _sorted_by_slot(slot, i, valid, BLOCK)
         here = (start + i).to(tl.int32)
@@ -143,10 +144,7 @@ def lists_kernel(
     with every token of the image."""
     image, tile = tl.program_id(0), tl.program_id(1)
     start, length = image_bounds(cu_seqlens, image, N, PACKED)
-    slots = image.to(tl.int64) * M
-    if PER_IMAGE:
-        slots = start - _removed_before(counts, image, 1024)
-        M = length - tl.load(counts + image).to(tl.int32)
+    slots, M = _slots(counts, image, start, length, M, PER_IMAGE)
     i = tile * TILE + tl.arange(0, TILE)
     mine = tl.load(assignment + start + i, mask=i < length, other=-1)
     rank = tl.zeros([TILE], tl.int32)
@@ -186,9 +184,14 @@ def assign(
         assignment int32 as ``partner``; tokens int32 [B N]; spans int32 [slots, 2]; new_cu_seqlens int32 [B + 1], None
         for a dense result. Of a packed result as many spans as tokens are returned: those from new_cu_seqlens[B] on
         mean nothing.
+
+    Raises:
+        ValueError: one r for images that are packed.
     """
     B, N = partner.shape
     packed, per_image = cu_seqlens is not None, isinstance(r, Tensor)
+    if packed and not per_image:
+        raise ValueError(f"r={r} for packed images; want a tensor with one for each")
     images, longest = (len(cu_seqlens) - 1, max_tokens) if packed else (B, N)
     counts, r = (r, 0) if per_image else (None, r)
     device = partner.device
@@ -207,8 +210,8 @@ def assign(
             tokens,
             spans,
             new_cu_seqlens,
-            r,
             N,
+            N - r,
             images,
             P=num_prefix,
             BLOCK=block,

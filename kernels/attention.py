@@ -87,10 +87,10 @@ def attention_kernel(
     tl.store(at, (mixed / total[:, None]).to(out.dtype.element_ty), mask=inside)
 
 
-def tiles(d: int, Nq: int) -> dict[str, int]:
-    """Tiles for a head dimension and a number of queries."""
-    rows = 64 if Nq > 16 else 16
-    return {"ROWS": rows, "COLUMNS": 64, "STAGES": 2, "num_warps": 4}
+def tiles(dtype: torch.dtype, Nq: int) -> dict[str, int]:
+    """Tiles for a dtype and a number of queries."""
+    columns = 32 if dtype == torch.float32 else 64  # three products instead of one: more registers
+    return {"ROWS": 64 if Nq > 16 else 16, "COLUMNS": columns, "STAGES": 2, "num_warps": 4}
 
 
 def attention(
@@ -111,14 +111,20 @@ def attention(
 
     Returns:
         [B, H, Nq, d] in the dtype of q, a view of [B, Nq, H, d] in memory.
+
+    Raises:
+        ValueError: channels that do not lie together.
     """
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.stride(3) != 1:
+            raise ValueError(f"{name} has stride {x.stride(3)} between channels; want 1 (make it contiguous)")
     B, H, Nq, d = q.shape
     N = k.shape[2]
     packed = cu_seqlens is not None
     images, longest = (len(cu_seqlens) - 1, max_tokens) if packed else (B, Nq)
     out = torch.empty((B, Nq, H, d), dtype=q.dtype, device=q.device)
     if images and longest:
-        table = tiles(d, longest)
+        table = tiles(q.dtype, longest)
         grid = (triton.cdiv(longest, table["ROWS"]), H, images)
         strides = (s for x in (q, k, v) for s in (x.stride(0), x.stride(2), x.stride(1)))
         attention_kernel[grid](

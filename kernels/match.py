@@ -5,8 +5,8 @@ fit a tile; N x N similarities are never in memory. A longer image takes two lau
 [N, d], one that runs tiles of A against tiles of B.
 
 Products are accurate to float32: each factor is split in two float16 halves (scaled by 64, which keeps the low half
-out of the subnormals) and three of the four half products are summed. Plain tf32 would flip 7 % of the decisions near a
-cosine of 0.99, bfloat16 4 %.
+out of the subnormals) and three of the four half products are summed. Plain tf32 or bfloat16 would flip decisions near
+the threshold.
 """
 
 import torch
@@ -22,7 +22,8 @@ ALTERNATE, BY_SIZE, HALVES = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  
 PREFIX = tl.constexpr(16)  # a tile that holds the protected tokens
 
 WHOLE_IMAGE = 256  # tokens that may merge: up to here the groups of an image fit one tile
-ROWS, COLUMNS, TOKENS = 128, 64, 64  # tiles of longer images
+ROW_TILES = {"ROWS": 128, "COLUMNS": 64, "num_warps": 8, "num_stages": 2}  # of longer images
+TOKENS = 64  # that one program turns into unit vectors
 
 
 @triton.jit
@@ -344,11 +345,6 @@ def image_tiles(free: int, d: int) -> dict[str, int]:
     return {"ROWS": rows, "BLOCK": block, "CHUNK": 32 if block >= 32 else 16, "num_warps": 8 if block >= 64 else 4}
 
 
-def row_tiles(d: int) -> dict[str, int]:
-    """Tiles of :func:`match_tiles_kernel`."""
-    return {"ROWS": ROWS, "COLUMNS": COLUMNS, "num_warps": 8, "num_stages": 2}
-
-
 def match(
     keys: Tensor,
     sizes: Tensor | None,
@@ -367,8 +363,15 @@ def match(
 
     Returns:
         similarity float32, partner int32, both [B, N] (packed [1, T]); counts [B] int64.
+
+    Raises:
+        ValueError: keys whose channels do not lie together, or more protected tokens than a tile holds.
     """
     B, H, N, d = keys.shape
+    if keys.stride(3) != 1:
+        raise ValueError(f"keys have stride {keys.stride(3)} between channels; want 1 (make them contiguous)")
+    if num_prefix > PREFIX.value:
+        raise ValueError(f"num_prefix={num_prefix} is above {PREFIX.value}, the most that this kernel protects")
     packed = cu_seqlens is not None
     images, longest = (len(cu_seqlens) - 1, max_tokens) if packed else (B, N)
     similarity = torch.empty((B, N), dtype=torch.float32, device=keys.device)
@@ -394,6 +397,6 @@ def match(
     unit_rows_kernel[grid](
         keys, sizes, cu_seqlens, unit, order, *out, *strides, **shape, **heads, TOKENS=TOKENS, CHUNK=128, num_warps=4
     )
-    grid = (images, triton.cdiv((free + 1) // 2, ROWS))
-    match_tiles_kernel[grid](unit, order, cu_seqlens, *out, theta, N, **shape, **row_tiles(d))
+    grid = (images, triton.cdiv((free + 1) // 2, ROW_TILES["ROWS"]))
+    match_tiles_kernel[grid](unit, order, cu_seqlens, *out, theta, N, **shape, **ROW_TILES)
     return out

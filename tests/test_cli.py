@@ -96,7 +96,7 @@ def test_bench(tmp_path, capsys):
     titles = [case["title"].split(",")[0] for case in cases]
     assert titles == ["digits", "deit_small_patch16_224"]
     assert "digits, its own weights, on digits: 2 batches of 4" in cases[0]["title"]
-    assert "random weights, random images, batch 4, r = 8, 8" in cases[1]["title"]
+    assert "random weights, random images, batch 4, r = 8 in every block" in cases[1]["title"]
     for case in cases:
         names = [row["name"] for row in case["rows"]]
         assert names == ["timm", "free-merge bound", "ToMe", "ATM"]

@@ -7,11 +7,14 @@ import timm
 import torch
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
+from timm.models.vision_transformer import VisionTransformer
 
 from atm_triton import ATMConfig, apply_patch, summary
 from atm_triton.digits.model import CHECKPOINT, CONFIG, NAME
 from atm_triton.digits.render import SOURCE, SPLITS, render, source
 from atm_triton.flops import cost, unmerged
+from benchmarks.digits.train import STAGES, train
+from benchmarks.thresholds import calibration_search, choose
 
 
 def test_the_scans_are_scikit_learns():
@@ -77,3 +80,17 @@ def test_its_configuration_merges_and_keeps_the_predictions():
         after = torch.cat([model(part) for part in x.split(64)]).argmax(1)
     assert (before == after).float().mean() >= 0.98
     assert summary(model).saved > 0.35
+
+
+def test_training_takes_every_stage():
+    model, log = train(seed=0, device="cpu", scale=1e-4)
+    assert type(model) is VisionTransformer and all(p.isfinite().all() for p in model.parameters())
+    assert log[-1]["step"] == len(STAGES) and log[-1]["side"] == STAGES[-1][0]
+
+
+def test_the_search_saves_what_it_is_asked_for():
+    search = calibration_search(32, "cpu")
+    config, outcome = choose(search, saved=0.4, draws=2)
+    assert abs(outcome.saved - 0.4) < 0.01 and outcome.overall.images == 32 and config.adapt == "batch"
+    with pytest.raises(ValueError, match="none of 0 curves saves 40% of the MACs"):
+        choose(search, saved=0.4, draws=0)

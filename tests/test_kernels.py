@@ -241,3 +241,16 @@ def test_an_empty_batch_launches_nothing():
     merged, *_ = merge(torch.empty(0, 16, device=DEVICE), None, tokens, spans)
     assert merged.shape == (0, 16)
     assert attention(keys, keys, keys, None, 1.0).shape == keys.shape
+
+
+def test_what_no_kernel_can_take_is_refused():
+    keys = qkv(1, 2, 5, 32)[1]
+    with pytest.raises(ValueError, match="keys have stride 2 between channels"):
+        match(keys[..., ::2], None, 1, False, 0.5)
+    with pytest.raises(ValueError, match="num_prefix=17 is above 16"):
+        match(keys, None, 17, False, 0.5)
+    with pytest.raises(ValueError, match="v has stride 2 between channels"):
+        attention(keys[..., :16], keys[..., :16], keys[..., ::2], None, 1.0)
+    similarity, partner, _ = match(keys, None, 1, False, 0.5)
+    with pytest.raises(ValueError, match="r=1 for packed images; want a tensor"):
+        assign(similarity, partner, 1, 1, torch.tensor([0, 5], dtype=torch.int32, device=DEVICE), 5)
