@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
@@ -14,9 +15,10 @@ from timm.models.vision_transformer import VisionTransformer
 
 from atm_triton import report
 from atm_triton.config import BACKENDS, ATMConfig
-from atm_triton.env import environment, write_result
+from atm_triton.env import check_file, environment, write_result
+from atm_triton.errors import exit_code
 from atm_triton.evaluate import evaluate
-from atm_triton.inputs import DIGITS, digits_config, labels_fit, open_images, open_model
+from atm_triton.inputs import DIGITS, check_device, digits_config, labels_fit, open_images, open_model
 from atm_triton.ops import explain
 from atm_triton.throughput import measure
 
@@ -24,20 +26,16 @@ DEIT = "deit_small_patch16_224"
 RANDOM_R = 8  # of every block, where no images tell thresholds what to do
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
+Case = tuple[str, VisionTransformer, list[torch.Tensor], ATMConfig]  # title, model, batches, what merges
+
 
 def bench(args: argparse.Namespace) -> dict[str, Any]:
     """Throughput of the unpatched model, the free-merge bound, ToMe and ATM, in turn."""
     if args.repeats < 1 or args.batches < 1:
         raise ValueError("--repeats and --batches want 1 or more")
     report.check_plot(args.plot)
-    if args.model == DIGITS or args.data is not None:
-        cases = [_image_case(args)]
-    else:
-        cases = [_random_case(args, args.model, args.checkpoint, args.pretrained)]
-    if args.model == DIGITS and not _configured(args):
-        cases.append(_random_case(args, DEIT))
     results = []
-    for title, model, batches, config in cases:
+    for title, model, batches, config in _cases(args):
         print(f"{title}\n")
         rows = measure(model, batches, config, args.repeats)
         print(report.throughput_table(rows) + "\n")
@@ -47,7 +45,17 @@ def bench(args: argparse.Namespace) -> dict[str, Any]:
     return {"cases": results}
 
 
-def _image_case(args: argparse.Namespace) -> tuple[str, VisionTransformer, list[torch.Tensor], ATMConfig]:
+def _cases(args: argparse.Namespace) -> Iterator[Case]:
+    """What to time, made one after the other, so that one alone is in memory."""
+    if args.model == DIGITS or args.data is not None:
+        yield _image_case(args)
+    else:
+        yield _random_case(args, args.model, args.checkpoint, args.pretrained)
+    if args.model == DIGITS and not _configured(args):
+        yield _random_case(args, DEIT)
+
+
+def _image_case(args: argparse.Namespace) -> Case:
     model, data = _model(args), args.data or DIGITS
     batch_size = 64 if args.batch_size is None else args.batch_size
     loader = open_images(model, data, batch_size=batch_size, limit=batch_size * args.batches)
@@ -58,9 +66,7 @@ def _image_case(args: argparse.Namespace) -> tuple[str, VisionTransformer, list[
     return f"{title}, {_where(args)}", model, batches, _config(args, len(model.blocks))
 
 
-def _random_case(
-    args: argparse.Namespace, name: str, checkpoint: Path | None = None, pretrained: bool = False
-) -> tuple[str, VisionTransformer, list[torch.Tensor], ATMConfig]:
+def _random_case(args: argparse.Namespace, name: str, checkpoint: Path | None = None, pretrained: bool = False) -> Case:
     """A model on random images: thresholds mean nothing there, so it runs a stated schedule."""
     model = open_model(name, checkpoint, pretrained).to(args.device, DTYPES[args.dtype])
     depth = len(model.blocks)
@@ -218,26 +224,16 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run a command; 0 when it is done, 2 on bad input."""
     args = _parser().parse_args(argv)
-    try:
-        if args.json is not None:
-            report.check_file("--json", args.json)
-        if getattr(args, "device", "cpu") == "cuda" and not torch.cuda.is_available():
-            raise ValueError("--device cuda: torch sees no CUDA device here")
-        result = args.run(args)
-        if args.json is not None:
-            write_result(args.json, result)
-    except (ValueError, TypeError, OSError) as error:
-        print(f"atm-triton: {_one_line(error)}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code("atm-triton", lambda: _run(args))
 
 
-def _one_line(error: Exception) -> str:
-    """The message; of an error that comes with a worker's traceback, its last line."""
-    text = str(error).strip() or type(error).__name__
-    if "Traceback (most recent call last)" in text:
-        text = text.splitlines()[-1].partition(": ")[2]
-    return " ".join(text.split())
+def _run(args: argparse.Namespace) -> None:
+    if args.json is not None:
+        check_file("--json", args.json)
+    check_device(getattr(args, "device", "cpu"))
+    result = args.run(args)
+    if args.json is not None:
+        write_result(args.json, result)
 
 
 if __name__ == "__main__":

@@ -32,9 +32,16 @@ def environment() -> dict[str, Any]:
     }
 
 
+def check_file(option: str, path: Path) -> None:
+    """Refuse a path that nothing can be written to."""
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"{option} {path}: its directory does not exist")
+    if path.is_dir():
+        raise IsADirectoryError(f"{option} {path} is a directory; name a file in it")
+
+
 def write_result(path: Path, result: dict[str, Any]) -> None:
-    """Write ``result`` and its :func:`environment` as JSON, making the directory if need be."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write ``result`` and its :func:`environment` as JSON."""
     path.write_text(json.dumps({"environment": environment(), **result}, indent=1) + "\n")
 
 

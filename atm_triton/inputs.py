@@ -59,6 +59,12 @@ def _load(model: torch.nn.Module, checkpoint: Path) -> None:
         raise ValueError(f"checkpoint {checkpoint} is none of this {type(model).__name__}: {reason}") from error
 
 
+def check_device(device: str) -> None:
+    """Refuse a device that is not there."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no CUDA device here; give cpu")
+
+
 def digits_config() -> ATMConfig:
     """The thresholds chosen for the digits model on its calibration split."""
     return ATMConfig.from_json(digits_model.CONFIG.read_text())

@@ -1,8 +1,10 @@
 """The paper's operating points (Tables A2-A5): what it measured for which thresholds, with its own checkpoints."""
 
 import json
+import math
 from dataclasses import dataclass
 from functools import cache
+from numbers import Real
 from pathlib import Path
 
 _DATA = Path(__file__).parent / "operating_points.json"
@@ -56,9 +58,15 @@ def choose(
 
     Raises:
         ValueError: an unknown model, a target that no point reaches, or not exactly one target.
+        TypeError: a target that is no number.
     """
     if (max_gflops is None) == (top1_drop is None):
         raise ValueError("preset wants exactly one of max_gflops and top1_drop")
+    for what, target in (("max_gflops", max_gflops), ("top1_drop", top1_drop)):
+        if target is not None and (isinstance(target, bool) or not isinstance(target, Real) or math.isnan(target)):
+            raise TypeError(f"{what}={target!r} is no number")
+    if not isinstance(name, str):
+        raise TypeError(f"name={name!r} is no model's name; give one of timm's or of the paper's")
     rows = [p for p in operating_points() if p.model == _paper_name(name) and p.fine_tuned == fine_tuned]
     if not rows:
         raise ValueError(f"the paper has no fine-tuned points for {name!r} (Table A3: DeiT-T, DeiT-S, DeiT-B)")

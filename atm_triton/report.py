@@ -4,6 +4,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from atm_triton.env import check_file
 from atm_triton.evaluate import Evaluation, Quality
 
 
@@ -63,14 +64,6 @@ def check_plot(path: Path | None) -> None:
     if find_spec("matplotlib") is None:
         raise ValueError("plots need matplotlib: pip install 'atm-triton[paper]'")
     check_file("--plot", path)
-
-
-def check_file(option: str, path: Path) -> None:
-    """Refuse a path that nothing can be written to."""
-    if not path.absolute().parent.is_dir():
-        raise FileNotFoundError(f"{option} {path}: its directory does not exist")
-    if path.is_dir():
-        raise IsADirectoryError(f"{option} {path} is a directory; name a file in it")
 
 
 def throughput_plot(cases: list[dict[str, Any]], path: Path) -> None:

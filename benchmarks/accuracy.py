@@ -6,6 +6,7 @@ every evaluation and a plot are written to ``benchmarks/results/``.
 """
 
 import argparse
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from matplotlib.figure import Figure
 
 from atm_triton import ATMConfig
 from atm_triton.env import write_result
+from atm_triton.errors import exit_code
 from atm_triton.evaluate import evaluate, unpatched_logits
-from atm_triton.inputs import digits_config, open_images, open_model
+from atm_triton.inputs import check_device, digits_config, open_images, open_model
 from benchmarks.thresholds import BATCH_SIZE, calibration_search, choose, rounded
 
 RESULTS = Path(__file__).parent / "results"
@@ -65,18 +67,27 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, default=4000, help="test images (4000)")
-    parser.add_argument("--draws", type=int, default=40, help="curves drawn for each share of the MACs")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="a directory")
-    args = parser.parse_args()
+def run(args: argparse.Namespace) -> None:
+    check_device(args.device)
+    if args.draws < 1 or args.images < 1:
+        raise ValueError("--draws and --images want 1 or more")
+    if args.out.exists() and not args.out.is_dir():
+        raise NotADirectoryError(f"--out {args.out} is no directory")
     rows = measure(configurations(args.draws, args.device), args.images, args.device)
     args.out.mkdir(parents=True, exist_ok=True)
     write_result(args.out / "digits_accuracy.json", {"rows": rows})
     plot(rows, args.out / "digits_accuracy.png")
 
 
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--images", type=int, default=4000, help="test images (4000)")
+    parser.add_argument("--draws", type=int, default=40, help="curves drawn for each share of the MACs")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--out", type=Path, default=RESULTS, help="a directory")
+    args = parser.parse_args(argv)
+    return exit_code("accuracy", lambda: run(args))
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

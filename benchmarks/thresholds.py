@@ -8,6 +8,7 @@ unpatched model is kept. Labels are not used, and no image of the test split is 
 import argparse
 import json
 import random
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,10 @@ from tqdm import tqdm
 
 from atm_triton import ATMConfig
 from atm_triton.digits.model import CONFIG
-from atm_triton.env import write_result
+from atm_triton.env import check_file, write_result
+from atm_triton.errors import exit_code
 from atm_triton.evaluate import Evaluation, evaluate, unpatched_logits
-from atm_triton.inputs import open_images, open_model
+from atm_triton.inputs import check_device, open_images, open_model
 
 Batch = tuple[Tensor, Tensor]
 SEARCH_BATCHES, BATCH_SIZE = 4, 64
@@ -94,14 +96,11 @@ def document(config: ATMConfig, outcome: Evaluation, draws: int) -> dict[str, An
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--saved", type=float, default=0.47, help="the share of the MACs to save (0.47)")
-    parser.add_argument("--images", type=int, default=2048, help="calibration images (2048)")
-    parser.add_argument("--draws", type=int, default=60)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=CONFIG)
-    args = parser.parse_args()
+def run(args: argparse.Namespace) -> None:
+    check_device(args.device)
+    check_file("--out", args.out)
+    if not 0 < args.saved < 1:
+        raise ValueError(f"--saved {args.saved} is no share; give one between 0 and 1")
     search = calibration_search(args.images, args.device)
     config, _ = choose(search, args.saved, args.draws)
     config = rounded(config, "chosen by benchmarks.thresholds on the calibration split of the digits")
@@ -110,5 +109,16 @@ def main() -> None:
     print(json.dumps(result, indent=1))
 
 
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--saved", type=float, default=0.47, help="the share of the MACs to save (0.47)")
+    parser.add_argument("--images", type=int, default=2048, help="calibration images (2048)")
+    parser.add_argument("--draws", type=int, default=60)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--out", type=Path, default=CONFIG)
+    args = parser.parse_args(argv)
+    return exit_code("thresholds", lambda: run(args))
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

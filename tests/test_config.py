@@ -152,3 +152,16 @@ def test_every_model_of_the_paper_has_a_preset():
 def test_bad_presets(arguments, message):
     with pytest.raises(ValueError, match=message):
         ATMConfig.preset(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("DeiT-S", "3.3"), "max_gflops='3.3' is no number"),
+        (("DeiT-S", None, float("nan")), "top1_drop=nan is no number"),
+        ((3, 3.3), "name=3 is no model's name"),
+    ],
+)
+def test_presets_of_the_wrong_type(arguments, message):
+    with pytest.raises(TypeError, match=message):
+        ATMConfig.preset(*arguments)

@@ -76,7 +76,7 @@ def test_the_kernels_are_not_importable_by_their_folders_name():
 def test_no_import_runs_upward():
     """The layers of CONTRIBUTING: a file imports from its own or a lower one only."""
     layers = [
-        {"reference", "operating_points", "env"},
+        {"reference", "operating_points", "env", "errors"},
         {"config", "ops"},
         {"block"},
         {"model"},

@@ -7,6 +7,7 @@ covers it (or none) helps the middle blocks along and is dropped afterwards.
 
 import argparse
 import json
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,9 @@ from tqdm import tqdm
 
 from atm_triton.digits.model import CHECKPOINT, vit_digits_patch8_112
 from atm_triton.digits.render import CANVAS, Digits, render
-from atm_triton.env import write_result
+from atm_triton.env import check_file, write_result
+from atm_triton.errors import exit_code
+from atm_triton.inputs import check_device
 
 STAGES = ((40, 48, 2600), (64, 32, 2400), (CANVAS, 32, 1700))  # side in px, batch size, steps
 PATCH, GRID = 8, CANVAS // 8
@@ -120,14 +123,12 @@ def train(seed: int, device: str, scale: float) -> tuple[VisionTransformer, list
     return trainee.model, log
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=CHECKPOINT, help="the checkpoint to write (safetensors)")
-    parser.add_argument("--json", type=Path, default=RESULT, help="the log and the accuracy")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--scale", type=float, default=1.0, help="multiplies the number of steps (on a GPU: 4)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
+def run(args: argparse.Namespace) -> None:
+    check_device(args.device)
+    check_file("--out", args.out)
+    check_file("--json", args.json)
+    if not args.scale > 0:
+        raise ValueError(f"--scale {args.scale} leaves no steps; give one above 0")
     model, log = train(args.seed, args.device, args.scale)
     halves = {name: tensor.half().cpu().contiguous() for name, tensor in model.state_dict().items()}
     model.load_state_dict(halves)  # what is measured is what is saved
@@ -145,5 +146,16 @@ def main() -> None:
     print(json.dumps({key: value for key, value in result.items() if key != "log"}))
 
 
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=CHECKPOINT, help="the checkpoint to write (safetensors)")
+    parser.add_argument("--json", type=Path, default=RESULT, help="the log and the accuracy")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--scale", type=float, default=1.0, help="multiplies the number of steps (on a GPU: 4)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    args = parser.parse_args(argv)
+    return exit_code("train", lambda: run(args))
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,0 +1,23 @@
+"""Bad input at the command line: one line on standard error and exit code 2."""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+
+def exit_code(program: str, run: Callable[[], Any]) -> int:
+    """0 when ``run`` is done; 2, and "``program``: what was wrong", on a ValueError, TypeError or OSError."""
+    try:
+        run()
+    except (ValueError, TypeError, OSError) as error:
+        print(f"{program}: {_one_line(error)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _one_line(error: Exception) -> str:
+    """The message; of an error that comes with a worker's traceback, its last line."""
+    text = str(error).strip() or type(error).__name__
+    if "Traceback (most recent call last)" in text:
+        text = text.splitlines()[-1].partition(": ")[2]
+    return " ".join(text.split())
