@@ -20,7 +20,7 @@ from atm_triton.errors import exit_code
 from atm_triton.evaluate import evaluate
 from atm_triton.inputs import DIGITS, check_device, digits_config, labels_fit, open_images, open_model
 from atm_triton.ops import explain
-from atm_triton.throughput import measure
+from atm_triton.throughput import keep_freed_memory, measure
 
 DEIT = "deit_small_patch16_224"
 RANDOM_R = 8  # of every block, where no images tell thresholds what to do
@@ -34,6 +34,7 @@ def bench(args: argparse.Namespace) -> dict[str, Any]:
     if args.repeats < 1 or args.batches < 1:
         raise ValueError("--repeats and --batches want 1 or more")
     report.check_plot(args.plot)
+    keep_freed_memory()
     results = []
     for title, model, batches, config in _cases(args):
         print(f"{title}\n")
@@ -133,7 +134,7 @@ def _weights(name: str, checkpoint: Path | None, pretrained: bool) -> str:
 
 def _where(args: argparse.Namespace) -> str:
     device = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    return f"{args.dtype}, {device}, backend {explain(args.backend, args.device)[0]}"
+    return f"{args.dtype}, {device}, backend {explain(args.backend, args.device, DTYPES[args.dtype])[0]}"
 
 
 def _configured(args: argparse.Namespace) -> bool:
@@ -205,8 +206,8 @@ def _parser() -> argparse.ArgumentParser:
     out.add_argument("--json", type=Path, help="write what was measured, with versions, machine and command")
 
     sub = commands.add_parser("bench", parents=[inputs, merging, out], help=bench.__doc__, description=bench.__doc__)
-    sub.add_argument("--batches", type=int, default=4, help="batches of images that one turn runs (4)")
-    sub.add_argument("--repeats", type=int, default=9, help="turns (9)")
+    sub.add_argument("--batches", type=int, default=2, help="batches of images that one turn runs (2)")
+    sub.add_argument("--repeats", type=int, default=25, help="turns (25)")
     sub.add_argument("--plot", type=Path, help="write a bar chart (PNG)")
     sub.set_defaults(run=bench)
     sub = commands.add_parser(

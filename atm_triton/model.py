@@ -72,7 +72,7 @@ class ATMBlocks(nn.Sequential):
             collect: the blocks, from 0, after which to keep the unmerged tokens.
             stop: the number of blocks to run, None for all.
         """
-        size, trace, collected = None, None, []
+        size, log2_size, trace, collected = None, None, None, []
         tokens, queries, rows, counts, matched = [], [], [], [], []
         for index, block in enumerate(list(self)[:stop]):
             serves_leading = leading is not None and index == len(self) - 1
@@ -81,9 +81,10 @@ class ATMBlocks(nn.Sequential):
             queries.append(leading if alone else x.shape[1])
             call, option = (block.step_leading, leading) if alone else (block.step, not serves_leading)
             if checkpointing:
-                x, size, assignment, count = checkpoint(call, x, size, option, use_reentrant=False)
+                step = checkpoint(call, x, size, log2_size, option, use_reentrant=False)
             else:
-                x, size, assignment, count = call(x, size, option)
+                step = call(x, size, log2_size, option)
+            x, size, log2_size, assignment, count = step
             if assignment is not None:
                 trace = assignment if trace is None else reference.compose(trace, assignment)
             if index in collect:

@@ -3,7 +3,7 @@
 B images of N tokens with C channels; keys have H heads of d channels; the first P tokens of an image (``num_prefix``:
 class, distillation and register tokens) are protected: they never merge and stay first. ``sizes`` n_i [B, N] float32
 counts the patches a token stands for. A merge step is one map, ``assignment`` [B, N] int32: the slot of the merged
-sequence that a token goes to, -1 for a dropped token.
+sequence that a token goes to; -1, like any number that is no slot, drops the token.
 
 Equations and sections are those of Lee and Choi, "Lossless Token Merging Even Without Fine-Tuning in Vision
 Transformers", ECAI 2025 (arXiv 2505.15160). "Restored" marks a formula read in a review of the paper, "derived" one
@@ -59,6 +59,15 @@ def group_by_size(sizes: Tensor, num_prefix: int) -> tuple[Tensor, Tensor]:
     return order[:, :half].sort(dim=1).values, order[:, half:].sort(dim=1).values
 
 
+def group(
+    sizes: Tensor | None, B: int, N: int, num_prefix: int, by_size: bool, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """The grouping of a block: by size beyond the splitting depth, else alternate; ``sizes`` None: all ones."""
+    if not by_size:
+        return group_alternate(B, N, num_prefix, device)
+    return group_by_size(torch.ones(B, N, device=device) if sizes is None else sizes, num_prefix)
+
+
 def match(keys: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """For each token of A its most similar token of B: s_i = max_j k_i . k_j / (|k_i| |k_j|), k the mean of the keys
     over the heads (Section 3.1; Appendix A). Of equally similar tokens of B the first is taken (ours).
@@ -81,13 +90,15 @@ def match(keys: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     if b.shape[1] == 0:  # a single token: nothing to merge with
         return similarity, partner
     norm = k.norm(dim=2, keepdim=True)
-    k = k / norm.where((norm > EPS) & norm.isfinite(), math.nan)  # NaN: no direction
+    k = k / norm.where((norm > EPS) & (norm < math.inf), math.nan)  # NaN: no direction
     cosine = _rows(k, a) @ _rows(k, b).transpose(1, 2)  # [B, Na, Nb]
     best, column = cosine.nan_to_num(nan=NOT_ALIKE).max(dim=2)
     return similarity.scatter(1, a, best), partner.scatter(1, a, b.gather(1, column).int())
 
 
 def _rows(x: Tensor, positions: Tensor) -> Tensor:
+    if len(x) and positions.stride(0) == 0:  # the same in every image
+        return x.index_select(1, positions[0])
     image = torch.arange(len(x), device=x.device).unsqueeze(1)
     return x[image, positions]
 
@@ -127,20 +138,22 @@ def assign(similarity: Tensor, partner: Tensor, r: int | Tensor, num_prefix: int
     Returns:
         assignment [B, N] int32; the slots of image b are 0 .. N - r_b - 1.
     """
-    B, N = partner.shape
-    r = r.unsqueeze(1) if isinstance(r, Tensor) else r
-    position = torch.arange(N, device=partner.device).expand(B, N)
-    order = similarity.argsort(dim=1, descending=True, stable=True)
-    rank = torch.empty_like(order).scatter(1, order, position)
+    position = torch.arange(partner.shape[1], device=partner.device).expand(partner.shape)
+    if isinstance(r, int) and r == 0:
+        return position.int()
     in_a = partner >= 0
-    joins = in_a & (rank < r)
-    stays = in_a & ~joins
-    in_b = ~in_a & (position >= num_prefix)
-    slot_in_a = num_prefix + stays.cumsum(dim=1) - 1
-    slot_in_b = num_prefix + stays.sum(dim=1, keepdim=True) + in_b.cumsum(dim=1) - 1
-    slot = torch.where(stays, slot_in_a, torch.where(in_b, slot_in_b, position))
-    slot = torch.where(joins, slot.gather(1, partner.long().clamp(min=0)), slot)
-    return torch.where(joins.any(dim=1, keepdim=True), slot, position).int()
+    rank = _places(similarity.argsort(dim=1, descending=True, stable=True), position)
+    joins = in_a & (rank < (r.unsqueeze(1) if isinstance(r, Tensor) else r))
+    group = (~in_a).to(torch.uint8)  # protected tokens and A: 0, in this order as they stand; B: 1
+    group[:, :num_prefix] = 0
+    slot = _places(group.masked_fill(joins, 2).argsort(dim=1, stable=True), position)
+    slot = torch.where(joins, slot.gather(1, partner.clamp(min=0).long()), slot)
+    return (torch.where(r.unsqueeze(1) > 0, slot, position) if isinstance(r, Tensor) else slot).int()
+
+
+def _places(order: Tensor, position: Tensor) -> Tensor:
+    """Where each element stands in an ``order`` [B, N]: the inverse permutation."""
+    return torch.empty_like(order).scatter(1, order, position)
 
 
 def merge(x: Tensor, sizes: Tensor, assignment: Tensor, M: int) -> tuple[Tensor, Tensor]:
@@ -159,20 +172,37 @@ def merge(x: Tensor, sizes: Tensor, assignment: Tensor, M: int) -> tuple[Tensor,
     dtype = torch.promote_types(x.dtype, torch.float32)
     n = sizes.to(dtype).flatten()
     slot = _flat_slots(assignment, M)
+    tokens, first = _by_slot(slot, B * M)
     merged_n = n.new_zeros(B * M + 1).index_add_(0, slot, n)  # the last entry takes the dropped tokens
-    share = n / merged_n[slot]
-    by_slot = slot.argsort(stable=True)
-    first = torch.searchsorted(slot[by_slot], torch.arange(B * M + 1, device=x.device))  # where a slot's tokens begin
+    share = n / merged_n.index_select(0, slot)
     rows = x.reshape(B * N, C).to(dtype)
-    merged = F.embedding_bag(by_slot, rows, first, mode="sum", per_sample_weights=share[by_slot])
+    merged = F.embedding_bag(tokens, rows, first, mode="sum", per_sample_weights=share.index_select(0, tokens))
     return merged[:-1].view(B, M, C).to(x.dtype), merged_n[:-1].view(B, M).to(sizes.dtype)
+
+
+def lists(assignment: Tensor, M: int) -> tuple[Tensor, Tensor]:
+    """The assignment the other way round: the tokens of each slot, in the order in which they stand.
+
+    Returns:
+        tokens int32 [B N]: the tokens of all images, numbered through, in the order of their slots, dropped ones last;
+        spans int32 [B M, 2]: where in it the tokens of each slot, numbered through, begin and end.
+    """
+    slots = len(assignment) * M
+    tokens, first = _by_slot(_flat_slots(assignment, M), slots)
+    return tokens.int(), torch.stack([first[:slots], first[1:]], dim=1).int()
 
 
 def _flat_slots(assignment: Tensor, M: int) -> Tensor:
     """Slots of all images in one row, [B * N] int64; dropped tokens share the slot B * M."""
     B = len(assignment)
     first = M * torch.arange(B, device=assignment.device).unsqueeze(1)
-    return torch.where(assignment >= 0, assignment + first, B * M).flatten()
+    return torch.where((assignment >= 0) & (assignment < M), assignment + first, B * M).flatten()
+
+
+def _by_slot(slot: Tensor, slots: int) -> tuple[Tensor, Tensor]:
+    """Tokens in the order of their flat slots, the dropped last; where those of each of the ``slots`` slots begin."""
+    tokens = slot.argsort(stable=True)
+    return tokens, torch.searchsorted(slot.index_select(0, tokens), torch.arange(slots + 1, device=slot.device))
 
 
 def unmerge(x: Tensor, assignment: Tensor) -> Tensor:

@@ -4,8 +4,10 @@ The free-merge bound is what merging would give if it cost nothing: the same tok
 instead of a merge, with timm's own attention. Its time over ours is the share of the possible gain that is reached.
 """
 
+import ctypes
 import json
 import os
+import random
 import statistics
 import tempfile
 import time
@@ -29,6 +31,7 @@ from atm_triton.flops import Cost, cost, planned, unmerged
 from atm_triton.model import Record
 from atm_triton.patch import apply_patch, install
 
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
 UNPATCHED, BOUND, TOME, ATM = "timm", "free-merge bound", "ToMe", "ATM"
 
 
@@ -49,7 +52,7 @@ class FreeMergeBlock(ATMBlock):
 
     keep: int
 
-    def step(self, x: Tensor, size: Tensor | None, merges: bool = True) -> Step:
+    def step(self, x: Tensor, size: Tensor | None, log2_size: Tensor | None = None, merges: bool = True) -> Step:
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))
         x = x[:, : self.keep]
         return Step(x + self.drop_path2(self.ls2(self.mlp(self.norm2(x)))), None)
@@ -118,16 +121,25 @@ def _variant(
     return Variant(name, run, statistics.fmean(c.paper_gflops for c in costs), tokens, note)
 
 
+def keep_freed_memory() -> None:
+    """Let the C library keep what is freed for the next call, for as long as the process lives: otherwise it returns
+    memory now to one variant's cost and now to another's, and page faults drown what is measured."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is not None:  # glibc
+        for parameter in (_TRIM_THRESHOLD, _MMAP_THRESHOLD):
+            mallopt(parameter, 2**30)
+
+
 @torch.inference_mode()
 def time_in_turn(runs: dict[str, Callable[[], None]], repeats: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each run, ``repeats`` times in turn after a warm-up, each turn beginning with another."""
-    names = list(runs)
+    """Seconds of each run, ``repeats`` times in turn after a warm-up, each turn in an order of its own: what ran before
+    leaves traces in caches, clocks and the allocator."""
+    names, order = list(runs), random.Random(0)
     for name in names:
         runs[name]()
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for turn in tqdm(range(repeats), desc="time", unit="turn", disable=None):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
+    for _ in tqdm(range(repeats), desc="time", unit="turn", disable=None):
+        for name in order.sample(names, len(names)):
             seconds[name].append(_seconds(runs[name], device))
     return seconds
 

@@ -3,6 +3,8 @@
 DeiT-S shapes, and what a first block sees: 197 tokens, class token first. On a GPU, calls are timed to completion.
 """
 
+from dataclasses import replace
+
 import pytest
 import timm
 import torch
@@ -13,7 +15,7 @@ from atm_triton.reference import group_by_size
 
 B, H, N, d, C, R = 8, 6, 197, 64, 384, 8
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BACKENDS = ["reference"]
+BACKENDS = ["reference", "triton"] if DEVICE == "cuda" else ["reference"]
 
 
 @pytest.fixture(params=BACKENDS)
@@ -51,16 +53,16 @@ def test_match(benchmark, backend, qkv, sizes, by_size):
 
 def test_assign(benchmark, backend, qkv, sizes):
     found = ops.match(qkv[1], sizes, 1, False, None, backend)
-    assignment = time(benchmark, ops.assign, found.similarity, found.partner, R, 1, False, backend)
+    assignment, _ = time(benchmark, ops.assign, found.similarity, found.partner, R, 1, False, backend)
     assert assignment.max() == N - R - 1
 
 
 def test_merge(benchmark, backend, qkv, sizes):
     found = ops.match(qkv[1], sizes, 1, False, None, backend)
-    assignment = ops.assign(found.similarity, found.partner, R, 1, False, backend)
+    assignment, lists = ops.assign(found.similarity, found.partner, R, 1, False, backend)
     x = torch.randn(B, N, C, device=DEVICE)
-    merged, _ = time(benchmark, ops.merge, x, sizes, assignment, N - R, backend)
-    assert merged.shape == (B, N - R, C)
+    merged = time(benchmark, ops.merge, x, sizes, assignment, N - R, backend, lists)
+    assert merged.x.shape == (B, N - R, C)
 
 
 def test_group_by_size(benchmark, sizes):
@@ -94,6 +96,6 @@ def test_deit_small(benchmark, backend, merging):
 def test_digits(benchmark, backend, merging):
     model = open_model().to(DEVICE)
     if merging == "batch":
-        apply_patch(model, digits_config())
+        apply_patch(model, replace(digits_config(), backend=backend))
     images, _ = next(iter(open_images(model, limit=64)))
     assert time(benchmark, model, images.to(DEVICE)).shape == (64, 10)

@@ -1,6 +1,6 @@
 """The Triton kernels, one file an operation; installed and imported as ``atm_triton.kernels``.
 
-They know tensors and integers, never a model. ``atm_triton.ops`` does not call them yet.
+They know tensors and integers, never a model; ``atm_triton.library`` makes torch operations of them.
 """
 
 if __name__ == "kernels":  # found by name because a checkout is the working directory

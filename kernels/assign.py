@@ -195,6 +195,7 @@ def assign(
     images, longest = (len(cu_seqlens) - 1, max_tokens) if packed else (B, N)
     counts, r = (r, 0) if per_image else (None, r)
     device = partner.device
+    similarity, partner = similarity.contiguous(), partner.contiguous()
     assignment = torch.empty((B, N), dtype=torch.int32, device=device)
     new_cu_seqlens = torch.zeros(images + 1, dtype=torch.int32, device=device) if per_image else None
     sorts = longest <= ONE_PROGRAM
@@ -236,6 +237,7 @@ def lists(
     in :func:`assign`."""
     B, N = assignment.shape
     images, longest = (len(cu_seqlens) - 1, max_tokens) if cu_seqlens is not None else (B, N)
+    assignment = assignment.contiguous()
     tokens, spans = _empty_lists(B, N, M, assignment.device)
     if images:
         lists_kernel[(images, triton.cdiv(max(longest, M if counts is None else 0), TILE))](

@@ -106,7 +106,7 @@ def attention(
 
     Args:
         q: [B, H, Nq, d], or packed [1, H, T, d]; k, v: [B, H, N, d], or packed; any strides but 1 for the last.
-        log2_sizes: float32 [B, N], contiguous (packed [1, T]): log2 of the patches that each token stands for; None for
+        log2_sizes: float32 [B, N] (packed [1, T]): log2 of the patches that each token stands for; None for
             one each.
 
     Returns:
@@ -123,6 +123,7 @@ def attention(
     packed = cu_seqlens is not None
     images, longest = (len(cu_seqlens) - 1, max_tokens) if packed else (B, Nq)
     out = torch.empty((B, Nq, H, d), dtype=q.dtype, device=q.device)
+    log2_sizes = None if log2_sizes is None else log2_sizes.contiguous()
     if images and longest:
         table = tiles(q.dtype, longest)
         grid = (triton.cdiv(longest, table["ROWS"]), H, images)

@@ -358,7 +358,7 @@ def match(
 
     Args:
         keys: [B, H, N, d], or packed [1, H, T, d]; any strides but 1 for the last.
-        sizes: float32 [B, N] (packed [1, T]), contiguous; None for all ones.
+        sizes: float32 [B, N] (packed [1, T]); None for all ones.
         cu_seqlens: int32 [B + 1], where each packed image starts; ``max_tokens``: no image is longer.
 
     Returns:
@@ -379,7 +379,7 @@ def match(
     counts = torch.empty(images, dtype=torch.int64, device=keys.device)
     if images == 0:
         return similarity, partner, counts
-    sizes = sizes if by_size else None
+    sizes = sizes.contiguous() if by_size and sizes is not None else None
     group = (BY_SIZE if sizes is not None else HALVES) if by_size else ALTERNATE
     stride_b, stride_h, stride_n, _ = keys.stride()
     free = max(longest - num_prefix, 1)

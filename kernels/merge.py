@@ -95,8 +95,8 @@ def merge(
     """Size-weighted means over the tokens of each slot (Definition 2).
 
     Args:
-        x: rows [R, C], contiguous: the tokens of all images.
-        sizes: float32 [R] in all, contiguous; None for all ones.
+        x: rows [R, C]: the tokens of all images.
+        sizes: float32 [R] in all; None for all ones.
         tokens, spans: from assign.
         attended: [R, C]: what attention adds to the residual stream; x + gamma * attended is merged.
         gamma: [C], the LayerScale; None for 1.
@@ -107,10 +107,13 @@ def merge(
         merged [slots, C]; its LayerNorm (None without ``norm``); merged sizes float32 [slots]; their log2.
     """
     C = x.shape[1]
+    x, sizes = x.contiguous(), None if sizes is None else sizes.contiguous()
+    attended = None if attended is None else attended.contiguous()
     slots = len(spans) if slots is None else slots
     merged = torch.empty((slots, C), dtype=x.dtype, device=x.device)
     normed = torch.empty_like(merged) if norm is not None else None
-    merged_sizes = torch.empty((2, slots), dtype=torch.float32, device=x.device)
+    merged_sizes = torch.empty(slots, dtype=torch.float32, device=x.device)
+    log2_sizes = torch.empty_like(merged_sizes)
     weight, bias, eps = norm if norm is not None else (None, None, 0.0)
     if slots:
         block = max(16, triton.next_power_of_2(C))
@@ -125,8 +128,8 @@ def merge(
             bias,
             merged,
             normed,
-            merged_sizes[0],
-            merged_sizes[1],
+            merged_sizes,
+            log2_sizes,
             eps,
             C=C,
             BLOCK_C=block,
@@ -137,7 +140,7 @@ def merge(
             AFFINE=weight is not None,
             num_warps=warps(block),
         )
-    return merged, normed, merged_sizes[0], merged_sizes[1]
+    return merged, normed, merged_sizes, log2_sizes
 
 
 def warps(block: int) -> int:

@@ -1,6 +1,7 @@
 """The command line in the small, and bad input: one line, exit code 2."""
 
 import json
+import os
 import subprocess
 import sys
 from importlib.metadata import version
@@ -161,7 +162,7 @@ TINY = ("--model", "deit_tiny_patch16_224")
         bad("eval", "--config", "missing.json", "missing.json"),
         bad("eval", "--max-gflops", "3", "the paper has no operating points for 'digits'"),
         bad("eval", "--json", "/nowhere/out.json", "--json /nowhere/out.json: its directory does not exist"),
-        bad("eval", "--backend", "triton", "--limit", "3", 'backend="triton" cannot run on cpu'),
+        bad("eval", "--backend", "triton", "--dtype", "float64", "--limit", "3", "or float32, not float64; or use"),
         bad("bench", "--repeats", "0", "--repeats and --batches want 1 or more"),
         bad("bench", "--batches", "0", "--repeats and --batches want 1 or more"),
         bad("bench", "--batch-size", "0", "batch size 0 is too small"),
@@ -270,6 +271,14 @@ def test_nan_images_are_refused():
         evaluate(model, [(torch.randn(2, 1, 112, 112), torch.zeros(2)), (images, torch.zeros(2))], digits_config())
     with pytest.raises(ValueError, match="no images to evaluate"):
         evaluate(model, [], digits_config())
+
+
+def test_the_kernels_want_a_gpu_or_the_interpreter():
+    command = [sys.executable, "-m", "atm_triton", "eval", "--backend", "triton", "--limit", "3", "--device", "cpu"]
+    without = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(command, capture_output=True, text=True, env=without)
+    assert done.returncode == 2 and 'backend="triton" cannot run: tensors are on the CPU; move them' in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 def test_as_a_process():

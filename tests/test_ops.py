@@ -26,12 +26,13 @@ def found(by_size=False, P=1):
         (lambda: ops.assign(*found(P=0)[:2], 5, 0, False), "r=5 is outside 0 .. 4"),
         (lambda: ops.assign(*found(True, 0)[:2], 4, 0, True), "r=4 is outside 0 .. 3"),
         (lambda: ops.merge(x[0], None, assignment, 3), "x has shape [7, 8]; want [B, N, C]"),
-        (lambda: ops.merge(x, None, assignment[:1], 3), "assignment has shape [1, 7]; want [2, 7], as x"),
-        (lambda: ops.merge(x, sizes[:, 1:], assignment, 3), "sizes has shape [2, 6]; want [2, 7], as x"),
+        (lambda: ops.merge(x, None, assignment[:1], 3), "assignment has shape [1, 7]; want [2, 7], one for each token"),
+        (lambda: ops.merge(x, sizes[:, 1:], assignment, 3), "sizes has shape [2, 6]; want [2, 7], one for each token"),
         (lambda: ops.unmerge(x[0], assignment), "x has shape [7, 8]; want [B, M, C]"),
         (lambda: ops.unmerge(x, assignment[0]), "assignment has shape [7]; want [B, N], B as in x"),
         (lambda: ops.attention(keys, keys, keys[:1], None), "v has shape [1, 3, 7, 4]; want [B, H, N, d], as k"),
-        (lambda: ops.explain("triton", "cpu"), 'backend="triton" cannot run on cpu: '),
+        (lambda: ops.match(keys, None, 1, False, 1.5), "theta=1.5 is outside -1 .. 1"),
+        (lambda: ops.explain("triton", "mps"), 'backend="triton" cannot run: there are no kernels for mps; move'),
     ],
 )
 def test_bad_arguments(call, message):
@@ -44,8 +45,8 @@ def test_bad_arguments(call, message):
 def test_the_largest_r_takes_every_token_of_a(by_size, P, most):
     matched = found(by_size, P)
     assert (matched.partner >= 0).sum(1).tolist() == [most] * 2
-    merged, _ = ops.merge(x, None, ops.assign(*matched[:2], most, P, by_size), 7 - most)
-    assert merged.isfinite().all()
+    assignment, _ = ops.assign(*matched[:2], most, P, by_size)
+    assert ops.merge(x, None, assignment, 7 - most).x.isfinite().all()
 
 
 def test_explain():

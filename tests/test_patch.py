@@ -368,11 +368,9 @@ def test_other_bad_calls():
 
 
 def test_triton_is_refused_where_it_cannot_run():
-    model = apply_patch(vit(), ATMConfig(backend="triton"))
-    with pytest.raises(
-        ValueError, match='backend="triton" cannot run on cpu: the operations do not call the Triton kernels yet'
-    ):
-        model(images())
+    model = apply_patch(vit(dtype=torch.float64), ATMConfig(backend="triton"))
+    with pytest.raises(ValueError, match="the kernels take float16, bfloat16 or float32, not float64; or use"):
+        model(images(dtype=torch.float64))
 
 
 def test_a_block_alone():

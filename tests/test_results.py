@@ -2,8 +2,10 @@
 
 import json
 
+import pytest
+
 from atm_triton.digits.model import CONFIG
-from benchmarks.readme import RESULTS
+from benchmarks.readme import RESULTS, nearest_tome
 
 
 def result(name):
@@ -30,3 +32,13 @@ def test_atm_keeps_the_accuracy():
     quality = shipped["overall"]
     assert quality["images"] >= 4000 and shipped["saved"] >= 0.42 and quality["agreement"] > 99.5
     assert quality["top1"] >= quality["top1_unpatched"] - 0.1
+    tome = nearest_tome(rows, shipped)["overall"]
+    assert tome["gflops"] == pytest.approx(quality["gflops"], rel=0.05) and tome["agreement"] < quality["agreement"]
+
+
+def test_merging_reaches_the_bound_on_a_cpu():
+    _, deit = result("cpu_bench.json")["cases"]
+    assert deit["title"].startswith("deit_small_patch16_224") and "float32, CPU, 2 threads" in deit["title"]
+    assert deit["batch_size"] == 8 and deit["config"]["schedule"] == [8] * 12
+    (atm,) = (row for row in deit["rows"] if row["name"] == "ATM")
+    assert atm["of_bound"] >= 0.95 and len(atm["seconds"]) >= 15
