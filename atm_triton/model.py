@@ -3,9 +3,9 @@
 Nothing is kept between calls but a finished :class:`Record` of the last one, so threads may share a model.
 """
 
+import functools
 from collections.abc import Container
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -36,12 +36,22 @@ class Record:
 
 
 class Run(NamedTuple):
-    """Merged tokens ``x`` [B, M, C] after the last block run, the ``trace`` [B, N] int32 of the N tokens that entered
-    the first one (None: nothing merged), and the unmerged tokens [B, N, C] after each block asked for."""
+    """Merged tokens ``x`` [B, M, C] after the last block run, the ``assignments`` of all blocks that merged, and the
+    unmerged tokens [B, N, C] after each block asked for."""
 
     x: Tensor
-    trace: Tensor | None
+    assignments: list[Tensor]
     collected: list[Tensor]
+
+    @property
+    def trace(self) -> Tensor | None:
+        """Where the N tokens that entered the first block ended up, [B, N] int32; None: nothing merged."""
+        return trace_of(self.assignments)
+
+
+def trace_of(assignments: list[Tensor]) -> Tensor | None:
+    """All merge steps as one; None for no step."""
+    return functools.reduce(reference.compose, assignments) if assignments else None
 
 
 class ATMBlocks(nn.Sequential):
@@ -72,7 +82,7 @@ class ATMBlocks(nn.Sequential):
             collect: the blocks, from 0, after which to keep the unmerged tokens.
             stop: the number of blocks to run, None for all.
         """
-        size, log2_size, trace, collected = None, None, None, []
+        size, log2_size, assignments, collected = None, None, [], []
         tokens, queries, rows, counts, matched = [], [], [], [], []
         for index, block in enumerate(list(self)[:stop]):
             serves_leading = leading is not None and index == len(self) - 1
@@ -86,16 +96,16 @@ class ATMBlocks(nn.Sequential):
                 step = call(x, size, log2_size, option)
             x, size, log2_size, assignment, count = step
             if assignment is not None:
-                trace = assignment if trace is None else reference.compose(trace, assignment)
+                assignments.append(assignment)
             if index in collect:
-                collected.append(self.unmerge(x, trace))
+                collected.append(self.unmerge(x, trace_of(assignments)))
             rows.append(x.shape[1])
             counts.append(count)
             matched.append(assignment is not None or count is not None)
         whole = len(tokens) == len(self)
         record = Record(len(x), image_shape, *map(tuple, (tokens, queries, rows, counts, matched)))
         self.last = record if whole else None
-        return Run(x, trace, collected)
+        return Run(x, assignments, collected)
 
     def unmerge(self, x: Tensor, trace: Tensor | None) -> Tensor:
         return x if trace is None else ops.unmerge(x, trace, self.config.backend)
@@ -193,7 +203,7 @@ def _refuse_mask(attn_mask: Tensor | None, is_causal: bool) -> None:
         raise ValueError("a mask of N tokens does not fit once tokens merge: leave attn_mask and is_causal out")
 
 
-@cache
+@functools.cache
 def merging_class(base: type) -> type:
     """The class of a patched model whose own class is ``base``."""
     return type(f"ATM{base.__name__}", (MergingTransformer, base), {"__module__": __name__})

@@ -208,7 +208,7 @@ def add_merge_norm(
         attended: [B, N, C], what attention adds to x; gamma: [C], the LayerScale, None for 1.
         lists: of ``assignment``, from :func:`assign` by the kernels.
     """
-    _check(attended.shape == x.shape, "attended", attended, f"{list(x.shape)}, as x")
+    _check(attended.shape == x.shape, "attended", attended, "the shape of x")
     arguments = (x, attended, gamma, sizes, assignment, *lists, norm.weight, norm.bias, norm.eps, M)
     with torch.no_grad():
         merged, normed, *of_sizes = _call("add_merge_norm", *arguments)
@@ -271,14 +271,14 @@ def _check(holds: bool, name: str, tensor: Tensor, want: str) -> None:
 def _check_sizes(sizes: Tensor | None, shape: tuple[int, ...], like: Tensor) -> None:
     if sizes is None:
         return
-    _check(sizes.shape == shape, "sizes", sizes, f"{list(shape)}, one for each token")
+    _check(sizes.shape == shape, "sizes", sizes, "[B, N], one for each token")
     if sizes.dtype != torch.float32:
         raise TypeError(f"sizes are {sizes.dtype}; want torch.float32")
     _check_device("sizes", sizes, like)
 
 
 def _check_assignment(assignment: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
-    _check(assignment.shape == shape, "assignment", assignment, f"{list(shape)}, one for each token")
+    _check(assignment.shape == shape, "assignment", assignment, "[B, N], one for each token")
     if assignment.dtype != torch.int32:
         raise TypeError(f"assignment is {assignment.dtype}; want torch.int32")
     _check_device("assignment", assignment, like)

@@ -37,11 +37,9 @@ def group_alternate(B: int, N: int, num_prefix: int, device: torch.device | None
     Returns:
         The positions of A [B, Na] and of B [B, Nb], int64, ascending; Na + Nb = N - P.
     """
-    first_even = num_prefix + num_prefix % 2
-    first_odd = num_prefix + 1 - num_prefix % 2
-    a = torch.arange(first_even, max(N, first_even), 2, device=device)
-    b = torch.arange(first_odd, max(N, first_odd), 2, device=device)
-    return a.expand(B, -1), b.expand(B, -1)
+    free = torch.arange(min(num_prefix, N), N, device=device).expand(B, -1)
+    odd = num_prefix % 2  # whether the first of them stands at an odd position
+    return free[:, odd::2], free[:, 1 - odd :: 2]
 
 
 def group_by_size(sizes: Tensor, num_prefix: int) -> tuple[Tensor, Tensor]:
@@ -90,10 +88,10 @@ def match(keys: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     if b.shape[1] == 0:  # a single token: nothing to merge with
         return similarity, partner
     norm = k.norm(dim=2, keepdim=True)
-    k = k / norm.where((norm > EPS) & (norm < math.inf), math.nan)  # NaN: no direction
+    k = k / norm.masked_fill((norm <= EPS) | (norm == math.inf), math.nan)  # NaN: no direction
     cosine = _rows(k, a) @ _rows(k, b).transpose(1, 2)  # [B, Na, Nb]
-    best, column = cosine.nan_to_num(nan=NOT_ALIKE).max(dim=2)
-    return similarity.scatter(1, a, best), partner.scatter(1, a, b.gather(1, column).int())
+    best, column = cosine.nan_to_num_(nan=NOT_ALIKE).max(dim=2)
+    return similarity.scatter_(1, a, best), partner.scatter_(1, a, b.gather(1, column).int())
 
 
 def _rows(x: Tensor, positions: Tensor) -> Tensor:
@@ -146,14 +144,14 @@ def assign(similarity: Tensor, partner: Tensor, r: int | Tensor, num_prefix: int
     joins = in_a & (rank < (r.unsqueeze(1) if isinstance(r, Tensor) else r))
     group = (~in_a).to(torch.uint8)  # protected tokens and A: 0, in this order as they stand; B: 1
     group[:, :num_prefix] = 0
-    slot = _places(group.masked_fill(joins, 2).argsort(dim=1, stable=True), position)
+    slot = _places(group.masked_fill_(joins, 2).argsort(dim=1, stable=True), position)
     slot = torch.where(joins, slot.gather(1, partner.clamp(min=0).long()), slot)
     return (torch.where(r.unsqueeze(1) > 0, slot, position) if isinstance(r, Tensor) else slot).int()
 
 
 def _places(order: Tensor, position: Tensor) -> Tensor:
     """Where each element stands in an ``order`` [B, N]: the inverse permutation."""
-    return torch.empty_like(order).scatter(1, order, position)
+    return torch.empty_like(order).scatter_(1, order, position)
 
 
 def merge(x: Tensor, sizes: Tensor, assignment: Tensor, M: int) -> tuple[Tensor, Tensor]:
@@ -195,8 +193,9 @@ def lists(assignment: Tensor, M: int) -> tuple[Tensor, Tensor]:
 def _flat_slots(assignment: Tensor, M: int) -> Tensor:
     """Slots of all images in one row, [B * N] int64; dropped tokens share the slot B * M."""
     B = len(assignment)
-    first = M * torch.arange(B, device=assignment.device).unsqueeze(1)
-    return torch.where((assignment >= 0) & (assignment < M), assignment + first, B * M).flatten()
+    first = M * torch.arange(B, device=assignment.device)
+    dropped = (assignment < 0) | (assignment >= M)
+    return (assignment + first.unsqueeze(1)).masked_fill_(dropped, B * M).flatten()
 
 
 def _by_slot(slot: Tensor, slots: int) -> tuple[Tensor, Tensor]:
