@@ -22,7 +22,7 @@ def _ordered(similarity):
     """float32 as uint32 in the same order."""
     bits = (similarity + 0.0).to(tl.uint32, bitcast=True)  # + 0.0: -0.0 is 0.0
     sign = tl.full([], 0x80000000, tl.uint32)
-    return tl.where(bits >= sign, ~bits, bits | sign)
+    return tl.where(bits >= sign, bits ^ tl.full([], 0xFFFFFFFF, tl.uint32), bits | sign)
 
 
 @triton.jit

@@ -8,6 +8,8 @@ from torch import Tensor
 from atm_triton.kernels.match import image_base, image_bounds
 
 LOG2_E = 1.4426950408889634  # softmax in powers of two
+BACKEND = "hip" if torch.version.hip else "cuda"
+FLOAT32_DOTS = {"cuda": "tf32x3", "hip": "ieee"}  # as accurate as float32, and fast; neither compiles well elsewhere
 
 
 @triton.jit
@@ -87,10 +89,13 @@ def attention_kernel(
     tl.store(at, (mixed / total[:, None]).to(out.dtype.element_ty), mask=inside)
 
 
-def tiles(dtype: torch.dtype, Nq: int) -> dict[str, int]:
-    """Tiles for a dtype and a number of queries."""
-    columns = 32 if dtype == torch.float32 else 64  # three products instead of one: more registers
-    return {"ROWS": 64 if Nq > 16 else 16, "COLUMNS": columns, "STAGES": 2, "num_warps": 4}
+def tiles(dtype: torch.dtype, d: int, Nq: int) -> dict[str, int]:
+    """Tiles for a dtype, channels of a head and a number of queries; what is larger spills on one chip or another."""
+    if Nq <= 16:
+        return {"ROWS": 16, "COLUMNS": 32 if dtype == torch.float32 else 64, "STAGES": 2, "num_warps": 4}
+    if dtype == torch.float32:  # three products instead of one
+        return {"ROWS": 64 if d <= 64 else 32, "COLUMNS": 32, "STAGES": 2, "num_warps": 4 if d <= 64 else 8}
+    return {"ROWS": 64, "COLUMNS": 64, "STAGES": 2, "num_warps": 4}
 
 
 def attention(
@@ -125,7 +130,7 @@ def attention(
     out = torch.empty((B, Nq, H, d), dtype=q.dtype, device=q.device)
     log2_sizes = None if log2_sizes is None else log2_sizes.contiguous()
     if images and longest:
-        table = tiles(q.dtype, longest)
+        table = tiles(q.dtype, d, longest)
         grid = (triton.cdiv(longest, table["ROWS"]), H, images)
         strides = (s for x in (q, k, v) for s in (x.stride(0), x.stride(2), x.stride(1)))
         attention_kernel[grid](
@@ -145,7 +150,7 @@ def attention(
             BIAS=log2_sizes is not None,
             PACKED=packed,
             LEADING=not packed and Nq != N,
-            PRECISION="tf32x3" if q.dtype == torch.float32 else None,
+            PRECISION=FLOAT32_DOTS[BACKEND] if q.dtype == torch.float32 else None,
             **table,
         )
     return out.transpose(1, 2)

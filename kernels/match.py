@@ -1,8 +1,8 @@
 """match: each token's most similar partner, and each image's number of candidates (Sections 3.1 to 3.3).
 
 Keys are read in place, averaged over the heads, normalised and multiplied in one launch where both groups of an image
-fit a tile; N x N similarities are never in memory. A longer image takes two launches: one that writes unit vectors
-[N, d], one that runs tiles of A against tiles of B.
+fit a tile; N x N similarities are never in memory. A longer image, or one of more than 64 channels a head, takes two
+launches: one that writes unit vectors [N, d], one that runs tiles of A against tiles of B.
 
 Products are accurate to float32: each factor is split in two float16 halves (scaled by 64, which keeps the low half
 out of the subnormals) and three of the four half products are summed. Plain tf32 or bfloat16 would flip decisions near
@@ -21,9 +21,8 @@ LAST = tl.constexpr(2**31 - 1)
 ALTERNATE, BY_SIZE, HALVES = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # HALVES: by size where all are equal
 PREFIX = tl.constexpr(16)  # a tile that holds the protected tokens
 
-WHOLE_IMAGE = 256  # tokens that may merge: up to here the groups of an image fit one tile
-ROW_TILES = {"ROWS": 128, "COLUMNS": 64, "num_warps": 8, "num_stages": 2}  # of longer images
-TOKENS = 64  # that one program turns into unit vectors
+WHOLE_IMAGE = 256  # tokens that may merge: up to here, with up to 64 channels, the groups of an image fit one tile
+TOKENS = 32  # that one program turns into unit vectors
 
 
 @triton.jit
@@ -338,11 +337,16 @@ def match_tiles_kernel(
     tl.atomic_add(counts + image, tl.sum((in_a & (best >= theta)).to(tl.int32)).to(tl.int64))
 
 
-def image_tiles(free: int, d: int) -> dict[str, int]:
+def image_tiles(free: int) -> dict[str, int]:
     """Tiles of :func:`match_image_kernel` for ``free`` tokens that may merge."""
     block = max(16, triton.next_power_of_2((free + 1) // 2))
-    rows = min(block, 128 if d <= 64 else 64)
-    return {"ROWS": rows, "BLOCK": block, "CHUNK": 32 if block >= 32 else 16, "num_warps": 8 if block >= 64 else 4}
+    return {"ROWS": min(block, 128), "BLOCK": block, "CHUNK": 16, "num_warps": 8 if block >= 64 else 4}
+
+
+def row_tiles(d: int) -> dict[str, int]:
+    """Tiles of :func:`match_tiles_kernel` for ``d`` channels; what is larger spills on one chip or another."""
+    rows, columns = (128, 64) if d <= 64 else (64, 32)
+    return {"ROWS": rows, "COLUMNS": columns, "num_warps": 8, "num_stages": 1}
 
 
 def match(
@@ -387,8 +391,8 @@ def match(
     heads = {"H": H, "HEADS_TOGETHER": stride_h == d}
     strides = (N, stride_b, stride_n, stride_h)
     out = (similarity, partner, counts)
-    if free <= WHOLE_IMAGE:
-        tiles = image_tiles(free, d)
+    if free <= WHOLE_IMAGE and d <= 64:
+        tiles = image_tiles(free)
         match_image_kernel[(images,)](keys, sizes, cu_seqlens, *out, theta, *strides, **shape, **heads, **tiles)
         return out
     unit = torch.empty((B * N, 2, d), dtype=torch.float16, device=keys.device)
@@ -397,6 +401,7 @@ def match(
     unit_rows_kernel[grid](
         keys, sizes, cu_seqlens, unit, order, *out, *strides, **shape, **heads, TOKENS=TOKENS, CHUNK=128, num_warps=4
     )
-    grid = (images, triton.cdiv((free + 1) // 2, ROW_TILES["ROWS"]))
-    match_tiles_kernel[grid](unit, order, cu_seqlens, *out, theta, N, **shape, **ROW_TILES)
+    tiles = row_tiles(d)
+    grid = (images, triton.cdiv((free + 1) // 2, tiles["ROWS"]))
+    match_tiles_kernel[grid](unit, order, cu_seqlens, *out, theta, N, **shape, **tiles)
     return out
