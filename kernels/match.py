@@ -399,7 +399,7 @@ def match(
     order = torch.empty(B * N, dtype=torch.int32, device=keys.device)
     grid = (images, triton.cdiv(free, TOKENS))
     unit_rows_kernel[grid](
-        keys, sizes, cu_seqlens, unit, order, *out, *strides, **shape, **heads, TOKENS=TOKENS, CHUNK=128, num_warps=4
+        keys, sizes, cu_seqlens, unit, order, *out, *strides, **shape, **heads, TOKENS=TOKENS, CHUNK=128, num_warps=8
     )
     tiles = row_tiles(d)
     grid = (images, triton.cdiv((free + 1) // 2, tiles["ROWS"]))
