@@ -169,7 +169,7 @@ class ATMBlock(Block):
 
     def _fuses(self, x: Tensor, attended: Tensor) -> bool:
         """Whether residual sum, merge and norm are what one kernel computes: no gradient, and plain modules."""
-        if ops.needs_grad(x) or ops.needs_grad(attended):
+        if any(map(ops.needs_grad, (x, attended, *self.norm2.parameters(), *self.ls1.parameters()))):
             return False
         drops = self.training and not isinstance(self.drop_path1, nn.Identity)
         plain = type(self.norm2) in (nn.LayerNorm, LayerNorm) and type(self.ls1) in (nn.Identity, LayerScale)

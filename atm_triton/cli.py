@@ -31,7 +31,7 @@ Case = tuple[str, VisionTransformer, list[torch.Tensor], ATMConfig]  # title, mo
 
 def bench(args: argparse.Namespace) -> dict[str, Any]:
     """Throughput of the unpatched model, the free-merge bound, ToMe and ATM, in turn."""
-    if args.repeats < 1 or args.batches < 1:
+    if args.repeats < 1 or (args.batches is not None and args.batches < 1):
         raise ValueError("--repeats and --batches want 1 or more")
     report.check_plot(args.plot)
     keep_freed_memory()
@@ -51,6 +51,8 @@ def _cases(args: argparse.Namespace) -> Iterator[Case]:
     if args.model == DIGITS or args.data is not None:
         yield _image_case(args)
     else:
+        if args.batches is not None:
+            raise ValueError(f"--batches {args.batches}: {args.model} runs on one random batch; give it --data DIR")
         yield _random_case(args, args.model, args.checkpoint, args.pretrained)
     if args.model == DIGITS and not _configured(args):
         yield _random_case(args, DEIT)
@@ -59,9 +61,10 @@ def _cases(args: argparse.Namespace) -> Iterator[Case]:
 def _image_case(args: argparse.Namespace) -> Case:
     model, data = _model(args), args.data or DIGITS
     batch_size = 64 if args.batch_size is None else args.batch_size
-    loader = open_images(model, data, batch_size=batch_size, limit=batch_size * args.batches)
+    count = 2 if args.batches is None else args.batches
+    loader = open_images(model, data, batch_size=batch_size, limit=batch_size * count)
     parameter = next(model.parameters())
-    batches = [images.to(parameter) for images, _ in islice(loader, args.batches)]
+    batches = [images.to(parameter) for images, _ in islice(loader, count)]
     weights = _weights(args.model, args.checkpoint, args.pretrained)
     title = f"{args.model}, {weights}, on {data}: {len(batches)} batches of {len(batches[0])}"
     return f"{title}, {_where(args)}", model, batches, _config(args, len(model.blocks))
@@ -152,7 +155,7 @@ def _config(args: argparse.Namespace, depth: int, default: ATMConfig | None = No
     elif args.schedule is not None:
         config = ATMConfig(adapt="static", schedule=tuple(args.schedule))
     elif _configured(args):
-        config = ATMConfig()
+        config = digits_config() if args.model == DIGITS else ATMConfig()
     else:
         config = default or (digits_config() if args.model == DIGITS else ATMConfig())
     fields = {name: getattr(args, name) for name in ("alpha", "beta", "theta_min", "split_depth", "backend")}
@@ -160,6 +163,10 @@ def _config(args: argparse.Namespace, depth: int, default: ATMConfig | None = No
         fields["proportional_attention"] = False
     if args.all_tokens_last:
         fields["cls_only_last"] = False
+    given = [name for name in ("alpha", "beta", "theta_min") if fields[name] is not None]
+    if given and (config.adapt == "static" or config.thresholds is not None):
+        options = ", ".join("--" + name.replace("_", "-") for name in given)
+        raise ValueError(f"{options}: no effect beside a schedule or thresholds of each block; leave one of them out")
     config = replace(config, **{name: value for name, value in fields.items() if value is not None})
     config.check_depth(depth)
     return config
@@ -206,7 +213,7 @@ def _parser() -> argparse.ArgumentParser:
     out.add_argument("--json", type=Path, help="write what was measured, with versions, machine and command")
 
     sub = commands.add_parser("bench", parents=[inputs, merging, out], help=bench.__doc__, description=bench.__doc__)
-    sub.add_argument("--batches", type=int, default=2, help="batches of images that one turn runs (2)")
+    sub.add_argument("--batches", type=int, help="batches of images that one turn runs (2)")
     sub.add_argument("--repeats", type=int, default=25, help="turns (25)")
     sub.add_argument("--plot", type=Path, help="write a bar chart (PNG)")
     sub.set_defaults(run=bench)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from atm_triton import library, reference
 
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+KERNEL_PREFIX = 16  # protected tokens that the match kernel can take
 
 
 class Match(NamedTuple):
@@ -114,7 +115,8 @@ def match(
 
     Args:
         keys: [B, H, N, d], the keys of the block's attention; no gradient flows through the choice.
-        num_prefix: the protected tokens at the start of the sequence; at most 16 by the kernels.
+        num_prefix: the protected tokens at the start of the sequence; above 16
+            "auto" takes the reference, and "triton" is refused.
         by_size: size-distinctive instead of alternate grouping.
         theta: count the candidates at or above this cosine similarity.
     """
@@ -124,7 +126,7 @@ def match(
     if theta is not None and not -1 <= theta <= 1:
         raise ValueError(f"theta={theta} is outside -1 .. 1, the cosine similarities")
     keys = keys.detach()
-    if runs_kernels(backend, keys):
+    if runs_kernels(backend, keys) and (backend == "triton" or num_prefix <= KERNEL_PREFIX):
         bound = 2.0 if theta is None else theta  # nothing is as similar as that
         similarity, partner, counts = _call("match", keys, sizes, num_prefix, by_size, bound)
         return Match(similarity, partner, None if theta is None else counts)

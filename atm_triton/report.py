@@ -64,6 +64,8 @@ def check_plot(path: Path | None) -> None:
     if find_spec("matplotlib") is None:
         raise ValueError("plots need matplotlib: pip install 'atm-triton[paper]'")
     check_file("--plot", path)
+    if path.suffix not in (".png", ".pdf", ".svg"):
+        raise ValueError(f"--plot {path}: want a name that ends in .png, .pdf or .svg")
 
 
 def throughput_plot(cases: list[dict[str, Any]], path: Path) -> None:

@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=4000, help="test images (4000)")
-    parser.add_argument("--draws", type=int, default=40, help="curves drawn for each share of the MACs")
+    parser.add_argument("--draws", type=int, default=6, help="curves drawn for each share of the MACs (6)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--out", type=Path, default=RESULTS, help="a directory")
     args = parser.parse_args(argv)

@@ -111,9 +111,9 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--saved", type=float, default=0.47, help="the share of the MACs to save (0.47)")
+    parser.add_argument("--saved", type=float, default=0.5, help="the share of the MACs to save (0.5)")
     parser.add_argument("--images", type=int, default=2048, help="calibration images (2048)")
-    parser.add_argument("--draws", type=int, default=60)
+    parser.add_argument("--draws", type=int, default=20, help="curves drawn (20)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--out", type=Path, default=CONFIG)
     args = parser.parse_args(argv)

@@ -169,6 +169,9 @@ TINY = ("--model", "deit_tiny_patch16_224")
         bad("bench", *TINY, "--batch-size", "0", "batch size 0 is too small"),
         bad("bench", "--model", "resnet18", "ResNet cannot be merged"),
         bad("bench", "--plot", "/nowhere/out.png", "--plot /nowhere/out.png: its directory does not exist"),
+        bad("bench", *TINY, "--batches", "3", "runs on one random batch; give it --data DIR"),
+        bad("bench", "--plot", "bars.foo", "--plot bars.foo: want a name that ends in .png, .pdf or .svg"),
+        bad("eval", "--alpha", "0.9", "--schedule", *"8" * 12, "--alpha: no effect beside a schedule or thresholds"),
         bad("bench", *TINY, "--alpha", "0.95", "thresholds mean nothing on random images: give deit_tiny"),
         bad("bench", *TINY, "--max-gflops", "1", "thresholds mean nothing on random images"),
         bad("eval", "--json", ".", "--json . is a directory; name a file in it"),
@@ -271,6 +274,12 @@ def test_nan_images_are_refused():
         evaluate(model, [(torch.randn(2, 1, 112, 112), torch.zeros(2)), (images, torch.zeros(2))], digits_config())
     with pytest.raises(ValueError, match="no images to evaluate"):
         evaluate(model, [], digits_config())
+
+
+def test_a_single_field_leaves_the_digits_others(tmp_path):
+    out = tmp_path / "eval.json"
+    assert main(["eval", *FEW, "--alpha", str(digits_config().alpha), "--json", str(out)]) == 0
+    assert json.loads(out.read_text())["config"] == json.loads(digits_config().to_json())
 
 
 def test_the_kernels_want_a_gpu_or_the_interpreter():

@@ -101,11 +101,12 @@ def test_the_search_saves_what_it_is_asked_for():
 @pytest.mark.parametrize(
     ("main", "arguments", "message"),
     [
-        (training.main, ["--scale", "0"], "train: --scale 0.0 leaves no steps; give one above 0"),
+        (training.main, ["--scale", "0"], "train: --scale 0.0 is no number of steps; give one above 0"),
+        (training.main, ["--scale", "inf"], "train: --scale inf is no number of steps"),
         (training.main, ["--out", "no/model.safetensors"], "train: --out no/model.safetensors: its directory does not"),
         (thresholds.main, ["--saved", "1"], "thresholds: --saved 1.0 is no share; give one between 0 and 1"),
         (thresholds.main, ["--images", "0"], "thresholds: limit 0 is too small; give 1 or more"),
-        (thresholds.main, ["--images", "32", "--draws", "0"], "thresholds: none of 0 curves saves 47% of the MACs"),
+        (thresholds.main, ["--images", "32", "--draws", "0"], "thresholds: none of 0 curves saves 50% of the MACs"),
         (accuracy.main, ["--draws", "0"], "accuracy: --draws and --images want 1 or more"),
         (accuracy.main, ["--out", __file__], f"accuracy: --out {__file__} is no directory"),
     ],

@@ -99,6 +99,27 @@ def test_a_gradient_keeps_the_block_from_fusing(monkeypatch):
     assert block(x)[0].requires_grad
 
 
+@pytest.mark.parametrize("trained", ["norm2", "ls1"])
+def test_frozen_tokens_do_not_keep_a_norm_or_a_scale_from_learning(trained):
+    model, x = vit(init_values=0.3).to(DEVICE), images().to(DEVICE)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trained in name)
+    grads = []
+    for backend in ("reference", "triton"):
+        apply_patch(model, ATMConfig(backend=backend, **CONFIGS["static"]))
+        model.zero_grad()
+        model(x).square().sum().backward()
+        grads.append([p.grad for p in model.parameters() if p.requires_grad])
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-3, atol=1e-3)
+
+
+def test_more_protected_tokens_than_the_kernel_takes():
+    keys = torch.randn(1, 2, 30, 16, device=DEVICE)
+    with pytest.raises(ValueError, match="num_prefix=17 is above 16"):
+        ops.match(keys, None, 17, False, backend="triton")
+    assert ops.match(keys, None, 17, False).partner.shape == (1, 30)
+
+
 def operands():
     """Arguments for every operation."""
     q, k, v = torch.randn(2, 9, 3, 2, 16, device=DEVICE).permute(2, 0, 3, 1, 4)

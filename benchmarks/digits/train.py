@@ -7,6 +7,7 @@ covers it (or none) helps the middle blocks along and is dropped afterwards.
 
 import argparse
 import json
+import math
 import sys
 import time
 from functools import partial
@@ -127,8 +128,8 @@ def run(args: argparse.Namespace) -> None:
     check_device(args.device)
     check_file("--out", args.out)
     check_file("--json", args.json)
-    if not args.scale > 0:
-        raise ValueError(f"--scale {args.scale} leaves no steps; give one above 0")
+    if not 0 < args.scale < math.inf:
+        raise ValueError(f"--scale {args.scale} is no number of steps; give one above 0")
     model, log = train(args.seed, args.device, args.scale)
     halves = {name: tensor.half().cpu().contiguous() for name, tensor in model.state_dict().items()}
     model.load_state_dict(halves)  # what is measured is what is saved
