@@ -97,8 +97,9 @@ def match(keys: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 def _rows(x: Tensor, positions: Tensor) -> Tensor:
     if len(x) and positions.stride(0) == 0:  # the same in every image
         return x.index_select(1, positions[0])
-    image = torch.arange(len(x), device=x.device).unsqueeze(1)
-    return x[image, positions]
+    B, N, d = x.shape
+    first = N * torch.arange(B, device=x.device).unsqueeze(1)
+    return x.reshape(B * N, d).index_select(0, (positions + first).flatten()).view(B, positions.shape[1], d)
 
 
 def count(similarity: Tensor, theta: float) -> Tensor:
