@@ -108,9 +108,8 @@ class ATMBlock(Block):
             x = x + self.drop_path1(self.ls1(attended))
             del attended
             return Step(x + self.drop_path2(self.ls2(self.mlp(self.norm2(x)))), size, log2_size, None, counts)
-        backend = self.config.backend
         assignment, lists = ops.assign(
-            found.similarity, found.partner, r, self.num_prefix_tokens, self.by_size, backend
+            found.similarity, found.partner, r, self.num_prefix_tokens, self.by_size, self.config.backend
         )
         merged, y = self._merge(x, attended, size, assignment, lists, x.shape[1] - r)
         del x, attended

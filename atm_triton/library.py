@@ -132,8 +132,7 @@ def merge(
         with _device_of(x):
             merged, _, new_sizes, log2_sizes = _kernels().merge(x.reshape(B * N, C), sizes, tokens, spans)
         return merged.view(B, M, C), new_sizes.view(B, M), log2_sizes.view(B, M)
-    ones = torch.ones(B, N, device=x.device) if sizes is None else sizes
-    merged, new_sizes = reference.merge(x, ones, assignment, M)
+    merged, new_sizes = reference.merge(x, sizes, assignment, M)
     return merged, new_sizes, new_sizes.log2()
 
 
@@ -190,8 +189,7 @@ def add_merge_norm(
             out = _kernels().merge(rows, sizes, tokens, spans, update, gamma, (weight, bias, eps))
         return tuple(tensor.view(B, M, *tensor.shape[1:]) for tensor in out)
     update = attended.float() if gamma is None else attended.float() * gamma.float()
-    ones = torch.ones(B, N, device=x.device) if sizes is None else sizes
-    merged, new_sizes = reference.merge(x.float() + update, ones, assignment, M)
+    merged, new_sizes = reference.merge(x.float() + update, sizes, assignment, M)
     merged = merged.to(x.dtype)
     affine = (None if parameter is None else parameter.float() for parameter in (weight, bias))
     normed = F.layer_norm(merged.float(), (C,), *affine, eps)

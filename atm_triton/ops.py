@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from atm_triton import library, reference
 
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-KERNEL_PREFIX = 16  # protected tokens that the match kernel can take
+KERNEL_PREFIX, KERNEL_CHANNELS = 16, 128  # protected tokens, and channels of a head, that the kernels can take
 
 
 class Match(NamedTuple):
@@ -80,6 +80,17 @@ def runs_kernels(backend: str, x: Tensor) -> bool:
     return _takes_kernels(backend, x.device.type, x.dtype)
 
 
+def _fits_kernels(backend: str, x: Tensor, num_prefix: int = 0) -> bool:
+    """Whether the kernels compute on ``x`` [B, H, N, d]: "auto" leaves them what they can take."""
+    if not runs_kernels(backend, x):
+        return False
+    over = f"num_prefix={num_prefix} is above {KERNEL_PREFIX}" if num_prefix > KERNEL_PREFIX else ""
+    over = over or (f"d={x.shape[3]} is above {KERNEL_CHANNELS}" if x.shape[3] > KERNEL_CHANNELS else "")
+    if over and backend == "triton":
+        raise ValueError(f'backend="triton" cannot run: {over}, the most that the kernels take; use "auto"')
+    return not over
+
+
 @torch.compiler.assume_constant_result  # a compiled graph is for one backend, device and dtype
 def _takes_kernels(backend: str, device: str, dtype: torch.dtype) -> bool:
     return explain(backend, device, dtype)[0] == "triton"
@@ -115,10 +126,13 @@ def match(
 
     Args:
         keys: [B, H, N, d], the keys of the block's attention; no gradient flows through the choice.
-        num_prefix: the protected tokens at the start of the sequence; above 16
-            "auto" takes the reference, and "triton" is refused.
+        num_prefix: the protected tokens at the start of the sequence.
         by_size: size-distinctive instead of alternate grouping.
         theta: count the candidates at or above this cosine similarity.
+
+    Raises:
+        ValueError, TypeError: arguments of another shape, dtype or device; theta outside -1 .. 1; "triton" with more
+            protected tokens (16) or channels a head (128) than the kernels take, where "auto" takes the reference.
     """
     _check(keys.dim() == 4, "keys", keys, "[B, H, N, d]")
     B, _, N, _ = keys.shape
@@ -126,7 +140,7 @@ def match(
     if theta is not None and not -1 <= theta <= 1:
         raise ValueError(f"theta={theta} is outside -1 .. 1, the cosine similarities")
     keys = keys.detach()
-    if runs_kernels(backend, keys) and (backend == "triton" or num_prefix <= KERNEL_PREFIX):
+    if _fits_kernels(backend, keys, num_prefix):
         bound = 2.0 if theta is None else theta  # nothing is as similar as that
         similarity, partner, counts = _call("match", keys, sizes, num_prefix, by_size, bound)
         return Match(similarity, partner, None if theta is None else counts)
@@ -161,6 +175,9 @@ def assign(
     Args:
         similarity, partner: [B, N], from :func:`match` with the same ``num_prefix`` and ``by_size``.
         r: 0 .. the number of tokens in A.
+
+    Raises:
+        ValueError: arguments of different shapes, or another r.
     """
     _check(similarity.shape == partner.shape and partner.dim() == 2, "partner", partner, "[B, N], as similarity")
     N = partner.shape[1]
@@ -181,6 +198,9 @@ def merge(
     Args:
         assignment: [B, N] int32, slots 0 .. M - 1; any other number drops the token.
         lists: those of ``assignment`` if they are at hand.
+
+    Raises:
+        ValueError, TypeError: arguments of another shape, dtype or device.
     """
     _check(x.dim() == 3, "x", x, "[B, N, C]")
     _check_assignment(assignment, x.shape[:2], x)
@@ -188,8 +208,6 @@ def merge(
     if runs_kernels(backend, x):
         tokens, spans = _call("lists", assignment, M) if lists is None else lists
         return Merged(*_call("merge", x, sizes, assignment, tokens, spans, M))
-    if sizes is None:
-        sizes = torch.ones(x.shape[:2], dtype=torch.float32, device=x.device)
     return Merged(*reference.merge(x, sizes, assignment, M), None)
 
 
@@ -209,6 +227,9 @@ def add_merge_norm(
     Args:
         attended: [B, N, C], what attention adds to x; gamma: [C], the LayerScale, None for 1.
         lists: of ``assignment``, from :func:`assign` by the kernels.
+
+    Raises:
+        ValueError: ``attended`` of another shape than x.
     """
     _check(attended.shape == x.shape, "attended", attended, "the shape of x")
     arguments = (x, attended, gamma, sizes, assignment, *lists, norm.weight, norm.bias, norm.eps, M)
@@ -218,10 +239,13 @@ def add_merge_norm(
 
 
 def unmerge(x: Tensor, assignment: Tensor, backend: str = "auto") -> Tensor:
-    """Give every token the value of its slot, 0 to a dropped one: x [B, M, C], assignment [B, N] int32 to [B, N, C]."""
+    """Give every token the value of its slot, 0 to a dropped one: x [B, M, C], assignment [B, N] int32 to [B, N, C].
+
+    Raises:
+        ValueError, TypeError: arguments of another shape, dtype or device.
+    """
     _check(x.dim() == 3, "x", x, "[B, M, C]")
-    _check(assignment.dim() == 2 and len(assignment) == len(x), "assignment", assignment, "[B, N], B as in x")
-    _check_assignment(assignment, assignment.shape, x)
+    _check_assignment(assignment, (len(x), assignment.shape[-1]), x)
     if runs_kernels(backend, x):
         return _call("unmerge", x, assignment)
     return reference.unmerge(x, assignment)
@@ -245,6 +269,9 @@ def attention(
     Args:
         fused: by torch's scaled_dot_product_attention, where the kernel does not compute it.
         log2_sizes: of ``sizes``, if they are at hand.
+
+    Raises:
+        ValueError, TypeError: arguments of another shape, dtype or device; "triton" with more channels a head than 128.
     """
     _check(k.dim() == 4 and v.shape == k.shape, "v", v, "[B, H, N, d], as k")
     _check_sizes(sizes, (k.shape[0], k.shape[2]), k)
@@ -253,7 +280,7 @@ def attention(
         dtype = torch.get_autocast_dtype(device)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     trains = dropout_p > 0 or any(map(needs_grad, (q, k, v)))
-    if runs_kernels(backend, q) and sizes is not None and not trains:
+    if sizes is not None and not trains and _fits_kernels(backend, q):
         return _call("attention", q, k, v, sizes.log2() if log2_sizes is None else log2_sizes)
     if sizes is not None and device == "cuda" and q.element_size() < 4:
         fused = False  # torch's CUDA kernels want a bias in the dtype of q, which would round log n

@@ -155,20 +155,22 @@ def _places(order: Tensor, position: Tensor) -> Tensor:
     return torch.empty_like(order).scatter_(1, order, position)
 
 
-def merge(x: Tensor, sizes: Tensor, assignment: Tensor, M: int) -> tuple[Tensor, Tensor]:
+def merge(x: Tensor, sizes: Tensor | None, assignment: Tensor, M: int) -> tuple[Tensor, Tensor]:
     """Definition 2: a slot becomes the size-weighted mean of its tokens, x' = sum(n_i x_i) / sum(n_i), n' = sum(n_i).
 
     Written as x' = sum_i (n_i / n') x_i: the share of a token that merges with nothing is exactly 1, so it passes
     through unchanged. Sums are in float32 or above, in the order of the tokens.
 
     Args:
-        x: [B, N, C]; sizes: [B, N] float32; assignment: [B, N] int32; M: the length of the merged sequence.
+        x: [B, N, C]; sizes: [B, N] float32 or None, which stands for all ones; assignment: [B, N] int32; M: the length
+        of the merged sequence.
 
     Returns:
         merged x [B, M, C] in the dtype of x and merged sizes [B, M] float32; a slot with no token is 0 with size 0.
     """
     B, N, C = x.shape
     dtype = torch.promote_types(x.dtype, torch.float32)
+    sizes = torch.ones(B, N, device=x.device) if sizes is None else sizes
     n = sizes.to(dtype).flatten()
     slot = _flat_slots(assignment, M)
     tokens, first = _by_slot(slot, B * M)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from atm_triton.kernels.match import image_bounds
+from atm_triton.kernels.images import image_bounds
 
 NO_SLOT = tl.constexpr(2**30)  # sorts behind every slot
 TILE, CHUNK = 64, 64  # of lists_kernel

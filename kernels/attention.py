@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from atm_triton.kernels.match import image_base, image_bounds
+from atm_triton.kernels.images import image_base, image_bounds
 
 LOG2_E = 1.4426950408889634  # softmax in powers of two
 BACKEND = "hip" if torch.version.hip else "cuda"

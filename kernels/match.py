@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from atm_triton.kernels.images import image_base, image_bounds
+
 EPS_SQUARED = tl.constexpr(1e-24)
 NOT_ALIKE = tl.constexpr(-2.0)
 SCALE = tl.constexpr(64.0)
@@ -23,28 +25,6 @@ PREFIX = tl.constexpr(16)  # a tile that holds the protected tokens
 
 WHOLE_IMAGE = 256  # tokens that may merge: up to here, with up to 64 channels, the groups of an image fit one tile
 TOKENS = 32  # that one program turns into unit vectors
-
-
-@triton.jit
-def image_bounds(cu_seqlens, b, N, PACKED: tl.constexpr):
-    """The row of the image's first token (int64), and its number of tokens."""
-    if PACKED:
-        start = tl.load(cu_seqlens + b).to(tl.int64)
-        length = (tl.load(cu_seqlens + b + 1) - start).to(tl.int32)
-    else:
-        start = b.to(tl.int64) * N
-        length = N
-    return start, length
-
-
-@triton.jit
-def image_base(x, b, start, stride_b, stride_n, PACKED: tl.constexpr):
-    """Where the image's rows begin in a strided tensor."""
-    if PACKED:
-        x += start * stride_n
-    else:
-        x += b.to(tl.int64) * stride_b
-    return x
 
 
 @triton.jit

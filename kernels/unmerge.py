@@ -5,7 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from atm_triton.kernels.match import image_bounds
+from atm_triton.kernels.images import image_bounds
+from atm_triton.kernels.merge import warps
 
 
 @triton.jit
@@ -69,6 +70,6 @@ def unmerge(
             BLOCK_C=block,
             PACKED=cu_seqlens is not None,
             FROM_PACKED=new_cu_seqlens is not None,
-            num_warps=max(1, min(8, block // 256)),
+            num_warps=warps(block),
         )
     return out

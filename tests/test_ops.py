@@ -29,7 +29,7 @@ def found(by_size=False, P=1):
         (lambda: ops.merge(x, None, assignment[:1], 3), "assignment has shape [1, 7]; want [B, N], one for each token"),
         (lambda: ops.merge(x, sizes[:, 1:], assignment, 3), "sizes has shape [2, 6]; want [B, N], one for each token"),
         (lambda: ops.unmerge(x[0], assignment), "x has shape [7, 8]; want [B, M, C]"),
-        (lambda: ops.unmerge(x, assignment[0]), "assignment has shape [7]; want [B, N], B as in x"),
+        (lambda: ops.unmerge(x, assignment[0]), "assignment has shape [7]; want [B, N], one for each token"),
         (lambda: ops.attention(keys, keys, keys[:1], None), "v has shape [1, 3, 7, 4]; want [B, H, N, d], as k"),
         (lambda: ops.match(keys, None, 1, False, 1.5), "theta=1.5 is outside -1 .. 1"),
         (lambda: ops.explain("triton", "mps"), 'backend="triton" cannot run: there are no kernels for mps; move'),

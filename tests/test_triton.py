@@ -4,7 +4,6 @@ from functools import partial
 
 import pytest
 import torch
-from timm.models.vision_transformer import VisionTransformer
 
 from atm_triton import ATMBlock, ATMConfig, apply_patch, library, ops, summary
 from models import distilled, images, vit
@@ -110,14 +109,17 @@ def test_frozen_tokens_do_not_keep_a_norm_or_a_scale_from_learning(trained):
         model.zero_grad()
         model(x).square().sum().backward()
         grads.append([p.grad for p in model.parameters() if p.requires_grad])
-    torch.testing.assert_close(grads[1], grads[0], rtol=1e-3, atol=1e-3)
+    for ours, theirs in zip(grads[1], grads[0], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
 
 
-def test_more_protected_tokens_than_the_kernel_takes():
-    keys = torch.randn(1, 2, 30, 16, device=DEVICE)
-    with pytest.raises(ValueError, match="num_prefix=17 is above 16"):
-        ops.match(keys, None, 17, False, backend="triton")
-    assert ops.match(keys, None, 17, False).partner.shape == (1, 30)
+@pytest.mark.parametrize(("d", "P", "over"), [(16, 17, "num_prefix=17 is above 16"), (136, 1, "d=136 is above 128")])
+def test_more_than_the_kernels_take(d, P, over, monkeypatch):
+    keys = torch.randn(1, 2, 30, d, device=DEVICE)
+    with pytest.raises(ValueError, match=over):
+        ops.match(keys, None, P, False, backend="triton")
+    monkeypatch.setattr(ops, "runs_kernels", lambda backend, x: True)  # as on a GPU
+    assert launches(monkeypatch, lambda: ops.match(keys, None, P, False)) == []
 
 
 def operands():
@@ -212,7 +214,3 @@ def test_wrong_types_and_devices_are_refused():
         ops.merge(x, torch.ones(2, 5).double(), assignment, 4)
     with pytest.raises(ValueError, match="assignment is on meta, the tokens on cpu; move one of them"):
         ops.unmerge(x, assignment.to("meta"))
-
-
-def test_the_class_is_still_timms():
-    assert isinstance(apply_patch(vit(), ATMConfig(backend="triton", **CONFIGS["static"])), VisionTransformer)
