@@ -10,10 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from atm_triton.kernels import tune
 from atm_triton.kernels.images import image_bounds
 
 NO_SLOT = tl.constexpr(2**30)  # sorts behind every slot
-TILE, CHUNK = 64, 64  # of lists_kernel
 ONE_PROGRAM = 2048  # tokens of an image that one program sorts; more are ranked by comparison, tile by tile
 
 
@@ -165,6 +165,24 @@ def lists_kernel(
     tl.store(spans + 2 * (slots + i) + 1, (start + end).to(tl.int32), mask=i < M)
 
 
+def assign_table(block: int) -> tune.Config:
+    """``block``: tokens of an image, rounded up to a power of two."""
+    return {"num_warps": max(1, min(32, block // 128))}
+
+
+def assign_candidates() -> list[tune.Config]:
+    return tune.every(num_warps=(1, 2, 4, 8, 16))
+
+
+def lists_table(N: int) -> tune.Config:
+    """``N``: tokens of an image, or its slots where they are more."""
+    return {"TILE": 64, "CHUNK": 64, "num_warps": 4}
+
+
+def lists_candidates() -> list[tune.Config]:
+    return tune.every(TILE=(16, 32, 64, 128), CHUNK=(32, 64, 128), num_warps=(1, 2, 4, 8))
+
+
 def assign(
     similarity: Tensor,
     partner: Tensor,
@@ -202,25 +220,32 @@ def assign(
     tokens, spans = _empty_lists(B, N, N - r, device) if sorts else (None, None)
     if images:
         block = max(16, triton.next_power_of_2(longest))
-        assign_kernel[(images,)](
-            similarity,
-            partner,
-            counts,
-            cu_seqlens,
-            assignment,
-            tokens,
-            spans,
-            new_cu_seqlens,
-            N,
-            N - r,
-            images,
-            P=num_prefix,
-            BLOCK=block,
-            PACKED=packed,
-            PER_IMAGE=per_image,
-            LISTS=sorts,
-            num_warps=warps(block),
-        )
+
+        def launch(config: tune.Config) -> None:
+            assign_kernel[(images,)](
+                similarity,
+                partner,
+                counts,
+                cu_seqlens,
+                assignment,
+                tokens,
+                spans,
+                new_cu_seqlens,
+                N,
+                N - r,
+                images,
+                P=num_prefix,
+                BLOCK=block,
+                PACKED=packed,
+                PER_IMAGE=per_image,
+                LISTS=sorts,
+                **config,
+            )
+
+        config = assign_table(block)
+        if tune.SEARCH:
+            config = tune.tuned("assign", {"block": block}, config, assign_candidates(), launch)
+        launch(config)
     if not sorts:
         tokens, spans = lists(assignment, N - r, counts, cu_seqlens, longest)
     return assignment, tokens, spans, new_cu_seqlens
@@ -240,28 +265,29 @@ def lists(
     assignment = assignment.contiguous()
     tokens, spans = _empty_lists(B, N, M, assignment.device)
     if images:
-        lists_kernel[(images, triton.cdiv(max(longest, M if counts is None else 0), TILE))](
-            assignment,
-            counts,
-            cu_seqlens,
-            tokens,
-            spans,
-            N,
-            M,
-            TILE=TILE,
-            CHUNK=CHUNK,
-            PACKED=cu_seqlens is not None,
-            PER_IMAGE=counts is not None,
-            num_warps=4,
-        )
+        longest = max(longest, M if counts is None else 0)
+
+        def launch(config: tune.Config) -> None:
+            lists_kernel[(images, triton.cdiv(longest, config["TILE"]))](
+                assignment,
+                counts,
+                cu_seqlens,
+                tokens,
+                spans,
+                N,
+                M,
+                PACKED=cu_seqlens is not None,
+                PER_IMAGE=counts is not None,
+                **config,
+            )
+
+        config = lists_table(longest)
+        if tune.SEARCH:
+            config = tune.tuned("lists", {"N": tune.like(longest)}, config, lists_candidates(), launch)
+        launch(config)
     return tokens, spans
 
 
 def _empty_lists(B: int, N: int, M: int, device: torch.device) -> tuple[Tensor, Tensor]:
     tokens = torch.empty(B * N, dtype=torch.int32, device=device)
     return tokens, torch.empty((B * M, 2), dtype=torch.int32, device=device)
-
-
-def warps(block: int) -> int:
-    """Warps of :func:`assign_kernel` for a block of tokens."""
-    return max(1, min(32, block // 128))

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from atm_triton.kernels import tune
 from atm_triton.kernels.images import image_base, image_bounds
 
 LOG2_E = 1.4426950408889634  # softmax in powers of two
@@ -89,13 +90,22 @@ def attention_kernel(
     tl.store(at, (mixed / total[:, None]).to(out.dtype.element_ty), mask=inside)
 
 
-def tiles(dtype: torch.dtype, d: int, Nq: int) -> dict[str, int]:
+def attention_table(dtype: torch.dtype, d: int, Nq: int) -> tune.Config:
     """Tiles for a dtype, channels of a head and a number of queries; what is larger spills on one chip or another."""
     if Nq <= 16:
         return {"ROWS": 16, "COLUMNS": 32 if dtype == torch.float32 else 64, "STAGES": 2, "num_warps": 4}
     if dtype == torch.float32:  # three products instead of one
         return {"ROWS": 64 if d <= 64 else 32, "COLUMNS": 32, "STAGES": 2, "num_warps": 4 if d <= 64 else 8}
     return {"ROWS": 64, "COLUMNS": 64, "STAGES": 2, "num_warps": 4}
+
+
+def attention_candidates(dtype: torch.dtype, Nq: int) -> list[tune.Config]:
+    rows, columns = (32, 64, 128), (32, 64, 128)
+    if dtype == torch.float32:
+        rows, columns = (16, 32, 64), (16, 32, 64)
+    if Nq <= 16:
+        rows = (16,)
+    return tune.every(ROWS=rows, COLUMNS=columns, STAGES=(1, 2, 3, 4), num_warps=(2, 4, 8))
 
 
 def attention(
@@ -130,27 +140,33 @@ def attention(
     out = torch.empty((B, Nq, H, d), dtype=q.dtype, device=q.device)
     log2_sizes = None if log2_sizes is None else log2_sizes.contiguous()
     if images and longest:
-        table = tiles(q.dtype, d, longest)
-        grid = (triton.cdiv(longest, table["ROWS"]), H, images)
-        strides = (s for x in (q, k, v) for s in (x.stride(0), x.stride(2), x.stride(1)))
-        attention_kernel[grid](
-            q,
-            k,
-            v,
-            log2_sizes,
-            cu_seqlens,
-            out,
-            scale * LOG2_E,
-            N,
-            Nq,
-            *strides,
-            H=H,
-            d=d,
-            D=max(16, triton.next_power_of_2(d)),
-            BIAS=log2_sizes is not None,
-            PACKED=packed,
-            LEADING=not packed and Nq != N,
-            PRECISION=FLOAT32_DOTS[BACKEND] if q.dtype == torch.float32 else None,
-            **table,
-        )
+        strides = [s for x in (q, k, v) for s in (x.stride(0), x.stride(2), x.stride(1))]
+
+        def launch(config: tune.Config) -> None:
+            attention_kernel[(triton.cdiv(longest, config["ROWS"]), H, images)](
+                q,
+                k,
+                v,
+                log2_sizes,
+                cu_seqlens,
+                out,
+                scale * LOG2_E,
+                N,
+                Nq,
+                *strides,
+                H=H,
+                d=d,
+                D=max(16, triton.next_power_of_2(d)),
+                BIAS=log2_sizes is not None,
+                PACKED=packed,
+                LEADING=not packed and Nq != N,
+                PRECISION=FLOAT32_DOTS[BACKEND] if q.dtype == torch.float32 else None,
+                **config,
+            )
+
+        config = attention_table(q.dtype, d, longest)
+        if tune.SEARCH:
+            key = {"dtype": q.dtype, "d": d, "Nq": tune.like(longest)}
+            config = tune.tuned("attention", key, config, attention_candidates(q.dtype, longest), launch)
+        launch(config)
     return out.transpose(1, 2)

@@ -9,11 +9,14 @@ out of the subnormals) and three of the four half products are summed. Plain tf3
 the threshold.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from atm_triton.kernels import tune
 from atm_triton.kernels.images import image_base, image_bounds
 
 EPS_SQUARED = tl.constexpr(1e-24)
@@ -24,7 +27,6 @@ ALTERNATE, BY_SIZE, HALVES = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  
 PREFIX = tl.constexpr(16)  # a tile that holds the protected tokens
 
 WHOLE_IMAGE = 256  # tokens that may merge: up to here, with up to 64 channels, the groups of an image fit one tile
-TOKENS = 32  # that one program turns into unit vectors
 
 
 @triton.jit
@@ -317,16 +319,33 @@ def match_tiles_kernel(
     tl.atomic_add(counts + image, tl.sum((in_a & (best >= theta)).to(tl.int32)).to(tl.int64))
 
 
-def image_tiles(free: int) -> dict[str, int]:
-    """Tiles of :func:`match_image_kernel` for ``free`` tokens that may merge."""
-    block = max(16, triton.next_power_of_2((free + 1) // 2))
-    return {"ROWS": min(block, 128), "BLOCK": block, "CHUNK": 16, "num_warps": 8 if block >= 64 else 4}
+def match_image_table(block: int, d: int, by_size: bool) -> tune.Config:
+    """``block``: tokens of a group, rounded up to a power of two; ``by_size``: groups by sizes that differ."""
+    return {"ROWS": min(block, 128), "CHUNK": 16, "num_warps": 8 if block >= 64 else 4}
 
 
-def row_tiles(d: int) -> dict[str, int]:
-    """Tiles of :func:`match_tiles_kernel` for ``d`` channels; what is larger spills on one chip or another."""
+def match_image_candidates(block: int, by_size: bool) -> list[tune.Config]:
+    rows = [rows for rows in (16, 32, 64, 128) if rows <= block]
+    return tune.every(ROWS=rows, CHUNK=(16, 32, 64) if by_size else (16,), num_warps=(2, 4, 8, 16))
+
+
+def unit_rows_table(free: int, d: int, by_size: bool) -> tune.Config:
+    return {"TOKENS": 32, "CHUNK": 128, "num_warps": 8}
+
+
+def unit_rows_candidates(by_size: bool) -> list[tune.Config]:
+    chunks = (32, 64, 128, 256) if by_size else (128,)
+    return tune.every(TOKENS=(8, 16, 32, 64), CHUNK=chunks, num_warps=(2, 4, 8))
+
+
+def match_tiles_table(free: int, d: int) -> tune.Config:
+    """``free``: tokens that may merge. What is larger spills on one chip or another."""
     rows, columns = (128, 64) if d <= 64 else (64, 32)
     return {"ROWS": rows, "COLUMNS": columns, "num_warps": 8, "num_stages": 1}
+
+
+def match_tiles_candidates() -> list[tune.Config]:
+    return tune.every(ROWS=(32, 64, 128), COLUMNS=(16, 32, 64, 128), num_warps=(4, 8), num_stages=(1, 2, 3, 4))
 
 
 def match(
@@ -372,16 +391,55 @@ def match(
     strides = (N, stride_b, stride_n, stride_h)
     out = (similarity, partner, counts)
     if free <= WHOLE_IMAGE and d <= 64:
-        tiles = image_tiles(free)
-        match_image_kernel[(images,)](keys, sizes, cu_seqlens, *out, theta, *strides, **shape, **heads, **tiles)
+        _match_image(images, free, (keys, sizes, cu_seqlens, *out, theta, *strides), shape | heads)
         return out
     unit = torch.empty((B * N, 2, d), dtype=torch.float16, device=keys.device)
     order = torch.empty(B * N, dtype=torch.int32, device=keys.device)
-    grid = (images, triton.cdiv(free, TOKENS))
-    unit_rows_kernel[grid](
-        keys, sizes, cu_seqlens, unit, order, *out, *strides, **shape, **heads, TOKENS=TOKENS, CHUNK=128, num_warps=8
-    )
-    tiles = row_tiles(d)
-    grid = (images, triton.cdiv((free + 1) // 2, tiles["ROWS"]))
-    match_tiles_kernel[grid](unit, order, cu_seqlens, *out, theta, N, **shape, **tiles)
+    _unit_rows(images, free, (keys, sizes, cu_seqlens, unit, order, *out, *strides), shape | heads)
+    _match_tiles(images, free, counts, (unit, order, cu_seqlens, *out, theta, N), shape)
     return out
+
+
+def _match_image(images: int, free: int, arguments: tuple, constants: dict[str, Any]) -> None:
+    block, d, by_size = max(16, triton.next_power_of_2((free + 1) // 2)), constants["d"], _by_size(constants)
+
+    def launch(config: tune.Config) -> None:
+        match_image_kernel[(images,)](*arguments, **constants, BLOCK=block, **config)
+
+    config = match_image_table(block, d, by_size)
+    if tune.SEARCH:
+        key = {"block": block, "d": d, "by_size": by_size}
+        config = tune.tuned("match_image", key, config, match_image_candidates(block, by_size), launch)
+    launch(config)
+
+
+def _unit_rows(images: int, free: int, arguments: tuple, constants: dict[str, Any]) -> None:
+    d, by_size = constants["d"], _by_size(constants)
+
+    def launch(config: tune.Config) -> None:
+        unit_rows_kernel[(images, triton.cdiv(free, config["TOKENS"]))](*arguments, **constants, **config)
+
+    config = unit_rows_table(free, d, by_size)
+    if tune.SEARCH:
+        key = {"free": tune.like(free), "d": d, "by_size": by_size}
+        config = tune.tuned("unit_rows", key, config, unit_rows_candidates(by_size), launch)
+    launch(config)
+
+
+def _match_tiles(images: int, free: int, counts: Tensor, arguments: tuple, constants: dict[str, Any]) -> None:
+    d = constants["d"]
+
+    def launch(config: tune.Config) -> None:
+        grid = (images, triton.cdiv((free + 1) // 2, config["ROWS"]))
+        match_tiles_kernel[grid](*arguments, **constants, **config)
+
+    config = match_tiles_table(free, d)
+    if tune.SEARCH:
+        key = {"free": tune.like(free), "d": d}
+        config = tune.tuned("match_tiles", key, config, match_tiles_candidates(), launch)
+        counts.zero_()  # every launch of the search has added to them
+    launch(config)
+
+
+def _by_size(constants: dict[str, Any]) -> bool:
+    return constants["GROUP"] == BY_SIZE.value

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from atm_triton.kernels import tune
+
 
 @triton.jit
 def _row(x, attended, gamma, token, c, inside, C, RESIDUAL: tl.constexpr, SCALED: tl.constexpr):
@@ -82,6 +84,16 @@ def merge_kernel(
         tl.store(normed + slot * C + c, y.to(normed.dtype.element_ty), mask=inside)
 
 
+def merge_table(dtype: torch.dtype, block: int, fused: bool) -> tune.Config:
+    """``block``: channels, rounded up to a power of two: eight a thread, which is 16 bytes of bfloat16. ``fused``: with
+    the norm."""
+    return {"num_warps": max(1, min(8, block // 256))}
+
+
+def merge_candidates() -> list[tune.Config]:
+    return tune.every(num_warps=(1, 2, 4, 8))
+
+
 def merge(
     x: Tensor,
     sizes: Tensor | None,
@@ -117,32 +129,36 @@ def merge(
     weight, bias, eps = norm if norm is not None else (None, None, 0.0)
     if slots:
         block = max(16, triton.next_power_of_2(C))
-        merge_kernel[(slots,)](
-            x,
-            attended,
-            gamma,
-            sizes,
-            tokens,
-            spans,
-            weight,
-            bias,
-            merged,
-            normed,
-            merged_sizes,
-            log2_sizes,
-            eps,
-            C=C,
-            BLOCK_C=block,
-            SIZED=sizes is not None,
-            RESIDUAL=attended is not None,
-            SCALED=gamma is not None,
-            NORM=norm is not None,
-            AFFINE=weight is not None,
-            num_warps=warps(block),
-        )
+
+        def launch(config: tune.Config) -> None:
+            merge_kernel[(slots,)](
+                x,
+                attended,
+                gamma,
+                sizes,
+                tokens,
+                spans,
+                weight,
+                bias,
+                merged,
+                normed,
+                merged_sizes,
+                log2_sizes,
+                eps,
+                C=C,
+                BLOCK_C=block,
+                SIZED=sizes is not None,
+                RESIDUAL=attended is not None,
+                SCALED=gamma is not None,
+                NORM=norm is not None,
+                AFFINE=weight is not None,
+                **config,
+            )
+
+        fused = norm is not None
+        config = merge_table(x.dtype, block, fused)
+        if tune.SEARCH:
+            key = {"dtype": x.dtype, "block": block, "fused": fused}
+            config = tune.tuned("merge", key, config, merge_candidates(), launch)
+        launch(config)
     return merged, normed, merged_sizes, log2_sizes
-
-
-def warps(block: int) -> int:
-    """Warps of :func:`merge_kernel`: eight channels a thread, which is 16 bytes of bfloat16."""
-    return max(1, min(8, block // 256))

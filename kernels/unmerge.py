@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from atm_triton.kernels import tune
 from atm_triton.kernels.images import image_bounds
-from atm_triton.kernels.merge import warps
 
 
 @triton.jit
@@ -36,6 +36,15 @@ def unmerge_kernel(
     tl.store(out + (start + token) * C + c, row, mask=c < C)
 
 
+def unmerge_table(dtype: torch.dtype, block: int) -> tune.Config:
+    """``block``: channels, rounded up to a power of two: eight a thread, as in merge."""
+    return {"num_warps": max(1, min(8, block // 256))}
+
+
+def unmerge_candidates() -> list[tune.Config]:
+    return tune.every(num_warps=(1, 2, 4, 8))
+
+
 def unmerge(
     x: Tensor,
     assignment: Tensor,
@@ -58,18 +67,26 @@ def unmerge(
     out = torch.empty((B, N, C), dtype=x.dtype, device=x.device)
     if images and longest:
         block = max(16, triton.next_power_of_2(C))
-        unmerge_kernel[(images, longest)](
-            x,
-            assignment,
-            cu_seqlens,
-            new_cu_seqlens,
-            out,
-            N,
-            M,
-            C=C,
-            BLOCK_C=block,
-            PACKED=cu_seqlens is not None,
-            FROM_PACKED=new_cu_seqlens is not None,
-            num_warps=warps(block),
-        )
+
+        def launch(config: tune.Config) -> None:
+            unmerge_kernel[(images, longest)](
+                x,
+                assignment,
+                cu_seqlens,
+                new_cu_seqlens,
+                out,
+                N,
+                M,
+                C=C,
+                BLOCK_C=block,
+                PACKED=cu_seqlens is not None,
+                FROM_PACKED=new_cu_seqlens is not None,
+                **config,
+            )
+
+        config = unmerge_table(x.dtype, block)
+        if tune.SEARCH:
+            key = {"dtype": x.dtype, "block": block}
+            config = tune.tuned("unmerge", key, config, unmerge_candidates(), launch)
+        launch(config)
     return out
