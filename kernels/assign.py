@@ -5,6 +5,9 @@ tokens in the order of their slots (within a slot in the order in which they sto
 tokens of a slot begin and end. Slots of all images are numbered through, as are tokens: the merge knows no images.
 """
 
+from functools import partial
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -170,8 +173,9 @@ def assign_table(block: int) -> tune.Config:
     return {"num_warps": max(1, min(32, block // 128))}
 
 
-def assign_candidates() -> list[tune.Config]:
-    return tune.every(num_warps=(1, 2, 4, 8, 16))
+def assign_candidates(block: int) -> list[tune.Config]:
+    """More tokens a warp take minutes to compile for some chips."""
+    return tune.every(num_warps=[warps for warps in (1, 2, 4, 8, 16) if block <= 512 * warps])
 
 
 def lists_table(N: int) -> tune.Config:
@@ -221,31 +225,29 @@ def assign(
     if images:
         block = max(16, triton.next_power_of_2(longest))
 
-        def launch(config: tune.Config) -> None:
-            assign_kernel[(images,)](
-                similarity,
-                partner,
-                counts,
-                cu_seqlens,
-                assignment,
-                tokens,
-                spans,
-                new_cu_seqlens,
-                N,
-                N - r,
-                images,
-                P=num_prefix,
-                BLOCK=block,
-                PACKED=packed,
-                PER_IMAGE=per_image,
-                LISTS=sorts,
-                **config,
-            )
-
+        launch = partial(
+            assign_kernel[(images,)],
+            similarity,
+            partner,
+            counts,
+            cu_seqlens,
+            assignment,
+            tokens,
+            spans,
+            new_cu_seqlens,
+            N,
+            N - r,
+            images,
+            P=num_prefix,
+            BLOCK=block,
+            PACKED=packed,
+            PER_IMAGE=per_image,
+            LISTS=sorts,
+        )
         config = assign_table(block)
         if tune.SEARCH:
-            config = tune.tuned("assign", {"block": block}, config, assign_candidates(), launch)
-        launch(config)
+            config = tune.tuned("assign", {"block": block}, config, assign_candidates(block), launch)
+        launch(**config)
     if not sorts:
         tokens, spans = lists(assignment, N - r, counts, cu_seqlens, longest)
     return assignment, tokens, spans, new_cu_seqlens
@@ -267,24 +269,25 @@ def lists(
     if images:
         longest = max(longest, M if counts is None else 0)
 
-        def launch(config: tune.Config) -> None:
-            lists_kernel[(images, triton.cdiv(longest, config["TILE"]))](
-                assignment,
-                counts,
-                cu_seqlens,
-                tokens,
-                spans,
-                N,
-                M,
-                PACKED=cu_seqlens is not None,
-                PER_IMAGE=counts is not None,
-                **config,
-            )
+        def grid(meta: dict[str, Any]) -> tuple[int, ...]:
+            return images, triton.cdiv(longest, meta["TILE"])
 
+        launch = partial(
+            lists_kernel[grid],
+            assignment,
+            counts,
+            cu_seqlens,
+            tokens,
+            spans,
+            N,
+            M,
+            PACKED=cu_seqlens is not None,
+            PER_IMAGE=counts is not None,
+        )
         config = lists_table(longest)
         if tune.SEARCH:
             config = tune.tuned("lists", {"N": tune.like(longest)}, config, lists_candidates(), launch)
-        launch(config)
+        launch(**config)
     return tokens, spans
 
 

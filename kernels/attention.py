@@ -1,5 +1,8 @@
 """attention: softmax(q k^T * scale + log n) v, flash style: no scores in memory (Appendix A; ToMe, Section 3)."""
 
+from functools import partial
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -142,31 +145,32 @@ def attention(
     if images and longest:
         strides = [s for x in (q, k, v) for s in (x.stride(0), x.stride(2), x.stride(1))]
 
-        def launch(config: tune.Config) -> None:
-            attention_kernel[(triton.cdiv(longest, config["ROWS"]), H, images)](
-                q,
-                k,
-                v,
-                log2_sizes,
-                cu_seqlens,
-                out,
-                scale * LOG2_E,
-                N,
-                Nq,
-                *strides,
-                H=H,
-                d=d,
-                D=max(16, triton.next_power_of_2(d)),
-                BIAS=log2_sizes is not None,
-                PACKED=packed,
-                LEADING=not packed and Nq != N,
-                PRECISION=FLOAT32_DOTS[BACKEND] if q.dtype == torch.float32 else None,
-                **config,
-            )
+        def grid(meta: dict[str, Any]) -> tuple[int, ...]:
+            return triton.cdiv(longest, meta["ROWS"]), H, images
 
+        launch = partial(
+            attention_kernel[grid],
+            q,
+            k,
+            v,
+            log2_sizes,
+            cu_seqlens,
+            out,
+            scale * LOG2_E,
+            N,
+            Nq,
+            *strides,
+            H=H,
+            d=d,
+            D=max(16, triton.next_power_of_2(d)),
+            BIAS=log2_sizes is not None,
+            PACKED=packed,
+            LEADING=not packed and Nq != N,
+            PRECISION=FLOAT32_DOTS[BACKEND] if q.dtype == torch.float32 else None,
+        )
         config = attention_table(q.dtype, d, longest)
         if tune.SEARCH:
             key = {"dtype": q.dtype, "d": d, "Nq": tune.like(longest)}
             config = tune.tuned("attention", key, config, attention_candidates(q.dtype, longest), launch)
-        launch(config)
+        launch(**config)
     return out.transpose(1, 2)

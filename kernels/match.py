@@ -9,6 +9,7 @@ out of the subnormals) and three of the four half products are summed. Plain tf3
 the threshold.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -402,43 +403,41 @@ def match(
 
 def _match_image(images: int, free: int, arguments: tuple, constants: dict[str, Any]) -> None:
     block, d, by_size = max(16, triton.next_power_of_2((free + 1) // 2)), constants["d"], _by_size(constants)
-
-    def launch(config: tune.Config) -> None:
-        match_image_kernel[(images,)](*arguments, **constants, BLOCK=block, **config)
-
+    launch = partial(match_image_kernel[(images,)], *arguments, **constants, BLOCK=block)
     config = match_image_table(block, d, by_size)
     if tune.SEARCH:
         key = {"block": block, "d": d, "by_size": by_size}
         config = tune.tuned("match_image", key, config, match_image_candidates(block, by_size), launch)
-    launch(config)
+    launch(**config)
 
 
 def _unit_rows(images: int, free: int, arguments: tuple, constants: dict[str, Any]) -> None:
     d, by_size = constants["d"], _by_size(constants)
 
-    def launch(config: tune.Config) -> None:
-        unit_rows_kernel[(images, triton.cdiv(free, config["TOKENS"]))](*arguments, **constants, **config)
+    def grid(meta: dict[str, Any]) -> tuple[int, int]:
+        return images, triton.cdiv(free, meta["TOKENS"])
 
+    launch = partial(unit_rows_kernel[grid], *arguments, **constants)
     config = unit_rows_table(free, d, by_size)
     if tune.SEARCH:
         key = {"free": tune.like(free), "d": d, "by_size": by_size}
         config = tune.tuned("unit_rows", key, config, unit_rows_candidates(by_size), launch)
-    launch(config)
+    launch(**config)
 
 
 def _match_tiles(images: int, free: int, counts: Tensor, arguments: tuple, constants: dict[str, Any]) -> None:
     d = constants["d"]
 
-    def launch(config: tune.Config) -> None:
-        grid = (images, triton.cdiv((free + 1) // 2, config["ROWS"]))
-        match_tiles_kernel[grid](*arguments, **constants, **config)
+    def grid(meta: dict[str, Any]) -> tuple[int, int]:
+        return images, triton.cdiv((free + 1) // 2, meta["ROWS"])
 
+    launch = partial(match_tiles_kernel[grid], *arguments, **constants)
     config = match_tiles_table(free, d)
     if tune.SEARCH:
         key = {"free": tune.like(free), "d": d}
         config = tune.tuned("match_tiles", key, config, match_tiles_candidates(), launch)
         counts.zero_()  # every launch of the search has added to them
-    launch(config)
+    launch(**config)
 
 
 def _by_size(constants: dict[str, Any]) -> bool:

@@ -4,6 +4,8 @@ The fused form does what a block does around a merge in the same pass over memor
 Each input row is read once and each output row written once; no atomics, so every run gives the same bits.
 """
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
@@ -130,35 +132,33 @@ def merge(
     if slots:
         block = max(16, triton.next_power_of_2(C))
 
-        def launch(config: tune.Config) -> None:
-            merge_kernel[(slots,)](
-                x,
-                attended,
-                gamma,
-                sizes,
-                tokens,
-                spans,
-                weight,
-                bias,
-                merged,
-                normed,
-                merged_sizes,
-                log2_sizes,
-                eps,
-                C=C,
-                BLOCK_C=block,
-                SIZED=sizes is not None,
-                RESIDUAL=attended is not None,
-                SCALED=gamma is not None,
-                NORM=norm is not None,
-                AFFINE=weight is not None,
-                **config,
-            )
-
+        launch = partial(
+            merge_kernel[(slots,)],
+            x,
+            attended,
+            gamma,
+            sizes,
+            tokens,
+            spans,
+            weight,
+            bias,
+            merged,
+            normed,
+            merged_sizes,
+            log2_sizes,
+            eps,
+            C=C,
+            BLOCK_C=block,
+            SIZED=sizes is not None,
+            RESIDUAL=attended is not None,
+            SCALED=gamma is not None,
+            NORM=norm is not None,
+            AFFINE=weight is not None,
+        )
         fused = norm is not None
         config = merge_table(x.dtype, block, fused)
         if tune.SEARCH:
             key = {"dtype": x.dtype, "block": block, "fused": fused}
             config = tune.tuned("merge", key, config, merge_candidates(), launch)
-        launch(config)
+        launch(**config)
     return merged, normed, merged_sizes, log2_sizes

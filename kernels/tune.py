@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ import triton
 from triton.errors import TritonError
 
 Config = dict[str, int]
-Launch = Callable[[Config], Any]
+Launch = Callable[..., Any]  # takes a configuration by its names
 RUNS = 3  # by the interpreter, whose times say little about a GPU
 
 
@@ -135,10 +136,10 @@ def _unfit(error: Exception) -> bool:
 def _microseconds(launch: Launch, config: Config) -> float:
     """The median time of a launch."""
     if not triton.knobs.runtime.interpret:
-        return 1e3 * triton.testing.do_bench(lambda: launch(config), warmup=10, rep=50, return_mode="median")
+        return 1e3 * triton.testing.do_bench(partial(launch, **config), warmup=10, rep=50, return_mode="median")
     times = []
     for _ in range(RUNS):
         start = time.perf_counter()
-        launch(config)
+        launch(**config)
         times.append(time.perf_counter() - start)
     return 1e6 * statistics.median(times)

@@ -1,5 +1,7 @@
 """unmerge: every token takes the row of its slot. One program a token: a row is read and written once."""
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
@@ -68,25 +70,23 @@ def unmerge(
     if images and longest:
         block = max(16, triton.next_power_of_2(C))
 
-        def launch(config: tune.Config) -> None:
-            unmerge_kernel[(images, longest)](
-                x,
-                assignment,
-                cu_seqlens,
-                new_cu_seqlens,
-                out,
-                N,
-                M,
-                C=C,
-                BLOCK_C=block,
-                PACKED=cu_seqlens is not None,
-                FROM_PACKED=new_cu_seqlens is not None,
-                **config,
-            )
-
+        launch = partial(
+            unmerge_kernel[(images, longest)],
+            x,
+            assignment,
+            cu_seqlens,
+            new_cu_seqlens,
+            out,
+            N,
+            M,
+            C=C,
+            BLOCK_C=block,
+            PACKED=cu_seqlens is not None,
+            FROM_PACKED=new_cu_seqlens is not None,
+        )
         config = unmerge_table(x.dtype, block)
         if tune.SEARCH:
             key = {"dtype": x.dtype, "block": block}
             config = tune.tuned("unmerge", key, config, unmerge_candidates(), launch)
-        launch(config)
+        launch(**config)
     return out

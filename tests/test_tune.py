@@ -31,7 +31,7 @@ def searching(monkeypatch):
     times, every = iter(range(1000, 0, -1)), tune.every
 
     def microseconds(launch, config):
-        launch(config)
+        launch(**config)
         return float(next(times))
 
     def ends(**choices):
@@ -90,9 +90,9 @@ def test_off_nothing_is_searched(monkeypatch):
 def failing(errors):
     """A launch that fails for the configurations in ``errors``, by their warps."""
 
-    def launch(config):
-        if config["num_warps"] in errors:
-            raise errors[config["num_warps"]]
+    def launch(num_warps):
+        if num_warps in errors:
+            raise errors[num_warps]
 
     return launch
 
@@ -130,7 +130,7 @@ def test_triton_times_it_on_a_gpu(monkeypatch):
     do_bench = create_autospec(triton.testing.do_bench, return_value=0.5)
     knobs = SimpleNamespace(runtime=SimpleNamespace(interpret=False))
     monkeypatch.setattr(tune, "triton", SimpleNamespace(knobs=knobs, testing=SimpleNamespace(do_bench=do_bench)))
-    assert tune._microseconds(None, {}) == 500
+    assert tune._microseconds(print, {}) == 500
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
