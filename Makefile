@@ -1,11 +1,12 @@
 # make test, make bench: create .venv and install on the first run, start at once on the next.
+# make gpu OUT=dir: with the Python on the path, which has torch, triton, timm, pytest and pytest-benchmark.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export OPENBLAS_NUM_THREADS := 1
 
-.PHONY: test bench microbench lint format clean
+.PHONY: test bench microbench gpu lint format clean
 
 test: lint
 	$(BIN)/python -m pytest -q
@@ -15,6 +16,11 @@ bench: $(VENV)/installed
 
 microbench: $(VENV)/installed
 	$(BIN)/python -m pytest -q benchmarks --benchmark-enable --benchmark-only --benchmark-json=microbench.json
+
+gpu:
+	$(if $(OUT),,$(error say where the results go: make gpu OUT=dir))
+	$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation --editable . || echo "not installed: runs from the checkout"
+	$(PYTHON) -m benchmarks.gpu --out $(OUT)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -96,7 +96,8 @@ def attention_kernel(
 def attention_table(dtype: torch.dtype, d: int, Nq: int) -> tune.Config:
     """Tiles for a dtype, channels of a head and a number of queries; what is larger spills on one chip or another."""
     if Nq <= 16:
-        return {"ROWS": 16, "COLUMNS": 32 if dtype == torch.float32 else 64, "STAGES": 2, "num_warps": 4}
+        columns = 64 if dtype != torch.float32 else 32 if d <= 64 else 16
+        return {"ROWS": 16, "COLUMNS": columns, "STAGES": 2, "num_warps": 4}
     if dtype == torch.float32:  # three products instead of one
         return {"ROWS": 64 if d <= 64 else 32, "COLUMNS": 32, "STAGES": 2, "num_warps": 4 if d <= 64 else 8}
     return {"ROWS": 64, "COLUMNS": 64, "STAGES": 2, "num_warps": 4}

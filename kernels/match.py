@@ -322,7 +322,8 @@ def match_tiles_kernel(
 
 def match_image_table(block: int, d: int, by_size: bool) -> tune.Config:
     """``block``: tokens of a group, rounded up to a power of two; ``by_size``: groups by sizes that differ."""
-    return {"ROWS": min(block, 128), "CHUNK": 16, "num_warps": 8 if block >= 64 else 4}
+    rows = 16 if block <= 32 else min(block, 128)  # 32 x 32 spills on sm_80
+    return {"ROWS": rows, "CHUNK": 16, "num_warps": 8 if block >= 64 else 4}
 
 
 def match_image_candidates(block: int, by_size: bool) -> list[tune.Config]:

@@ -49,6 +49,7 @@ def merge_kernel(
     SCALED: tl.constexpr,
     NORM: tl.constexpr,
     AFFINE: tl.constexpr,
+    BIASED: tl.constexpr,
 ):
     """One program a slot."""
     slot = tl.program_id(0).to(tl.int64)
@@ -68,7 +69,7 @@ def merge_kernel(
         token = tl.load(tokens + k)
         share = 1.0 / n
         if SIZED:
-            share = tl.load(sizes + token) / n  # exactly 1 where a token is alone: it passes unchanged
+            share = tl.div_rn(tl.load(sizes + token), n)  # exactly 1 where a token is alone: it passes unchanged
         row += share * _row(x, attended, gamma, token, c, inside, C, RESIDUAL, SCALED)
         k += 1
     row = row.to(merged.dtype.element_ty)
@@ -82,6 +83,7 @@ def merge_kernel(
         y = centred / tl.sqrt_rn(tl.sum(centred * centred, axis=0) / C + eps)
         if AFFINE:
             y = y * tl.load(weight + c, mask=inside, other=0.0).to(tl.float32)
+        if BIASED:
             y += tl.load(bias + c, mask=inside, other=0.0).to(tl.float32)
         tl.store(normed + slot * C + c, y.to(normed.dtype.element_ty), mask=inside)
 
@@ -114,7 +116,7 @@ def merge(
         tokens, spans: from assign.
         attended: [R, C]: what attention adds to the residual stream; x + gamma * attended is merged.
         gamma: [C], the LayerScale; None for 1.
-        norm: weight [C], bias [C] (None for neither) and eps of the LayerNorm that follows.
+        norm: weight [C], bias [C] (each may be None) and eps of the LayerNorm that follows.
         slots: how many slots there are, if not as many as spans.
 
     Returns:
@@ -154,6 +156,7 @@ def merge(
             SCALED=gamma is not None,
             NORM=norm is not None,
             AFFINE=weight is not None,
+            BIASED=bias is not None,
         )
         fused = norm is not None
         config = merge_table(x.dtype, block, fused)

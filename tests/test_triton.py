@@ -122,6 +122,19 @@ def test_more_than_the_kernels_take(d, P, over, monkeypatch):
     assert launches(monkeypatch, lambda: ops.match(keys, None, P, False)) == []
 
 
+@pytest.mark.parametrize("affine", [{"bias": False}, {"elementwise_affine": False}], ids=["no_bias", "no_weight"])
+@torch.inference_mode()
+def test_a_norm_without_bias_or_weight(affine):
+    x = torch.randn(2, 26, 32, device=DEVICE)
+    out = []
+    for backend in ("reference", "triton"):
+        torch.manual_seed(0)
+        block = ATMBlock(32, 2, block_index=0, depth=4, config=ATMConfig(backend=backend, **CONFIGS["static"])).eval()
+        block.norm2 = torch.nn.LayerNorm(32, **affine)
+        out.append(block.to(DEVICE)(x)[0])
+    torch.testing.assert_close(out[1], out[0], rtol=2e-5, atol=2e-5)
+
+
 def operands():
     """Arguments for every operation."""
     q, k, v = torch.randn(2, 9, 3, 2, 16, device=DEVICE).permute(2, 0, 3, 1, 4)

@@ -1,0 +1,23 @@
+"""The kernels on one GPU, proved and then timed: ``make gpu OUT=dir``. One module a stage, in the order of ``STAGES``.
+
+A stage is a function ``run(setting, section, results)`` that fills ``section`` as it measures, so that what it had is
+kept when it fails; ``results`` holds the sections of the stages before it.
+"""
+
+STAGES = (
+    "parity",
+    "repeat",
+    "sanitize",
+    "kernels",
+    "attention",
+    "host",
+    "models",
+    "digits",
+    "trace",
+    "memory",
+    "targets",
+)
+
+
+class StageError(Exception):
+    """A stage found something wrong; one line says what."""

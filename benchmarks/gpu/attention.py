@@ -1,0 +1,97 @@
+"""Attention with log n: the kernel beside what torch has, each with its time and its error against float64.
+
+What the library takes for which dtype, d and N follows from these rows.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
+
+from atm_triton import ops, reference
+from benchmarks.gpu import StageError
+from benchmarks.gpu.setting import Setting, one_line, qkv, short, some_sizes
+from benchmarks.gpu.timing import compiled, median_us
+
+BF16, HALF, FLOAT = torch.bfloat16, torch.float16, torch.float32
+SHAPES = (  # dtype, d, N, B, H; the first of them with flex_attention too, as long as there is time
+    (BF16, 64, 197, 256, 6),
+    (FLOAT, 64, 197, 256, 6),
+    (BF16, 64, 1370, 16, 16),
+    (HALF, 64, 197, 256, 6),
+    (BF16, 80, 197, 64, 16),
+    (BF16, 64, 149, 256, 6),
+    (BF16, 64, 101, 256, 6),
+    (BF16, 64, 197, 64, 6),
+    (BF16, 64, 197, 256, 12),
+    (BF16, 32, 197, 256, 3),
+    (FLOAT, 32, 197, 256, 3),
+    (BF16, 128, 197, 64, 8),
+    (FLOAT, 64, 101, 64, 6),
+    (BF16, 64, 577, 64, 12),
+    (HALF, 64, 577, 16, 12),
+    (BF16, 64, 197, 1, 6),
+)
+TINY = ((FLOAT, 16, 17, 1, 2), (HALF, 16, 17, 1, 2))
+COMPILING = 60  # seconds of this stage after which flex_attention is left out
+KERNEL = "kernel"
+CHECKED = 4  # images whose error is taken
+
+
+@torch.inference_mode()
+def run(setting: Setting, section: dict[str, Any], _: dict[str, Any]) -> None:
+    start = setting.seconds()
+    rows = section["rows"] = []
+    for dtype, d, N, B, H in setting.pick(SHAPES, TINY):
+        q, k, v = qkv(B, H, N, d, dtype, setting.device)
+        sizes = some_sizes(B, N, setting.device)
+        flex = setting.has(15, start + COMPILING)
+        for name, (call, sized) in candidates(q, k, v, sizes, setting.device, flex).items():
+            row = {"dtype": short(dtype), "d": d, "N": N, "B": B, "H": H, "candidate": name}
+            row |= measured(call, (q, k, v, sizes if sized else None), setting.device)
+            rows.append(row)
+            if name == KERNEL and "failed" in row:
+                raise StageError(f"the kernel at d={d} N={N} B={B} {short(dtype)}: {row['failed']}")
+        if not flex:
+            section.setdefault("left_out", []).append(f"flex_attention {short(dtype)} d={d} N={N} B={B}: no time")
+
+
+def measured(
+    call: Callable[[], Tensor], operands: tuple[Tensor, Tensor, Tensor, Tensor | None], device: torch.device
+) -> dict[str, Any]:
+    """``microseconds``, and ``error``: the distance from float64 over the norm, and the largest; or why not."""
+    try:
+        out = call()[:CHECKED].double()
+        microseconds = median_us(call, device)
+    except Exception as error:  # a candidate that cannot run here is a result
+        return {"microseconds": None, "failed": one_line(error)}
+    q, k, v, sizes = (None if x is None else x[:CHECKED] for x in operands)
+    want = reference.attention(q.double(), k.double(), v.double(), sizes, fused=False)
+    error = ((out - want).norm() / want.norm()).item()
+    return {"microseconds": microseconds, "error": error, "largest_error": (out - want).abs().max().item()}
+
+
+def candidates(
+    q: Tensor, k: Tensor, v: Tensor, sizes: Tensor, device: torch.device, flex: bool
+) -> dict[str, tuple[Callable[[], Tensor], bool]]:
+    """A call for each, and whether it adds log n. The logarithms are at hand, as they are in a model."""
+    log2_sizes, log_sizes = sizes.log2(), sizes.log()
+    mask = log_sizes[:, None, None, :].to(q.dtype)
+    found = {
+        KERNEL: (lambda: ops.attention(q, k, v, sizes, backend="triton", log2_sizes=log2_sizes), True),
+        "SDPA, no bias": (lambda: F.scaled_dot_product_attention(q, k, v), False),
+        f"SDPA, mask in {short(q.dtype)}": (lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=mask), True),
+        "written out": (lambda: reference.attention(q, k, v, sizes, fused=False), True),
+    }
+    if flex:
+
+        def add_log_size(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return score + log_sizes[b, j]
+
+        torch._dynamo.reset()
+        attend = compiled(flex_attention, device)
+        found["flex_attention, compiled"] = (lambda: attend(q, k, v, score_mod=add_log_size), True)
+    return found

@@ -1,0 +1,121 @@
+"""Kernels: microseconds and bytes of every operation, beside the reference in eager mode and compiled."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from atm_triton import ops, reference
+from benchmarks.gpu import traffic
+from benchmarks.gpu.setting import Setting, one_line, qkv, short, some_sizes
+from benchmarks.gpu.timing import compiled, copy_bandwidth, median_us
+
+WIDTHS = {"DeiT-S": (6, 64), "DeiT-B": (12, 64)}  # H, d
+TINY_WIDTHS = {"DeiT-S": (2, 16), "DeiT-B": (3, 16)}
+COPY_BYTES = 2**31
+COMPILING = 70  # seconds of this stage after which no more is compiled for comparison
+
+
+@torch.inference_mode()
+def run(setting: Setting, section: dict[str, Any], _: dict[str, Any]) -> None:
+    start = setting.seconds()
+    section["copy_gb_per_second"] = copy_bandwidth(setting.device, setting.pick(COPY_BYTES, 2**20))
+    rows = section["rows"] = []
+    for (H, d), B, N, dtype, name in shapes(setting):
+        compiles = name == "first" and setting.has(COMPILING, start + 2 * COMPILING)
+        rows += measure(setting, section["copy_gb_per_second"], B, N, H, d, dtype, compiles)
+    section["copy_gb_per_second_after"] = copy_bandwidth(setting.device, setting.pick(COPY_BYTES, 2**20))
+
+
+def shapes(setting: Setting) -> list[tuple]:
+    """(H, d), B, N, dtype, and "first" where the reference is compiled too."""
+    widths, tokens = setting.pick((WIDTHS, (197, 149, 101)), (TINY_WIDTHS, (17,)))
+    batches, dtype = setting.pick(((256, 64), torch.bfloat16), ((1,), torch.float32))
+    chosen = [
+        (width, B, N, dtype, "first" if (B, N) == (batches[0], tokens[0]) else "")
+        for width in widths.values()
+        for B in batches
+        for N in tokens
+    ]
+    return chosen + [(widths["DeiT-S"], batches[0], tokens[0], torch.float32, "")]
+
+
+def measure(
+    setting: Setting, copy: float, B: int, N: int, H: int, d: int, dtype: torch.dtype, compiles: bool
+) -> list[dict[str, Any]]:
+    """A row for each operation; ``of_copy``: the share of the copy bandwidth."""
+    device, rows = setting.device, []
+    for operation, (by_kernel, by_reference, size) in calls(setting, B, N, H, d, dtype).items():
+        microseconds = median_us(by_kernel, device)
+        rate = size / microseconds / 1e3
+        row = {"operation": operation, "dtype": short(dtype), "B": B, "N": N, "H": H, "d": d}
+        row |= {"microseconds": microseconds, "bytes": size, "gb_per_second": rate, "of_copy": rate / copy}
+        row["reference_eager"] = median_us(by_reference, device)
+        row["reference_compiled"] = timed_compiled(by_reference, device) if compiles else "left out"
+        rows.append(row)
+    return rows
+
+
+def timed_compiled(call: Callable[[], Any], device: torch.device) -> float | str:
+    """Microseconds by torch.compile, or why there are none."""
+    torch._dynamo.reset()
+    try:
+        return median_us(compiled(call, device), device)
+    except Exception as error:  # another's compiler: what is ours has been measured
+        return one_line(error)
+
+
+def calls(
+    setting: Setting, B: int, N: int, H: int, d: int, dtype: torch.dtype
+) -> dict[str, tuple[Callable[[], Any], Callable[[], Any], int]]:
+    """Of every operation: by the kernels, by the reference, and the bytes that must move."""
+    device, C, e = setting.device, H * d, dtype.itemsize
+    M = N - max(1, N // 24)  # what a block merges of 197 tokens to save 3 of 10 FLOPs: 8
+    q, k, v = qkv(B, H, N, d, dtype, device)
+    x, attended = (torch.randn(B, N, C, dtype=dtype, device=device) for _ in range(2))
+    sizes, norm = some_sizes(B, N, device), nn.LayerNorm(C, eps=1e-6, device=device, dtype=dtype)
+    log2_sizes = sizes.log2()
+    found = ops.match(k, sizes, 1, False, 0.5, "triton")
+    assignment, lists = ops.assign(found.similarity, found.partner, N - M, 1, False, "triton")
+
+    def reference_match() -> Any:
+        similarity, partner = reference.match(k, *reference.group_alternate(B, N, 1, device))
+        return similarity, partner, reference.count(similarity, 0.5)
+
+    def reference_assign() -> Any:
+        assigned = reference.assign(found.similarity, found.partner, N - M, 1)
+        return assigned, reference.lists(assigned, M)
+
+    def reference_norm() -> Any:
+        merged, merged_sizes = reference.merge(x + attended, sizes, assignment, M)
+        return F.layer_norm(merged, (C,), norm.weight, norm.bias, norm.eps), merged_sizes
+
+    return {
+        "match": (
+            lambda: ops.match(k, sizes, 1, False, 0.5, "triton"),
+            reference_match,
+            traffic.match_bytes(B, N, C, e),
+        ),
+        "assign": (
+            lambda: ops.assign(found.similarity, found.partner, N - M, 1, False, "triton"),
+            reference_assign,
+            traffic.assign_bytes(B, N, M),
+        ),
+        "merge": (
+            lambda: ops.merge(x, sizes, assignment, M, "triton", lists),
+            lambda: reference.merge(x, sizes, assignment, M),
+            traffic.merge_bytes(B, N, M, C, e),
+        ),
+        "add_merge_norm": (
+            lambda: ops.add_merge_norm(x, attended, None, sizes, assignment, lists, M, norm),
+            reference_norm,
+            traffic.add_merge_norm_bytes(B, N, M, C, e),
+        ),
+        "attention": (
+            lambda: ops.attention(q, k, v, sizes, backend="triton", log2_sizes=log2_sizes),
+            lambda: reference.attention(q, k, v, sizes, fused=dtype == torch.float32),
+            traffic.attention_bytes(B, N, C, e),
+        ),
+    }

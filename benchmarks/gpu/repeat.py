@@ -1,0 +1,53 @@
+"""Repeat: the same input gives the same bits, every time. A value that moves is a race."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from atm_triton import ops
+from benchmarks.gpu import StageError
+from benchmarks.gpu.setting import Setting, qkv, short, some_sizes
+
+RUNS = 20
+
+
+@torch.inference_mode()
+def run(setting: Setting, section: dict[str, Any], _: dict[str, Any]) -> None:
+    rows, runs = [], setting.pick(RUNS, 3)
+    section["rows"] = rows
+    shapes = setting.pick([(64, 197, 6, 64), (8, 577, 12, 64)], [(1, 17, 2, 16)])
+    for B, N, H, d in shapes:
+        for dtype in (torch.bfloat16, torch.float32) if setting.on_gpu else (torch.float32,):
+            first = None
+            step = merge_step(B, N, H, d, dtype, setting.device)
+            for number in range(runs):
+                out = step()
+                first = out if first is None else first
+                for name, tensor in out.items():
+                    if not torch.equal(tensor, first[name]):
+                        raise StageError(f"{name} of run {number + 1} is not that of the first: B={B} N={N} {dtype}")
+            rows.append({"B": B, "N": N, "H": H, "d": d, "dtype": short(dtype), "runs": runs})
+
+
+def merge_step(B: int, N: int, H: int, d: int, dtype: torch.dtype, device: torch.device) -> Any:
+    """What a merging block does by our kernels: a call without arguments that returns all tensors by name."""
+    q, k, v = qkv(B, H, N, d, dtype, device)
+    x, attended = (torch.randn(B, N, H * d, dtype=dtype, device=device) for _ in range(2))
+    sizes, norm, r = some_sizes(B, N, device), nn.LayerNorm(H * d, device=device, dtype=dtype), N // 8
+
+    def step() -> dict[str, Tensor]:
+        found = ops.match(k, sizes, 1, True, 0.1, "triton")
+        assignment, lists = ops.assign(found.similarity, found.partner, r, 1, True, "triton")
+        merged, normed = ops.add_merge_norm(x, attended, None, sizes, assignment, lists, N - r, norm)
+        return {
+            "similarity": found.similarity,
+            "partner": found.partner,
+            "counts": found.counts,
+            "assignment": assignment,
+            "merged": merged.x,
+            "normed": normed,
+            "attention": ops.attention(q, k, v, sizes, backend="triton"),
+        }
+
+    return step

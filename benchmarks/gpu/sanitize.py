@@ -1,0 +1,104 @@
+"""Sanitizer: every kernel at small, odd shapes under NVIDIA's memcheck and racecheck, where they are installed.
+
+Run as a script it is what is checked: ``python -m benchmarks.gpu.sanitize cuda``.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.gpu import StageError
+from benchmarks.gpu.host import OURS
+from benchmarks.gpu.setting import Setting
+
+TOOLS, SECONDS = ("memcheck", "racecheck"), 150
+FOUND = "found in our kernels"
+SHAPES = ((2, 33, 2, 20), (1, 70, 2, 72), (1, 300, 1, 64))  # B, N, H, d; two of them by more than one launch
+ROOT = Path(__file__).parents[2]
+
+
+def run(setting: Setting, section: dict[str, Any], _: dict[str, Any]) -> None:
+    if not setting.on_gpu:
+        launch_all(setting.device)
+        section["tools"] = dict.fromkeys(TOOLS, "needs a GPU; ran without it")
+        return
+    program = find()
+    if program is None:
+        section["tools"] = dict.fromkeys(TOOLS, "not installed")
+        return
+    section["program"] = program
+    launch_all(setting.device)  # compiled and kept on disk: the tools slow the host down too
+    torch.cuda.empty_cache()
+    running = {tool: start(program, tool) for tool in TOOLS}
+    section["tools"] = {tool: outcome(process) for tool, process in running.items()}
+    wrong = [f"{tool}: {said}" for tool, said in section["tools"].items() if said.startswith(FOUND)]
+    if wrong:
+        raise StageError("; ".join(wrong))
+
+
+def find() -> str | None:
+    """compute-sanitizer on the PATH, or in the CUDA toolkit."""
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    folders = [folder for home in homes if home for folder in (f"{home}/bin", f"{home}/compute-sanitizer")]
+    return shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=os.pathsep.join(folders))
+
+
+def start(program: str, tool: str) -> subprocess.Popen:
+    checked = [sys.executable, "-m", "benchmarks.gpu.sanitize", "cuda"]
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # else one allocation hides the ends of many
+    options = ["--report-api-errors", "no"] if tool == "memcheck" else []  # torch asks, and is told no, as it starts
+    command = [program, "--tool", tool, *options, *checked]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+def outcome(process: subprocess.Popen) -> str:
+    """What a tool said, in a line that begins with ``FOUND`` where it found something in a kernel of ours."""
+    try:
+        text, _ = process.communicate(timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+        return f"not done after {SECONDS} s"
+    return verdict(text, process.returncode)
+
+
+def verdict(text: str, code: int) -> str:
+    summaries = re.findall(r"ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard", text)
+    last = " ".join(text.strip().splitlines()[-1:])[:200]
+    if not summaries:
+        return f"could not run: {last}"
+    number = sum(int(count) for pair in summaries for count in pair if count)
+    if number:
+        lines = [line.strip("= ") for line in text.splitlines() if line.startswith("=========")]
+        ours = [line for line in lines if any(name in line for name in OURS)]
+        first = " | ".join(ours[:2] or lines[1:3])[:300]
+        return f"{FOUND} {number} errors: {first}" if ours else f"{number} errors in others' kernels: {first}"
+    return "no errors" if code == 0 else f"could not run: exit code {code}, {last}"
+
+
+@torch.inference_mode()
+def launch_all(device: torch.device) -> None:
+    """Every kernel once a shape, in two dtypes on a GPU."""
+    from atm_triton import ops
+    from benchmarks.gpu.repeat import merge_step
+
+    for B, N, H, d in SHAPES if device.type == "cuda" else SHAPES[:2]:
+        for dtype in (torch.float16, torch.float32) if device.type == "cuda" else (torch.float32,):
+            out = merge_step(B, N, H, d, dtype, device)()
+            M = out["merged"].shape[1]
+            merged = ops.merge(out["merged"], None, out["assignment"][:, :M].contiguous().clamp(max=M - 1), M, "triton")
+            ops.unmerge(merged.x, out["assignment"], "triton")
+
+
+if __name__ == "__main__":
+    launch_all(torch.device(sys.argv[1]))
+    if sys.argv[1] == "cuda":
+        torch.cuda.synchronize()

@@ -1,0 +1,57 @@
+"""What every stage shares: the device, whether sizes are tiny, and random tensors as a block has them."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+SECONDS = 520  # of a whole run; what is compiled for comparison alone is left out when they run short
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """``out``: where files go; ``save`` writes what has been measured so far; ``started``: on the monotonic clock."""
+
+    device: torch.device
+    tiny: bool
+    out: Path
+    save: Callable[[], None]
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    def pick(self, full: T, tiny: T) -> T:
+        return tiny if self.tiny else full
+
+    def seconds(self) -> float:
+        return time.monotonic() - self.started
+
+    def has(self, seconds: float, of: float = SECONDS) -> bool:
+        """Whether ``seconds`` are left of the first ``of`` of the run."""
+        return self.seconds() + seconds <= of
+
+
+def short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def qkv(B: int, H: int, N: int, d: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v [B, H, N, d], normally distributed: views of one product, as a block has them."""
+    return torch.randn(B, N, 3, H, d, dtype=dtype, device=device).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def some_sizes(B: int, N: int, device: torch.device, most: int = 4) -> Tensor:
+    """[B, N] float32, whole numbers from 1 to ``most``."""
+    return torch.randint(1, most + 1, (B, N), device=device).float()
+
+
+def one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())[:200]
+    return f"{type(error).__name__}: {text}"

@@ -1,0 +1,65 @@
+"""Targets: what was wanted, what was measured, and whether that is enough. A missed one is a result, not a failure."""
+
+import operator
+from typing import Any
+
+from benchmarks.gpu.models import BOUND, OURS, TIMM, UNFUSED
+from benchmarks.gpu.setting import Setting
+
+Rows = list[dict[str, Any]]
+
+
+def run(setting: Setting, section: dict[str, Any], results: dict[str, Any]) -> None:
+    kernels = results.get("kernels", {}).get("rows", [])
+    models = results.get("models", {}).get("rows", [])
+    digits = results.get("digits", {}).get("rows", [])
+    section["rows"] = [*of_kernels(kernels), *of_models(models), of_digits(digits)]
+
+
+def target(what: str, value: float | None, compare: str, wanted: float) -> dict[str, Any]:
+    """``met`` is None where nothing was measured."""
+    enough = {"<=": operator.le, ">=": operator.ge}[compare]
+    met = None if value is None else enough(value, wanted)
+    return {"target": what, "value": value, "compare": compare, "wanted": wanted, "met": met}
+
+
+def pick(rows: Rows, **wanted: Any) -> dict[str, Any] | None:
+    """The first row with these values."""
+    return next((row for row in rows if all(row.get(key) == value for key, value in wanted.items())), None)
+
+
+def of_kernels(rows: Rows) -> Rows:
+    """Of the first rows (the largest batch, DeiT-S): time over that of the bytes at the measured copy bandwidth."""
+    found = []
+    for operation, most in (("match", 1.5), ("add_merge_norm", 1.3)):
+        row = pick(rows, operation=operation)
+        what = f"{operation}: time over that of its bytes" + (f", B={row['B']} {row['dtype']}" if row else "")
+        found.append(target(what, 1 / row["of_copy"] if row else None, "<=", most))
+    return found
+
+
+def of_models(rows: Rows) -> Rows:
+    """Without torch.compile, of every model, dtype and batch."""
+    cells = dict.fromkeys((row["model"], row["dtype"], row["batch"]) for row in rows if not row["session"])
+    cells = cells or dict.fromkeys((row["model"], row["dtype"], row["batch"]) for row in rows)
+    found = []
+    for model, dtype, batch in cells:
+        at = {"model": model, "dtype": dtype, "batch": batch}
+        name = f"{model} {dtype} B={batch}"
+        if batch >= 64 or len(cells) == 1:
+            found.append(target(f"{name}: time(bound) / time", faster(rows, at, OURS, BOUND), ">=", 0.95))
+        if model == "DeiT-S":
+            found.append(target(f"{name}: images/s over timm's", faster(rows, at, OURS, TIMM), ">=", 1.35))
+            found.append(target(f"{name}: images/s over unfused", faster(rows, at, OURS, UNFUSED), ">=", 1.5))
+    return found or [target("models", None, ">=", 0.95)]
+
+
+def of_digits(rows: Rows) -> dict[str, Any]:
+    at = {key: rows[0][key] for key in ("model", "dtype", "batch")} if rows else {}
+    return target("digits: images/s of image over batch", faster(rows, at, "ATM image", "ATM batch"), ">=", 0.95)
+
+
+def faster(rows: Rows, at: dict[str, Any], name: str, than: str) -> float | None:
+    """Images a second of one variant over those of another."""
+    above, below = pick(rows, **at, name=name), pick(rows, **at, name=than)
+    return above["images_per_second"] / below["images_per_second"] if above and below else None

@@ -1,0 +1,80 @@
+"""How long a call takes: the one place where stages measure time (models: ``atm_triton.throughput.time_in_turn``)."""
+
+import statistics
+import time
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+WARM_UP, LEAST, MOST = 3, 5, 60  # calls
+BUDGET = 0.04  # seconds of calls that are timed
+FLUSH = 2**27  # float32 elements that are read between calls: many times any L2
+
+
+@torch.inference_mode()
+def median_us(call: Callable[[], Any], device: torch.device) -> float:
+    """Median microseconds of a call; on a GPU by events, with an L2 that holds nothing of its tensors."""
+    if device.type != "cuda":
+        call()
+        return statistics.median(_host_seconds(call) for _ in range(3)) * 1e6
+    for _ in range(WARM_UP):
+        call()
+    rough = statistics.median(_event_seconds(call, 3))
+    number = max(LEAST, min(MOST, int(BUDGET / max(rough, 1e-6))))
+    return statistics.median(_event_seconds(call, number)) * 1e6
+
+
+def _host_seconds(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def _event_seconds(call: Callable[[], Any], number: int) -> list[float]:
+    """Reading the buffer also gives the host the time to queue the launches of the call."""
+    pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(number)]
+    for start, end in pairs:
+        _buffer().sum()  # read, not written: no dirty lines that the call would pay for
+        start.record()
+        call()
+        end.record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) / 1e3 for start, end in pairs]
+
+
+@cache
+def _buffer() -> Tensor:
+    return torch.zeros(FLUSH, device="cuda")
+
+
+@torch.inference_mode()
+def host_us(call: Callable[[], Any], device: torch.device, calls: int, runs: int = 5) -> float:
+    """Microseconds of host time to queue one call, without waiting for any; the median of ``runs`` of
+    ``calls``, which must fit the queue of the GPU."""
+    call()
+    rounds = []
+    for _ in range(runs):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        rounds.append((time.perf_counter() - start) / calls * 1e6)
+    return statistics.median(rounds)
+
+
+def copy_bandwidth(device: torch.device, size: int) -> float:
+    """GB/s of a copy of ``size`` bytes, read and written."""
+    source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * size / median_us(lambda: target.copy_(source), device) / 1e3
+
+
+def compiled(call: Callable[..., Any], device: torch.device, **options: Any) -> Callable[..., Any]:
+    """By torch.compile, for these shapes alone; on the CPU by its tracing without code of its own."""
+    if device.type != "cuda":
+        return torch.compile(call, backend="eager", dynamic=False)
+    return torch.compile(call, dynamic=False, **options)

@@ -1,0 +1,30 @@
+"""The bytes that an operation must move: every input read once, every output written once.
+
+B images, N tokens of C = H d channels, M = N - r after the merge; ``e`` bytes an element; sizes, similarities and
+indices are 4 bytes each, a count and a span 8.
+"""
+
+
+def match_bytes(B: int, N: int, C: int, e: int) -> int:
+    """Keys; similarity and partner; counts."""
+    return B * N * C * e + B * N * 8 + B * 8
+
+
+def assign_bytes(B: int, N: int, M: int) -> int:
+    """Similarity and partner; assignment and tokens; spans."""
+    return B * N * 16 + B * M * 8
+
+
+def merge_bytes(B: int, N: int, M: int, C: int, e: int) -> int:
+    """x, sizes, tokens, spans; merged x, its sizes and their log2."""
+    return B * (N + M) * C * e + B * N * 8 + B * M * 16
+
+
+def add_merge_norm_bytes(B: int, N: int, M: int, C: int, e: int) -> int:
+    """As merge, with the attended tokens read and the normed ones written."""
+    return merge_bytes(B, N, M, C, e) + B * (N + M) * C * e
+
+
+def attention_bytes(B: int, N: int, C: int, e: int) -> int:
+    """q, k, v and log2 of the sizes; what comes out."""
+    return 4 * B * N * C * e + B * N * 4

@@ -1,0 +1,210 @@
+"""``make gpu`` at tiny sizes by the interpreter: every stage runs, and a wrong kernel does not get through."""
+
+import copy
+import json
+import re
+import time
+
+import pytest
+import torch
+
+from atm_triton import ATMConfig, apply_patch, library
+from atm_triton.patch import install
+from benchmarks.gpu import STAGES, StageError, parity, sanitize, timing
+from benchmarks.gpu.__main__ import main
+from benchmarks.gpu.sanitize import FOUND, verdict
+from benchmarks.gpu.trace import Event, gaps, timeline
+from benchmarks.gpu.unfused import UnfusedBlock
+from models import images, vit
+
+TINY = ["--device", "cpu", "--tiny"]
+
+if torch.cuda.is_available():
+    pytest.skip("the interpreter is for machines without a GPU: there, make gpu itself", allow_module_level=True)
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gpu")
+    assert main(["--out", str(folder), *TINY]) == 0
+    return folder
+
+
+def test_every_stage_measures(out):
+    result = json.loads((out / "gpu.json").read_text())
+    assert {"gpu", "driver", "cuda", "torch", "triton", "timm", "commit", "dirty", "utc"} <= set(result["environment"])
+    assert result["failures"] == [] and tuple(result["stages"]) == STAGES
+    stages = result["stages"]
+    for name in ("parity", "repeat", "kernels", "attention", "host", "models", "digits", "memory", "targets"):
+        assert stages[name]["rows"], name
+    assert all(0 <= share <= 1 for row in stages["parity"]["rows"] for share in row["of_tolerance"].values())
+    assert {row["operation"] for row in stages["kernels"]["rows"]} == {
+        "match",
+        "assign",
+        "merge",
+        "add_merge_norm",
+        "attention",
+    }
+    assert all(row["microseconds"] > 0 and row["error"] < 1 for row in stages["attention"]["rows"])
+    names = {row["name"] for row in stages["models"]["rows"]}
+    assert names == {"timm", "free-merge bound", "ATM static", "unfused", "timm, compiled", "ATM static, compiled"}
+    assert {"timm", "free-merge bound", "ATM batch"} <= {row["name"] for row in stages["digits"]["rows"]}
+    assert stages["trace"]["digits"]["reads"] == 11 and (out / "trace.json.gz").stat().st_size > 0
+    assert all({"value", "wanted", "met"} <= set(row) for row in stages["targets"]["rows"])
+
+
+def test_the_table_has_every_stage(out):
+    table = (out / "gpu.md").read_text()
+    assert re.findall(r"^## (\w+)$", table, re.MULTILINE) == list(STAGES)
+    assert "(no " not in table and "FAILED" not in table
+
+
+def wrong_merge(*arguments, run, **options):
+    """The last channel is one step of float16 off."""
+    merged, *rest = run(*arguments, **options)
+    merged[:, -1] *= 1 + 2**-10
+    return merged, *rest
+
+
+def wrong_match(*arguments, run, **options):
+    similarity, partner, counts = run(*arguments, **options)
+    return similarity, torch.where(partner > 0, partner - 1, partner), counts
+
+
+def wrong_attention(*arguments, run, **options):
+    """Without log n."""
+    return run(*arguments[:3], None, *arguments[4:], **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "message"),
+    [
+        ("merge", wrong_merge, "merged tokens are .* times the tolerance from the reference"),
+        ("match", wrong_match, "partners in B are not those of the reference"),
+        ("attention", wrong_attention, "values are .* times the tolerance from the reference"),
+    ],
+)
+def test_a_wrong_kernel_fails_in_one_line(name, wrong, message, tmp_path, monkeypatch, capsys):
+    launchers = library._kernels()
+    run = getattr(launchers, name)
+    monkeypatch.setattr(launchers, name, lambda *arguments, **options: wrong(*arguments, run=run, **options))
+    assert main(["--out", str(tmp_path), "--stages", "parity", "repeat", *TINY]) == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert re.fullmatch(rf"benchmarks.gpu: parity: {name} .*{message}.*", line)
+    result = json.loads((tmp_path / "gpu.json").read_text())
+    assert list(result["stages"]) == ["parity"] and result["failures"] == [line.partition(": ")[2]]
+    assert "FAILED" in (tmp_path / "gpu.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--stages", "parity", "speed", *TINY], "--stages speed: unknown; choose from parity repeat"),
+        (["--device", "cpu"], "--device cpu: the interpreter would take days at these sizes; add --tiny"),
+        ([], "--device cuda: torch sees no CUDA device here"),
+    ],
+)
+def test_bad_input(options, message, tmp_path, capsys):
+    assert main(["--out", str(tmp_path), *options]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith(f"benchmarks.gpu: {message}")
+
+
+def test_gaps_of_a_gpu_trace():
+    """Two counts are read: the GPU waits 30 us after the kernel beside the first copy, 5 us after the second."""
+    raw = [
+        {"ph": "X", "cat": "kernel", "ts": 0, "dur": 10, "name": "match"},
+        {"ph": "X", "cat": "gpu_memcpy", "ts": 10, "dur": 2, "name": "Memcpy DtoH (Device -> Pinned)"},
+        {"ph": "X", "cat": "cpu_op", "ts": 11, "dur": 100, "name": "not on the GPU"},
+        {"ph": "X", "cat": "kernel", "ts": 13, "dur": 20, "name": "attention"},
+        {"ph": "X", "cat": "kernel", "ts": 63, "dur": 7, "name": "assign"},
+        {"ph": "X", "cat": "gpu_memcpy", "ts": 70, "dur": 2, "name": "Memcpy DtoH (Device -> Pinned)"},
+        {"ph": "X", "cat": "kernel", "ts": 77, "dur": 3, "name": "attention"},
+    ]
+    found = gaps(timeline(raw, on_gpu=True))
+    assert [gap["microseconds"] for gap in found["gaps"]] == [30, 5]
+    assert found["gaps"][0] | {"microseconds": 0} == {"microseconds": 0, "after": "attention", "before": "assign"}
+    assert found["reads"] == 2 and found["longest_gap_microseconds"] == 30
+    assert found["pass_microseconds"] == 80 and found["busy"] == 44 / 80
+    assert gaps([Event(0, 1, "match")])["longest_gap_microseconds"] is None
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "said"),
+    [
+        ("========= ERROR SUMMARY: 0 errors\n", 0, "no errors"),
+        ("========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n", 0, "no errors"),
+        ("========= Error: Device not supported\n", 1, "could not run"),
+        ("========= ERROR SUMMARY: 0 errors\n", 1, "could not run: exit code 1"),
+        (
+            "========= Invalid __global__ read of size 4 bytes\n"
+            "=========     at merge_kernel+0x120\n========= ERROR SUMMARY: 2 errors\n",
+            0,
+            f"{FOUND} 2 errors",
+        ),
+        (
+            "========= Invalid read\n=========     at elementwise+0x1\n========= ERROR SUMMARY: 1 error\n",
+            0,
+            "1 errors in others' kernels",
+        ),
+    ],
+)
+def test_verdict_of_the_sanitizer(text, code, said):
+    assert verdict(text, code).startswith(said)
+
+
+def test_the_sanitizer_is_found_and_its_word_taken(tmp_path, monkeypatch):
+    program = tmp_path / "compute-sanitizer"
+    program.write_text('#!/bin/sh\necho "========= $2 of $*"\necho "========= ERROR SUMMARY: 0 errors"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert sanitize.find() == str(program)
+    assert sanitize.outcome(sanitize.start(str(program), "memcheck")) == "no errors"
+    program.write_text("#!/bin/sh\nexec sleep 60\n")
+    monkeypatch.setattr(sanitize, "SECONDS", 0.2)
+    assert sanitize.outcome(sanitize.start(str(program), "racecheck")) == "not done after 0.2 s"
+
+
+def test_the_tests_of_the_kernels_must_pass(tmp_path, monkeypatch):
+    monkeypatch.setattr(parity, "PARTS", (("tests/test_kernels.py", "refused"), ("tests/test_kernels.py", "no_such")))
+    tests = parity.start_tests(tmp_path)
+    assert re.fullmatch(r"tests/test_kernels.py -k 'refused': \d passed, .*", parity.end_tests(tests[:1])[0])
+    monkeypatch.setattr(parity, "PARTS", parity.PARTS[1:])
+    with pytest.raises(StageError, match=r"-k 'no_such': \d+ deselected"):
+        parity.end_tests(tests[1:])
+
+
+class FakeEvent:
+    """An event of a GPU that does its work at once."""
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.at = time.perf_counter()
+
+    def elapsed_time(self, end):
+        return (end.at - self.at) * 1e3
+
+
+def test_times_by_events(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(timing, "_buffer", lambda: torch.zeros(1))
+    calls = []
+
+    def call():
+        calls.append(time.sleep(0.002))
+
+    assert 2000 <= timing.median_us(call, torch.device("cuda")) < 20000
+    assert 2000 <= timing.host_us(call, torch.device("cuda"), calls=2) < 20000
+    assert timing.WARM_UP + 3 + timing.LEAST + 11 <= len(calls) <= 40
+
+
+def test_the_unfused_block_merges_as_the_reference():
+    model, x = vit(dtype=torch.float64), images(dtype=torch.float64)
+    config = ATMConfig(adapt="static", schedule=(3, 5, 2, 4), split_depth=4)
+    unfused = install(copy.deepcopy(model), lambda block, i: UnfusedBlock.of(block, config, i, 4, 1), config)
+    ours = apply_patch(copy.deepcopy(model), config)
+    torch.testing.assert_close(unfused(x), ours(x), rtol=1e-6, atol=1e-6)  # sizes of ours are float32
+    assert unfused.blocks.last.tokens == ours.blocks.last.tokens
