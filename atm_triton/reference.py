@@ -5,12 +5,18 @@ class, distillation and register tokens) are protected: they never merge and sta
 counts the patches a token stands for. A merge step is one map, ``assignment`` [B, N] int32: the slot of the merged
 sequence that a token goes to; -1, like any number that is no slot, drops the token.
 
+Images of different lengths stand packed, one after the other: tokens [T, C], sizes [T], keys [H, T, d], with
+``cu_seqlens`` int32 [B + 1], the rows where each image begins and, at the end, T. The same functions serve both forms:
+what looks at pairs of tokens (group, match, assign) sees packed images padded with absent tokens, whose keys are zero
+and whose sizes are infinite; what sums over tokens (merge, unmerge) numbers the slots of all images through.
+
 Equations and sections are those of Lee and Choi, "Lossless Token Merging Even Without Fine-Tuning in Vision
 Transformers", ECAI 2025 (arXiv 2505.15160). "Restored" marks a formula read in a review of the paper, "derived" one
 derived from its text and checked against its examples, "ours" a choice that it leaves open.
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -42,31 +48,47 @@ def group_alternate(B: int, N: int, num_prefix: int, device: torch.device | None
     return free[:, odd::2], free[:, 1 - odd :: 2]
 
 
-def group_by_size(sizes: Tensor, num_prefix: int) -> tuple[Tensor, Tensor]:
+def group_by_size(sizes: Tensor, num_prefix: int, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Size-distinctive grouping (Section 3.3, blocks after the splitting depth): tokens sorted by merging size, the
     small half (floor of half the tokens) forms A, the large half B. Tokens of equal size keep their order (ours).
 
     Args:
         sizes: n_i [B, N] float32.
+        lengths: int64 [B], the tokens of each image, the others being absent (their sizes infinite, the last position
+            absent in all); None for N.
 
     Returns:
-        The positions of A [B, Na] and of B [B, Nb], int64, each ascending; Na = (N - P) // 2.
+        The positions of A [B, Na] and of B [B, Nb], int64, each ascending; Na = (N - P) // 2, and where there are
+        ``lengths``, an image with fewer is filled up with the last position.
     """
     order = sizes[:, num_prefix:].argsort(dim=1, stable=True) + num_prefix
     half = order.shape[1] // 2
-    return order[:, :half].sort(dim=1).values, order[:, half:].sort(dim=1).values
+    a, b = order[:, :half], order[:, half:]
+    if lengths is not None:
+        last = sizes.shape[1] - 1
+        own = (lengths - num_prefix).clamp(min=0).unsqueeze(1) // 2
+        column = torch.arange(order.shape[1] - half, device=order.device).expand(len(order), -1)
+        a = a.masked_fill(column[:, :half] >= own, last)
+        b = order.gather(1, (column + own).clamp(max=order.shape[1] - 1))  # past the end: absent, as the last
+    return a.sort(dim=1).values, b.sort(dim=1).values
 
 
 def group(
-    sizes: Tensor | None, B: int, N: int, num_prefix: int, by_size: bool, device: torch.device
+    sizes: Tensor | None,
+    B: int,
+    N: int,
+    num_prefix: int,
+    by_size: bool,
+    device: torch.device,
+    lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The grouping of a block: by size beyond the splitting depth, else alternate; ``sizes`` None: all ones."""
     if not by_size:
         return group_alternate(B, N, num_prefix, device)
-    return group_by_size(torch.ones(B, N, device=device) if sizes is None else sizes, num_prefix)
+    return group_by_size(torch.ones(B, N, device=device) if sizes is None else sizes, num_prefix, lengths)
 
 
-def match(keys: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+def match(keys: Tensor, a: Tensor, b: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """For each token of A its most similar token of B: s_i = max_j k_i . k_j / (|k_i| |k_j|), k the mean of the keys
     over the heads (Section 3.1; Appendix A). Of equally similar tokens of B the first is taken (ours).
 
@@ -76,6 +98,7 @@ def match(keys: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     Args:
         keys: [B, H, N, d], any floating dtype; computed in float32 or above.
         a, b: the positions of A [B, Na] and of B [B, Nb].
+        lengths: int64 [B], the tokens of each image, the others being absent (their keys zero); None for N.
 
     Returns:
         similarity [B, N], float32 or above: s_i for tokens of A, ``NOT_ALIKE`` for one that is similar to nothing,
@@ -91,7 +114,50 @@ def match(keys: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     k = k / norm.masked_fill((norm <= EPS) | (norm == math.inf), math.nan)  # NaN: no direction
     cosine = _rows(k, a) @ _rows(k, b).transpose(1, 2)  # [B, Na, Nb]
     best, column = cosine.nan_to_num_(nan=NOT_ALIKE).max(dim=2)
-    return similarity.scatter_(1, a, best), partner.scatter_(1, a, b.gather(1, column).int())
+    found = b.gather(1, column)
+    if lengths is not None:  # the first of equals is absent only where all are
+        absent = torch.maximum(a, found) >= lengths.unsqueeze(1)
+        best, found = best.masked_fill(absent, -math.inf), found.masked_fill(absent, -1)
+    return similarity.scatter_(1, a, best), partner.scatter_(1, a, found.int())
+
+
+def match_packed(
+    keys: Tensor, sizes: Tensor | None, num_prefix: int, by_size: bool, cu_seqlens: Tensor, longest: int
+) -> tuple[Tensor, Tensor]:
+    """:func:`match` of packed images: keys [H, T, d], sizes [T] to similarity and partner [T], where a partner is a
+    position in its own image. ``longest``: no image has more tokens."""
+    lengths, B, N = cu_seqlens.diff(), len(cu_seqlens) - 1, longest + 1
+    k = pad(keys.to(torch.promote_types(keys.dtype, torch.float32)).mean(dim=0), cu_seqlens, longest, 0.0)
+    n = None if sizes is None else pad(sizes, cu_seqlens, longest, math.inf)
+    if n is None and by_size:
+        n = pad(torch.ones(keys.shape[1], device=keys.device), cu_seqlens, longest, math.inf)
+    a, b = group(n, B, N, num_prefix, by_size, keys.device, lengths)
+    found = match(k.unsqueeze(1), a, b, lengths)
+    return tuple(unpad(tensor, cu_seqlens) for tensor in found)
+
+
+def pad(x: Tensor, cu_seqlens: Tensor, longest: int, value: float) -> Tensor:
+    """Packed [T, ...] to [B, longest + 1, ...]: ``value`` where a token is absent, in every image the last one."""
+    B = len(cu_seqlens) - 1
+    padded = x.new_full((B * (longest + 1), *x.shape[1:]), value)
+    return padded.index_copy_(0, _padded_rows(cu_seqlens, longest + 1, len(x)), x).view(B, longest + 1, *x.shape[1:])
+
+
+def unpad(x: Tensor, cu_seqlens: Tensor, tokens: int | None = None) -> Tensor:
+    """The way back from :func:`pad`: [B, N, ...] to [T, ...]."""
+    rows = _padded_rows(cu_seqlens, x.shape[1], int(cu_seqlens[-1]) if tokens is None else tokens)
+    return x.flatten(0, 1).index_select(0, rows)
+
+
+def _padded_rows(cu_seqlens: Tensor, N: int, T: int) -> Tensor:
+    """Where the T packed tokens stand among images of N."""
+    shift = N * torch.arange(len(cu_seqlens) - 1, device=cu_seqlens.device) - cu_seqlens[:-1]
+    return torch.arange(T, device=cu_seqlens.device) + of_tokens(shift, cu_seqlens, T)
+
+
+def of_tokens(values: Tensor, cu_seqlens: Tensor, T: int) -> Tensor:
+    """What belongs to each image [B, ...], for each of its tokens [T, ...]."""
+    return values.repeat_interleave(cu_seqlens.diff(), dim=0, output_size=T)
 
 
 def _rows(x: Tensor, positions: Tensor) -> Tensor:
@@ -150,55 +216,82 @@ def assign(similarity: Tensor, partner: Tensor, r: int | Tensor, num_prefix: int
     return (torch.where(r.unsqueeze(1) > 0, slot, position) if isinstance(r, Tensor) else slot).int()
 
 
+def assign_packed(
+    similarity: Tensor, partner: Tensor, r: Tensor, num_prefix: int, cu_seqlens: Tensor, longest: int
+) -> Tensor:
+    """:func:`assign` of packed images: similarity, partner and assignment [T]; absent tokens come after all others."""
+    s, mate = pad(similarity, cu_seqlens, longest, -math.inf), pad(partner, cu_seqlens, longest, -1)
+    return unpad(assign(s, mate, r, num_prefix), cu_seqlens, len(partner))
+
+
+def new_cu_seqlens(r: Tensor, lengths: Tensor | int) -> Tensor:
+    """Where each image begins, int32 [B + 1], once r [B] of its tokens have merged away; ``lengths``: before that."""
+    return F.pad((lengths - r).cumsum(0), (1, 0)).int()
+
+
 def _places(order: Tensor, position: Tensor) -> Tensor:
     """Where each element stands in an ``order`` [B, N]: the inverse permutation."""
     return torch.empty_like(order).scatter_(1, order, position)
 
 
-def merge(x: Tensor, sizes: Tensor | None, assignment: Tensor, M: int) -> tuple[Tensor, Tensor]:
+def merge(
+    x: Tensor, sizes: Tensor | None, assignment: Tensor, M: int | Tensor, cu_seqlens: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Definition 2: a slot becomes the size-weighted mean of its tokens, x' = sum(n_i x_i) / sum(n_i), n' = sum(n_i).
 
     Written as x' = sum_i (n_i / n') x_i: the share of a token that merges with nothing is exactly 1, so it passes
     through unchanged. Sums are in float32 or above, in the order of the tokens.
 
     Args:
-        x: [B, N, C]; sizes: [B, N] float32 or None, which stands for all ones; assignment: [B, N] int32; M: the length
-        of the merged sequence.
+        x: [B, N, C], or packed [T, C] with ``cu_seqlens``; sizes: float32 [B, N] or [T], or None, which stands for all
+        ones; assignment: int32 [B, N] or [T]; M: the length of every merged image, which stay dense, or int32 [B + 1]:
+        where each begins, and they are packed.
 
     Returns:
-        merged x [B, M, C] in the dtype of x and merged sizes [B, M] float32; a slot with no token is 0 with size 0.
+        merged x [B, M, C], or packed [T', C], in the dtype of x, and merged sizes [B, M], or [T'], float32; a slot with
+        no token is 0 with size 0.
     """
-    B, N, C = x.shape
+    C = x.shape[-1]
     dtype = torch.promote_types(x.dtype, torch.float32)
-    sizes = torch.ones(B, N, device=x.device) if sizes is None else sizes
+    sizes = torch.ones(assignment.shape, device=x.device) if sizes is None else sizes
     n = sizes.to(dtype).flatten()
-    slot = _flat_slots(assignment, M)
-    tokens, first = _by_slot(slot, B * M)
-    merged_n = n.new_zeros(B * M + 1).index_add_(0, slot, n)  # the last entry takes the dropped tokens
+    slot, slots = _flat_slots(assignment, M, cu_seqlens)
+    tokens, first = _by_slot(slot, slots)
+    merged_n = n.new_zeros(slots + 1).index_add_(0, slot, n)  # the last entry takes the dropped tokens
     share = n / merged_n.index_select(0, slot)
-    rows = x.reshape(B * N, C).to(dtype)
+    rows = x.reshape(-1, C).to(dtype)
     merged = F.embedding_bag(tokens, rows, first, mode="sum", per_sample_weights=share.index_select(0, tokens))
-    return merged[:-1].view(B, M, C).to(x.dtype), merged_n[:-1].view(B, M).to(sizes.dtype)
+    shape = (slots,) if isinstance(M, Tensor) else (len(assignment), M)
+    return merged[:-1].view(*shape, C).to(x.dtype), merged_n[:-1].view(shape).to(sizes.dtype)
 
 
-def lists(assignment: Tensor, M: int) -> tuple[Tensor, Tensor]:
-    """The assignment the other way round: the tokens of each slot, in the order in which they stand.
+def lists(assignment: Tensor, M: int | Tensor, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The assignment the other way round: the tokens of each slot, in the order in which they stand; arguments as in
+    :func:`merge`.
 
     Returns:
-        tokens int32 [B N]: the tokens of all images, numbered through, in the order of their slots, dropped ones last;
-        spans int32 [B M, 2]: where in it the tokens of each slot, numbered through, begin and end.
+        tokens int32 [all tokens]: those of all images, numbered through, in the order of their slots, dropped ones
+        last; spans int32 [all slots, 2]: where in it the tokens of each slot, numbered through, begin and end.
     """
-    slots = len(assignment) * M
-    tokens, first = _by_slot(_flat_slots(assignment, M), slots)
+    slot, slots = _flat_slots(assignment, M, cu_seqlens)
+    tokens, first = _by_slot(slot, slots)
     return tokens.int(), torch.stack([first[:slots], first[1:]], dim=1).int()
 
 
-def _flat_slots(assignment: Tensor, M: int) -> Tensor:
-    """Slots of all images in one row, [B * N] int64; dropped tokens share the slot B * M."""
-    B = len(assignment)
-    first = M * torch.arange(B, device=assignment.device)
-    dropped = (assignment < 0) | (assignment >= M)
-    return (assignment + first.unsqueeze(1)).masked_fill_(dropped, B * M).flatten()
+def _flat_slots(assignment: Tensor, M: int | Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, int]:
+    """Slots of all images in one row, int64 [all tokens], and their number, the slot of a dropped token."""
+    if isinstance(M, Tensor):
+        first, number, slots = M[:-1].long(), M.diff(), int(M[-1])
+    else:
+        B = len(assignment) if cu_seqlens is None else len(cu_seqlens) - 1
+        first, number, slots = M * torch.arange(B, device=assignment.device), None, B * M
+    if cu_seqlens is None:
+        first, number = first.unsqueeze(1), M if number is None else number.unsqueeze(1)
+    else:
+        first = of_tokens(first, cu_seqlens, len(assignment))
+        number = M if number is None else of_tokens(number, cu_seqlens, len(assignment))
+    dropped = (assignment < 0) | (assignment >= number)
+    return (assignment + first).masked_fill_(dropped, slots).flatten(), slots
 
 
 def _by_slot(slot: Tensor, slots: int) -> tuple[Tensor, Tensor]:
@@ -207,24 +300,34 @@ def _by_slot(slot: Tensor, slots: int) -> tuple[Tensor, Tensor]:
     return tokens, torch.searchsorted(slot.index_select(0, tokens), torch.arange(slots + 1, device=slot.device))
 
 
-def unmerge(x: Tensor, assignment: Tensor) -> Tensor:
+def unmerge(
+    x: Tensor, assignment: Tensor, cu_seqlens: Tensor | None = None, x_cu_seqlens: Tensor | None = None
+) -> Tensor:
     """The way back: every token gets the value of its slot, x_i = x'[assignment_i]; a dropped token gets 0.
 
     Args:
-        x: [B, M, C]; assignment: [B, N] int32.
+        x: [B, M, C], or packed [T', C] with ``x_cu_seqlens``; assignment: int32 [B, N], or packed [T] with
+        ``cu_seqlens``.
 
     Returns:
-        [B, N, C] in the dtype of x.
+        [B, N, C], or packed [T, C], in the dtype of x.
     """
-    B, M, C = x.shape
-    slots = torch.cat([x.reshape(B * M, C), x.new_zeros(1, C)])
-    return slots[_flat_slots(assignment, M)].view(B, assignment.shape[1], C)
+    C = x.shape[-1]
+    slots = torch.cat([x.reshape(-1, C), x.new_zeros(1, C)])
+    slot, _ = _flat_slots(assignment, x.shape[1] if x_cu_seqlens is None else x_cu_seqlens, cu_seqlens)
+    return slots[slot].view(*assignment.shape, C)
 
 
-def compose(first: Tensor, second: Tensor) -> Tensor:
-    """Two merge steps as one: where the tokens [B, N] end up after ``first`` [B, N] and then ``second`` [B, M], int32;
-    a token dropped by either is -1. Composed over all blocks it tells which patches a final token stands for."""
-    return torch.where(first >= 0, second.gather(1, first.long().clamp(min=0)), -1)
+def compose(first: Tensor, second: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+    """Two merge steps as one: where the tokens [B, N] end up after ``first`` [B, N] and then ``second`` [B, M] (packed
+    [T] with ``cu_seqlens``), int32; a token dropped by either is -1. Composed over all blocks it tells which patches a
+    final token stands for."""
+    slot = first.long().clamp(min=0)
+    if cu_seqlens is None:
+        then = second.gather(1, slot)
+    else:
+        then = second[slot + cu_seqlens[:-1].unsqueeze(1)]
+    return torch.where(first >= 0, then, -1)
 
 
 def attention(
@@ -257,6 +360,25 @@ def attention(
         scores = scores + bias
     probabilities = F.dropout(scores.softmax(dim=-1).to(v.dtype), dropout_p)
     return probabilities @ v
+
+
+def attention_packed(
+    q: Tensor, k: Tensor, v: Tensor, sizes: Tensor | None, cu_seqlens: Tensor, **options: Any
+) -> Tensor:
+    """:func:`attention` of packed images, one after the other: an image sees itself alone.
+
+    Args:
+        q, k, v: [H, T, d], or q [B, H, Nq, d]; sizes: [T] or None; options: those of :func:`attention`.
+
+    Returns:
+        As q.
+    """
+    lengths = cu_seqlens.diff().tolist()
+    n = [None] * len(lengths) if sizes is None else sizes.unsqueeze(0).split(lengths, dim=1)
+    queries = q.unsqueeze(0).split(lengths, dim=2) if q.dim() == 3 else q.split(1)
+    keys, values = (x.unsqueeze(0).split(lengths, dim=2) for x in (k, v))
+    rows = [attention(*image, **options) for image in zip(queries, keys, values, n, strict=True)]
+    return torch.cat(rows, dim=2)[0] if q.dim() == 3 else torch.cat(rows)
 
 
 def merging_error(x_i: Tensor, x_j: Tensor, n_i: Tensor, n_j: Tensor) -> Tensor:

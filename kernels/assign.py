@@ -55,17 +55,6 @@ def _removed_before(counts, image, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def _slots(counts, image, start, length, M, PER_IMAGE: tl.constexpr):
-    """Where the slots of an image begin, and how many there are."""
-    if PER_IMAGE:
-        first = start - _removed_before(counts, image, 1024)
-        M = length - tl.load(counts + image).to(tl.int32)
-    else:
-        first = image.to(tl.int64) * M
-    return first, M
-
-
-@triton.jit
 def _sorted_by_slot(slot, i, valid, BLOCK: tl.constexpr):
     """The tokens of an image by slot, then by position; their slots; whether a list begins or ends there; whether a
     token is there at all."""
@@ -104,7 +93,10 @@ def assign_kernel(
     valid = i < length
     mate = tl.load(partner + start + i, mask=valid, other=-1)
     s = tl.load(similarity + start + i, mask=valid, other=float("-inf"))
-    slots, M = _slots(counts, image, start, length, M, PER_IMAGE)
+    slots = image.to(tl.int64) * M
+    if PER_IMAGE:
+        slots = start - _removed_before(counts, image, 1024)
+        M = length - tl.load(counts + image).to(tl.int32)
     r = length - M
     in_a = mate >= 0
     joins = _largest(_ordered(s), in_a, r) & (r > 0)
@@ -132,8 +124,8 @@ def assign_kernel(
 @triton.jit
 def lists_kernel(
     assignment,
-    counts,
     cu_seqlens,
+    new_cu_seqlens,
     tokens,
     spans,
     N,
@@ -141,13 +133,13 @@ def lists_kernel(
     TILE: tl.constexpr,
     CHUNK: tl.constexpr,
     PACKED: tl.constexpr,
-    PER_IMAGE: tl.constexpr,
+    TO_PACKED: tl.constexpr,
 ):
     """The lists of any assignment: one program for some tokens and the slots of the same numbers, ranked by comparing
     with every token of the image."""
     image, tile = tl.program_id(0), tl.program_id(1)
     start, length = image_bounds(cu_seqlens, image, N, PACKED)
-    slots, M = _slots(counts, image, start, length, M, PER_IMAGE)
+    slots, M = image_bounds(new_cu_seqlens, image, M, TO_PACKED)
     i = tile * TILE + tl.arange(0, TILE)
     mine = tl.load(assignment + start + i, mask=i < length, other=-1)
     rank = tl.zeros([TILE], tl.int32)
@@ -249,25 +241,29 @@ def assign(
             config = tune.tuned("assign", {"block": block}, config, assign_candidates(block), launch)
         launch(**config)
     if not sorts:
-        tokens, spans = lists(assignment, N - r, counts, cu_seqlens, longest)
+        tokens, spans = lists(assignment, N - r, cu_seqlens, new_cu_seqlens, longest)
     return assignment, tokens, spans, new_cu_seqlens
 
 
 def lists(
     assignment: Tensor,
     M: int,
-    counts: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    new_cu_seqlens: Tensor | None = None,
     max_tokens: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """tokens and spans of any assignment [B, N] with slots 0 .. M - 1 and -1 for dropped tokens; further arguments as
-    in :func:`assign`."""
+    """tokens and spans of any assignment [B, N] (packed [1, T] with ``cu_seqlens``), where -1 drops a token.
+
+    Args:
+        M: the slots of every image; with ``new_cu_seqlens``, where those of each image begin, as many spans as this.
+        max_tokens: no packed image has more tokens, or slots.
+    """
     B, N = assignment.shape
     images, longest = (len(cu_seqlens) - 1, max_tokens) if cu_seqlens is not None else (B, N)
     assignment = assignment.contiguous()
     tokens, spans = _empty_lists(B, N, M, assignment.device)
     if images:
-        longest = max(longest, M if counts is None else 0)
+        longest = max(longest, max_tokens or 0) if new_cu_seqlens is not None else max(longest, M)
 
         def grid(meta: dict[str, Any]) -> tuple[int, ...]:
             return images, triton.cdiv(longest, meta["TILE"])
@@ -275,14 +271,14 @@ def lists(
         launch = partial(
             lists_kernel[grid],
             assignment,
-            counts,
             cu_seqlens,
+            new_cu_seqlens,
             tokens,
             spans,
             N,
             M,
             PACKED=cu_seqlens is not None,
-            PER_IMAGE=counts is not None,
+            TO_PACKED=new_cu_seqlens is not None,
         )
         config = lists_table(longest)
         if tune.SEARCH:

@@ -48,7 +48,7 @@ def attention_kernel(
     PRECISION: tl.constexpr,
 ):
     """One program for some queries of one head of one image. ``scale`` has the factor log2 e in it. ``LEADING``: the
-    first ``queries`` tokens of an image ask, and q and out hold those alone."""
+    first ``queries`` tokens of an image ask, and q and out hold those alone, dense also where images are packed."""
     tile, head, image = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     start, length = image_bounds(cu_seqlens, image, N, PACKED)
     first_query, asking = start, length
@@ -60,7 +60,7 @@ def attention_kernel(
     c = tl.arange(0, D)
     inside = (i < asking)[:, None] & (c < d)[None, :]
     q_tile = tl.load(
-        image_base(q, image, first_query, q_stride_b, q_stride_n, PACKED)
+        image_base(q, image, first_query, q_stride_b, q_stride_n, PACKED and not LEADING)
         + head * q_stride_h
         + i[:, None] * q_stride_n
         + c[None, :],
@@ -124,9 +124,11 @@ def attention(
     """Attention with the logarithm of the sizes added to the scores.
 
     Args:
-        q: [B, H, Nq, d], or packed [1, H, T, d]; k, v: [B, H, N, d], or packed; any strides but 1 for the last.
+        q: [B, H, Nq, d], or packed [1, H, T, d]; k, v: [B, H, N, d], or packed [1, H, T, d], also where q is dense:
+            the first Nq tokens of each image; any strides but 1 for the last.
         log2_sizes: float32 [B, N] (packed [1, T]): log2 of the patches that each token stands for; None for
             one each.
+        cu_seqlens: int32 [B + 1], where each packed image starts; max_tokens: no image is longer.
 
     Returns:
         [B, H, Nq, d] in the dtype of q, a view of [B, Nq, H, d] in memory.
@@ -139,8 +141,8 @@ def attention(
             raise ValueError(f"{name} has stride {x.stride(3)} between channels; want 1 (make it contiguous)")
     B, H, Nq, d = q.shape
     N = k.shape[2]
-    packed = cu_seqlens is not None
-    images, longest = (len(cu_seqlens) - 1, max_tokens) if packed else (B, Nq)
+    packed, leading = cu_seqlens is not None, Nq != N
+    images, longest = (len(cu_seqlens) - 1, Nq if leading else max_tokens) if packed else (B, Nq)
     out = torch.empty((B, Nq, H, d), dtype=q.dtype, device=q.device)
     log2_sizes = None if log2_sizes is None else log2_sizes.contiguous()
     if images and longest:
@@ -166,7 +168,7 @@ def attention(
             D=max(16, triton.next_power_of_2(d)),
             BIAS=log2_sizes is not None,
             PACKED=packed,
-            LEADING=not packed and Nq != N,
+            LEADING=leading,
             PRECISION=FLOAT32_DOTS[BACKEND] if q.dtype == torch.float32 else None,
         )
         config = attention_table(q.dtype, d, longest)
