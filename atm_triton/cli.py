@@ -14,19 +14,22 @@ from timm.data import resolve_model_data_config
 from timm.models.vision_transformer import VisionTransformer
 
 from atm_triton import report
-from atm_triton.config import BACKENDS, ATMConfig
+from atm_triton.config import ADAPT, BACKENDS, ATMConfig
 from atm_triton.env import check_file, environment, write_result
 from atm_triton.errors import exit_code
 from atm_triton.evaluate import evaluate
 from atm_triton.inputs import DIGITS, check_device, digits_config, labels_fit, open_images, open_model
+from atm_triton.model import Record
 from atm_triton.ops import explain
+from atm_triton.patch import apply_patch
 from atm_triton.throughput import keep_freed_memory, measure
 
 DEIT = "deit_small_patch16_224"
 RANDOM_R = 8  # of every block, where no images tell thresholds what to do
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
-Case = tuple[str, VisionTransformer, list[torch.Tensor], ATMConfig]  # title, model, batches, what merges
+Batches = list[torch.Tensor]
+Case = tuple[str, VisionTransformer, Batches, ATMConfig, list[Record] | None]  # title, .., what merges, whose counts
 
 
 def bench(args: argparse.Namespace) -> dict[str, Any]:
@@ -36,9 +39,9 @@ def bench(args: argparse.Namespace) -> dict[str, Any]:
     report.check_plot(args.plot)
     keep_freed_memory()
     results = []
-    for title, model, batches, config in _cases(args):
+    for title, model, batches, config, given in _cases(args):
         print(f"{title}\n")
-        rows = measure(model, batches, config, args.repeats)
+        rows = measure(model, batches, config, args.repeats, given)
         print(report.throughput_table(rows) + "\n")
         results.append({"title": title, "config": asdict(config), "batch_size": len(batches[0]), "rows": rows})
     if args.plot is not None:
@@ -54,8 +57,8 @@ def _cases(args: argparse.Namespace) -> Iterator[Case]:
         if args.batches is not None:
             raise ValueError(f"--batches {args.batches}: {args.model} runs on one random batch; give it --data DIR")
         yield _random_case(args, args.model, args.checkpoint, args.pretrained)
-    if args.model == DIGITS and not _configured(args):
-        yield _random_case(args, DEIT)
+    if args.model == DIGITS and args.data is None and not _configured(args):
+        yield _random_case(args, DEIT) if args.adapt is None else _counted_case(args)
 
 
 def _image_case(args: argparse.Namespace) -> Case:
@@ -67,7 +70,7 @@ def _image_case(args: argparse.Namespace) -> Case:
     batches = [images.to(parameter) for images, _ in islice(loader, count)]
     weights = _weights(args.model, args.checkpoint, args.pretrained)
     title = f"{args.model}, {weights}, on {data}: {len(batches)} batches of {len(batches[0])}"
-    return f"{title}, {_where(args)}", model, batches, _config(args, len(model.blocks))
+    return f"{title}, {_where(args)}", model, batches, _config(args, len(model.blocks)), None
 
 
 def _random_case(args: argparse.Namespace, name: str, checkpoint: Path | None = None, pretrained: bool = False) -> Case:
@@ -88,7 +91,21 @@ def _random_case(args: argparse.Namespace, name: str, checkpoint: Path | None = 
         else f"{config.schedule[0]} in every block"
     )
     title = f"{name}, {_weights(name, checkpoint, pretrained)}, random images, batch {batch_size}, r = {r}"
-    return f"{title}, {_where(args)}", model, [images.to(args.device, DTYPES[args.dtype])], config
+    return f"{title}, {_where(args)}", model, [images.to(args.device, DTYPES[args.dtype])], config, None
+
+
+@torch.inference_mode()
+def _counted_case(args: argparse.Namespace) -> Case:
+    """DeiT-S, random weights, on random images that merge as many tokens as the digits do: it has as many tokens and
+    blocks."""
+    _, digits, batches, config, _ = _image_case(args)
+    batch = batches[0]
+    apply_patch(digits, config)(batch)
+    model = open_model(DEIT).to(args.device, DTYPES[args.dtype])
+    shape = resolve_model_data_config(model)["input_size"]
+    images = torch.randn(len(batch), *shape, generator=torch.Generator().manual_seed(0)).to(batch)
+    title = f"{DEIT}, random weights, random images, counts of the digits, batch {len(batch)}"
+    return f"{title}, {_where(args)}", model, [images], config, [digits.blocks.last]
 
 
 def run_eval(args: argparse.Namespace) -> dict[str, Any]:
@@ -158,7 +175,8 @@ def _config(args: argparse.Namespace, depth: int, default: ATMConfig | None = No
         config = digits_config() if args.model == DIGITS else ATMConfig()
     else:
         config = default or (digits_config() if args.model == DIGITS else ATMConfig())
-    fields = {name: getattr(args, name) for name in ("alpha", "beta", "theta_min", "split_depth", "backend")}
+    names = ("adapt", "alpha", "beta", "theta_min", "split_depth", "backend")
+    fields = {name: getattr(args, name) for name in names}
     if args.no_proportional_attention:
         fields["proportional_attention"] = False
     if args.all_tokens_last:
@@ -201,6 +219,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--max-gflops", type=float, help="the paper's best operating point at this cost")
     one.add_argument("--top1-drop", type=float, help="the paper's cheapest operating point at this loss, in points")
     one.add_argument("--schedule", type=int, nargs="+", metavar="R", help='r for each block: adapt="static"')
+    group.add_argument("--adapt", choices=ADAPT, help="one r a batch (default), each image its own, or a --schedule")
     group.add_argument("--alpha", type=float, help="threshold of the first block")
     group.add_argument("--beta", type=float, help="decay rate of the threshold")
     group.add_argument("--theta-min", type=float, help="lowest threshold")

@@ -11,7 +11,7 @@ from typing import Any, Self
 from atm_triton.operating_points import choose
 from atm_triton.reference import threshold
 
-ADAPT = ("batch", "static")
+ADAPT = ("batch", "image", "static")
 BACKENDS = ("auto", "triton", "reference")
 
 
@@ -28,9 +28,10 @@ class ATMConfig:
         split_depth: the number of blocks that group tokens alternately; later ones group them by size (Section 3.3).
             None: three quarters of the depth, rounded down. The model's depth: alternate everywhere, as ToMe.
         adapt: "batch": all images of a batch merge r tokens, the mean of their counts, rounded down (Section 3.4).
-            "static": ``schedule`` tells r.
+            "image": every image merges by its own count (Section 3.2), whatever else is in its batch. "static":
+            ``schedule`` tells r.
         schedule: r for each block; for "static" alone. An r above half of the tokens that may merge takes that half.
-        thresholds: a threshold for each block instead of Eq. 1; for "batch" alone.
+        thresholds: a threshold for each block instead of Eq. 1; for "batch" and "image".
         proportional_attention: add log n to the attention scores of a token that stands for n patches (Appendix A).
         cls_only_last: where the classifier reads the class token alone, the last block does not merge and computes
             that token only (Appendix A); it changes no logit. False: the last block merges as every other.
@@ -75,8 +76,6 @@ class ATMConfig:
             raise TypeError(f"source={self.source!r} is no text")
 
     def _check_adapt(self) -> None:
-        if self.adapt == "image":
-            raise ValueError('adapt="image" is not in this version yet; choose "batch" or "static"')
         if self.adapt not in ADAPT:
             raise ValueError(f"adapt={self.adapt!r} is unknown; choose one of {', '.join(ADAPT)}")
         if (self.adapt == "static") != (self.schedule is not None):

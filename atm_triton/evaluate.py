@@ -12,7 +12,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from atm_triton.config import ATMConfig
-from atm_triton.flops import cost, unmerged
+from atm_triton.flops import cost, cost_of_each, unmerged
+from atm_triton.model import Number, Record
 from atm_triton.patch import apply_patch
 
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -102,16 +103,16 @@ def evaluate(
         after = patched(images.to(parameter)).float().cpu()
         check_finite(after, "the merged model's logits", len(columns["kl"]))
         record = patched.blocks.last
-        spent = cost(patched, record)
+        spent, B = cost_of_each(patched, record), len(labels)
         rows = {
             "right": after.argmax(1) == labels,
             "right_unpatched": before.argmax(1) == labels,
             "agree": after.argmax(1) == before.argmax(1),
             "kl": _kl(before, after),
-            "macs": torch.full((len(labels),), spent.macs, dtype=torch.float64),
-            "gflops": torch.full((len(labels),), spent.paper_gflops, dtype=torch.float64),
+            "macs": _of_images(spent.macs, B),
+            "gflops": _of_images(spent.paper_gflops, B),
             "own_tokens": _own_tokens(record),
-            "tokens": torch.tensor(record.tokens, dtype=torch.float64).expand(len(labels), -1),
+            "tokens": torch.stack([_of_images(tokens, B) for tokens in record.tokens], dim=1),
         }
         for name, values in rows.items():
             if values is not None:
@@ -165,10 +166,15 @@ def _kl(before: Tensor, after: Tensor) -> Tensor:
     return (log_p.exp() * (log_p - log_q)).sum(1)
 
 
-def _own_tokens(record: Any) -> Tensor | None:
+def _of_images(number: Number | float, B: int) -> Tensor:
+    """float64 [B]."""
+    return torch.as_tensor(number, dtype=torch.float64).expand(B)
+
+
+def _own_tokens(record: Record) -> Tensor | None:
     """The tokens that each image would keep by its own count, on average over the blocks that compare with a theta."""
-    kept = [n - counts for n, counts in zip(record.tokens, record.counts, strict=True) if counts is not None]
-    return torch.stack(kept).double().mean(0).cpu() if kept else None
+    kept = [n - counts.cpu() for n, counts in zip(record.tokens, record.counts, strict=True) if counts is not None]
+    return torch.stack(kept).double().mean(0) if kept else None
 
 
 def check_finite(values: Tensor, name: str, batch: int) -> None:

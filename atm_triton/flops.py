@@ -10,35 +10,36 @@ from dataclasses import dataclass
 
 import torch
 from timm.models.vision_transformer import Block, VisionTransformer
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from atm_triton.model import Record, leading_tokens
+from atm_triton.model import Number, Record, leading_tokens
 from atm_triton.reference import largest_r
 
 
 @dataclass(frozen=True)
 class Cost:
     """Multiply-accumulates of one image: ``stem``, each of ``blocks``, ``head``; ``norms``: the LayerNorm elements that
-    the paper's convention adds; ``matching``: the cosine similarities, in no total."""
+    the paper's convention adds; ``matching``: the cosine similarities, in no total. Whole numbers where all images cost
+    the same; else means, or tensors [B] with the cost of each."""
 
     stem: int
-    blocks: tuple[int, ...]
+    blocks: tuple[Number | float, ...]
     head: int
-    norms: int
-    matching: int
+    norms: Number | float
+    matching: Number | float
 
     @property
-    def macs(self) -> int:
+    def macs(self) -> Number | float:
         return self.stem + sum(self.blocks) + self.head
 
     @property
-    def paper_gflops(self) -> float:
+    def paper_gflops(self) -> float | Tensor:
         return (self.macs + self.norms) / 1e9
 
 
-def block_macs(block: Block, tokens: int, queries: int, rows: int) -> int:
+def block_macs(block: Block, tokens: Number, queries: Number, rows: Number) -> Number:
     """One block: 2 N D A for keys and values, D A for each query (and its gate), 2 N A for its two products, A D for
     its projection, and the linear layers of the MLP for each row.
 
@@ -53,7 +54,18 @@ def block_macs(block: Block, tokens: int, queries: int, rows: int) -> int:
 
 
 def cost(model: VisionTransformer, record: Record) -> Cost:
-    """What ``record`` says a forward pass of ``model`` cost, for one image."""
+    """What ``record`` says a forward pass of ``model`` cost: of one image, the mean where they differ."""
+    each = cost_of_each(model, record)
+    return Cost(each.stem, tuple(map(mean, each.blocks)), each.head, mean(each.norms), mean(each.matching))
+
+
+def mean(number: Number) -> int | float:
+    """The mean over the images."""
+    return number.double().mean().item() if isinstance(number, Tensor) else number
+
+
+def cost_of_each(model: VisionTransformer, record: Record) -> Cost:
+    """:func:`cost` of every image: tensors [B] where they differ."""
     D = model.embed_dim
     blocks = getattr(model.blocks, "original", (model.blocks,))[0]
     counts = list(zip(record.tokens, record.queries, record.rows, strict=True))
@@ -81,17 +93,15 @@ def planned(
         patches = skeleton.patch_embed(image).numel() // model.embed_dim
     leading = leading_tokens(model) if cls_only_last else None
     P = model.num_prefix_tokens
-    left, tokens, queries, rows, matched = patches + P, [], [], [], []
+    left, tokens, rows, matched = patches + P, [], [], []
     for block, r in enumerate(schedule, start=1):
         alone = leading is not None and block == len(schedule)
         r = 0 if alone else min(r, largest_r(left, P))
         tokens.append(left)
-        queries.append(leading if alone else left)
         left = leading if alone else left - r
         rows.append(left)
         matched.append(r > 0)
-    columns = map(tuple, (tokens, queries, rows, [None] * len(rows), matched))
-    return Record(1, image_shape, *columns)
+    return Record(1, image_shape, leading, *map(tuple, (tokens, rows, [None] * len(rows), matched)))
 
 
 def unmerged(model: VisionTransformer, image_shape: tuple[int, ...]) -> Record:
@@ -99,14 +109,14 @@ def unmerged(model: VisionTransformer, image_shape: tuple[int, ...]) -> Record:
     return planned(model, image_shape, (0,) * len(model.blocks), cls_only_last=False)
 
 
-def _matching_macs(tokens: int, num_prefix: int, head_dim: int) -> int:
+def _matching_macs(tokens: Number, num_prefix: int, head_dim: int) -> Number:
     a = (tokens - num_prefix) // 2
     return a * (tokens - num_prefix - a) * head_dim
 
 
 def _read_by_head(record: Record) -> int:
     """The tokens that the head sees: the leading ones alone, or every original one."""
-    return record.rows[-1] if record.queries[-1] < record.tokens[-1] else record.tokens[0]
+    return record.tokens[0] if record.leading is None else record.leading
 
 
 def _counted(model: VisionTransformer, part: str, shape: tuple[int, ...]) -> int:

@@ -1,7 +1,8 @@
 """The operations as torch sees them, ``torch.ops.atm_triton``: what tracing, compiling and autograd go through.
 
 One function an operation, for both devices: the Triton kernels on CUDA; on the CPU the reference, or the kernels where
-Triton's interpreter is on. Arguments are taken as they come: ``ops.py`` has checked them.
+Triton's interpreter is on. Arguments are taken as they come: ``ops.py`` has checked them. With ``cu_seqlens`` int32
+[B + 1] images are packed, [T, C] in the place of [B, N, C], and none has more than ``longest`` tokens.
 """
 
 from collections.abc import Callable
@@ -54,8 +55,8 @@ def operation(signature: str) -> Callable[[Callable[..., Any]], Callable[..., An
 
     def register(run: Callable[..., Any]) -> Callable[..., Any]:
         _library.define(run.__name__ + signature)
-        for device in ("CUDA", "CPU"):
-            _library.impl(run.__name__, run, device)
+        for device in ("CUDA", "CPU"):  # a compiler that meets an operation outside a graph must not look into it
+            _library.impl(run.__name__, torch.compiler.disable(run), device)
         return run
 
     return register
@@ -66,27 +67,54 @@ def fake(run: Callable[..., Any]) -> Callable[..., Any]:
     return register_fake(f"atm_triton::{run.__name__.removeprefix('fake_')}", run, lib=_library)
 
 
-@operation("(Tensor keys, Tensor? sizes, int num_prefix, bool by_size, float theta) -> (Tensor, Tensor, Tensor)")
+@operation(
+    "(Tensor keys, Tensor? sizes, int num_prefix, bool by_size, float theta, Tensor? cu_seqlens=None, "
+    "SymInt longest=0) -> (Tensor, Tensor, Tensor)"
+)
 def match(
-    keys: Tensor, sizes: Tensor | None, num_prefix: int, by_size: bool, theta: float
+    keys: Tensor,
+    sizes: Tensor | None,
+    num_prefix: int,
+    by_size: bool,
+    theta: float,
+    cu_seqlens: Tensor | None = None,
+    longest: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """similarity float32 and partner int32 [B, N], counts int64 [B]."""
+    packed = cu_seqlens is not None
     if _on_kernels(keys):
+        keys, sizes = _one_batch(packed, keys, sizes)
         with _device_of(keys):
-            return _kernels().match(keys, sizes, num_prefix, by_size, theta)
+            found = _kernels().match(keys, sizes, num_prefix, by_size, theta, cu_seqlens, longest)
+        return (found[0][0], found[1][0], found[2]) if packed else found
+    if packed:
+        similarity, partner = reference.match_packed(keys, sizes, num_prefix, by_size, cu_seqlens)
+        return similarity, partner, reference.count(similarity, theta, cu_seqlens)
     B, _, N, _ = keys.shape
     groups = reference.group(sizes, B, N, num_prefix, by_size, keys.device)
     similarity, partner = reference.match(keys, *groups)
     return similarity, partner, reference.count(similarity, theta)
 
 
+def _one_batch(packed: bool, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """What the launchers want: packed images as a batch of one."""
+    return tuple(tensor.unsqueeze(0) if packed and tensor is not None else tensor for tensor in tensors)
+
+
 @fake
 def fake_match(
-    keys: Tensor, sizes: Tensor | None, num_prefix: int, by_size: bool, theta: float
+    keys: Tensor,
+    sizes: Tensor | None,
+    num_prefix: int,
+    by_size: bool,
+    theta: float,
+    cu_seqlens: Tensor | None = None,
+    longest: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    B, _, N, _ = keys.shape
-    similarity = keys.new_empty((B, N), dtype=torch.promote_types(keys.dtype, torch.float32))
-    return similarity, keys.new_empty((B, N), dtype=torch.int32), keys.new_empty(B, dtype=torch.int64)
+    *images, _, N, _ = keys.shape
+    B = keys.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    similarity = keys.new_empty((*images, N), dtype=torch.promote_types(keys.dtype, torch.float32))
+    return similarity, keys.new_empty((*images, N), dtype=torch.int32), keys.new_empty(B, dtype=torch.int64)
 
 
 @operation("(Tensor similarity, Tensor partner, SymInt r, int num_prefix) -> (Tensor, Tensor, Tensor)")
@@ -105,60 +133,145 @@ def fake_assign(similarity: Tensor, partner: Tensor, r: int, num_prefix: int) ->
     return torch.empty_like(partner), partner.new_empty(B * N), partner.new_empty((B * (N - r), 2))
 
 
-@operation("(Tensor assignment, SymInt M) -> (Tensor, Tensor)")
-def lists(assignment: Tensor, M: int) -> tuple[Tensor, Tensor]:
-    """tokens int32 [B N] and spans int32 [B M, 2] of any assignment."""
-    if _on_kernels(assignment):
-        with _device_of(assignment):
-            return _kernels().lists(assignment, M)
-    return reference.lists(assignment, M)
+@operation(
+    "(Tensor similarity, Tensor partner, Tensor counts, float theta, int num_prefix, Tensor? cu_seqlens=None, "
+    "SymInt longest=0, SymInt slots=-1) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+def assign_each(
+    similarity: Tensor,
+    partner: Tensor,
+    counts: Tensor,
+    theta: float,
+    num_prefix: int,
+    cu_seqlens: Tensor | None = None,
+    longest: int = 0,
+    slots: int = -1,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Each image merges its candidates, ``counts`` int64 [B]: assignment int32 as ``partner``, tokens, spans, and int32
+    [B + 1]: where each image then begins. ``slots``: of all images; -1: read it here, from the device."""
+    packed = cu_seqlens is not None
+    slots = partner.numel() - int(counts.sum()) if slots < 0 else slots
+    if _on_kernels(partner):
+        similarity, partner = _one_batch(packed, similarity, partner)
+        with _device_of(partner):
+            assignment, *others = _kernels().assign(similarity, partner, counts, num_prefix, cu_seqlens, longest, slots)
+        return assignment[0] if packed else assignment, *others
+    assignment = reference.assign_each(similarity, partner, theta, num_prefix, cu_seqlens)
+    begin = reference.new_cu_seqlens(counts, cu_seqlens.diff() if packed else partner.shape[1])
+    return assignment, *reference.lists(assignment, begin, cu_seqlens), begin
 
 
 @fake
-def fake_lists(assignment: Tensor, M: int) -> tuple[Tensor, Tensor]:
-    B, N = assignment.shape
-    return assignment.new_empty(B * N), assignment.new_empty((B * M, 2))
+def fake_assign_each(
+    similarity: Tensor,
+    partner: Tensor,
+    counts: Tensor,
+    theta: float,
+    num_prefix: int,
+    cu_seqlens: Tensor | None = None,
+    longest: int = 0,
+    slots: int = -1,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    slots = torch.library.get_ctx().new_dynamic_size() if slots < 0 else slots
+    begin, tokens = partner.new_empty(counts.shape[0] + 1), partner.new_empty(partner.numel())
+    return torch.empty_like(partner), tokens, partner.new_empty((slots, 2)), begin
 
 
 @operation(
-    "(Tensor x, Tensor? sizes, Tensor assignment, Tensor tokens, Tensor spans, SymInt M) -> (Tensor, Tensor, Tensor)"
+    "(Tensor assignment, SymInt M, Tensor? cu_seqlens=None, Tensor? new_cu_seqlens=None, SymInt longest=0) -> "
+    "(Tensor, Tensor)"
+)
+def lists(
+    assignment: Tensor,
+    M: int,
+    cu_seqlens: Tensor | None = None,
+    new_cu_seqlens: Tensor | None = None,
+    longest: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """tokens int32 [all tokens] and spans int32 [all slots, 2] of any assignment. ``M``: the slots of each image, or of
+    all images where ``new_cu_seqlens`` tells where those of each begin."""
+    if _on_kernels(assignment):
+        (assignment,) = _one_batch(cu_seqlens is not None, assignment)
+        with _device_of(assignment):
+            return _kernels().lists(assignment, M, cu_seqlens, new_cu_seqlens, longest)
+    return reference.lists(assignment, M if new_cu_seqlens is None else new_cu_seqlens, cu_seqlens)
+
+
+@fake
+def fake_lists(
+    assignment: Tensor,
+    M: int,
+    cu_seqlens: Tensor | None = None,
+    new_cu_seqlens: Tensor | None = None,
+    longest: int = 0,
+) -> tuple[Tensor, Tensor]:
+    slots = M if new_cu_seqlens is not None else assignment.shape[0] * M
+    return assignment.new_empty(assignment.numel()), assignment.new_empty((slots, 2))
+
+
+@operation(
+    "(Tensor x, Tensor? sizes, Tensor assignment, Tensor tokens, Tensor spans, SymInt M, Tensor? cu_seqlens=None, "
+    "Tensor? new_cu_seqlens=None, SymInt longest=0) -> (Tensor, Tensor, Tensor)"
 )
 def merge(
-    x: Tensor, sizes: Tensor | None, assignment: Tensor, tokens: Tensor, spans: Tensor, M: int
+    x: Tensor,
+    sizes: Tensor | None,
+    assignment: Tensor,
+    tokens: Tensor,
+    spans: Tensor,
+    M: int,
+    cu_seqlens: Tensor | None = None,
+    new_cu_seqlens: Tensor | None = None,
+    longest: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Merged x [B, M, C], its sizes float32 [B, M] and their log2."""
-    B, N, C = x.shape
+    """Merged x [B, M, C], its sizes float32 [B, M] and their log2; packed [slots, C] with ``new_cu_seqlens``."""
     if _on_kernels(x):
         with _device_of(x):
-            merged, _, new_sizes, log2_sizes = _kernels().merge(x.reshape(B * N, C), sizes, tokens, spans)
-        return merged.view(B, M, C), new_sizes.view(B, M), log2_sizes.view(B, M)
-    merged, new_sizes = reference.merge(x, sizes, assignment, M)
+            merged, _, *of_sizes = _kernels().merge(x.reshape(-1, x.shape[-1]), sizes, tokens, spans)
+        return _shaped((merged, *of_sizes), len(x), M, new_cu_seqlens)
+    merged, new_sizes = reference.merge(
+        x, sizes, assignment, M if new_cu_seqlens is None else new_cu_seqlens, cu_seqlens
+    )
     return merged, new_sizes, new_sizes.log2()
+
+
+def _shaped(rows: tuple[Tensor, ...], B: int, M: int, new_cu_seqlens: Tensor | None) -> tuple[Tensor, ...]:
+    """Rows of all slots as images of M, unless they are packed."""
+    return rows if new_cu_seqlens is not None else tuple(row.view(B, M, *row.shape[1:]) for row in rows)
 
 
 @fake
 def fake_merge(
-    x: Tensor, sizes: Tensor | None, assignment: Tensor, tokens: Tensor, spans: Tensor, M: int
+    x: Tensor,
+    sizes: Tensor | None,
+    assignment: Tensor,
+    tokens: Tensor,
+    spans: Tensor,
+    M: int,
+    cu_seqlens: Tensor | None = None,
+    new_cu_seqlens: Tensor | None = None,
+    longest: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    B, _, C = x.shape
-    merged_sizes = x.new_empty((B, M), dtype=torch.float32)
-    return x.new_empty((B, M, C)), merged_sizes, torch.empty_like(merged_sizes)
+    slots = (x.shape[0], M) if new_cu_seqlens is None else (spans.shape[0],)
+    merged_sizes = x.new_empty(slots, dtype=torch.float32)
+    return x.new_empty((*slots, x.shape[-1])), merged_sizes, torch.empty_like(merged_sizes)
 
 
 def _keep_for_merge(ctx: Any, inputs: tuple, output: tuple) -> None:
-    x, sizes, assignment, *_ = inputs
-    ctx.dtype = x.dtype
-    ctx.save_for_backward(sizes, assignment, output[1])
+    x, sizes, assignment, _, _, _, cu_seqlens, new_cu_seqlens, longest = inputs
+    ctx.dtype, ctx.longest = x.dtype, longest
+    ctx.save_for_backward(sizes, assignment, output[1], cu_seqlens, new_cu_seqlens)
     ctx.mark_non_differentiable(*output[1:])
 
 
 def _merge_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple:
     """d x'[slot] / d x_i = n_i / n'[slot]: a gather."""
-    sizes, assignment, merged_sizes = ctx.saved_tensors
-    of_token = torch.ops.atm_triton.unmerge(grad / merged_sizes.unsqueeze(-1), assignment)
+    sizes, assignment, merged_sizes, *images = ctx.saved_tensors
+    share = grad / merged_sizes.unsqueeze(-1)
+    of_token = torch.ops.atm_triton.unmerge(share, assignment, *images, ctx.longest)
     if sizes is not None:
         of_token = of_token * sizes.unsqueeze(-1)
-    return of_token.to(ctx.dtype), None, None, None, None, None
+    return of_token.to(ctx.dtype), *[None] * 8
 
 
 register_autograd("atm_triton::merge", _merge_backward, setup_context=_keep_for_merge, lib=_library)
@@ -166,7 +279,8 @@ register_autograd("atm_triton::merge", _merge_backward, setup_context=_keep_for_
 
 @operation(
     "(Tensor x, Tensor attended, Tensor? gamma, Tensor? sizes, Tensor assignment, Tensor tokens, Tensor spans, "
-    "Tensor? weight, Tensor? bias, float eps, SymInt M) -> (Tensor, Tensor, Tensor, Tensor)"
+    "Tensor? weight, Tensor? bias, float eps, SymInt M, Tensor? cu_seqlens=None, Tensor? new_cu_seqlens=None) -> "
+    "(Tensor, Tensor, Tensor, Tensor)"
 )
 def add_merge_norm(
     x: Tensor,
@@ -180,16 +294,19 @@ def add_merge_norm(
     bias: Tensor | None,
     eps: float,
     M: int,
+    cu_seqlens: Tensor | None = None,
+    new_cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x + gamma * attended, merged [B, M, C]; its LayerNorm; its sizes float32 [B, M]; their log2."""
-    B, N, C = x.shape
+    """x + gamma * attended, merged as by :func:`merge`; its LayerNorm; its sizes float32; their log2."""
+    C = x.shape[-1]
     if _on_kernels(x):
-        rows, update = x.reshape(B * N, C), attended.reshape(B * N, C)
+        rows, update = x.reshape(-1, C), attended.reshape(-1, C)
         with _device_of(x):
             out = _kernels().merge(rows, sizes, tokens, spans, update, gamma, (weight, bias, eps))
-        return tuple(tensor.view(B, M, *tensor.shape[1:]) for tensor in out)
+        return _shaped(out, len(x), M, new_cu_seqlens)
     update = attended.float() if gamma is None else attended.float() * gamma.float()
-    merged, new_sizes = reference.merge(x.float() + update, sizes, assignment, M)
+    slots = M if new_cu_seqlens is None else new_cu_seqlens
+    merged, new_sizes = reference.merge(x.float() + update, sizes, assignment, slots, cu_seqlens)
     merged = merged.to(x.dtype)
     affine = (None if parameter is None else parameter.float() for parameter in (weight, bias))
     normed = F.layer_norm(merged.float(), (C,), *affine, eps)
@@ -197,55 +314,108 @@ def add_merge_norm(
 
 
 @fake
-def fake_add_merge_norm(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    B, _, C = x.shape
-    M = arguments[-1]
-    merged, merged_sizes = x.new_empty((B, M, C)), x.new_empty((B, M), dtype=torch.float32)
-    return merged, torch.empty_like(merged), merged_sizes, torch.empty_like(merged_sizes)
+def fake_add_merge_norm(
+    x: Tensor,
+    attended: Tensor,
+    gamma: Tensor | None,
+    sizes: Tensor | None,
+    assignment: Tensor,
+    tokens: Tensor,
+    spans: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    M: int,
+    cu_seqlens: Tensor | None = None,
+    new_cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    merged, *of_sizes = fake_merge(x, sizes, assignment, tokens, spans, M, cu_seqlens, new_cu_seqlens)
+    return merged, torch.empty_like(merged), *of_sizes
 
 
-@operation("(Tensor x, Tensor assignment) -> Tensor")
-def unmerge(x: Tensor, assignment: Tensor) -> Tensor:
-    """x [B, M, C] and assignment int32 [B, N] to [B, N, C]."""
+@operation(
+    "(Tensor x, Tensor assignment, Tensor? cu_seqlens=None, Tensor? x_cu_seqlens=None, SymInt longest=0) -> Tensor"
+)
+def unmerge(
+    x: Tensor,
+    assignment: Tensor,
+    cu_seqlens: Tensor | None = None,
+    x_cu_seqlens: Tensor | None = None,
+    longest: int = 0,
+) -> Tensor:
+    """x [B, M, C] and assignment int32 [B, N] to [B, N, C]; x packed [slots, C] with ``x_cu_seqlens``, assignment and
+    result packed with ``cu_seqlens``."""
     if _on_kernels(x):
+        (rows,), (slot,) = _one_batch(x_cu_seqlens is not None, x), _one_batch(cu_seqlens is not None, assignment)
         with _device_of(x):
-            return _kernels().unmerge(x, assignment)
-    return reference.unmerge(x, assignment)
+            out = _kernels().unmerge(rows, slot, cu_seqlens, x_cu_seqlens, longest)
+        return out if cu_seqlens is None else out[0]
+    return reference.unmerge(x, assignment, cu_seqlens, x_cu_seqlens)
 
 
 @fake
-def fake_unmerge(x: Tensor, assignment: Tensor) -> Tensor:
-    return x.new_empty((*assignment.shape, x.shape[2]))
+def fake_unmerge(
+    x: Tensor,
+    assignment: Tensor,
+    cu_seqlens: Tensor | None = None,
+    x_cu_seqlens: Tensor | None = None,
+    longest: int = 0,
+) -> Tensor:
+    return x.new_empty((*assignment.shape, x.shape[-1]))
 
 
 def _keep_for_unmerge(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    ctx.M = inputs[0].shape[1]
-    ctx.save_for_backward(inputs[1])
+    x, assignment, cu_seqlens, x_cu_seqlens, longest = inputs
+    ctx.M, ctx.longest = x.shape[-2], longest  # packed: of all images
+    ctx.save_for_backward(assignment, cu_seqlens, x_cu_seqlens)
 
 
 def _unmerge_backward(ctx: Any, grad: Tensor) -> tuple:
     """A slot sums what its tokens got: the mean over its tokens, times their number."""
-    (assignment,) = ctx.saved_tensors
-    tokens, spans = torch.ops.atm_triton.lists(assignment, ctx.M)
-    mean, number, _ = torch.ops.atm_triton.merge(grad.contiguous(), None, assignment, tokens, spans, ctx.M)
-    return (mean * number.unsqueeze(-1)).to(grad.dtype), None
+    assignment, *images = ctx.saved_tensors
+    tokens, spans = torch.ops.atm_triton.lists(assignment, ctx.M, *images, ctx.longest)
+    arguments = (grad.contiguous(), None, assignment, tokens, spans, ctx.M, *images, ctx.longest)
+    mean, number, _ = torch.ops.atm_triton.merge(*arguments)
+    return (mean * number.unsqueeze(-1)).to(grad.dtype), *[None] * 4
 
 
 register_autograd("atm_triton::unmerge", _unmerge_backward, setup_context=_keep_for_unmerge, lib=_library)
 
 
-@operation("(Tensor q, Tensor k, Tensor v, Tensor? log2_sizes) -> Tensor")
-def attention(q: Tensor, k: Tensor, v: Tensor, log2_sizes: Tensor | None) -> Tensor:
-    """[B, H, Nq, d], in memory [B, Nq, H, d]; without a derivative."""
+@operation("(Tensor q, Tensor k, Tensor v, Tensor? log2_sizes, Tensor? cu_seqlens=None, SymInt longest=0) -> Tensor")
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log2_sizes: Tensor | None,
+    cu_seqlens: Tensor | None = None,
+    longest: int = 0,
+) -> Tensor:
+    """As q [B, H, Nq, d], in memory [B, Nq, H, d]; without a derivative. Where k and v are packed [H, T, d], q may be
+    so too, or dense: the first Nq tokens of each image."""
     scale = q.shape[-1] ** -0.5
     if _on_kernels(q):
+        k, v, log2_sizes = _one_batch(cu_seqlens is not None, k, v, log2_sizes)
+        (query,) = _one_batch(q.dim() == 3, q)
         with _device_of(q):
-            return _kernels().attention(q, k, v, log2_sizes, scale)
+            out = _kernels().attention(query, k, v, log2_sizes, scale, cu_seqlens, longest)
+        return out[0] if q.dim() == 3 else out
     sizes = None if log2_sizes is None else log2_sizes.exp2()
-    return reference.attention(q, k, v, sizes, scale).transpose(1, 2).contiguous().transpose(1, 2)
+    if cu_seqlens is None:
+        out = reference.attention(q, k, v, sizes, scale)
+    else:
+        out = reference.attention_packed(q, k, v, sizes, cu_seqlens, scale=scale)
+    return out.transpose(-3, -2).contiguous().transpose(-3, -2)
 
 
 @fake
-def fake_attention(q: Tensor, k: Tensor, v: Tensor, log2_sizes: Tensor | None) -> Tensor:
-    B, H, Nq, d = q.shape
-    return q.new_empty((B, Nq, H, d)).transpose(1, 2)
+def fake_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log2_sizes: Tensor | None,
+    cu_seqlens: Tensor | None = None,
+    longest: int = 0,
+) -> Tensor:
+    *images, H, Nq, d = q.shape
+    return q.new_empty((*images, Nq, H, d)).transpose(-3, -2)

@@ -15,43 +15,49 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from atm_triton import ops, reference
-from atm_triton.block import ATMBlock
+from atm_triton import ops
+from atm_triton.block import ATMBlock, Tokens, first_tokens
 from atm_triton.config import ATMConfig
+
+Number = int | Tensor  # of every image the same, or int64 [B], each image its own
 
 
 @dataclass(frozen=True)
 class Record:
-    """What a forward pass did. ``tokens``: the tokens of an image that enter each block; ``rows``: those that its MLP
-    sees; ``queries``: those that its attention computes; ``counts``: each block's [B] candidates, None without a theta;
-    ``matched``: whether a block looked for partners at all."""
+    """What a forward pass did. ``leading``: how many tokens the last block served alone, None where it served all;
+    ``tokens``: the tokens of an image that enter each block; ``rows``: those that its MLP sees; ``counts``: each
+    block's [B] candidates, None without a theta; ``matched``: whether a block looked for partners at all."""
 
     batch: int
     image_shape: tuple[int, ...]
-    tokens: tuple[int, ...]
-    queries: tuple[int, ...]
-    rows: tuple[int, ...]
+    leading: int | None
+    tokens: tuple[Number, ...]
+    rows: tuple[Number, ...]
     counts: tuple[Tensor | None, ...]
     matched: tuple[bool, ...]
 
+    @property
+    def queries(self) -> tuple[Number, ...]:
+        """The tokens whose attention each block computes."""
+        return self.tokens if self.leading is None else (*self.tokens[:-1], self.leading)
+
+
+def number_of(tokens: Tokens) -> Number:
+    """The tokens of an image."""
+    packing = tokens.packing
+    if packing is None:
+        return tokens.x.shape[1]
+    return packing.cu_seqlens.diff().long() if packing.lengths is None else packing.lengths
+
 
 class Run(NamedTuple):
-    """Merged tokens ``x`` [B, M, C] after the last block run, the ``assignments`` of all blocks that merged, and the
-    unmerged tokens [B, N, C] after each block asked for."""
+    """The merged ``tokens`` after the last block run, the ``trace``: where the N tokens that entered the first block
+    ended up, [B, N] int32 (None: nothing merged, or nobody wants it), and the unmerged tokens [B, N, C] after each
+    block asked for."""
 
-    x: Tensor
-    assignments: list[Tensor]
+    tokens: Tokens
+    trace: Tensor | None
     collected: list[Tensor]
-
-    @property
-    def trace(self) -> Tensor | None:
-        """Where the N tokens that entered the first block ended up, [B, N] int32; None: nothing merged."""
-        return trace_of(self.assignments)
-
-
-def trace_of(assignments: list[Tensor]) -> Tensor | None:
-    """All merge steps as one; None for no step."""
-    return functools.reduce(reference.compose, assignments) if assignments else None
 
 
 class ATMBlocks(nn.Sequential):
@@ -82,33 +88,34 @@ class ATMBlocks(nn.Sequential):
             collect: the blocks, from 0, after which to keep the unmerged tokens.
             stop: the number of blocks to run, None for all.
         """
-        size, log2_size, assignments, collected = None, None, [], []
-        tokens, queries, rows, counts, matched = [], [], [], [], []
+        now, trace, collected = Tokens(x), None, []
+        tokens, rows, counts, matched = [], [], [], []
         for index, block in enumerate(list(self)[:stop]):
             serves_leading = leading is not None and index == len(self) - 1
             alone = serves_leading and not dense
-            tokens.append(x.shape[1])
-            queries.append(leading if alone else x.shape[1])
+            tokens.append(number_of(now))
             call, option = (block.step_leading, leading) if alone else (block.step, not serves_leading)
+            before = now.packing
             if checkpointing:
-                step = checkpoint(call, x, size, log2_size, option, use_reentrant=False)
+                now, assignment, count = checkpoint(call, now, option, use_reentrant=False)
             else:
-                step = call(x, size, log2_size, option)
-            x, size, log2_size, assignment, count = step
-            if assignment is not None:
-                assignments.append(assignment)
+                now, assignment, count = call(now, option)
+            if assignment is not None and dense:
+                trace = assignment if trace is None else ops.compose(trace, assignment, before)
             if index in collect:
-                collected.append(self.unmerge(x, trace_of(assignments)))
-            rows.append(x.shape[1])
+                collected.append(self.unmerge(now, trace))
+            rows.append(number_of(now))
             counts.append(count)
             matched.append(assignment is not None or count is not None)
         whole = len(tokens) == len(self)
-        record = Record(len(x), image_shape, *map(tuple, (tokens, queries, rows, counts, matched)))
+        served = None if dense else leading
+        record = Record(len(x), image_shape, served, *map(tuple, (tokens, rows, counts, matched)))
         self.last = record if whole else None
-        return Run(x, assignments, collected)
+        return Run(now, trace, collected)
 
-    def unmerge(self, x: Tensor, trace: Tensor | None) -> Tensor:
-        return x if trace is None else ops.unmerge(x, trace, self.config.backend)
+    def unmerge(self, tokens: Tokens, trace: Tensor | None) -> Tensor:
+        """All N tokens, dense, of those that are left."""
+        return tokens.x if trace is None else ops.unmerge(tokens.x, trace, self.config.backend, tokens.packing)
 
     def forward(self, x: Tensor) -> Tensor:
         raise TypeError("the blocks of a patched model pass sizes along: call the model, or remove_patch first")
@@ -135,16 +142,17 @@ class MergingTransformer:
     blocks: ATMBlocks
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        if leading_tokens(self) is None:  # pools over patch tokens: of all N, so a merged token counts by its size
+        read = leading_tokens(self)
+        if read is None:  # pools over patch tokens: of all N, so a merged token counts by its size
             return self.forward_head(self.forward_features(x, attn_mask, is_causal))
         _refuse_mask(attn_mask, is_causal)
-        run = self._run(x, self._leading(), dense=False)
-        return self.forward_head(self.norm(run.x))
+        tokens = self._run(x, self._leading(), dense=False).tokens
+        return self.forward_head(self.norm(first_tokens(tokens.x, read, tokens.packing)))
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         _refuse_mask(attn_mask, is_causal)
         run = self._run(x, self._leading(), dense=True)
-        return self.blocks.unmerge(self.norm(run.x), run.trace)
+        return self._features(run)
 
     def forward_intermediates(
         self,
@@ -172,7 +180,7 @@ class MergingTransformer:
             H, W = self.patch_embed.dynamic_feat_size(x.shape[-2:])
             features = [f.transpose(1, 2).reshape(len(x), -1, H, W).contiguous() for f in features]
         with_prefix = return_prefix_tokens and P > 0
-        final = None if intermediates_only else self.blocks.unmerge(self.norm(run.x), run.trace)
+        final = None if intermediates_only else self._features(run)
         if output_dict:
             result = {"image_intermediates": features}
             if with_prefix:
@@ -184,6 +192,9 @@ class MergingTransformer:
 
     def prune_intermediate_layers(self, *args: Any, **kwargs: Any) -> None:
         raise ValueError("thresholds belong to a model's depth: remove_patch first, prune, then apply_patch again")
+
+    def _features(self, run: Run) -> Tensor:
+        return self.blocks.unmerge(run.tokens._replace(x=self.norm(run.tokens.x)), run.trace)
 
     def _leading(self) -> int | None:
         return leading_tokens(self) if self.blocks.config.cls_only_last else None

@@ -1,13 +1,14 @@
 """The operations of a merge step, each computed by the backend that the configuration asks for.
 
-Checks and dispatch only: the formulas are in ``reference.py``. Shapes are dense, [B, N, C] for tokens; ``sizes``
-[B, N] float32 may be None wherever every token still stands for one patch.
+Checks and dispatch only: the formulas are in ``reference.py``. Tokens are dense, [B, N, C] with sizes [B, N] and keys
+[B, H, N, d], or packed, [T, C] with sizes [T] and keys [H, T, d], and a :class:`Packing` that tells the images apart.
+``sizes`` float32 may be None wherever every token still stands for one patch.
 """
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +19,25 @@ KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 KERNEL_PREFIX, KERNEL_CHANNELS = 16, 128  # protected tokens, and channels of a head, that the kernels can take
 
 
+class Packing(NamedTuple):
+    """Images of different lengths, one after the other. ``cu_seqlens`` int32 [B + 1], on the device: the row where each
+    begins and, at the end, the number of rows; ``longest``: no image has more tokens; ``lengths`` int64 [B], on the
+    host: the tokens of each, None where a graph was traced."""
+
+    cu_seqlens: Tensor
+    longest: int
+    lengths: Tensor | None
+
+    @classmethod
+    def of(cls, lengths: Tensor, device: torch.device | None = None) -> Self:
+        """Of images with these ``lengths``, int64 [B] on the host, on a device."""
+        cu_seqlens = reference.new_cu_seqlens(torch.zeros_like(lengths), lengths)
+        return cls(cu_seqlens.to(device), int(lengths.max()) if len(lengths) else 0, lengths)
+
+
 class Match(NamedTuple):
-    """``similarity`` [B, N] float32 or above and ``partner`` [B, N] int32 as :func:`reference.match` gives them;
-    ``counts`` [B] int64: the candidates at or above theta, None where no theta was given."""
+    """``similarity`` [B, N] float32 or above and ``partner`` [B, N] int32 as :func:`reference.match` gives them, packed
+    [T]; ``counts`` [B] int64: the candidates at or above theta, None where no theta was given."""
 
     similarity: Tensor
     partner: Tensor
@@ -35,8 +52,8 @@ class Lists(NamedTuple):
 
 
 class Merged(NamedTuple):
-    """Merged tokens ``x`` [B, M, C], their ``sizes`` [B, M] float32, and the ``log2_sizes`` that the attention kernel
-    reads, None by the reference."""
+    """Merged tokens ``x`` [B, M, C], their ``sizes`` [B, M] float32, packed [T', C] and [T'], and the ``log2_sizes``
+    that the attention kernel reads, None by the reference."""
 
     x: Tensor
     sizes: Tensor
@@ -80,12 +97,18 @@ def runs_kernels(backend: str, x: Tensor) -> bool:
     return _takes_kernels(backend, x.device.type, x.dtype)
 
 
+def _traced(x: Tensor) -> bool:
+    """Whether a compiler sees the CPU's tensors. Of packed images it is shown the operations, since shapes in the
+    reference hang on numbers that only a run knows."""
+    return x.device.type == "cpu" and torch.compiler.is_compiling()
+
+
 def _fits_kernels(backend: str, x: Tensor, num_prefix: int = 0) -> bool:
-    """Whether the kernels compute on ``x`` [B, H, N, d]: "auto" leaves them what they can take."""
+    """Whether the kernels compute on ``x`` [..., d]: "auto" leaves them what they can take."""
     if not runs_kernels(backend, x):
         return False
     over = f"num_prefix={num_prefix} is above {KERNEL_PREFIX}" if num_prefix > KERNEL_PREFIX else ""
-    over = over or (f"d={x.shape[3]} is above {KERNEL_CHANNELS}" if x.shape[3] > KERNEL_CHANNELS else "")
+    over = over or (f"d={x.shape[-1]} is above {KERNEL_CHANNELS}" if x.shape[-1] > KERNEL_CHANNELS else "")
     if over and backend == "triton":
         raise ValueError(f'backend="triton" cannot run: {over}, the most that the kernels take; use "auto"')
     return not over
@@ -121,11 +144,12 @@ def match(
     by_size: bool,
     theta: float | None = None,
     backend: str = "auto",
+    packing: Packing | None = None,
 ) -> Match:
     """Each token's most similar partner, and each image's number of candidates (Sections 3.1 to 3.3).
 
     Args:
-        keys: [B, H, N, d], the keys of the block's attention; no gradient flows through the choice.
+        keys: [B, H, N, d], the keys of the block's attention, packed [H, T, d]; no gradient flows through the choice.
         num_prefix: the protected tokens at the start of the sequence.
         by_size: size-distinctive instead of alternate grouping.
         theta: count the candidates at or above this cosine similarity.
@@ -134,36 +158,45 @@ def match(
         ValueError, TypeError: arguments of another shape, dtype or device; theta outside -1 .. 1; "triton" with more
             protected tokens (16) or channels a head (128) than the kernels take, where "auto" takes the reference.
     """
-    _check(keys.dim() == 4, "keys", keys, "[B, H, N, d]")
-    B, _, N, _ = keys.shape
-    _check_sizes(sizes, (B, N), keys)
+    _check_dims("keys", keys, packing, "[B, H, N, d]", "[H, T, d]")
+    _check_sizes(sizes, _tokens_of(keys), keys)
     if theta is not None and not -1 <= theta <= 1:
         raise ValueError(f"theta={theta} is outside -1 .. 1, the cosine similarities")
     keys = keys.detach()
-    if _fits_kernels(backend, keys, num_prefix):
+    if _fits_kernels(backend, keys, num_prefix) or (packing is not None and _traced(keys)):
         bound = 2.0 if theta is None else theta  # nothing is as similar as that
-        similarity, partner, counts = _call("match", keys, sizes, num_prefix, by_size, bound)
+        images = _cu_seqlens(packing), _longest(packing, 0)
+        similarity, partner, counts = _call("match", keys, sizes, num_prefix, by_size, bound, *images)
         return Match(similarity, partner, None if theta is None else counts)
     with torch.no_grad(), _without_autocast(keys.device.type):  # 16-bit cosines would flip decisions
+        if packing is not None:
+            similarity, partner = reference.match_packed(keys, sizes, num_prefix, by_size, packing.cu_seqlens)
+            counts = None if theta is None else reference.count(similarity, theta, packing.cu_seqlens)
+            return Match(similarity, partner, counts)
+        B, _, N, _ = keys.shape
         groups = reference.group(sizes, B, N, num_prefix, by_size, keys.device)
         similarity, partner = reference.match(keys, *groups)
         return Match(similarity, partner, None if theta is None else reference.count(similarity, theta))
 
 
 class CountRead:
-    """Each image's count on its way to the host. Queue other work, then ask for r: only the copy is waited for."""
+    """Each image's ``counts``, int64 [B], on their way to the host. Queue other work, then ask: only the copy is waited
+    for."""
 
     def __init__(self, counts: Tensor) -> None:
-        self._counts, self._copied = counts, None
+        self.counts, self._on_host, self._copied = counts, counts, None
         if counts.is_cuda and not torch.compiler.is_compiling():
-            self._counts = counts.to("cpu", non_blocking=True)  # to pinned memory
+            self._on_host = counts.to("cpu", non_blocking=True)  # to pinned memory
             self._copied = torch.cuda.current_stream(counts.device).record_event()
+
+    def on_host(self) -> Tensor:
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._on_host
 
     def batch_r(self) -> int:
         """The one r of the batch (Section 3.4)."""
-        if self._copied is not None:
-            self._copied.synchronize()
-        return reference.batch_r(self._counts)
+        return reference.batch_r(self.on_host())
 
 
 def assign(
@@ -190,25 +223,72 @@ def assign(
     return reference.assign(similarity, partner, r, num_prefix), None
 
 
+def assign_each(
+    similarity: Tensor,
+    partner: Tensor,
+    theta: float,
+    read: CountRead,
+    num_prefix: int,
+    backend: str = "auto",
+    packing: Packing | None = None,
+) -> tuple[Tensor, Lists | None, Packing]:
+    """:func:`assign` where every image merges all its candidates (Section 3.2); with how the merged images lie.
+
+    Args:
+        similarity, partner: [B, N], packed [T], from :func:`match` with the same arguments.
+        read: of the counts of that match.
+
+    Raises:
+        ValueError: arguments of different shapes.
+    """
+    _check_dims("partner", partner, packing, "[B, N]", "[T]")
+    _check(similarity.shape == partner.shape, "similarity", similarity, "the shape of partner")
+    counts, cu_seqlens, most = read.counts, _cu_seqlens(packing), _longest(packing, partner.shape[-1])
+    _check(counts.shape == (len(partner) if packing is None else len(cu_seqlens) - 1,), "counts", counts, "[B]")
+    operates = runs_kernels(backend, similarity) or _traced(partner)
+    lengths, slots, longest = None, -1, most  # traced: the operation reads how many tokens are left
+    if not (operates and torch.compiler.is_compiling()):
+        lengths = (most if packing is None else packing.lengths) - read.on_host()
+        slots, longest = int(lengths.sum()), int(lengths.max()) if len(lengths) else 0
+    if operates:
+        arguments = (similarity, partner, counts, theta, num_prefix, cu_seqlens, most, slots)
+        assignment, *lists, begin = _call("assign_each", *arguments)
+        return assignment, Lists(*lists), Packing(begin, longest, lengths)
+    assignment = reference.assign_each(similarity, partner, theta, num_prefix, cu_seqlens)
+    begin = reference.new_cu_seqlens(counts, most if packing is None else cu_seqlens.diff())
+    return assignment, None, Packing(begin, longest, lengths)
+
+
 def merge(
-    x: Tensor, sizes: Tensor | None, assignment: Tensor, M: int, backend: str = "auto", lists: Lists | None = None
+    x: Tensor,
+    sizes: Tensor | None,
+    assignment: Tensor,
+    M: int | Packing,
+    backend: str = "auto",
+    lists: Lists | None = None,
+    packing: Packing | None = None,
 ) -> Merged:
     """Size-weighted means of the tokens of each slot (Definition 2): x [B, N, C] to [B, M, C].
 
     Args:
-        assignment: [B, N] int32, slots 0 .. M - 1; any other number drops the token.
+        x: or packed [T, C], by ``packing``.
+        assignment: int32, a slot for each token, 0 .. M - 1 in its image; any other number drops the token.
+        M: the tokens of a merged image, or a Packing, and the result is [T', C].
         lists: those of ``assignment`` if they are at hand.
 
     Raises:
         ValueError, TypeError: arguments of another shape, dtype or device.
     """
-    _check(x.dim() == 3, "x", x, "[B, N, C]")
-    _check_assignment(assignment, x.shape[:2], x)
-    _check_sizes(sizes, x.shape[:2], x)
-    if runs_kernels(backend, x):
-        tokens, spans = _call("lists", assignment, M) if lists is None else lists
-        return Merged(*_call("merge", x, sizes, assignment, tokens, spans, M))
-    return Merged(*reference.merge(x, sizes, assignment, M), None)
+    _check_dims("x", x, packing, "[B, N, C]", "[T, C]")
+    _check_assignment(assignment, x.shape[:-1], x)
+    _check_sizes(sizes, x.shape[:-1], x)
+    if lists is None and not runs_kernels(backend, x):
+        slots = M.cu_seqlens if isinstance(M, Packing) else M
+        return Merged(*reference.merge(x, sizes, assignment, slots, _cu_seqlens(packing)), None)
+    images = _cu_seqlens(packing), _cu_seqlens(M), max(_longest(packing, x.shape[-2]), _longest(M, 0))
+    slots = M if not isinstance(M, Packing) else int(M.lengths.sum()) if lists is None else lists.spans.shape[0]
+    tokens, spans = _call("lists", assignment, slots, *images) if lists is None else lists
+    return Merged(*_call("merge", x, sizes, assignment, tokens, spans, slots, *images))
 
 
 def add_merge_norm(
@@ -218,37 +298,56 @@ def add_merge_norm(
     sizes: Tensor | None,
     assignment: Tensor,
     lists: Lists,
-    M: int,
+    M: int | Packing,
     norm: nn.LayerNorm,
+    packing: Packing | None = None,
 ) -> tuple[Merged, Tensor]:
     """What a block does between attention and MLP, in one pass over memory by the kernels: x + gamma * attended,
     merged, and the LayerNorm of that; shapes as :func:`merge`, without a derivative.
 
     Args:
-        attended: [B, N, C], what attention adds to x; gamma: [C], the LayerScale, None for 1.
+        attended: as x, what attention adds to it; gamma: [C], the LayerScale, None for 1.
         lists: of ``assignment``, from :func:`assign` by the kernels.
 
     Raises:
         ValueError: ``attended`` of another shape than x.
     """
     _check(attended.shape == x.shape, "attended", attended, "the shape of x")
-    arguments = (x, attended, gamma, sizes, assignment, *lists, norm.weight, norm.bias, norm.eps, M)
+    slots = lists.spans.shape[0] if isinstance(M, Packing) else M
+    arguments = (x, attended, gamma, sizes, assignment, *lists, norm.weight, norm.bias, norm.eps, slots)
     with torch.no_grad():
-        merged, normed, *of_sizes = _call("add_merge_norm", *arguments)
+        merged, normed, *of_sizes = _call("add_merge_norm", *arguments, _cu_seqlens(packing), _cu_seqlens(M))
     return Merged(merged, *of_sizes), normed
 
 
-def unmerge(x: Tensor, assignment: Tensor, backend: str = "auto") -> Tensor:
+def unmerge(
+    x: Tensor,
+    assignment: Tensor,
+    backend: str = "auto",
+    x_packing: Packing | None = None,
+    packing: Packing | None = None,
+) -> Tensor:
     """Give every token the value of its slot, 0 to a dropped one: x [B, M, C], assignment [B, N] int32 to [B, N, C].
+
+    Args:
+        x_packing: of x, if that is packed [T', C]; packing: of the assignment and the result, if they are packed.
 
     Raises:
         ValueError, TypeError: arguments of another shape, dtype or device.
     """
-    _check(x.dim() == 3, "x", x, "[B, M, C]")
-    _check_assignment(assignment, (len(x), assignment.shape[-1]), x)
-    if runs_kernels(backend, x):
-        return _call("unmerge", x, assignment)
-    return reference.unmerge(x, assignment)
+    _check_dims("x", x, x_packing, "[B, M, C]", "[T, C]")
+    tokens = (len(x) if x_packing is None else len(x_packing.cu_seqlens) - 1, assignment.shape[-1])
+    _check_assignment(assignment, tokens[packing is not None :], x)
+    images = _cu_seqlens(packing), _cu_seqlens(x_packing)
+    if runs_kernels(backend, x) or (x_packing is not None and _traced(x)):
+        longest = max(_longest(packing, assignment.shape[-1]), _longest(x_packing, 0))
+        return _call("unmerge", x, assignment, *images, longest)
+    return reference.unmerge(x, assignment, *images)
+
+
+def compose(first: Tensor, second: Tensor, packing: Packing | None = None) -> Tensor:
+    """Two merge steps as one (:func:`reference.compose`); ``packing``: of the images after the first."""
+    return reference.compose(first, second, _cu_seqlens(packing))
 
 
 def attention(
@@ -260,36 +359,61 @@ def attention(
     fused: bool = True,
     backend: str = "auto",
     log2_sizes: Tensor | None = None,
+    packing: Packing | None = None,
 ) -> Tensor:
     """softmax(q k^T d^-0.5 + log sizes) v (Appendix A): q [B, H, Nq, d], k and v [B, H, N, d], sizes [B, N] float32.
 
     Under autocast q, k and v take its dtype, as in torch's own attention; log n stays in float32. The kernel computes
-    inference with sizes; without sizes, or with a gradient or dropout, torch's own attention does.
+    inference with sizes, or packed; without sizes, or with a gradient or dropout, torch's own attention does.
 
     Args:
+        k, v: or packed [H, T, d], and so is q, or that of the first Nq tokens of each image, [B, H, Nq, d].
         fused: by torch's scaled_dot_product_attention, where the kernel does not compute it.
         log2_sizes: of ``sizes``, if they are at hand.
 
     Raises:
         ValueError, TypeError: arguments of another shape, dtype or device; "triton" with more channels a head than 128.
     """
-    _check(k.dim() == 4 and v.shape == k.shape, "v", v, "[B, H, N, d], as k")
-    _check_sizes(sizes, (k.shape[0], k.shape[2]), k)
+    _check_dims("k", k, packing, "[B, H, N, d]", "[H, T, d]")
+    _check(v.shape == k.shape, "v", v, "the shape of k")
+    _check_sizes(sizes, _tokens_of(k), k)
     device = q.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     trains = dropout_p > 0 or any(map(needs_grad, (q, k, v)))
-    if sizes is not None and not trains and _fits_kernels(backend, q):
-        return _call("attention", q, k, v, sizes.log2() if log2_sizes is None else log2_sizes)
+    fitting = not trains and (sizes is not None or packing is not None)
+    if fitting and (_fits_kernels(backend, q) or (packing is not None and _traced(q))):
+        log2_sizes = None if sizes is None else sizes.log2() if log2_sizes is None else log2_sizes
+        return _call("attention", q, k, v, log2_sizes, _cu_seqlens(packing), _longest(packing, 0))
     if sizes is not None and device == "cuda" and q.element_size() < 4:
         fused = False  # torch's CUDA kernels want a bias in the dtype of q, which would round log n
     with _without_autocast(device):
-        return reference.attention(q, k, v, sizes, dropout_p=dropout_p, fused=fused)
+        if packing is None:
+            return reference.attention(q, k, v, sizes, dropout_p=dropout_p, fused=fused)
+        return reference.attention_packed(q, k, v, sizes, packing.cu_seqlens, dropout_p=dropout_p, fused=fused)
 
 
 def _without_autocast(device: str) -> AbstractContextManager:
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+def _cu_seqlens(images: Packing | int | None) -> Tensor | None:
+    return images.cu_seqlens if isinstance(images, Packing) else None
+
+
+def _longest(images: Packing | int | None, dense: int) -> int:
+    return images.longest if isinstance(images, Packing) else dense
+
+
+def _tokens_of(heads: Tensor) -> tuple[int, ...]:
+    """[B, H, N, d] to (B, N), packed [H, T, d] to (T,)."""
+    return (*heads.shape[:-3], heads.shape[-2])
+
+
+def _check_dims(name: str, tensor: Tensor, packing: Packing | None, dense: str, packed: str) -> None:
+    want = dense if packing is None else packed
+    _check(tensor.dim() == want.count(",") + 1, name, tensor, want)
 
 
 def _check(holds: bool, name: str, tensor: Tensor, want: str) -> None:
@@ -300,14 +424,14 @@ def _check(holds: bool, name: str, tensor: Tensor, want: str) -> None:
 def _check_sizes(sizes: Tensor | None, shape: tuple[int, ...], like: Tensor) -> None:
     if sizes is None:
         return
-    _check(sizes.shape == shape, "sizes", sizes, "[B, N], one for each token")
+    _check(sizes.shape == shape, "sizes", sizes, f"{list(shape)}, one for each token")
     if sizes.dtype != torch.float32:
         raise TypeError(f"sizes are {sizes.dtype}; want torch.float32")
     _check_device("sizes", sizes, like)
 
 
 def _check_assignment(assignment: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
-    _check(assignment.shape == shape, "assignment", assignment, "[B, N], one for each token")
+    _check(assignment.shape == shape, "assignment", assignment, f"{list(shape)}, one for each token")
     if assignment.dtype != torch.int32:
         raise TypeError(f"assignment is {assignment.dtype}; want torch.int32")
     _check_device("assignment", assignment, like)

@@ -7,8 +7,8 @@ sequence that a token goes to; -1, like any number that is no slot, drops the to
 
 Images of different lengths stand packed, one after the other: tokens [T, C], sizes [T], keys [H, T, d], with
 ``cu_seqlens`` int32 [B + 1], the rows where each image begins and, at the end, T. The same functions serve both forms:
-what looks at pairs of tokens (group, match, assign) sees packed images padded with absent tokens, whose keys are zero
-and whose sizes are infinite; what sums over tokens (merge, unmerge) numbers the slots of all images through.
+what looks at pairs of tokens (group, match) sees packed images padded with absent tokens, whose keys are NaN and whose
+sizes are infinite; all else numbers the tokens and slots of all images through.
 
 Equations and sections are those of Lee and Choi, "Lossless Token Merging Even Without Fine-Tuning in Vision
 Transformers", ECAI 2025 (arXiv 2505.15160). "Restored" marks a formula read in a review of the paper, "derived" one
@@ -16,7 +16,6 @@ derived from its text and checked against its examples, "ours" a choice that it 
 """
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -88,7 +87,7 @@ def group(
     return group_by_size(torch.ones(B, N, device=device) if sizes is None else sizes, num_prefix, lengths)
 
 
-def match(keys: Tensor, a: Tensor, b: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def match(keys: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """For each token of A its most similar token of B: s_i = max_j k_i . k_j / (|k_i| |k_j|), k the mean of the keys
     over the heads (Section 3.1; Appendix A). Of equally similar tokens of B the first is taken (ours).
 
@@ -98,20 +97,22 @@ def match(keys: Tensor, a: Tensor, b: Tensor, lengths: Tensor | None = None) -> 
     Args:
         keys: [B, H, N, d], any floating dtype; computed in float32 or above.
         a, b: the positions of A [B, Na] and of B [B, Nb].
-        lengths: int64 [B], the tokens of each image, the others being absent (their keys zero); None for N.
 
     Returns:
         similarity [B, N], float32 or above: s_i for tokens of A, ``NOT_ALIKE`` for one that is similar to nothing,
         -inf for every token outside A; partner [B, N] int32: the position of the most similar token of B, -1 outside A.
     """
-    B, _, N, _ = keys.shape
-    k = keys.to(torch.promote_types(keys.dtype, torch.float32)).mean(dim=1)
+    return _match(unit_keys(keys), a, b)
+
+
+def _match(k: Tensor, a: Tensor, b: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Of unit keys [B, N, d]. ``lengths``: int64 [B], the tokens of each image, the others being absent (their keys
+    NaN); None for N."""
+    B, N, _ = k.shape
     similarity = k.new_full((B, N), -math.inf)
     partner = torch.full((B, N), -1, dtype=torch.int32, device=k.device)
     if b.shape[1] == 0:  # a single token: nothing to merge with
         return similarity, partner
-    norm = k.norm(dim=2, keepdim=True)
-    k = k / norm.masked_fill((norm <= EPS) | (norm == math.inf), math.nan)  # NaN: no direction
     cosine = _rows(k, a) @ _rows(k, b).transpose(1, 2)  # [B, Na, Nb]
     best, column = cosine.nan_to_num_(nan=NOT_ALIKE).max(dim=2)
     found = b.gather(1, column)
@@ -121,38 +122,35 @@ def match(keys: Tensor, a: Tensor, b: Tensor, lengths: Tensor | None = None) -> 
     return similarity.scatter_(1, a, best), partner.scatter_(1, a, found.int())
 
 
+def unit_keys(keys: Tensor) -> Tensor:
+    """[..., H, N, d] to the mean over the heads, of length 1, [..., N, d], in float32 or above; NaN where that has no
+    direction. One head after the other is faster than a mean."""
+    heads = keys.to(torch.promote_types(keys.dtype, torch.float32)).unbind(dim=-3)
+    k = sum(heads[1:], start=heads[0]) / len(heads)
+    norm = k.norm(dim=-1, keepdim=True)
+    return k / norm.masked_fill((norm <= EPS) | (norm == math.inf), math.nan)
+
+
 def match_packed(
-    keys: Tensor, sizes: Tensor | None, num_prefix: int, by_size: bool, cu_seqlens: Tensor, longest: int
+    keys: Tensor, sizes: Tensor | None, num_prefix: int, by_size: bool, cu_seqlens: Tensor
 ) -> tuple[Tensor, Tensor]:
     """:func:`match` of packed images: keys [H, T, d], sizes [T] to similarity and partner [T], where a partner is a
-    position in its own image. ``longest``: no image has more tokens."""
-    lengths, B, N = cu_seqlens.diff(), len(cu_seqlens) - 1, longest + 1
-    k = pad(keys.to(torch.promote_types(keys.dtype, torch.float32)).mean(dim=0), cu_seqlens, longest, 0.0)
-    n = None if sizes is None else pad(sizes, cu_seqlens, longest, math.inf)
-    if n is None and by_size:
-        n = pad(torch.ones(keys.shape[1], device=keys.device), cu_seqlens, longest, math.inf)
+    position in its own image."""
+    T, B = keys.shape[1], len(cu_seqlens) - 1
+    lengths = cu_seqlens.diff()
+    N = 1 + int(lengths.max()) if B else 1  # the last position is absent in every image
+    shift = N * torch.arange(B, device=keys.device) - cu_seqlens[:-1]
+    rows = torch.arange(T, device=keys.device) + of_tokens(shift, cu_seqlens, T)
+
+    def padded(x: Tensor, absent: float) -> Tensor:
+        return x.new_full((B * N, *x.shape[1:]), absent).index_copy_(0, rows, x).view(B, N, *x.shape[1:])
+
+    n = None
+    if by_size:
+        n = padded(torch.ones(T, device=keys.device) if sizes is None else sizes, math.inf)
     a, b = group(n, B, N, num_prefix, by_size, keys.device, lengths)
-    found = match(k.unsqueeze(1), a, b, lengths)
-    return tuple(unpad(tensor, cu_seqlens) for tensor in found)
-
-
-def pad(x: Tensor, cu_seqlens: Tensor, longest: int, value: float) -> Tensor:
-    """Packed [T, ...] to [B, longest + 1, ...]: ``value`` where a token is absent, in every image the last one."""
-    B = len(cu_seqlens) - 1
-    padded = x.new_full((B * (longest + 1), *x.shape[1:]), value)
-    return padded.index_copy_(0, _padded_rows(cu_seqlens, longest + 1, len(x)), x).view(B, longest + 1, *x.shape[1:])
-
-
-def unpad(x: Tensor, cu_seqlens: Tensor, tokens: int | None = None) -> Tensor:
-    """The way back from :func:`pad`: [B, N, ...] to [T, ...]."""
-    rows = _padded_rows(cu_seqlens, x.shape[1], int(cu_seqlens[-1]) if tokens is None else tokens)
-    return x.flatten(0, 1).index_select(0, rows)
-
-
-def _padded_rows(cu_seqlens: Tensor, N: int, T: int) -> Tensor:
-    """Where the T packed tokens stand among images of N."""
-    shift = N * torch.arange(len(cu_seqlens) - 1, device=cu_seqlens.device) - cu_seqlens[:-1]
-    return torch.arange(T, device=cu_seqlens.device) + of_tokens(shift, cu_seqlens, T)
+    found = _match(padded(unit_keys(keys), math.nan), a, b, lengths)
+    return tuple(tensor.flatten().index_select(0, rows) for tensor in found)
 
 
 def of_tokens(values: Tensor, cu_seqlens: Tensor, T: int) -> Tensor:
@@ -168,10 +166,11 @@ def _rows(x: Tensor, positions: Tensor) -> Tensor:
     return x.reshape(B * N, d).index_select(0, (positions + first).flatten()).view(B, positions.shape[1], d)
 
 
-def count(similarity: Tensor, theta: float) -> Tensor:
-    """Section 3.2: the candidates of each image, #{i in A : s_i >= theta}: int64 [B]. With these as r every image
-    merges by its own count."""
-    return (similarity >= theta).sum(dim=1)
+def count(similarity: Tensor, theta: float, cu_seqlens: Tensor | None = None) -> Tensor:
+    """Section 3.2: the candidates of each image, #{i in A : s_i >= theta}: int64 [B], of similarities [B, N], or packed
+    [T] with ``cu_seqlens``. With these as r every image merges by its own count."""
+    found = similarity >= theta
+    return found.sum(dim=1) if cu_seqlens is None else _numbers(found, cu_seqlens)
 
 
 def batch_r(counts: Tensor) -> int:
@@ -179,9 +178,9 @@ def batch_r(counts: Tensor) -> int:
     return int(counts.sum()) // max(len(counts), 1)
 
 
-def group_a_size(N: int, num_prefix: int, by_size: bool) -> int:
-    """The number of tokens in A, by either grouping."""
-    free = max(N - num_prefix, 0)
+def group_a_size(N: int | Tensor, num_prefix: int, by_size: bool) -> int | Tensor:
+    """The number of tokens in A, by either grouping, of N tokens or of images with N [B] tokens each."""
+    free = (N - num_prefix) * (N > num_prefix)
     return free // 2 if by_size else (free + 1 - num_prefix % 2) // 2
 
 
@@ -206,32 +205,57 @@ def assign(similarity: Tensor, partner: Tensor, r: int | Tensor, num_prefix: int
     position = torch.arange(partner.shape[1], device=partner.device).expand(partner.shape)
     if isinstance(r, int) and r == 0:
         return position.int()
-    in_a = partner >= 0
-    rank = _places(similarity.argsort(dim=1, descending=True, stable=True), position)
-    joins = in_a & (rank < (r.unsqueeze(1) if isinstance(r, Tensor) else r))
-    group = (~in_a).to(torch.uint8)  # protected tokens and A: 0, in this order as they stand; B: 1
-    group[:, :num_prefix] = 0
-    slot = _places(group.masked_fill_(joins, 2).argsort(dim=1, stable=True), position)
-    slot = torch.where(joins, slot.gather(1, partner.clamp(min=0).long()), slot)
-    return (torch.where(r.unsqueeze(1) > 0, slot, position) if isinstance(r, Tensor) else slot).int()
+    rank = _places(similarity.argsort(dim=1, descending=True, stable=True))
+    joins = (partner >= 0) & (rank < (r.unsqueeze(1) if isinstance(r, Tensor) else r))
+    return _slots(partner, joins, num_prefix)
 
 
-def assign_packed(
-    similarity: Tensor, partner: Tensor, r: Tensor, num_prefix: int, cu_seqlens: Tensor, longest: int
+def assign_each(
+    similarity: Tensor, partner: Tensor, theta: float, num_prefix: int, cu_seqlens: Tensor | None = None
 ) -> Tensor:
-    """:func:`assign` of packed images: similarity, partner and assignment [T]; absent tokens come after all others."""
-    s, mate = pad(similarity, cu_seqlens, longest, -math.inf), pad(partner, cu_seqlens, longest, -1)
-    return unpad(assign(s, mate, r, num_prefix), cu_seqlens, len(partner))
+    """Section 3.2: the merge step in which every token of A joins its partner that is a candidate, s_i >= theta.
+
+    Returns:
+        assignment as by :func:`assign`, with each image's :func:`count` for its r: int32 as ``partner``, [B, N], or
+        packed [T] with ``cu_seqlens``.
+    """
+    return _slots(partner, similarity >= theta, num_prefix, cu_seqlens)
+
+
+def _slots(partner: Tensor, joins: Tensor, num_prefix: int, cu_seqlens: Tensor | None = None) -> Tensor:
+    """The assignment in which the tokens that ``joins`` marks, all of them in A, join their partners."""
+    if cu_seqlens is None:
+        first, position = 0, torch.arange(partner.shape[1], device=partner.device)
+        merges = joins.any(dim=1, keepdim=True)
+    else:
+        image = of_tokens(torch.arange(len(cu_seqlens) - 1, device=partner.device), cu_seqlens, len(partner))
+        first = cu_seqlens[:-1][image]
+        position = torch.arange(len(partner), device=partner.device) - first
+        merges = (_numbers(joins, cu_seqlens) > 0)[image]
+    group = ((partner < 0) & (position >= num_prefix)).to(
+        torch.uint8
+    )  # protected tokens and A: 0, in this order as they stand
+    group = group.masked_fill_(joins, 2).masked_fill_(~merges, 0)  # B: 1; those that join leave no gap: 2
+    if cu_seqlens is not None:
+        group = group + 3 * image.int()
+    slot = _places(group.argsort(dim=-1, stable=True)) - first
+    return torch.where(joins, slot.gather(-1, (partner + first).clamp(min=0).long()), slot).int()
+
+
+def _places(order: Tensor) -> Tensor:
+    """Where each element stands in an ``order`` [..., N]: the inverse permutation."""
+    position = torch.arange(order.shape[-1], device=order.device).expand(order.shape)
+    return torch.empty_like(order).scatter_(-1, order, position)
+
+
+def _numbers(chosen: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """How many of each packed image's tokens are chosen: bool [T] to int64 [B]."""
+    return F.pad(chosen.cumsum(0), (1, 0))[cu_seqlens.long()].diff()
 
 
 def new_cu_seqlens(r: Tensor, lengths: Tensor | int) -> Tensor:
     """Where each image begins, int32 [B + 1], once r [B] of its tokens have merged away; ``lengths``: before that."""
     return F.pad((lengths - r).cumsum(0), (1, 0)).int()
-
-
-def _places(order: Tensor, position: Tensor) -> Tensor:
-    """Where each element stands in an ``order`` [B, N]: the inverse permutation."""
-    return torch.empty_like(order).scatter_(1, order, position)
 
 
 def merge(
@@ -349,10 +373,19 @@ def attention(
     Returns:
         [B, H, Nq, d] in the dtype of q.
     """
+    bias = None if sizes is None else log_sizes(sizes, q.dtype)[:, None, None, :]
+    return _attend(q, k, v, bias, scale, dropout_p, fused)
+
+
+def log_sizes(sizes: Tensor, dtype: torch.dtype) -> Tensor:
+    """log n, in float32 also beside 16-bit queries, whose rounding of it would be felt."""
+    return sizes.to(torch.promote_types(dtype, torch.float32)).log()
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float | None, dropout_p: float, fused: bool
+) -> Tensor:
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    bias = None
-    if sizes is not None:  # float32 also beside 16-bit queries, whose rounding of log n would be felt
-        bias = sizes.to(torch.promote_types(q.dtype, torch.float32)).log()[:, None, None, :]
     if fused:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p, scale=scale)
     scores = (q * scale) @ k.transpose(-2, -1)
@@ -363,21 +396,33 @@ def attention(
 
 
 def attention_packed(
-    q: Tensor, k: Tensor, v: Tensor, sizes: Tensor | None, cu_seqlens: Tensor, **options: Any
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sizes: Tensor | None,
+    cu_seqlens: Tensor,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    fused: bool = True,
 ) -> Tensor:
     """:func:`attention` of packed images, one after the other: an image sees itself alone.
 
     Args:
-        q, k, v: [H, T, d], or q [B, H, Nq, d]; sizes: [T] or None; options: those of :func:`attention`.
+        q, k, v: [H, T, d], or q [B, H, Nq, d]; sizes: [T] or None; the others as in :func:`attention`.
 
     Returns:
         As q.
     """
     lengths = cu_seqlens.diff().tolist()
-    n = [None] * len(lengths) if sizes is None else sizes.unsqueeze(0).split(lengths, dim=1)
+    if not lengths:
+        return q
+    bias = [None] * len(lengths)
+    if sizes is not None:
+        bias = log_sizes(sizes, q.dtype)[None, None, None, :].split(lengths, dim=3)
     queries = q.unsqueeze(0).split(lengths, dim=2) if q.dim() == 3 else q.split(1)
     keys, values = (x.unsqueeze(0).split(lengths, dim=2) for x in (k, v))
-    rows = [attention(*image, **options) for image in zip(queries, keys, values, n, strict=True)]
+    images = zip(queries, keys, values, bias, strict=True)
+    rows = [_attend(*image, scale, dropout_p, fused) for image in images]
     return torch.cat(rows, dim=2)[0] if q.dim() == 3 else torch.cat(rows)
 
 

@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 
 from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
 
-from atm_triton.flops import Cost, cost, unmerged
+from atm_triton.flops import Cost, cost, mean, unmerged
 from atm_triton.model import MergingTransformer, Record
 
 
@@ -12,9 +13,10 @@ from atm_triton.model import MergingTransformer, Record
 class Summary:
     """The last forward pass, for one image; ``print`` it as a table.
 
-    ``tokens`` enter each block and ``r`` merge in it; ``macs`` and ``paper_gflops`` (1e9) as ``flops.py`` defines them,
-    ``unmerged`` the cost of the model without a patch, ``saved`` the share of its MACs that was not spent, in [0, 1]
-    (with that of a last block that computes the class token alone).
+    ``tokens`` enter each block and ``r`` merge in it: means over the images where these differ, and ``fewest`` and
+    ``most`` are the tokens of the images with the fewest and the most. ``macs`` and ``paper_gflops`` (1e9) as
+    ``flops.py`` defines them, ``unmerged`` the cost of the model without a patch, ``saved`` the share of its MACs that
+    was not spent, in [0, 1] (with that of a last block that computes the class token alone).
     """
 
     record: Record
@@ -22,17 +24,25 @@ class Summary:
     unmerged: Cost
 
     @property
-    def tokens(self) -> tuple[int, ...]:
-        return self.record.tokens
+    def tokens(self) -> tuple[int | float, ...]:
+        return tuple(map(mean, self.record.tokens))
 
     @property
-    def r(self) -> tuple[int, ...]:
+    def fewest(self) -> tuple[int, ...]:
+        return tuple(int(n.min()) if isinstance(n, Tensor) else n for n in self.record.tokens)
+
+    @property
+    def most(self) -> tuple[int, ...]:
+        return tuple(int(n.max()) if isinstance(n, Tensor) else n for n in self.record.tokens)
+
+    @property
+    def r(self) -> tuple[int | float, ...]:
         record = self.record
-        merged = zip(record.tokens, record.queries, record.rows, strict=True)
-        return tuple(tokens - rows if queries == tokens else 0 for tokens, queries, rows in merged)
+        merged = [mean(tokens - rows) for tokens, rows in zip(record.tokens, record.rows, strict=True)]
+        return tuple(merged if record.leading is None else [*merged[:-1], 0])
 
     @property
-    def macs(self) -> int:
+    def macs(self) -> int | float:
         return self.cost.macs
 
     @property
@@ -44,15 +54,22 @@ class Summary:
         return 1 - self.macs / self.unmerged.macs
 
     def __str__(self) -> str:
-        lines = ["block  tokens in  merged  MLP rows       MACs"]
-        columns = zip(self.tokens, self.r, self.record.rows, self.cost.blocks, strict=True)
-        for block, (tokens, r, rows, macs) in enumerate(columns, start=1):
-            lines.append(f"{block:5d}  {tokens:9d}  {r:6d}  {rows:8d}  {macs:9.3e}")
+        differ = any(isinstance(n, Tensor) for n in self.record.tokens)
+        lines = ["block  tokens in" + "  fewest   most" * differ + "  merged  MLP rows       MACs"]
+        rows = map(mean, self.record.rows)
+        columns = zip(self.tokens, self.fewest, self.most, self.r, rows, self.cost.blocks, strict=True)
+        for block, (tokens, fewest, most, r, rows, macs) in enumerate(columns, start=1):
+            ends = f"  {fewest:6d} {most:6d}" * differ
+            lines.append(f"{block:5d}  {_number(tokens, 9)}{ends}  {_number(r, 6)}  {_number(rows, 8)}  {macs:9.3e}")
         lines.append(
             f"{self.paper_gflops:.2f} GFLOPs an image ({self.macs:.4e} MACs) of {self.unmerged.paper_gflops:.2f}: "
             f"{100 * self.saved:.1f} % of the MACs saved"
         )
         return "\n".join(lines)
+
+
+def _number(value: int | float, width: int) -> str:
+    return f"{value:{width}d}" if isinstance(value, int) else f"{value:{width}.1f}"
 
 
 def summary(model: VisionTransformer) -> Summary:

@@ -6,6 +6,7 @@ instead of a merge, with timm's own attention. Its time over ours is the share o
 
 import ctypes
 import json
+import math
 import os
 import random
 import statistics
@@ -19,20 +20,23 @@ from typing import Any
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler otherwise reports to the terminal
 
 import torch
+import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
-from atm_triton.block import ATMBlock, Step
+from atm_triton.block import ATMBlock, Step, Tokens
 from atm_triton.config import ATMConfig
 from atm_triton.evaluate import check_finite, share
-from atm_triton.flops import Cost, cost, planned, unmerged
+from atm_triton.flops import Cost, cost, mean, planned, unmerged
 from atm_triton.model import Record
+from atm_triton.ops import Match, Packing
 from atm_triton.patch import apply_patch, install
+from atm_triton.reference import of_tokens
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
-UNPATCHED, BOUND, TOME, ATM = "timm", "free-merge bound", "ToMe", "ATM"
+UNPATCHED, BOUND, TOME, ATM, ATM_BATCH = "timm", "free-merge bound", "ToMe", "ATM", "ATM, one r a batch"
 
 
 @dataclass(frozen=True)
@@ -48,14 +52,40 @@ class Variant:
 
 
 class FreeMergeBlock(ATMBlock):
-    """A block whose merge is a slice: ``keep`` tokens go on, whichever come first."""
+    """A block whose merge is a slice: as many tokens go on as ``keep`` says, whichever come first. Of packed images the
+    first rows of all: what they hold means nothing, but an image has as many."""
 
-    keep: int
+    keep: int | Packing
 
-    def step(self, x: Tensor, size: Tensor | None, log2_size: Tensor | None = None, merges: bool = True) -> Step:
-        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))
-        x = x[:, : self.keep]
-        return Step(x + self.drop_path2(self.ls2(self.mlp(self.norm2(x)))), None)
+    def step(self, tokens: Tokens, merges: bool = True) -> Step:
+        y = self.norm1(tokens.x)
+        if tokens.packing is None:
+            attended = self.attn(y)
+        else:
+            q, k, v = self._heads(self.attn.qkv(y))
+            attended = self._attend(y, self.attn.q_norm(q), self.attn.k_norm(k), v, tokens)
+        x = tokens.x + self.drop_path1(self.ls1(attended))
+        packing = self.keep if isinstance(self.keep, Packing) else None
+        x = x[:, : self.keep] if packing is None else x.flatten(end_dim=-2)[: int(packing.lengths.sum())]
+        return Step(Tokens(x + self.drop_path2(self.ls2(self.mlp(self.norm2(x)))), packing=packing))
+
+
+class CountedBlock(ATMBlock):
+    """A block whose images have as many candidates as ``counts`` says, int64 [B]: their first tokens of A, whatever the
+    similarities that it computes."""
+
+    counts: Tensor
+
+    def _match(self, keys: Tensor, tokens: Tokens) -> Match | None:
+        found = super()._match(keys, tokens)
+        in_a, cu_seqlens = found.partner >= 0, tokens.packing and tokens.packing.cu_seqlens
+        before = in_a.cumsum(dim=-1)
+        if cu_seqlens is None:
+            chosen = before <= self.counts.unsqueeze(1)
+        else:
+            most = self.counts + F.pad(before, (1, 0))[cu_seqlens[:-1].long()]
+            chosen = before <= of_tokens(most, cu_seqlens, len(before))
+        return found._replace(similarity=torch.where(in_a & chosen, 1.0, -math.inf), counts=self.counts)
 
 
 def free_merge_bound(model: VisionTransformer, record: Record, config: ATMConfig) -> VisionTransformer:
@@ -63,7 +93,8 @@ def free_merge_bound(model: VisionTransformer, record: Record, config: ATMConfig
 
     def slicing(block: Any, index: int) -> FreeMergeBlock:
         bound = FreeMergeBlock.of(block, config, index, len(record.rows), model.num_prefix_tokens)
-        bound.keep = record.rows[index]
+        rows = record.rows[index]
+        bound.keep = Packing.of(rows, next(block.parameters()).device) if isinstance(rows, Tensor) else rows
         return bound
 
     return install(share(model), slicing, config)
@@ -79,30 +110,60 @@ def constant_r(model: VisionTransformer, image_shape: tuple[int, ...], macs: flo
     return min(range(N // 2 + 1), key=distance)
 
 
-def variants(model: VisionTransformer, batches: list[Tensor], config: ATMConfig) -> list[Variant]:
-    """The four ways to run an unpatched ``model`` in eval mode over ``batches`` [B, C, H, W] on its device."""
+def counted(model: VisionTransformer, record: Record, config: ATMConfig) -> VisionTransformer:
+    """A copy of an unpatched ``model``, sharing its weights, that merges as if its images had the counts of ``record``,
+    which a model of the same depth and as many tokens left."""
+
+    def counting(block: Any, index: int) -> ATMBlock:
+        kind = ATMBlock if record.counts[index] is None else CountedBlock
+        merging = kind.of(block, config, index, len(record.rows), model.num_prefix_tokens)
+        merging.counts = record.counts[index]
+        return merging
+
+    return install(share(model), counting, config)
+
+
+def variants(
+    model: VisionTransformer, batches: list[Tensor], config: ATMConfig, given: list[Record] | None = None
+) -> list[Variant]:
+    """The ways to run an unpatched ``model`` in eval mode over ``batches`` [B, C, H, W] on its device. ``given``: merge
+    by the counts of these records, one a batch. With ``adapt="image"`` the batch's one r stands beside it."""
     shape = tuple(batches[0].shape[1:])
-    atm = apply_patch(share(model), config)
-    records = []
+    whole, depth = unmerged(model, shape), len(model.blocks)
     for number, batch in enumerate(batches):
         check_finite(batch, "images", number)
         check_finite(model(batch), "the unpatched model's logits", number)
-        check_finite(atm(batch), "the merged model's logits", number)
-        records.append(atm.blocks.last)
+    atm, records = _merging(ATM, model, batches, config, given)
     costs = [cost(model, record) for record in records]
-    macs = statistics.fmean(c.macs for c in costs)
     bounds = [free_merge_bound(model, record, config) for record in records]
-    r, depth = constant_r(model, shape, macs, config.cls_only_last), len(model.blocks)
+    r = constant_r(model, shape, statistics.fmean(c.macs for c in costs), config.cls_only_last)
     alike = replace(config, adapt="static", schedule=(r,) * depth, thresholds=None, split_depth=depth, source="")
     tome = apply_patch(share(model), alike)
     tome_record = planned(model, shape, (r,) * depth, config.cls_only_last)
-    whole = unmerged(model, shape)
-    return [
+    ways = [
         _variant(UNPATCHED, [model] * len(batches), batches, [whole], [cost(model, whole)]),
         _variant(BOUND, bounds, batches, records, costs),
         _variant(TOME, [tome] * len(batches), batches, [tome_record], [cost(model, tome_record)], f"r = {r}"),
-        _variant(ATM, [atm] * len(batches), batches, records, costs),
+        atm,
     ]
+    if config.adapt == "image":
+        ways.append(_merging(ATM_BATCH, model, batches, replace(config, adapt="batch"), given)[0])
+    return ways
+
+
+def _merging(
+    name: str, model: VisionTransformer, batches: list[Tensor], config: ATMConfig, given: list[Record] | None
+) -> tuple[Variant, list[Record]]:
+    """ATM on every batch, and what it did there."""
+    if given is None:
+        models = [apply_patch(share(model), config)] * len(batches)
+    else:
+        models = [counted(model, record, config) for record in given]
+    records = []
+    for number, (merging, batch) in enumerate(zip(models, batches, strict=True)):
+        check_finite(merging(batch), "the merged model's logits", number)
+        records.append(merging.blocks.last)
+    return _variant(name, models, batches, records, [cost(model, record) for record in records]), records
 
 
 def _variant(
@@ -117,7 +178,7 @@ def _variant(
         for model, batch in zip(models, batches, strict=True):
             model(batch)
 
-    tokens = tuple(statistics.fmean(column) for column in zip(*(r.tokens for r in records), strict=True))
+    tokens = tuple(statistics.fmean(map(mean, column)) for column in zip(*(r.tokens for r in records), strict=True))
     return Variant(name, run, statistics.fmean(c.paper_gflops for c in costs), tokens, note)
 
 
@@ -181,12 +242,18 @@ def peak_memory(run: Callable[[], None], device: torch.device) -> int:
 
 
 @torch.inference_mode()
-def measure(model: VisionTransformer, batches: list[Tensor], config: ATMConfig, repeats: int) -> list[dict[str, Any]]:
+def measure(
+    model: VisionTransformer,
+    batches: list[Tensor],
+    config: ATMConfig,
+    repeats: int,
+    given: list[Record] | None = None,
+) -> list[dict[str, Any]]:
     """Time :func:`variants`; a row each: images a second (median, and the least and most of the turns), ``speedup``
     over the unpatched model and ``of_bound`` = time(bound) / time, both medians over the turns, ``gflops``, ``tokens``
     and ``peak_mib``."""
     device = batches[0].device
-    ways = variants(model, batches, config)
+    ways = variants(model, batches, config, given)
     seconds = time_in_turn({way.name: way.run for way in ways}, repeats, device)
     images = sum(len(batch) for batch in batches)
     rows = []

@@ -186,6 +186,7 @@ def assign(
     num_prefix: int,
     cu_seqlens: Tensor | None = None,
     max_tokens: int | None = None,
+    slots: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """The assignment in which the most similar tokens of each image join their partners, and its lists.
 
@@ -193,11 +194,12 @@ def assign(
         similarity, partner: [B, N] (packed [1, T]), from match.
         r: one for all images, which stay dense; or int64 [B], each its own, and the merged images are packed.
         cu_seqlens: int32 [B + 1], where each packed image starts; max_tokens: no image is longer.
+        slots: of a packed result in all, if they are known.
 
     Returns:
         assignment int32 as ``partner``; tokens int32 [B N]; spans int32 [slots, 2]; new_cu_seqlens int32 [B + 1], None
-        for a dense result. Of a packed result as many spans as tokens are returned: those from new_cu_seqlens[B] on
-        mean nothing.
+        for a dense result. Without ``slots`` as many spans as tokens are returned for a packed result: those from
+        new_cu_seqlens[B] on mean nothing.
 
     Raises:
         ValueError: one r for images that are packed.
@@ -208,12 +210,13 @@ def assign(
         raise ValueError(f"r={r} for packed images; want a tensor with one for each")
     images, longest = (len(cu_seqlens) - 1, max_tokens) if packed else (B, N)
     counts, r = (r, 0) if per_image else (None, r)
+    slots = (B * N if slots is None else slots) if per_image else B * (N - r)
     device = partner.device
     similarity, partner = similarity.contiguous(), partner.contiguous()
     assignment = torch.empty((B, N), dtype=torch.int32, device=device)
     new_cu_seqlens = torch.zeros(images + 1, dtype=torch.int32, device=device) if per_image else None
     sorts = longest <= ONE_PROGRAM
-    tokens, spans = _empty_lists(B, N, N - r, device) if sorts else (None, None)
+    tokens, spans = _empty_lists(B * N, slots, device) if sorts else (None, None)
     if images:
         block = max(16, triton.next_power_of_2(longest))
 
@@ -241,7 +244,7 @@ def assign(
             config = tune.tuned("assign", {"block": block}, config, assign_candidates(block), launch)
         launch(**config)
     if not sorts:
-        tokens, spans = lists(assignment, N - r, cu_seqlens, new_cu_seqlens, longest)
+        tokens, spans = lists(assignment, slots if per_image else N - r, cu_seqlens, new_cu_seqlens, longest)
     return assignment, tokens, spans, new_cu_seqlens
 
 
@@ -255,13 +258,13 @@ def lists(
     """tokens and spans of any assignment [B, N] (packed [1, T] with ``cu_seqlens``), where -1 drops a token.
 
     Args:
-        M: the slots of every image; with ``new_cu_seqlens``, where those of each image begin, as many spans as this.
+        M: the slots of every image; with ``new_cu_seqlens``, where those of each image begin, those of all images.
         max_tokens: no packed image has more tokens, or slots.
     """
     B, N = assignment.shape
     images, longest = (len(cu_seqlens) - 1, max_tokens) if cu_seqlens is not None else (B, N)
     assignment = assignment.contiguous()
-    tokens, spans = _empty_lists(B, N, M, assignment.device)
+    tokens, spans = _empty_lists(B * N, M if new_cu_seqlens is not None else B * M, assignment.device)
     if images:
         longest = max(longest, max_tokens or 0) if new_cu_seqlens is not None else max(longest, M)
 
@@ -287,6 +290,5 @@ def lists(
     return tokens, spans
 
 
-def _empty_lists(B: int, N: int, M: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    tokens = torch.empty(B * N, dtype=torch.int32, device=device)
-    return tokens, torch.empty((B * M, 2), dtype=torch.int32, device=device)
+def _empty_lists(tokens: int, slots: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    return tuple(torch.empty(shape, dtype=torch.int32, device=device) for shape in ((tokens,), (slots, 2)))

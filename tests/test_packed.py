@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from atm_triton import reference
+from atm_triton import library, reference
 from atm_triton.kernels import assign as assign_kernels
 from atm_triton.kernels.attention import attention
 from atm_triton.kernels.match import match
@@ -13,6 +13,7 @@ from atm_triton.kernels.match import match
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LENGTHS = [[17, 1, 33, 2, 20], [5], [9, 9, 9], [2, 1]]
 H, d, C, P = 2, 16, 6, 1
+THETA = 0.5  # where some images merge much and some nothing
 
 lengths_of = pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 groupings = pytest.mark.parametrize("by_size", [False, True], ids=["alternate", "size"])
@@ -42,31 +43,26 @@ def alone(keys, sizes, by_size):
     return reference.match(keys.unsqueeze(0), *groups)
 
 
-def some_r(lengths):
-    """From none to as many as may merge."""
-    most = [(n - P) // 2 for n in lengths]
-    return torch.tensor([m * (i % 3) // 2 for i, m in enumerate(most, start=1)], device=DEVICE)
-
-
 @groupings
 @lengths_of
-@pytest.mark.parametrize("slack", [0, 7])
-def test_match(lengths, by_size, slack):
+def test_match(lengths, by_size):
     cu_seqlens, keys, sizes, _ = packed(lengths)
-    similarity, partner = reference.match_packed(keys, sizes, P, by_size, cu_seqlens, max(lengths) + slack)
+    similarity, partner = reference.match_packed(keys, sizes, P, by_size, cu_seqlens)
     for image in images(cu_seqlens):
         want, want_partner = alone(keys[:, image], sizes[image], by_size)
         torch.testing.assert_close(similarity[image], want[0], rtol=0, atol=1e-12)
         assert torch.equal(partner[image], want_partner[0])
+    counts = reference.count(similarity, THETA, cu_seqlens)
+    assert counts.tolist() == [int((similarity[image] >= THETA).sum()) for image in images(cu_seqlens)]
 
 
 @groupings
 @lengths_of
 def test_assign_and_lists(lengths, by_size):
     cu_seqlens, keys, sizes, _ = packed(lengths)
-    r = some_r(lengths)
-    similarity, partner = reference.match_packed(keys, sizes, P, by_size, cu_seqlens, max(lengths))
-    assignment = reference.assign_packed(similarity, partner, r, P, cu_seqlens, max(lengths))
+    similarity, partner = reference.match_packed(keys, sizes, P, by_size, cu_seqlens)
+    assignment = reference.assign_each(similarity, partner, THETA, P, cu_seqlens)
+    r = reference.count(similarity, THETA, cu_seqlens)
     new_cu_seqlens = reference.new_cu_seqlens(r, cu_seqlens.diff())
     assert new_cu_seqlens.dtype == torch.int32
     tokens, spans = reference.lists(assignment, new_cu_seqlens, cu_seqlens)
@@ -80,9 +76,9 @@ def test_assign_and_lists(lengths, by_size):
 @lengths_of
 def test_merge_unmerge_and_compose(lengths):
     cu_seqlens, keys, sizes, x = packed(lengths)
-    r = some_r(lengths)
-    similarity, partner = reference.match_packed(keys, sizes, P, False, cu_seqlens, max(lengths))
-    assignment = reference.assign_packed(similarity, partner, r, P, cu_seqlens, max(lengths))
+    similarity, partner = reference.match_packed(keys, sizes, P, False, cu_seqlens)
+    assignment = reference.assign_each(similarity, partner, THETA, P, cu_seqlens)
+    r = reference.count(similarity, THETA, cu_seqlens)
     assignment[-1] = -1  # dropped
     new_cu_seqlens = reference.new_cu_seqlens(r, cu_seqlens.diff())
     merged, merged_sizes = reference.merge(x, sizes, assignment, new_cu_seqlens, cu_seqlens)
@@ -150,17 +146,60 @@ def test_gradients_of_packed_merge_and_attention():
 def test_kernels_match_and_assign_as_the_reference(by_size):
     lengths = [17, 1, 33, 2, 260]
     cu_seqlens, keys, sizes, _ = packed(lengths, torch.float32)
-    r = some_r(lengths)
-    similarity, partner, _ = match(keys[None], sizes[None], P, by_size, 0.1, cu_seqlens, 260)
-    want, _ = reference.match_packed(keys, sizes, P, by_size, cu_seqlens, 260)
+    similarity, partner, r = match(keys[None], sizes[None], P, by_size, THETA, cu_seqlens, 260)
+    want, _ = reference.match_packed(keys, sizes, P, by_size, cu_seqlens)
     torch.testing.assert_close(similarity[0], want, rtol=0, atol=2e-6)
     assignment, tokens, spans, new_cu_seqlens = assign_kernels.assign(similarity, partner, r, P, cu_seqlens, 260)
-    want = reference.assign_packed(similarity[0], partner[0], r, P, cu_seqlens, 260)
+    want = reference.assign_each(similarity[0], partner[0], THETA, P, cu_seqlens)
     assert torch.equal(assignment[0], want)
     assert torch.equal(new_cu_seqlens, reference.new_cu_seqlens(r, cu_seqlens.diff()))
     want_tokens, want_spans = reference.lists(want, new_cu_seqlens, cu_seqlens)
     for found in ((tokens, spans), assign_kernels.lists(assignment, 313, cu_seqlens, new_cu_seqlens, 260)):
         assert torch.equal(found[0], want_tokens) and torch.equal(found[1][: len(want_spans)], want_spans)
+
+
+def arguments(lengths):
+    """Of every operation that takes packed images."""
+    cu_seqlens, keys, sizes, _ = packed(lengths, torch.float32)
+    longest = max(lengths)
+    similarity, partner, counts = library.match(keys, sizes, P, False, THETA, cu_seqlens, longest)
+    first = torch.randn(len(lengths), 1, H, d, device=DEVICE).transpose(1, 2)
+    return {
+        "match": (keys, sizes, P, True, THETA, cu_seqlens, longest),
+        "assign_each": (similarity, partner, counts, THETA, P, cu_seqlens, longest),
+        "attention": (keys, keys, keys, sizes.log2(), cu_seqlens, longest),
+        "leading attention": (first, keys, keys, sizes.log2(), cu_seqlens, longest),
+    }
+
+
+@pytest.mark.parametrize("on_kernels", [True, False], ids=["kernels", "reference"])
+@pytest.mark.parametrize("name", ["match", "assign_each", "attention", "leading attention"])
+def test_opcheck(name, on_kernels, monkeypatch):
+    if DEVICE == "cpu":
+        monkeypatch.setattr(library, "interpreting", lambda: on_kernels)
+    operation = getattr(torch.ops.atm_triton, name.removeprefix("leading ")).default
+    torch.library.opcheck(operation, arguments([7, 1, 12])[name])
+
+
+@pytest.mark.parametrize("name", ["match", "assign_each", "attention", "leading attention"])
+def test_kernels_and_reference_are_one_operation(name, monkeypatch):
+    taken, run = arguments([7, 1, 12])[name], getattr(library, name.removeprefix("leading "))
+    by_kernels = run(*taken)
+    monkeypatch.setattr(library, "_on_kernels", lambda x: False)
+    by_reference = run(*taken)
+    torch.testing.assert_close(by_kernels, by_reference, rtol=1e-5, atol=1e-5)
+
+
+def test_each_image_of_a_dense_batch_its_own_r(monkeypatch):
+    keys = torch.randn(3, H, 19, d, device=DEVICE)
+    similarity, partner, counts = library.match(keys, None, P, False, THETA)
+    by_kernels = library.assign_each(similarity, partner, counts, THETA, P)
+    monkeypatch.setattr(library, "_on_kernels", lambda x: False)
+    assignment, tokens, spans, begin = library.assign_each(similarity, partner, counts, THETA, P)
+    slots = int(begin[-1])
+    assert slots == 3 * 19 - int(counts.sum()) < 3 * 19
+    for one, other in zip(by_kernels, (assignment, tokens, spans, begin), strict=True):
+        assert torch.equal(one[:slots], other[:slots])
 
 
 def test_the_kernel_attends_from_the_leading_tokens_of_packed_images():

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import threading
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -53,6 +54,7 @@ KINDS = {
 STATIC = ATMConfig(adapt="static", schedule=(3, 5, 2, 4))
 NOTHING = ATMConfig(adapt="static", schedule=(0,) * 4)
 EASY = ATMConfig(alpha=0.5, theta_min=0.3, beta=0.05)
+IMAGE = replace(EASY, adapt="image")
 
 every_kind = pytest.mark.parametrize("make", KINDS.values(), ids=KINDS)
 
@@ -64,6 +66,7 @@ def test_r_0_changes_no_logit(make):
     for config in (
         NOTHING,
         ATMConfig(alpha=1.0, theta_min=1.0),
+        ATMConfig(alpha=1.0, theta_min=1.0, adapt="image"),
         ATMConfig(schedule=(0,) * 4, adapt="static", split_depth=4),
     ):
         apply_patch(model, config)
@@ -71,12 +74,13 @@ def test_r_0_changes_no_logit(make):
         assert summary(model).r == (0,) * 4
 
 
+@pytest.mark.parametrize("adapt", ["static", "image"])
 @every_kind
-def test_merging_fits_and_is_taken_away_again(make):
+def test_merging_fits_and_is_taken_away_again(make, adapt):
     model, x = make(), images()
     keys, logits, features = list(model.state_dict()), model(x), model.forward_features(x)
     own = (type(model), model.blocks, list(model.blocks))
-    apply_patch(model, STATIC)
+    apply_patch(model, STATIC if adapt == "static" else IMAGE)
     assert list(model.state_dict()) == keys
     assert isinstance(model, VisionTransformer)
     assert model(x).shape == logits.shape and model(x).isfinite().all()
@@ -102,10 +106,11 @@ def test_intermediates_are_those_of_the_unpatched_model_in_shape(make):
     ]
     before = [model.forward_intermediates(x, **option) for option in options]
     layers = model.get_intermediate_layers(x, n=2, reshape=True)
-    apply_patch(model, STATIC)
-    for option, expected in zip(options, before, strict=True):
-        assert shapes(model.forward_intermediates(x, **option)) == shapes(expected)
-    assert shapes(model.get_intermediate_layers(x, n=2, reshape=True)) == shapes(layers)
+    for config in (STATIC, IMAGE):
+        apply_patch(model, config)
+        for option, expected in zip(options, before, strict=True):
+            assert shapes(model.forward_intermediates(x, **option)) == shapes(expected)
+        assert shapes(model.get_intermediate_layers(x, n=2, reshape=True)) == shapes(layers)
     apply_patch(model, NOTHING)
     for option, expected in zip(options, before, strict=True):
         torch.testing.assert_close(model.forward_intermediates(x, **option), expected, rtol=0, atol=1e-5)
@@ -128,9 +133,10 @@ def test_pools_see_every_original_token(kind):
     x = images(dtype=torch.float64)
     x = x[:, :, :8].repeat(1, 1, 5, 1)  # every row of patches repeats the first
     before = model(x)
-    apply_patch(model, ATMConfig(alpha=1.0 - 1e-9, theta_min=1.0 - 1e-9, split_depth=4))
-    torch.testing.assert_close(model(x), before, rtol=0, atol=1e-9)
-    assert sum(summary(model).r) >= 12
+    for adapt in ("batch", "image"):
+        apply_patch(model, ATMConfig(alpha=1.0 - 1e-9, theta_min=1.0 - 1e-9, split_depth=4, adapt=adapt))
+        torch.testing.assert_close(model(x), before, rtol=0, atol=1e-9)
+        assert sum(summary(model).r) >= 12
 
 
 def test_merged_tokens_share_their_features():
@@ -187,16 +193,19 @@ def test_autocast(kind):
         before = model(x)
         apply_patch(model, NOTHING)
         torch.testing.assert_close(model(x), before, rtol=0, atol=1e-6)
-        apply_patch(model, STATIC)
-        merged = model(x)
-    assert merged.dtype == before.dtype and merged.isfinite().all()
-    full = model(x)
-    assert (merged.float() - full).abs().max() < 0.1 * full.abs().max() + 0.1
+    for config in (STATIC, IMAGE):
+        apply_patch(model, config)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            merged = model(x)
+        assert merged.dtype == before.dtype and merged.isfinite().all()
+        full = model(x)
+        assert (merged.float() - full).abs().max() < 0.1 * full.abs().max() + 0.1
 
 
-def test_gradient_checkpointing_changes_nothing():
+@pytest.mark.parametrize("config", [STATIC, IMAGE], ids=["static", "image"])
+def test_gradient_checkpointing_changes_nothing(config):
     model, x = vit(), images()
-    apply_patch(model, STATIC).train()
+    apply_patch(model, config).train()
     model(x).square().sum().backward()
     plain = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
@@ -206,9 +215,10 @@ def test_gradient_checkpointing_changes_nothing():
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-5, atol=1e-6)
 
 
-def test_training_with_drop_path_and_dropout():
+@pytest.mark.parametrize("config", [EASY, IMAGE], ids=["batch", "image"])
+def test_training_with_drop_path_and_dropout(config):
     model, x = vit(drop_path_rate=0.5, attn_drop_rate=0.2, proj_drop_rate=0.2), images(16)
-    apply_patch(model, EASY).train()
+    apply_patch(model, config).train()
     first, second = model(x), model(x)
     assert not torch.equal(first, second)
     first.sum().backward()
@@ -216,8 +226,9 @@ def test_training_with_drop_path_and_dropout():
     assert torch.equal(model(x), model(x))
 
 
-def test_every_batch_size_runs():
-    model = apply_patch(vit(), EASY)
+@pytest.mark.parametrize("config", [EASY, IMAGE], ids=["batch", "image"])
+def test_every_batch_size_runs(config):
+    model = apply_patch(vit(), config)
     assert model(images(0)).shape == (0, 5)
     assert model(images(1)).shape == (1, 5)
 
@@ -239,8 +250,9 @@ def test_nan_images_give_nan_logits_for_themselves_alone():
     assert torch.equal(logits[[0, 2]], alone[[0, 2]])
 
 
-def test_two_threads_share_a_model():
-    model = apply_patch(vit(), EASY).eval()
+@pytest.mark.parametrize("config", [EASY, IMAGE], ids=["batch", "image"])
+def test_two_threads_share_a_model(config):
+    model = apply_patch(vit(), config).eval()
     batches = [images(batch) for batch in (1, 2, 3, 4, 5, 6)] * 5
     with torch.inference_mode():
         expected = [model(x) for x in batches]

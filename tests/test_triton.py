@@ -20,6 +20,8 @@ KINDS = {
 CONFIGS = {
     "static": {"adapt": "static", "schedule": (3, 5, 2, 4)},
     "batch": {"alpha": 0.5, "theta_min": 0.3, "beta": 0.05},
+    "image": {"alpha": 0.5, "theta_min": 0.3, "beta": 0.05, "adapt": "image"},
+    "image_by_size": {"alpha": 0.6, "theta_min": 0.6, "adapt": "image", "split_depth": 1, "cls_only_last": False},
     "nothing": {"alpha": 1.0, "theta_min": 1.0},
     "all_tokens_last": {"adapt": "static", "schedule": (3, 5, 2, 4), "cls_only_last": False, "split_depth": 0},
     "no_log_n": {"adapt": "static", "schedule": (3, 5, 2, 4), "proportional_attention": False},
@@ -34,7 +36,10 @@ def both(model, **config):
         apply_patch(model, ATMConfig(backend=backend, **config))
         out.append(model(x))
         records.append(summary(model))
-    assert records[0].tokens == records[1].tokens and records[0].r == records[1].r
+    for one, other in zip(
+        *(torch.broadcast_tensors(*map(torch.as_tensor, r.record.rows)) for r in records), strict=True
+    ):
+        assert torch.equal(one, other)
     return out
 
 
@@ -46,13 +51,14 @@ def test_a_model_by_the_kernels(make, config):
     torch.testing.assert_close(by_kernels, by_reference, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("config", ["static", "image", "image_by_size"])
 @pytest.mark.parametrize("make", [vit, partial(vit, init_values=0.3)], ids=["plain", "layerscale"])
-def test_gradients_by_the_kernels(make):
+def test_gradients_by_the_kernels(make, config):
     model = make().to(DEVICE).train()
     x = images().to(DEVICE)
     grads = []
     for backend in ("reference", "triton"):
-        apply_patch(model, ATMConfig(backend=backend, **CONFIGS["static"]))
+        apply_patch(model, ATMConfig(backend=backend, **CONFIGS[config]))
         model.zero_grad()
         model(x).square().sum().backward()
         grads.append({name: p.grad for name, p in model.named_parameters()})
@@ -60,11 +66,12 @@ def test_gradients_by_the_kernels(make):
         torch.testing.assert_close(grads[1][name], grad, rtol=1e-4, atol=1e-4 * float(grad.abs().max()))
 
 
-def test_dense_features_by_the_kernels():
+@pytest.mark.parametrize("config", ["static", "image"])
+def test_dense_features_by_the_kernels(config):
     model, x = vit().to(DEVICE), images().to(DEVICE)
     features = []
     for backend in ("reference", "triton"):
-        apply_patch(model, ATMConfig(backend=backend, **CONFIGS["static"]))
+        apply_patch(model, ATMConfig(backend=backend, **CONFIGS[config]))
         features.append(model.forward_features(x))
     torch.testing.assert_close(features[1], features[0], rtol=2e-5, atol=2e-5)
 

@@ -7,27 +7,26 @@ sizes as weights. Merged tokens stand as in the reference: what did not join fir
 import torch
 from torch import Tensor
 
-from atm_triton.block import ATMBlock, Step
+from atm_triton.block import ATMBlock, Step, Tokens
 
 
 class UnfusedBlock(ATMBlock):
     """A block that merges as ToMe does (even tokens into odd ones), by a given r; sizes [B, N] in the dtype of x."""
 
-    def step(self, x: Tensor, size: Tensor | None, log2_size: Tensor | None = None, merges: bool = True) -> Step:
+    def step(self, tokens: Tokens, merges: bool = True) -> Step:
+        x, size = tokens.x, tokens.size
         y = self.norm1(x)
         q, k, v = self._heads(self.attn.qkv(y))
-        x = x + self.drop_path1(self.ls1(self._attend(y, q, k, v, size, None)))
+        x = x + self.drop_path1(self.ls1(self._attend(y, q, k, v, tokens)))
         r = self._r(x.shape[1]) if merges else 0
         if r:
             x, size = merged(x, size, k.mean(1), r, self.num_prefix_tokens)
-        return Step(x + self.drop_path2(self.ls2(self.mlp(self.norm2(x)))), size)
+        return Step(Tokens(x + self.drop_path2(self.ls2(self.mlp(self.norm2(x)))), size))
 
-    def _attend(
-        self, y: Tensor, q: Tensor, k: Tensor, v: Tensor, size: Tensor | None, log2_size: Tensor | None
-    ) -> Tensor:
+    def _attend(self, y: Tensor, q: Tensor, k: Tensor, v: Tensor, tokens: Tokens) -> Tensor:
         scores = (q * self.attn.scale) @ k.transpose(-2, -1)
-        if size is not None:
-            scores = scores + size.log()[:, None, None, :]
+        if tokens.size is not None:
+            scores = scores + tokens.size.log()[:, None, None, :]
         x = scores.softmax(dim=-1) @ v
         return self.attn.proj(x.transpose(1, 2).reshape(y.shape[0], y.shape[1], self.attn.attn_dim))
 

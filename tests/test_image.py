@@ -1,0 +1,132 @@
+"""adapt="image": an image's tokens and logits are those of its own batch of one, whatever else is in the batch."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from atm_triton import ATMBlock, ATMConfig, apply_patch, ops, reference, summary
+from atm_triton.flops import cost_of_each
+from models import distilled, images, vit
+
+F64 = torch.float64
+CONFIG = ATMConfig(alpha=0.7, beta=0.02, theta_min=0.6, split_depth=2, adapt="image")
+KINDS = {
+    "plain": {},
+    "all_tokens_last": {"cls_only_last": False},
+    "by_size": {"split_depth": 0},
+    "no_log_n": {"proportional_attention": False},
+    "thresholds": {"thresholds": (1.0, 0.8, 1.0, 0.7)},
+}
+
+
+def varied(batch=5):
+    """Images that merge little or much: noise on fewer and fewer patches, the others flat."""
+    x = images(batch, dtype=F64)
+    for number, image in enumerate(x):
+        image[:, : 8 * number] = 0.1 * number
+    return x
+
+
+@pytest.mark.parametrize("changes", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("make", [vit, distilled], ids=["plain", "distilled"])
+@torch.inference_mode()
+def test_an_image_is_as_if_alone(make, changes):
+    """Section 3.2: with a batch of one, the mean count is the image's own."""
+    model, x, config = make(dtype=F64, embed_dim=12), varied(), replace(CONFIG, **changes)
+    alone, records = [], []
+    for image in x.split(1):
+        alone.append(apply_patch(model, replace(config, adapt="batch"))(image))
+        records.append(model.blocks.last)
+    together = apply_patch(model, config)(x)
+    torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=1e-12)
+    record = summary(model).record
+    for block in range(4):
+        for name in ("tokens", "rows"):
+            number = torch.as_tensor(getattr(record, name)[block]).expand(len(x))
+            assert number.tolist() == [getattr(r, name)[block] for r in records]
+    assert len(set(record.tokens[-1].tolist())) > 1
+
+
+@torch.inference_mode()
+def test_features_are_as_if_alone():
+    model, x = apply_patch(vit(dtype=F64, embed_dim=12), CONFIG), varied()
+    alone = torch.cat([model.forward_features(image) for image in x.split(1)])
+    torch.testing.assert_close(model.forward_features(x), alone, rtol=0, atol=1e-12)
+    one, other = model.forward_intermediates(x), [model.forward_intermediates(image) for image in x.split(1)]
+    for index, features in enumerate(one[1]):
+        torch.testing.assert_close(features, torch.cat([o[1][index] for o in other]), rtol=0, atol=1e-12)
+
+
+@torch.inference_mode()
+def test_the_order_of_a_batch_is_the_order_of_its_logits():
+    model, x = apply_patch(vit(dtype=F64, embed_dim=12), CONFIG), varied()
+    order = torch.tensor([3, 0, 4, 1, 2])
+    torch.testing.assert_close(model(x[order]), model(x)[order], rtol=0, atol=1e-12)
+
+
+@torch.inference_mode()
+def test_from_nothing_to_the_minimum():
+    """A flat image merges to one patch token and stays there; beside it one that merges nothing."""
+    model = vit(dtype=F64, depth=10, class_token=False, global_pool="avg", pos_embed="none")
+    x = images(2, dtype=F64)
+    x[0] = 0.5
+    config = ATMConfig(alpha=1 - 1e-9, theta_min=1 - 1e-9, adapt="image")
+    apply_patch(model, config)(x)
+    record = summary(model).record
+    assert [int(n[0]) if isinstance(n, torch.Tensor) else n for n in record.rows] == [12, 6, 3, *[1] * 7]
+    assert {int(n[1]) for n in record.rows} == {25}
+
+
+def test_gradients_are_those_of_each_image_alone():
+    model, x = vit(dtype=F64, embed_dim=12).train(), varied()
+
+    def gradients(config, batches):
+        apply_patch(model, config)
+        model.zero_grad()
+        for batch in batches:
+            model(batch).square().sum().backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    alone = gradients(replace(CONFIG, adapt="batch"), x.split(1))
+    for one, other in zip(gradients(CONFIG, [x]), alone, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+
+def test_drop_path_drops_whole_images():
+    block = ATMBlock(12, 2, block_index=0, depth=4, config=CONFIG, drop_path=0.5).train()
+    packing = ops.Packing.of(torch.tensor([3, 4] * 20))
+    dropped = block._drop_path(block.drop_path1, torch.ones(140, 12), packing)
+    of_images = dropped[packing.cu_seqlens[:-1].long(), :1]
+    assert set(of_images.flatten().tolist()) == {0.0, 2.0}
+    assert torch.equal(dropped, reference.of_tokens(of_images, packing.cu_seqlens, 140).expand(-1, 12))
+
+
+def test_a_block_alone_passes_the_packing_on():
+    config = replace(CONFIG, alpha=0.3, theta_min=0.0)
+    first, second = (ATMBlock(12, 2, block_index=i, depth=4, config=config).eval() for i in range(2))
+    x = torch.randn(3, 17, 12)
+    merged, size, packing = first(x)
+    assert merged.shape == (int(packing.cu_seqlens[-1]), 12) and packing.lengths.sum() == len(merged) == len(size)
+    again, sizes, left = second(merged, size, packing)
+    assert len(again) == int(left.cu_seqlens[-1]) < len(merged)
+    assert [int(n.sum()) for n in sizes.split(left.lengths.tolist())] == [17] * 3
+    with pytest.raises(ValueError, match="packed images in a block with adapt='batch'; want adapt=\"image\""):
+        ATMBlock(12, 2, block_index=0, depth=4)(merged, size, packing)
+
+
+def test_summary_tells_the_fewest_and_the_most():
+    model, x = apply_patch(vit(dtype=F64, embed_dim=12), CONFIG), varied()
+    model(x)
+    found = summary(model)
+    assert found.tokens[0] == found.fewest[0] == found.most[0] == 26
+    assert found.fewest[-1] < found.tokens[-1] < found.most[-1]
+    costs, alone = cost_of_each(model, found.record).macs, []
+    for image in x.split(1):
+        model(image)
+        alone.append(summary(model).macs)
+    assert costs.tolist() == alone
+    assert found.macs == pytest.approx(sum(alone) / len(alone)) and 0 < found.saved < 1
+    assert "fewest" in str(found) and f"{found.tokens[-1]:.1f}" in str(found)
+    model(x[:1])
+    assert isinstance(summary(model).tokens[-1], float)
