@@ -177,8 +177,10 @@ class ATMBlock(Block):
         return x * of_tokens(of_images, packing.cu_seqlens, len(x))
 
     def _r(self, N: int) -> int | None:
-        """The r of N tokens that the schedule gives; None where counts are to say it."""
-        return None if self.r is None else min(self.r, largest_r(N, self.num_prefix_tokens))
+        """The r of N tokens, where no count is to say it; else None."""
+        if self.r is None:
+            return 0 if self.theta is None else None
+        return min(self.r, largest_r(N, self.num_prefix_tokens))
 
     def _match(self, keys: Tensor, tokens: Tokens) -> ops.Match | None:
         """Partners by the keys that attention uses (after ``k_norm``); None where r is known to be 0."""

@@ -4,7 +4,6 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
-from functools import partial
 from numbers import Integral, Real
 from typing import Any, Self
 
@@ -31,7 +30,8 @@ class ATMConfig:
             "image": every image merges by its own count (Section 3.2), whatever else is in its batch. "static":
             ``schedule`` tells r.
         schedule: r for each block; for "static" alone. An r above half of the tokens that may merge takes that half.
-        thresholds: a threshold for each block instead of Eq. 1; for "batch" and "image".
+        thresholds: a threshold for each block instead of Eq. 1, None where a block does not merge, nor look for
+            partners; for "batch" and "image".
         proportional_attention: add log n to the attention scores of a token that stands for n patches (Appendix A).
         cls_only_last: where the classifier reads the class token alone, the last block does not merge and computes
             that token only (Appendix A); it changes no logit. False: the last block merges as every other.
@@ -53,7 +53,7 @@ class ATMConfig:
     split_depth: int | None = None
     adapt: str = "batch"
     schedule: tuple[int, ...] | None = None
-    thresholds: tuple[float, ...] | None = None
+    thresholds: tuple[float | None, ...] | None = None
     proportional_attention: bool = True
     cls_only_last: bool = True
     backend: str = "auto"
@@ -88,8 +88,7 @@ class ATMConfig:
         if self.thresholds is not None:
             if self.adapt == "static":
                 raise ValueError('adapt="static" takes its r from schedule; leave thresholds out')
-            theta = partial(_real, low=-1, high=1)
-            object.__setattr__(self, "thresholds", _each("thresholds", self.thresholds, theta))
+            object.__setattr__(self, "thresholds", _each("thresholds", self.thresholds, _theta))
 
     def check_depth(self, depth: int) -> None:
         """Raise ValueError if this configuration cannot be that of a model with ``depth`` blocks."""
@@ -100,8 +99,9 @@ class ATMConfig:
             if values is not None and len(values) != depth:
                 raise ValueError(f"{name} has {len(values)} values for a model of {depth} blocks; give one for each")
 
-    def theta(self, block: int, depth: int) -> float:
-        """The threshold of a block, counted from 1 as in Eq. 1, of a model with ``depth`` blocks."""
+    def theta(self, block: int, depth: int) -> float | None:
+        """The threshold of a block, counted from 1 as in Eq. 1, of a model with ``depth`` blocks; None: it does not
+        merge."""
         self.check_depth(depth)
         _check_block(block, depth)
         if self.thresholds is not None:
@@ -173,6 +173,10 @@ def _real(name: str, value: Any, low: float, high: float) -> float:
     if not low <= value <= high or not math.isfinite(value):
         raise ValueError(f"{name}={value!r} is out of range; give one from {low} to {high}")
     return float(value)
+
+
+def _theta(name: str, value: Any) -> float | None:
+    return None if value is None else _real(name, value, -1, 1)
 
 
 def _count(name: str, value: Any) -> int:

@@ -98,9 +98,9 @@ def runs_kernels(backend: str, x: Tensor) -> bool:
 
 
 def _traced(x: Tensor) -> bool:
-    """Whether a compiler sees the CPU's tensors. Of packed images it is shown the operations, since shapes in the
-    reference hang on numbers that only a run knows."""
-    return x.device.type == "cpu" and torch.compiler.is_compiling()
+    """Whether a compiler sees the CPU's tensors. Of packed images it is shown the operations, which are the reference
+    there: shapes in that hang on numbers that only a run knows."""
+    return torch.compiler.is_compiling() and x.device.type == "cpu" and not library.interpreting()
 
 
 def _fits_kernels(backend: str, x: Tensor, num_prefix: int = 0) -> bool:

@@ -422,8 +422,8 @@ def attention_packed(
     queries = q.unsqueeze(0).split(lengths, dim=2) if q.dim() == 3 else q.split(1)
     keys, values = (x.unsqueeze(0).split(lengths, dim=2) for x in (k, v))
     images = zip(queries, keys, values, bias, strict=True)
-    rows = [_attend(*image, scale, dropout_p, fused) for image in images]
-    return torch.cat(rows, dim=2)[0] if q.dim() == 3 else torch.cat(rows)
+    rows = [_attend(*image, scale, dropout_p, fused).transpose(1, 2) for image in images]  # as they lie in memory
+    return torch.cat(rows, dim=1)[0].transpose(0, 1) if q.dim() == 3 else torch.cat(rows).transpose(1, 2)
 
 
 def merging_error(x_i: Tensor, x_j: Tensor, n_i: Tensor, n_j: Tensor) -> Tensor:

@@ -33,10 +33,10 @@ from atm_triton.flops import Cost, cost, mean, planned, unmerged
 from atm_triton.model import Record
 from atm_triton.ops import Match, Packing
 from atm_triton.patch import apply_patch, install
-from atm_triton.reference import of_tokens
+from atm_triton.reference import batch_r, of_tokens
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
-UNPATCHED, BOUND, TOME, ATM, ATM_BATCH = "timm", "free-merge bound", "ToMe", "ATM", "ATM, one r a batch"
+UNPATCHED, BOUND, TOME, ATM, ONE_R = "timm", "free-merge bound", "ToMe", "ATM", "one r a batch"
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def variants(
     model: VisionTransformer, batches: list[Tensor], config: ATMConfig, given: list[Record] | None = None
 ) -> list[Variant]:
     """The ways to run an unpatched ``model`` in eval mode over ``batches`` [B, C, H, W] on its device. ``given``: merge
-    by the counts of these records, one a batch. With ``adapt="image"`` the batch's one r stands beside it."""
+    by the counts of these records, one a batch. With ``adapt="image"`` one r for the batch stands beside it."""
     shape = tuple(batches[0].shape[1:])
     whole, depth = unmerged(model, shape), len(model.blocks)
     for number, batch in enumerate(batches):
@@ -147,8 +147,19 @@ def variants(
         atm,
     ]
     if config.adapt == "image":
-        ways.append(_merging(ATM_BATCH, model, batches, replace(config, adapt="batch"), given)[0])
+        ways.append(_one_r(model, batches, config, records))
     return ways
+
+
+def _one_r(model: VisionTransformer, batches: list[Tensor], config: ATMConfig, records: list[Record]) -> Variant:
+    """All images of a batch merge as many tokens as they do on average in ``records``, where each merges its own."""
+    models, merged = [], []
+    for record, batch in zip(records, batches, strict=True):
+        r = tuple(0 if counts is None else batch_r(counts) for counts in record.counts)
+        models.append(apply_patch(share(model), replace(config, adapt="static", schedule=r, thresholds=None)))
+        models[-1](batch)
+        merged.append(models[-1].blocks.last)
+    return _variant(ONE_R, models, batches, merged, [cost(model, record) for record in merged])
 
 
 def _merging(

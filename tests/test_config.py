@@ -51,6 +51,7 @@ def test_theta_follows_eq_1_and_thresholds_override_it():
     assert ATMConfig(alpha=0.9, theta_min=-1.0, beta=1.0).theta(700, 700) == -1.0
     given = ATMConfig(thresholds=[0.9, 0.8])
     assert given.thresholds == (0.9, 0.8) and given.theta(2, 2) == 0.8
+    assert ATMConfig(thresholds=[None, 0.8]).theta(1, 2) is None
     with pytest.raises(ValueError, match="thresholds has 2 values for a model of 3 blocks"):
         given.theta(1, 3)
     for block in (0, 13):
@@ -83,7 +84,7 @@ def test_it_is_frozen():
     [
         ATMConfig(),
         ATMConfig(adapt="static", schedule=[3, 0], split_depth=2, cls_only_last=False),
-        ATMConfig(thresholds=(0.9, 0.5), backend="reference", proportional_attention=False, source="mine"),
+        ATMConfig(thresholds=(0.9, None), backend="reference", proportional_attention=False, source="mine"),
     ],
 )
 def test_json_round_trip(config):

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from atm_triton import ATMBlock, ATMConfig, apply_patch, ops, reference, summary
+from atm_triton import ATMBlock, ATMConfig, apply_patch, library, ops, reference, summary
 from atm_triton.flops import cost_of_each
 from models import distilled, images, vit
 
@@ -16,7 +16,7 @@ KINDS = {
     "all_tokens_last": {"cls_only_last": False},
     "by_size": {"split_depth": 0},
     "no_log_n": {"proportional_attention": False},
-    "thresholds": {"thresholds": (1.0, 0.8, 1.0, 0.7)},
+    "thresholds": {"thresholds": (None, 0.8, 1.0, 0.7)},
 }
 
 
@@ -130,3 +130,36 @@ def test_summary_tells_the_fewest_and_the_most():
     assert "fewest" in str(found) and f"{found.tokens[-1]:.1f}" in str(found)
     model(x[:1])
     assert isinstance(summary(model).tokens[-1], float)
+
+
+@torch.inference_mode()
+def test_one_graph_for_every_batch(monkeypatch):
+    """Without a break, and compiled anew only for the first other batch size."""
+    monkeypatch.setattr(library, "interpreting", lambda: False)  # the reference, as without the interpreter
+    model = apply_patch(vit(), CONFIG)
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    for batch in range(50):
+        x = images(3 + batch % 4)
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-5)
+    assert len(graphs) <= 3
+    assert summary(model).fewest[-1] < summary(model).most[-1]
+
+
+def test_training_compiles(monkeypatch):
+    monkeypatch.setattr(library, "interpreting", lambda: False)
+    model, x = apply_patch(vit().train(), CONFIG), images()
+
+    def gradients(run):
+        model.zero_grad()
+        run(x).square().sum().backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    eager = gradients(model)
+    for one, other in zip(gradients(torch.compile(model, backend="aot_eager")), eager, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * float(other.abs().max()))

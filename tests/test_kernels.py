@@ -7,9 +7,11 @@ import itertools
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from atm_triton import reference
 from atm_triton.kernels import assign as assign_kernels
+from atm_triton.kernels import match as match_kernels
 from atm_triton.kernels.assign import assign
 from atm_triton.kernels.attention import attention
 from atm_triton.kernels.match import match
@@ -28,7 +30,9 @@ SHAPES = [  # B, H, N, d, P
     (2, 1, 2, 48, 0),
     (2, 2, 3, 72, 1),
     (1, 2, 5, 80, 5),
-    (1, 1, 300, 32, 10),  # two tiles
+    (1, 2, 33, 96, 1),
+    (1, 1, 300, 32, 10),  # more than a program takes
+    (1, 1, 577, 64, 1),
 ]
 shapes = pytest.mark.parametrize(("B", "H", "N", "d", "P"), SHAPES, ids=lambda value: str(value))
 groupings = pytest.mark.parametrize("by_size", [False, True], ids=["alternate", "size"])
@@ -97,6 +101,33 @@ def test_match_takes_the_first_of_equal_partners_and_refuses_bad_keys():
         similarity, partner, counts = match(keys, None, 1, False, 0.5)
         assert partner.tolist() == [[-1, -1, 3, -1, 1, -1, 3, -1, 3]]
         assert similarity[0, 4] == reference.NOT_ALIKE and counts.tolist() == [3]
+
+
+class Allocated(TorchFunctionMode):
+    """Counts the bytes of new tensors."""
+
+    bytes = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        if function in (torch.Tensor.new_empty, torch.Tensor.contiguous) or function.__name__ == "empty":
+            self.bytes += made.numel() * made.element_size()
+        return made
+
+
+@pytest.mark.parametrize("d", [64, 128])
+def test_match_takes_memory_of_order_n(d, monkeypatch):
+    """What is allocated for 16384 tokens is twice what it is for 8192; no kernel runs here."""
+    kernel = type(match_kernels.unit_rows_kernel)
+    monkeypatch.setattr(kernel, "__getitem__", lambda self, grid: lambda *arguments, **options: None)
+    taken = []
+    for N in (8192, 16384):
+        keys = torch.zeros(1, N, 3, 2, d, device="meta").permute(2, 0, 3, 1, 4)[1]
+        with Allocated() as allocated:
+            match(keys, None, 1, False, 0.5)
+        taken.append(allocated.bytes)
+    assert taken[1] == pytest.approx(2 * taken[0], rel=1e-3)
+    assert 0 < taken[1] < 16384 * (4 * d + 100)  # half of one similarity matrix would be 2^29 bytes
 
 
 @groupings
@@ -231,6 +262,15 @@ def test_attention_of_packed_images_is_that_of_each_alone():
         part = (slice(None), slice(None), slice(start, end))
         want = reference.attention(q[part], k[part], v[part], sizes[:, start:end], scale=0.1)
         torch.testing.assert_close(got[part], want, rtol=2e-6, atol=2e-6)
+
+
+def test_no_packed_image_launches_nothing():
+    cu_seqlens = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    keys = qkv(1, 2, 0, 32)[1]
+    similarity, partner, counts = match(keys, None, 1, False, 0.5, cu_seqlens, 0)
+    assignment, _, spans, new_cu_seqlens = assign(similarity, partner, counts, 1, cu_seqlens, 0)
+    assert counts.shape == (0,) and assignment.shape == (1, 0) and new_cu_seqlens.tolist() == [0]
+    assert spans.shape == (0, 2) and attention(keys, keys, keys, None, 1.0, cu_seqlens, 0).shape == keys.shape
 
 
 def test_an_empty_batch_launches_nothing():

@@ -91,6 +91,17 @@ def test_merge_unmerge_and_compose(lengths):
         assert torch.equal(back[image], reference.unmerge(want, mine)[0])
 
 
+def test_no_image():
+    cu_seqlens, keys, sizes, x = packed([])
+    similarity, partner = reference.match_packed(keys, sizes, P, True, cu_seqlens)
+    assignment = reference.assign_each(similarity, partner, THETA, P, cu_seqlens)
+    merged, _ = reference.merge(x, sizes, assignment, cu_seqlens, cu_seqlens)
+    back = reference.unmerge(merged, assignment, cu_seqlens, cu_seqlens)
+    assert assignment.shape == (0,) and merged.shape == back.shape == x.shape
+    assert reference.count(similarity, THETA, cu_seqlens).shape == (0,)
+    assert reference.attention_packed(keys, keys, keys, sizes, cu_seqlens).shape == keys.shape
+
+
 def test_a_dense_batch_becomes_packed_and_dense_again():
     B, N = 3, 19
     keys, x = torch.randn(B, H, N, d, device=DEVICE), torch.randn(B, N, C, device=DEVICE)
@@ -144,17 +155,17 @@ def test_gradients_of_packed_merge_and_attention():
 
 @groupings
 def test_kernels_match_and_assign_as_the_reference(by_size):
-    lengths = [17, 1, 33, 2, 260]
+    lengths = [17, 1, 577, 2, 33]
     cu_seqlens, keys, sizes, _ = packed(lengths, torch.float32)
-    similarity, partner, r = match(keys[None], sizes[None], P, by_size, THETA, cu_seqlens, 260)
+    similarity, partner, r = match(keys[None], sizes[None], P, by_size, THETA, cu_seqlens, 577)
     want, _ = reference.match_packed(keys, sizes, P, by_size, cu_seqlens)
     torch.testing.assert_close(similarity[0], want, rtol=0, atol=2e-6)
-    assignment, tokens, spans, new_cu_seqlens = assign_kernels.assign(similarity, partner, r, P, cu_seqlens, 260)
+    assignment, tokens, spans, new_cu_seqlens = assign_kernels.assign(similarity, partner, r, P, cu_seqlens, 577)
     want = reference.assign_each(similarity[0], partner[0], THETA, P, cu_seqlens)
     assert torch.equal(assignment[0], want)
     assert torch.equal(new_cu_seqlens, reference.new_cu_seqlens(r, cu_seqlens.diff()))
     want_tokens, want_spans = reference.lists(want, new_cu_seqlens, cu_seqlens)
-    for found in ((tokens, spans), assign_kernels.lists(assignment, 313, cu_seqlens, new_cu_seqlens, 260)):
+    for found in ((tokens, spans), assign_kernels.lists(assignment, 630, cu_seqlens, new_cu_seqlens, 577)):
         assert torch.equal(found[0], want_tokens) and torch.equal(found[1][: len(want_spans)], want_spans)
 
 

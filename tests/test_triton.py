@@ -92,10 +92,15 @@ def launches(monkeypatch, call):
 
 @torch.inference_mode()
 def test_a_merging_block_launches_three_kernels_and_attention(monkeypatch):
-    config = ATMConfig(backend="triton", **CONFIGS["batch"])
-    block = ATMBlock(32, 2, block_index=0, depth=4, config=config).eval().to(DEVICE)
     x, size = torch.randn(2, 26, 32, device=DEVICE), torch.ones(2, 26, device=DEVICE)
-    assert launches(monkeypatch, lambda: block(x, size)) == ["match", "attention", "assign", "merge"]
+    want = ["match", "attention", "assign", "merge"]
+    for name in ("batch", "image"):
+        config = ATMConfig(backend="triton", **CONFIGS[name])
+        block = ATMBlock(32, 2, block_index=0, depth=4, config=config).eval().to(DEVICE)
+        assert launches(monkeypatch, lambda block=block: block(x, size)) == want
+        monkeypatch.undo()
+    packed = block(x, size)
+    assert launches(monkeypatch, lambda: block(*packed)) == want
 
 
 def test_a_gradient_keeps_the_block_from_fusing(monkeypatch):
@@ -191,10 +196,11 @@ def test_merge_and_unmerge_have_the_gradients_of_the_reference():
     torch.testing.assert_close(grads[1], grads[0], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("config", ["static", "image"])
 @torch.inference_mode()
-def test_a_static_model_compiles_in_one_graph():
+def test_a_model_compiles_in_one_graph(config):
     model, x = vit().to(DEVICE), images().to(DEVICE)
-    apply_patch(model, ATMConfig(backend="triton", **CONFIGS["static"]))
+    apply_patch(model, ATMConfig(backend="triton", **CONFIGS[config]))
     expected = model(x)
     graphs = []
 
@@ -204,7 +210,8 @@ def test_a_static_model_compiles_in_one_graph():
 
     compiled = torch.compile(model, backend=backend, fullgraph=True)
     torch.testing.assert_close(compiled(x), expected)
-    assert len(graphs) == 1 and {f"atm_triton.{name}.default" for name in ("match", "assign")} < graphs[0]
+    assign = "assign" if config == "static" else "assign_each"
+    assert len(graphs) == 1 and {f"atm_triton.{name}.default" for name in ("match", assign)} < graphs[0]
 
 
 def test_the_count_is_the_only_break_of_a_batch_model():
