@@ -21,8 +21,9 @@ KERNEL_PREFIX, KERNEL_CHANNELS = 16, 128  # protected tokens, and channels of a 
 
 class Packing(NamedTuple):
     """Images of different lengths, one after the other. ``cu_seqlens`` int32 [B + 1], on the device: the row where each
-    begins and, at the end, the number of rows; ``longest``: no image has more tokens; ``lengths`` int64 [B], on the
-    host: the tokens of each, None where a graph was traced."""
+    begins and, at the end, the number of rows; ``longest``: no image has more tokens (those of the dense batch that it
+    comes from, lest what a kernel chooses by it hang on the other images); ``lengths`` int64 [B], on the host: the
+    tokens of each, None where a graph was traced."""
 
     cu_seqlens: Tensor
     longest: int
@@ -246,17 +247,17 @@ def assign_each(
     counts, cu_seqlens, most = read.counts, _cu_seqlens(packing), _longest(packing, partner.shape[-1])
     _check(counts.shape == (len(partner) if packing is None else len(cu_seqlens) - 1,), "counts", counts, "[B]")
     operates = runs_kernels(backend, similarity) or _traced(partner)
-    lengths, slots, longest = None, -1, most  # traced: the operation reads how many tokens are left
+    lengths, slots = None, -1  # traced: the operation reads how many tokens are left
     if not (operates and torch.compiler.is_compiling()):
         lengths = (most if packing is None else packing.lengths) - read.on_host()
-        slots, longest = int(lengths.sum()), int(lengths.max()) if len(lengths) else 0
+        slots = int(lengths.sum())
     if operates:
         arguments = (similarity, partner, counts, theta, num_prefix, cu_seqlens, most, slots)
         assignment, *lists, begin = _call("assign_each", *arguments)
-        return assignment, Lists(*lists), Packing(begin, longest, lengths)
+        return assignment, Lists(*lists), Packing(begin, most, lengths)
     assignment = reference.assign_each(similarity, partner, theta, num_prefix, cu_seqlens)
     begin = reference.new_cu_seqlens(counts, most if packing is None else cu_seqlens.diff())
-    return assignment, None, Packing(begin, longest, lengths)
+    return assignment, None, Packing(begin, most, lengths)
 
 
 def merge(

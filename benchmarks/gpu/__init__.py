@@ -6,6 +6,7 @@ kept when it fails; ``results`` holds the sections of the stages before it.
 
 STAGES = (
     "parity",
+    "packed",
     "repeat",
     "sanitize",
     "kernels",

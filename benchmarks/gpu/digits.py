@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atm_triton.config import ADAPT
 from atm_triton.evaluate import share
 from atm_triton.flops import cost
 from atm_triton.inputs import digits_config, open_images, open_model
@@ -24,8 +23,6 @@ TINY_DEPTH = 2
 @torch.inference_mode()
 def run(setting: Setting, section: dict[str, Any], _: dict[str, Any]) -> None:
     section |= {"rows": [], "left_out": []}
-    if "image" not in ADAPT:
-        section["left_out"].append('adapt="image": this version does not have it')
     for batch in setting.pick((256, 64), (1,)):
         images, labels = next(iter(open_images(open_model(), limit=batch, batch_size=batch)))
         for dtype in setting.pick((torch.float32, torch.bfloat16), (torch.float32,)):
@@ -39,9 +36,7 @@ def measure(images: Tensor, labels: Tensor, setting: Setting) -> list[dict[str, 
     model, config = open_model().to(setting.device, dtype), replace(digits_config(), backend="triton")
     if setting.tiny:
         model.blocks, config = model.blocks[:TINY_DEPTH], replace(config, alpha=0.9, theta_min=0.8)
-    merging = {
-        name: apply_patch(share(model), replace(config, adapt=name)) for name in ("batch", "image") if name in ADAPT
-    }
+    merging = {name: apply_patch(share(model), replace(config, adapt=name)) for name in ("batch", "image")}
     found = {"timm": model, **{f"ATM {name}": patched for name, patched in merging.items()}}
     logits = {name: call(images).double() for name, call in found.items()}
     record = merging["batch"].blocks.last

@@ -35,6 +35,7 @@ PARTS = (  # of the tests, side by side: most of their time is compiling
     ("tests/test_kernels.py", "not match and not attention"),
     ("tests/test_triton.py", "a_model"),
     ("tests/test_triton.py", "not a_model"),
+    ("tests/test_packed.py", "kernel"),
 )
 TESTS_SECONDS = 300
 

@@ -88,6 +88,7 @@ def verdict(text: str, code: int) -> str:
 def launch_all(device: torch.device) -> None:
     """Every kernel once a shape, in two dtypes on a GPU."""
     from atm_triton import ops
+    from benchmarks.gpu.packed import check, packed
     from benchmarks.gpu.repeat import merge_step
 
     for B, N, H, d in SHAPES if device.type == "cuda" else SHAPES[:2]:
@@ -96,6 +97,8 @@ def launch_all(device: torch.device) -> None:
             M = out["merged"].shape[1]
             merged = ops.merge(out["merged"], None, out["assignment"][:, :M].contiguous().clamp(max=M - 1), M, "triton")
             ops.unmerge(merged.x, out["assignment"], "triton")
+        packing = packed(torch.tensor([N, 1, N // 2]), N, device)
+        check(packing, H, d, torch.float32, by_size=True)
 
 
 if __name__ == "__main__":

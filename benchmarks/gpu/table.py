@@ -40,6 +40,15 @@ def parity(section: dict[str, Any]) -> list[str]:
     return lines + ["- " + ": ".join([row[0], ", ".join(row[1:])]) for row in rows] + section.get("tests", [])
 
 
+def packed(section: dict[str, Any]) -> list[str]:
+    lines = ["every image's bits are those that it has alone; share of the tolerance that each operation uses", ""]
+    for row in section["rows"]:
+        grouping = "by size" if row["by_size"] else "alternate"
+        used = ", ".join(f"{name} {share:.2g}" for name, share in row["of_tolerance"].items())
+        lines.append(f"- {row['dtype']}, up to {row['longest']} tokens, {grouping}: {used}")
+    return lines
+
+
 def repeat(section: dict[str, Any]) -> list[str]:
     return [
         f"{row['runs']} runs alike: B={row['B']} N={row['N']} H={row['H']} {row['dtype']}" for row in section["rows"]
@@ -146,6 +155,7 @@ def targets(section: dict[str, Any]) -> list[str]:
 
 MAKERS = {
     "parity": parity,
+    "packed": packed,
     "repeat": repeat,
     "sanitize": sanitize,
     "kernels": kernels,
