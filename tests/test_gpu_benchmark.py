@@ -99,7 +99,7 @@ def test_a_wrong_kernel_fails_in_one_line(name, wrong, message, tmp_path, monkey
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--stages", "parity", "speed", *TINY], "--stages speed: unknown; choose from parity repeat"),
+        (["--stages", "parity", "speed", *TINY], "--stages speed: unknown; choose from parity packed repeat"),
         (["--device", "cpu"], "--device cpu: the interpreter would take days at these sizes; add --tiny"),
         ([], "--device cuda: torch sees no CUDA device here"),
     ],
