@@ -1,9 +1,12 @@
-"""The command line: atm-triton bench | eval | env. Bad input is one line and exit code 2."""
+"""The command line: atm-triton bench | eval | calibrate | env. Bad input is one line and exit code 2."""
 
 import argparse
+import io
+import json
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
@@ -13,8 +16,10 @@ import torch
 from timm.data import resolve_model_data_config
 from timm.models.vision_transformer import VisionTransformer
 
-from atm_triton import report
+from atm_triton import __version__, report
+from atm_triton.calibrate import Target, calibrate, open_notes
 from atm_triton.config import ADAPT, BACKENDS, ATMConfig
+from atm_triton.distributed import rank, start, stop
 from atm_triton.env import check_file, environment, write_result
 from atm_triton.errors import exit_code
 from atm_triton.evaluate import evaluate
@@ -26,6 +31,7 @@ from atm_triton.throughput import keep_freed_memory, measure
 
 DEIT = "deit_small_patch16_224"
 RANDOM_R = 8  # of every block, where no images tell thresholds what to do
+TRANSFORM = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")  # of an image for a model
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 Batches = list[torch.Tensor]
@@ -115,7 +121,7 @@ def run_eval(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"{args.model} would have random weights: give --checkpoint FILE or --pretrained")
     config = _config(args, len(model.blocks))
     batch_size = 64 if args.batch_size is None else args.batch_size
-    loader = open_images(model, data, args.split, args.limit, batch_size, args.workers, args.device)
+    loader = open_images(model, data, args.split, args.limit, batch_size, args.workers, args.device, dealt=True)
     labelled = labels_fit(loader, model)
     outcome = evaluate(model, loader, config, labelled=labelled)
     print(f"{args.model} on {data}, batch {batch_size}, {_where(args)}")
@@ -130,6 +136,33 @@ def run_eval(args: argparse.Namespace) -> dict[str, Any]:
         "config": asdict(config),
         "evaluation": outcome.to_dict(),
     }
+
+
+def run_calibrate(args: argparse.Namespace) -> dict[str, Any]:
+    """Thresholds for a model from images without labels: the least change at a cost, or the least cost at a change."""
+    target = Target(args.max_gflops, args.max_kl, args.min_agreement)
+    check_file("--out", args.out)
+    if args.model != DIGITS and args.checkpoint is None and not args.pretrained:
+        raise ValueError(f"{args.model} would have random weights: give --checkpoint FILE or --pretrained")
+    model, data = _model(args), args.data or DIGITS
+    size = 64 if args.batch_size is None else args.batch_size
+    loader = open_images(model, data, args.split, args.images, size, args.workers, args.device, labelled=False)
+    transform = {name: resolve_model_data_config(model)[name] for name in TRANSFORM}
+    about = {"model": args.model, "data": data, "split": args.split if data == DIGITS else None, "transform": transform}
+    asked = about | {"adapt": args.adapt, "seed": args.seed, "images": len(loader.dataset), "target": asdict(target)}
+    asked |= {"max_merging_blocks": args.max_merging_blocks}
+    notes = Path(f"{args.out}.partial")
+    open_notes(notes, asked | {"atm_triton": __version__, "dtype": args.dtype, "batch_size": size})
+    options = {"max_merging_blocks": args.max_merging_blocks, "backend": args.backend, "seed": args.seed}
+    found = calibrate(model, loader, target, args.adapt, **options, notes=notes)
+    source = f"atm-triton calibrate, {args.model} on {found.images} images of {data}"
+    document = found.to_dict()
+    document["config"] |= {"source": source}
+    print(f"{args.model} on {data}, {_where(args)}\n\n{report.calibration_table(found)}")
+    if rank() == 0:
+        write_result(args.out, about | document)
+        notes.unlink()
+    return about | document
 
 
 def run_env(args: argparse.Namespace) -> dict[str, Any]:
@@ -166,7 +199,7 @@ def _config(args: argparse.Namespace, depth: int, default: ATMConfig | None = No
     """What the options say: a file, a preset of the paper or a schedule, or else ``default``, the digits' own or the
     paper's for DeiT-S; and single fields over that."""
     if args.config is not None:
-        config = _read_config(args.config)
+        config = _read_config(args.config, args.model)
     elif args.max_gflops is not None or args.top1_drop is not None:
         config = ATMConfig.preset(args.model, args.max_gflops, args.top1_drop)
     elif args.schedule is not None:
@@ -190,11 +223,16 @@ def _config(args: argparse.Namespace, depth: int, default: ATMConfig | None = No
     return config
 
 
-def _read_config(path: Path) -> ATMConfig:
+def _read_config(path: Path, model: str) -> ATMConfig:
+    text = path.read_text()
     try:
-        return ATMConfig.from_json(path.read_text())
+        config = ATMConfig.from_json(text)
     except (ValueError, TypeError) as error:
         raise ValueError(f"--config {path}: {error}") from error
+    of = json.loads(text).get("model")
+    if of is not None and of != model:
+        raise ValueError(f"--config {path} was calibrated for {of}, not for {model}; calibrate anew")
+    return config
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -243,6 +281,22 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--limit", type=int, help="the first images alone; of a folder, in the order of its classes")
     sub.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1), help="processes that load images")
     sub.set_defaults(run=run_eval)
+    sub = commands.add_parser(
+        "calibrate", parents=[inputs, out], help=run_calibrate.__doc__, description=run_calibrate.__doc__
+    )
+    wish = sub.add_mutually_exclusive_group(required=True)
+    wish.add_argument("--max-gflops", type=float, help="the least change at this cost of an image")
+    wish.add_argument("--max-kl", type=float, help="the least cost at this KL divergence, in nats")
+    wish.add_argument("--min-agreement", type=float, help="the least cost at which this share keep their class, 0 to 1")
+    sub.add_argument("--adapt", default="image", choices=ADAPT, help="who decides how much merges (image)")
+    sub.add_argument("--max-merging-blocks", type=int, help="merge in no more blocks than these; each takes time")
+    sub.add_argument("--images", type=int, default=1024, help="how many to calibrate on, spread over the data (1024)")
+    sub.add_argument("--split", default="calibration", choices=["test", "calibration", "train"], help="of the digits")
+    sub.add_argument("--out", type=Path, required=True, help="where the configuration goes (JSON)")
+    sub.add_argument("--seed", type=int, default=0, help="of the search (0)")
+    sub.add_argument("--backend", default="auto", choices=BACKENDS)
+    sub.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1), help="processes that load images")
+    sub.set_defaults(run=run_calibrate)
     sub = commands.add_parser("env", parents=[out], help=run_env.__doc__, description=run_env.__doc__)
     sub.set_defaults(run=run_env)
     return parser
@@ -255,12 +309,18 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
+    device = getattr(args, "device", "cpu")
     if args.json is not None:
         check_file("--json", args.json)
-    check_device(getattr(args, "device", "cpu"))
-    result = args.run(args)
-    if args.json is not None:
-        write_result(args.json, result)
+    check_device(device)
+    start(device)
+    try:
+        with redirect_stdout(io.StringIO()) if rank() else nullcontext():  # one process reports
+            result = args.run(args)
+        if args.json is not None and rank() == 0:
+            write_result(args.json, result)
+    finally:
+        stop()
 
 
 if __name__ == "__main__":

@@ -144,7 +144,8 @@ class ATMConfig:
         """An operating point of the paper: the most accurate at or below ``max_gflops``, or the cheapest that loses at
         most ``top1_drop`` points of top-1; ``source`` says which, with the paper's figures.
 
-        The figures are the paper's, for the checkpoints that it used: another model wants thresholds of its own.
+        The figures are the paper's, for the checkpoints that it used: another model wants thresholds of its own, which
+        :func:`atm_triton.calibrate` finds from images without labels.
 
         Args:
             name: a model of the paper, by timm's name or the paper's ("deit_small_patch16_224", "DeiT-S").

@@ -93,4 +93,7 @@ def _command() -> str:
     arguments = sys.orig_argv[1:]
     if arguments and Path(arguments[0]).name == "atm-triton":
         return shlex.join(["atm-triton", *arguments[1:]])
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        of_torchrun = [argument for argument in arguments if argument != "-u"]
+        return shlex.join(["torchrun", "--nproc-per-node", os.environ["WORLD_SIZE"], *of_torchrun])
     return shlex.join(["python", *arguments])

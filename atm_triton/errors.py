@@ -4,13 +4,17 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from atm_triton.distributed import failed
+
 
 def exit_code(program: str, run: Callable[[], Any]) -> int:
     """0 when ``run`` is done; 2, and "``program``: what was wrong", on a ValueError, TypeError or OSError."""
     try:
         run()
     except (ValueError, TypeError, OSError) as error:
-        print(f"{program}: {_one_line(error)}", file=sys.stderr)
+        line = _one_line(error)
+        if failed(line):
+            print(f"{program}: {line}", file=sys.stderr)
         return 2
     return 0
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from atm_triton.config import ATMConfig
+from atm_triton.distributed import in_order, silent
 from atm_triton.flops import cost, cost_of_each, unmerged
 from atm_triton.model import Number, Record
 from atm_triton.patch import apply_patch
@@ -22,14 +23,16 @@ Batches = Iterable[tuple[Tensor, Tensor]]
 @dataclass(frozen=True)
 class Quality:
     """Of a number of images: top-1 in percent, merged and unpatched (None where labels are not the model's classes),
-    the percentage whose predicted class is the unpatched model's, mean KL(unpatched || merged) in nats, mean GFLOPs in
-    the paper's convention, and the mean number of tokens an image would keep by its own count (None without one)."""
+    the percentage whose predicted class is the unpatched model's, mean KL(unpatched || merged) in nats and its standard
+    error, mean GFLOPs in the paper's convention, and the mean number of tokens an image would keep by its own count
+    (None without one)."""
 
     images: int
     top1: float | None
     top1_unpatched: float | None
     agreement: float
     kl: float
+    kl_se: float
     gflops: float
     own_tokens: float | None
 
@@ -53,7 +56,15 @@ class Evaluation:
 
 
 def share(model: VisionTransformer) -> VisionTransformer:
-    """A copy of a model that shares its parameters and buffers, to be patched on its own."""
+    """A copy of a model that shares its parameters and buffers, to be patched and measured on its own.
+
+    Raises:
+        ValueError: the model is patched, or in training mode.
+    """
+    if hasattr(model.blocks, "original"):
+        raise ValueError("the model is patched already: remove_patch(model) makes it what it was")
+    if model.training:
+        raise ValueError("the model is in training mode: call model.eval() first")
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     return copy.deepcopy(model, shared)
 
@@ -63,12 +74,10 @@ def unpatched_logits(model: VisionTransformer, batches: Batches, title: str = "u
     """The float32 logits of every batch on the CPU, for several evaluations against the same model."""
     parameter = next(model.parameters())
     logits = []
-    for images, _ in tqdm(batches, desc=title, unit="batch", disable=None):
+    for images, _ in tqdm(batches, desc=title, unit="batch", disable=silent(title)):
         check_finite(images, "images", len(logits))
         logits.append(model(images.to(parameter)).float().cpu())
         check_finite(logits[-1], "the unpatched model's logits", len(logits) - 1)
-    if not logits:
-        raise ValueError("there are no images to evaluate")
     return logits
 
 
@@ -83,6 +92,9 @@ def evaluate(
 ) -> Evaluation:
     """Run an unpatched model with and without ``config`` over the same batches.
 
+    Of several processes (:mod:`atm_triton.distributed`) each gives the batches of its own shard, and all get the result
+    over the batches of all.
+
     Args:
         model: unpatched, in eval mode; it stays so.
         batches: (images, labels), sized and re-iterable (a DataLoader without shuffling, or a list).
@@ -95,32 +107,39 @@ def evaluate(
     """
     base = unpatched_logits(model, batches) if base is None else base
     patched = apply_patch(share(model), config)
-    parameter = next(model.parameters())
-    columns: dict[str, list[Tensor]] = {"right": [], "right_unpatched": [], "agree": [], "kl": [], "macs": []}
-    columns |= {"gflops": [], "own_tokens": [], "tokens": []}
-    bar = tqdm(batches, desc=title, unit="batch", disable=True if title is None else None)
+    bar = tqdm(batches, desc=title, unit="batch", disable=silent(title))
+    own = []
     for (images, labels), before in zip(bar, base, strict=True):
-        after = patched(images.to(parameter)).float().cpu()
-        check_finite(after, "the merged model's logits", len(columns["kl"]))
-        record = patched.blocks.last
-        spent, B = cost_of_each(patched, record), len(labels)
-        rows = {
-            "right": after.argmax(1) == labels,
-            "right_unpatched": before.argmax(1) == labels,
-            "agree": after.argmax(1) == before.argmax(1),
-            "kl": _kl(before, after),
-            "macs": _of_images(spent.macs, B),
-            "gflops": _of_images(spent.paper_gflops, B),
-            "own_tokens": _own_tokens(record),
-            "tokens": torch.stack([_of_images(tokens, B) for tokens in record.tokens], dim=1),
-        }
-        for name, values in rows.items():
-            if values is not None:
-                columns[name].append(values)
-    table = {name: torch.cat(values).double() for name, values in columns.items() if values}
-    if not labelled:
-        del table["right"], table["right_unpatched"]
-    return _conclude(table, cost(model, unmerged(model, record.image_shape)))
+        rows = compare(patched, images, before, len(own))
+        if labelled:
+            rows |= {"right": rows["class"] == labels, "right_unpatched": before.argmax(1) == labels}
+        own.append((tuple(images.shape[1:]), rows))
+    every = in_order(own)
+    if not every:
+        raise ValueError("there are no images to evaluate")
+    image_shape, names = every[0][0], every[0][1]
+    table = {name: torch.cat([rows[name] for _, rows in every]).double() for name in names}
+    return _conclude(table, cost(model, unmerged(model, image_shape)))
+
+
+def compare(patched: VisionTransformer, images: Tensor, before: Tensor, number: int) -> dict[str, Tensor]:
+    """A patched model on a batch, beside the logits ``before`` of the unpatched one. For each image: its ``class``,
+    whether they ``agree`` on it, ``kl``, ``macs``, ``gflops``, ``tokens`` that enter each block and, where a threshold
+    is at work, ``own_tokens``; on the host."""
+    parameter = next(patched.parameters())
+    after = patched(images.to(parameter)).float().cpu()
+    check_finite(after, "the merged model's logits", number)
+    record, B = patched.blocks.last, len(images)
+    spent, own_tokens = cost_of_each(patched, record), _own_tokens(record)
+    rows = {
+        "class": after.argmax(1),
+        "agree": after.argmax(1) == before.argmax(1),
+        "kl": _kl(before, after),
+        "macs": _of_images(spent.macs, B),
+        "gflops": _of_images(spent.paper_gflops, B),
+        "tokens": torch.stack([_of_images(tokens, B) for tokens in record.tokens], dim=1),
+    }
+    return rows if own_tokens is None else rows | {"own_tokens": own_tokens}
 
 
 def _conclude(table: dict[str, Tensor], whole: Any) -> Evaluation:
@@ -156,6 +175,7 @@ def _quality(table: dict[str, Tensor], chosen: Tensor) -> Quality:
         top1_unpatched=percent("right_unpatched"),
         agreement=percent("agree"),
         kl=mean("kl"),
+        kl_se=(table["kl"][chosen].std(correction=0) / len(chosen) ** 0.5).item(),
         gflops=mean("gflops"),
         own_tokens=mean("own_tokens"),
     )

@@ -10,12 +10,14 @@ from timm.data import create_loader, resolve_model_data_config
 from timm.models import load_checkpoint
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from atm_triton.config import ATMConfig
 from atm_triton.digits import model as digits_model
 from atm_triton.digits.render import render
+from atm_triton.distributed import shard
 from atm_triton.patch import check_model
 
 DIGITS = "digits"
@@ -90,14 +92,29 @@ class NamedImages(ImageFolder):
     """torchvision's ImageFolder, whose errors say which file is to blame; grey for a model of one channel."""
 
     def __init__(self, root: str, channels: int) -> None:
-        mode = "L" if channels == 1 else "RGB"
-        super().__init__(root, loader=lambda path: Image.open(path).convert(mode))
+        self.mode = "L" if channels == 1 else "RGB"
+        super().__init__(root, loader=self.open)
+
+    def open(self, path: str) -> Image.Image:
+        return Image.open(path).convert(self.mode)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         try:
             return super().__getitem__(index)
         except Exception as error:
             raise ValueError(f"{self.samples[index][0]} is no readable image: {error}") from error
+
+
+class AnyImages(NamedImages):
+    """All images below a directory, however deep, in the order of their paths."""
+
+    @staticmethod
+    def find_classes(directory: str) -> tuple[list[str], dict[str, int]]:
+        return ["none"], {"none": 0}
+
+    @staticmethod
+    def make_dataset(directory: str, *_: object, **__: object) -> list[tuple[str, int]]:
+        return [(str(p), 0) for p in sorted(Path(directory).rglob("*")) if p.suffix.lower() in IMG_EXTENSIONS]
 
 
 def open_images(
@@ -108,13 +125,17 @@ def open_images(
     batch_size: int = 64,
     workers: int = 0,
     device: str = "cpu",
+    labelled: bool = True,
+    dealt: bool = False,
 ) -> DataLoader:
     """Batches of (images [B, C, H, W], labels [B]), in the order of the folder, as the model wants them.
 
     Args:
         data: "digits", or a directory with one folder of images a class (as ImageNet's validation set).
         split: of the digits: "train", "calibration" or "test".
-        limit: take the first images alone.
+        limit: take the first images alone; without labels as many as this, spread over the directory.
+        labelled: False: a directory may hold its images in any way, and what stands for labels means nothing.
+        dealt: of several processes each gets its own batches.
 
     Raises:
         ValueError: bad numbers, or digits for a model of another shape; OSError: a directory without images.
@@ -127,17 +148,13 @@ def open_images(
         if tuple(config["input_size"]) != (1, 112, 112):
             shape = " x ".join(map(str, config["input_size"]))
             raise ValueError(f"the digits are 1 x 112 x 112, the model takes {shape}: give it a directory of images")
-        return DataLoader(DigitImages(split, limit or TEST_IMAGES), batch_size=batch_size)
+        digits = DigitImages(split, limit or TEST_IMAGES)
+        return DataLoader(shard(digits, batch_size) if dealt else digits, batch_size=batch_size)
     if not Path(data).is_dir():
         raise FileNotFoundError(f"directory {data} does not exist")
-    try:
-        dataset = NamedImages(data, config["input_size"][0])
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"directory {data} holds no folders of images: {error}") from error
-    if limit is not None:
-        dataset.samples = dataset.samples[:limit]
+    dataset = (_folders if labelled else _spread)(data, config["input_size"][0], limit)
     return create_loader(
-        dataset,
+        shard(dataset, batch_size) if dealt else dataset,
         batch_size=batch_size,
         is_training=False,
         use_prefetcher=False,
@@ -148,7 +165,27 @@ def open_images(
     )
 
 
+def _folders(data: str, channels: int, limit: int | None) -> "NamedImages":
+    try:
+        dataset = NamedImages(data, channels)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"directory {data} holds no folders of images: {error}") from error
+    dataset.samples = dataset.samples[:limit]
+    return dataset
+
+
+def _spread(data: str, channels: int, limit: int | None) -> "AnyImages":
+    dataset = AnyImages(data, channels)
+    if not dataset.samples:
+        raise FileNotFoundError(f"directory {data} holds no images: want files that end in {', '.join(IMG_EXTENSIONS)}")
+    if limit is not None and limit < len(dataset.samples):
+        every = len(dataset.samples) / limit
+        dataset.samples = [dataset.samples[int(number * every)] for number in range(limit)]
+    return dataset
+
+
 def labels_fit(loader: DataLoader, model: VisionTransformer) -> bool:
     """Whether the labels are the model's classes: a folder for each of them, or the digits."""
-    classes = getattr(loader.dataset, "classes", range(10))
+    dataset = loader.dataset.dataset if isinstance(loader.dataset, Subset) else loader.dataset
+    classes = getattr(dataset, "classes", range(10))
     return len(classes) == model.num_classes

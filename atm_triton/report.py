@@ -4,6 +4,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from atm_triton.calibrate import Calibration
 from atm_triton.env import check_file
 from atm_triton.evaluate import Evaluation, Quality
 
@@ -54,6 +55,26 @@ def _line(name: str, quality: Quality) -> str:
     return (
         f"{name:10} {quality.images:7d} {figure(quality.top1, 7, 2)} {figure(quality.top1_unpatched, 7, 2)} "
         f"{quality.agreement:8.2f} {quality.kl:9.5f} {quality.gflops:7.3f} {figure(quality.own_tokens, 10, 1)}"
+    )
+
+
+def calibration_table(found: Calibration) -> str:
+    """What was found, and what it promises."""
+    config, promise = found.config, found.promise
+    merging = config.schedule if config.thresholds is None else config.thresholds
+    values = " ".join("-" if value is None else f"{value:g}" for value in merging)
+    of_r = "r" if config.thresholds is None else "threshold"
+    whole = found.unmerged_gflops
+    saved = 100 * (1 - promise.gflops / whole)
+    return "\n".join(
+        [
+            f'adapt="{config.adapt}", {of_r} of each block: {values}',
+            f"on {promise.images} images that the search did not see:",
+            f"  {promise.gflops:.4g} ± {promise.gflops_se:.2g} GFLOPs of {whole:.4g}: {saved:.1f} % saved",
+            f"  KL {promise.kl:.3g} ± {promise.kl_se:.2g}",
+            f"  agreement {100 * promise.agreement:.2f} ± {100 * promise.agreement_se:.2f} %",
+            f"{found.passes} passes of an image through the model, {found.images} images",
+        ]
     )
 
 

@@ -1,0 +1,227 @@
+"""calibrate(model, loader, target): the configuration that changes a model least at a cost, or costs least at a change.
+
+A model, some images without labels, and a wish: so many GFLOPs, or so little change. Of the images three parts in eight
+are fitted to, three choose among what fits, and two, which neither saw, measure what is promised.
+"""
+
+import json
+import math
+import random
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+from tqdm import tqdm
+
+from atm_triton.config import ADAPT, ATMConfig
+from atm_triton.distributed import silent
+from atm_triton.patch import check_model
+from atm_triton.search import DRAWS, FINALISTS, KEPT, STEPS, Found, Mean, Measured, Meter, Search, similarities
+from atm_triton.shapes import Predictor, Shape
+
+PARTS = {"fit": 3, "choose": 3, "promise": 2}  # in eighths
+SEEN = ("fit", "choose")
+LEAST_IMAGES = 64
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is wished for, exactly one of: ``max_gflops`` (1e9, in the paper's convention), ``max_kl``: KL(unmerged ||
+    merged) in nats, ``min_agreement``: the share of images that keep their predicted class, in [0, 1].
+
+    Raises:
+        ValueError: none of them or more than one, or a number out of its range.
+    """
+
+    max_gflops: float | None = None
+    max_kl: float | None = None
+    min_agreement: float | None = None
+
+    def __post_init__(self) -> None:
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        given = {name: value for name, value in given.items() if value is not None}
+        if len(given) != 1:
+            raise ValueError(
+                f"target: got {', '.join(given) or 'nothing'}; want one of max_gflops, max_kl, min_agreement"
+            )
+        ((name, value),) = given.items()
+        most = 1 if name == "min_agreement" else math.inf
+        if not 0 < value <= most or value == math.inf:
+            raise ValueError(
+                f"target: {name}={value} is out of range; give one above 0{' up to 1' if most == 1 else ''}"
+            )
+
+    def holds(self, mean: Mean) -> bool:
+        """Whether the change is small enough; for a target that limits it."""
+        if self.max_kl is not None:
+            return mean.kl <= self.max_kl
+        return mean.agreement >= self.min_agreement
+
+
+@dataclass(frozen=True)
+class Promise:
+    """Measured on ``images`` images that the search did not see: means, each with its standard error. ``agreement`` in
+    [0, 1]."""
+
+    images: int
+    gflops: float
+    gflops_se: float
+    kl: float
+    kl_se: float
+    agreement: float
+    agreement_se: float
+
+    @classmethod
+    def of(cls, measured: Measured) -> "Promise":
+        n = len(measured.kl)
+        kept = measured.agree.sum().item()
+        rate = (kept + 1) / (n + 2)  # all of some images is not all of all
+        values = {"agreement": kept / n, "agreement_se": (rate * (1 - rate) / n) ** 0.5}
+        for name in ("gflops", "kl"):
+            column = getattr(measured, name)
+            values |= {name: column.mean().item(), f"{name}_se": (column.std(correction=1) / n**0.5).item()}
+        return cls(images=n, **values)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The ``config`` for a ``target``, found on ``images`` images, and its ``promise``. ``family``: "curve" where its
+    thresholds are the paper's Eq. 1, else "free". ``passes``: whole passes of an image through the model."""
+
+    config: ATMConfig
+    target: Target
+    images: int
+    promise: Promise
+    unmerged_gflops: float
+    family: str
+    passes: int
+    seed: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def calibrate(
+    model: VisionTransformer,
+    loader: Iterable,
+    target: Target,
+    adapt: str = "image",
+    proportional_attention: bool = True,
+    cls_only_last: bool = True,
+    max_merging_blocks: int | None = None,
+    backend: str = "auto",
+    seed: int = 0,
+    notes: Path | None = None,
+    progress: bool = True,
+) -> Calibration:
+    """Find how a model should merge, from images without labels. Labels, where the loader has some, are not used.
+
+    Under torchrun every process gives the same loader; the images are dealt out among them.
+
+    Args:
+        model: unpatched, in eval mode, on its device; it stays so.
+        loader: batches of images [B, C, H, W], or pairs of them and anything; all are kept in memory.
+        adapt: "image", "batch" (in batches as large as the loader's), or "static".
+        proportional_attention, cls_only_last, backend: as in :class:`ATMConfig`; the first is where the search begins.
+        max_merging_blocks: how many blocks may merge; None: any number. Each takes time to match tokens, which no
+            count of FLOPs tells: with adapt="image" four of twelve may be faster than eleven at the same GFLOPs.
+        seed: of the search; the same seed on the same images gives the same configuration.
+        notes: a file that remembers what was measured, for a run that goes on where this one ends.
+        progress: show a bar.
+
+    Raises:
+        ValueError: a target that cannot be reached, too few images; TypeError: a model that cannot be merged.
+    """
+    check_model(model)
+    if adapt not in ADAPT:
+        raise ValueError(f"adapt={adapt!r} is unknown; choose one of {', '.join(ADAPT)}")
+    if max_merging_blocks is not None and max_merging_blocks < 1:
+        raise ValueError(f"max_merging_blocks={max_merging_blocks} is too small; give 1 or more")
+    parts, number = split_images(loader, seed)
+    settings = {"cls_only_last": cls_only_last, "backend": backend}
+    meter = Meter(model, parts, settings, notes)
+    found = similarities(model, parts["fit"], ATMConfig(**settings))
+    predictor = Predictor(model, tuple(parts["fit"][0].shape[1:]), found, cls_only_last)
+    _check_reachable(target, predictor)
+    shapes = DRAWS + KEPT + STEPS + FINALISTS
+    with tqdm(total=shapes, desc="calibrate", unit="shape", disable=silent("" if progress else None)) as bar:
+        search = Search(meter, predictor, adapt, proportional_attention, max_merging_blocks, seed, bar)
+        shape, scale = _found(search, target)
+    config = search.config((shape, scale))
+    promise = Promise.of(meter.measure(config, "promise"))
+    passes = meter.images + 2 * number
+    return Calibration(config, target, number, promise, predictor.unmerged, shape.family, passes, seed)
+
+
+def split_images(loader: Iterable, seed: int) -> tuple[dict[str, list[Tensor]], int]:
+    """The images, in an order of chance, as batches of each part; and how many there are."""
+    batches = [batch[0] if isinstance(batch, (tuple, list)) else batch for batch in loader]
+    size = len(batches[0]) if batches else 0
+    number = sum(map(len, batches))
+    if number < LEAST_IMAGES:
+        raise ValueError(f"{number} images are too few to calibrate on; give {LEAST_IMAGES} or more")
+    images = torch.cat(batches)
+    order = list(range(number))
+    random.Random(seed).shuffle(order)
+    parts, first, eighths = {}, 0, 0
+    for name, share in PARTS.items():
+        eighths += share
+        last = number * eighths // 8
+        parts[name] = list(images[order[first:last]].split(size))
+        first = last
+    return parts, number
+
+
+def _check_reachable(target: Target, predictor: Predictor) -> None:
+    if target.max_gflops is None:
+        return
+    if target.max_gflops < predictor.lowest:
+        raise ValueError(
+            f"max_gflops={target.max_gflops:g} is below {predictor.lowest:.4g}, the lowest that merging can reach here"
+        )
+    if target.max_gflops >= predictor.highest:
+        raise ValueError(
+            f"max_gflops={target.max_gflops:g}: the model costs {predictor.highest:.4g} without merging; ask for less"
+        )
+
+
+def _found(search: Search, target: Target) -> Found:
+    """The chosen shape and scale. A target that limits the change first gets its cost from a plain shape; in the end
+    the scale is set on all images that the search may see."""
+    if target.max_gflops is not None:
+        shape, scale = search.run(target.max_gflops)
+        met = search.meet(shape, target.max_gflops, scale, None, SEEN)
+        return shape, scale if met is None else met[0]
+    predictor = search.predictor
+    merging = min(search.most or predictor.merging, predictor.merging)
+    plain = Shape((*[1.0] * merging, *[None] * (len(predictor.blocks) - merging)), search.adapt)
+    goal = search.meter.mean(search.config((plain, _largest_scale(search, plain, target))), SEEN).gflops
+    shape, _ = search.run(goal)
+    return shape, _largest_scale(search, shape, target)
+
+
+def _largest_scale(search: Search, shape: Shape, target: Target) -> float:
+    """How much a shape may merge for the target to hold."""
+    low, high = -5.0, 3.0
+    for _ in range(12):
+        middle = (low + high) / 2
+        holds = target.holds(search.meter.mean(search.config((shape, 10**middle)), SEEN))
+        low, high = (middle, high) if holds else (low, middle)
+    return 10**low
+
+
+def open_notes(path: Path, asked: dict[str, Any]) -> None:
+    """Make the file that remembers measurements, or go on with it if it is about the same.
+
+    Raises:
+        ValueError: it lies there from another calibration.
+    """
+    first = json.dumps(asked, default=str) + "\n"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else [first]
+    if lines[:1] != [first]:
+        raise ValueError(f"{path} is of another calibration that was interrupted; delete it, or choose another --out")
+    path.write_text("".join(line for line in lines if line.endswith("\n")))  # the last may be cut short

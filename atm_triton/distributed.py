@@ -1,0 +1,106 @@
+"""Several processes, one result: under torchrun each takes every so many-th batch, and all see the rows of all.
+
+Whole batches are dealt out, so that a batch holds the same images as with one process: with one r a batch that decides
+what merges. Rows come together in the order of the batches, so that sums are those of one process, to the bit.
+"""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any, NoReturn, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.utils.data import Dataset, Subset
+
+T = TypeVar("T")
+WAIT = timedelta(hours=2)  # for the slowest process to come to a meeting point
+ANSWER = 2.0  # seconds in which every process that lives says so
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def silent(title: str | None) -> bool | None:
+    """Whether to show no bar, as tqdm wants it: one without a title, or that of another process than the first."""
+    return True if title is None or rank() else None
+
+
+def start(device: str) -> None:
+    """Join the processes that torchrun started, if it did."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
+        return
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=WAIT)
+    signal.signal(signal.SIGTERM, lambda *_: _end())  # what torchrun sends when a process has died
+
+
+def stop() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def own(batches: Sequence[T]) -> list[T]:
+    """Of all batches those of this process."""
+    return list(batches[rank() :: world_size()])
+
+
+def shard(dataset: Dataset, batch_size: int) -> Dataset:
+    """The part of a dataset that makes the :func:`own` batches."""
+    if world_size() == 1:
+        return dataset
+    indices = torch.arange(len(dataset)).split(batch_size)
+    return Subset(dataset, [i for batch in own(indices) for i in batch.tolist()])
+
+
+def in_order(rows: list[T]) -> list[T]:
+    """What each process has for its :func:`own` batches, for all batches, on every process."""
+    if world_size() == 1:
+        return rows
+    shards: list[Any] = [None] * world_size()
+    try:
+        dist.all_gather_object(shards, rows)
+    except RuntimeError:  # a connection was closed
+        _end()
+    together = sum(map(len, shards))
+    return [shards[number % len(shards)][number // len(shards)] for number in range(together)]
+
+
+def failed(line: str) -> bool:
+    """Say to the others that this process ends with an error, and whether it is for this one to print it: where all of
+    them fail alike, one does."""
+    if world_size() == 1:
+        return int(os.environ.get("RANK", 0)) == 0
+    store = _store()
+    store.set(f"failed {rank()}", line)
+    time.sleep(ANSWER / 2 * (rank() > 0))
+    return rank() == 0 or not store.check(["failed 0"])
+
+
+def _end() -> NoReturn:
+    """Find out who has died without a word, let one of the others say so, and end."""
+    store = _store()
+    store.set(f"alive {rank()}", "")
+    time.sleep(ANSWER)
+    others = range(world_size())
+    alive = [r for r in others if store.check([f"alive {r}"])]
+    dead = [r for r in others if r not in alive and not store.check([f"failed {r}"])]
+    if dead and rank() == alive[0]:
+        who = f"rank {dead[0]} has" if len(dead) == 1 else f"ranks {', '.join(map(str, dead))} have"
+        print(f"atm-triton: {who} died: the run is ended", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+def _store() -> dist.Store:
+    """Torchrun's own, which lives as long as any process."""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return dist.PrefixStore("atm-triton", dist.TCPStore(host, port, is_master=False, wait_for_workers=False))

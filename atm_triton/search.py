@@ -1,0 +1,255 @@
+"""The search of a calibration: measure configurations on some images, choose on others, promise on a third part.
+
+Only forward passes of whole configurations are compared, at one cost, by the mean square root of their KL divergence
+from the unmerged model. The mean of the KL itself is decided by one image in hundreds and tells little on so few; the
+root, which bounds the total variation (Pinsker), needs far fewer. Labels are never used. A configuration that was
+measured is not measured again, also not by a run that goes on where another was interrupted: the search is seeded, so
+it asks the same questions.
+"""
+
+import json
+import math
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+from tqdm import tqdm
+
+from atm_triton import ops
+from atm_triton.block import ATMBlock, Tokens
+from atm_triton.config import ATMConfig
+from atm_triton.distributed import in_order, own
+from atm_triton.evaluate import check_finite, compare, share
+from atm_triton.patch import apply_patch, install
+from atm_triton.shapes import Drawer, Predictor, Shape
+
+DRAWS, KEPT, STEPS, FINALISTS = 60, 8, 30, 6
+FEW, SOME = 128, 256  # images to fit on which a draw is measured first, and what is kept or changed
+MANY = 768  # images to choose by
+BEYOND = 0.96  # of the goal: a little further on, more images change
+CLOSE = 0.004  # of the unmerged model's cost: how near a measured cost must come to the goal
+TIE = 0.02  # a rougher shape must be better by more than this share of the root of the KL
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Of a number of images, each float64 [n]: GFLOPs, KL in nats, and whether the predicted class is kept."""
+
+    gflops: Tensor
+    kl: Tensor
+    agree: Tensor
+
+
+@dataclass(frozen=True)
+class Mean:
+    """The same on average, agreement in [0, 1]; ``root``: the square root of the KL."""
+
+    gflops: float
+    kl: float
+    agreement: float
+    root: float
+
+
+class Meter:
+    """Measures configurations beside the unmerged model on parts of the images.
+
+    Args:
+        model: unpatched, in eval mode.
+        parts: by name the batches [B, C, H, W] of a part, the same on every process.
+        fields: of every configuration (``cls_only_last``, ``backend``).
+        notes: where means are kept for a later run; None: nowhere.
+    """
+
+    def __init__(
+        self,
+        model: VisionTransformer,
+        parts: dict[str, list[Tensor]],
+        fields: dict[str, object],
+        notes: Path | None = None,
+    ) -> None:
+        self.model, self.fields, self.images = model, fields, 0
+        self._own = {name: own(batches) for name, batches in parts.items()}
+        self._patched = share(model)
+        self._base = {name: [self._unmerged(x) for x in batches] for name, batches in self._own.items()}
+        self._notes, self._known = notes, {}
+        if notes is not None and notes.exists():
+            for line in notes.read_text().splitlines()[1:]:
+                key, *values = json.loads(line)
+                self._known[key] = Mean(*values)
+
+    @torch.inference_mode()
+    def _unmerged(self, images: Tensor) -> Tensor:
+        logits = self.model(images.to(next(self.model.parameters()))).float().cpu()
+        check_finite(logits, "the unmerged model's logits", 0)
+        return logits
+
+    @torch.inference_mode()
+    def measure(self, config: ATMConfig, part: str, limit: int | None = None) -> Measured:
+        """On the first batches of a part, which hold ``limit`` images or a few more; None: on all."""
+        batches = self._own[part]
+        patched = apply_patch(self._patched, config)
+        rows, seen = [], 0
+        for number, (images, before) in enumerate(zip(batches, self._base[part], strict=True)):
+            if limit is not None and seen >= limit:
+                break
+            rows.append(compare(patched, images, before, number))
+            seen += len(images)
+        every = in_order(rows)
+        columns = [torch.cat([row[name] for row in every]).double() for name in ("gflops", "kl", "agree")]
+        self.images += len(columns[0])
+        return Measured(*columns)
+
+    def mean(self, config: ATMConfig, parts: tuple[str, ...], limit: int | None = None) -> Mean:
+        key = f"{' '.join(parts)} {limit} {config.to_json()}"
+        if key not in self._known:
+            measured = [self.measure(config, part, limit) for part in parts]
+            gflops, kl, agree = (torch.cat([getattr(m, n) for m in measured]) for n in ("gflops", "kl", "agree"))
+            self._known[key] = Mean(*(column.mean().item() for column in (gflops, kl, agree, kl.clamp(min=0).sqrt())))
+            if self._notes is not None:
+                with self._notes.open("a") as file:
+                    file.write(json.dumps([key, *vars(self._known[key]).values()]) + "\n")
+        return self._known[key]
+
+
+class SimilarityBlock(ATMBlock):
+    """A block that merges nothing and keeps the similarity of every candidate, by alternate grouping."""
+
+    found: list[Tensor]
+
+    def _match(self, keys: Tensor, tokens: Tokens) -> None:
+        similarity, partner, _ = ops.match(keys, None, self.num_prefix_tokens, False, None, self.config.backend)
+        self.found.append(similarity[partner >= 0].view(len(similarity), -1).float().cpu())
+
+
+@torch.inference_mode()
+def similarities(model: VisionTransformer, batches: list[Tensor], config: ATMConfig) -> list[Tensor]:
+    """Of every block the best similarity of each candidate [n, Na] in the unmerged model, of all images."""
+    depth = len(model.blocks)
+
+    def collecting(block: torch.nn.Module, index: int) -> SimilarityBlock:
+        made = SimilarityBlock.of(block, config, index, depth, model.num_prefix_tokens)
+        made.found = []
+        return made
+
+    patched = install(share(model), collecting, config)
+    parameter, rows = next(model.parameters()), []
+    for images in own(batches):
+        for block in patched.blocks:
+            block.found.clear()
+        patched.forward_features(images.to(parameter))
+        rows.append([block.found[0] if block.found else None for block in patched.blocks])
+    blocks = zip(*in_order(rows), strict=True)
+    return [torch.cat(found) for found in blocks if found[0] is not None]
+
+
+Found = tuple[Shape, float]  # a shape and the scale at which it meets the goal
+Scored = tuple[float, Found]  # with the mean root of its KL
+
+
+class Search:
+    """The best shapes for one goal in GFLOPs. ``most``: blocks that merge; None: any number. ``bar`` counts the shapes
+    and shows the least KL so far."""
+
+    def __init__(
+        self,
+        meter: Meter,
+        predictor: Predictor,
+        adapt: str,
+        proportional: bool,
+        most: int | None,
+        seed: int,
+        bar: tqdm,
+    ) -> None:
+        self.meter, self.predictor, self.adapt, self.proportional = meter, predictor, adapt, proportional
+        self.most, self.seed, self.bar, self.close, self.least = most, seed, bar, CLOSE * predictor.unmerged, math.inf
+
+    def config(self, found: Found) -> ATMConfig:
+        shape, scale = found
+        return shape.config(scale, **self.meter.fields)
+
+    def meet(
+        self, shape: Shape, goal: float, scale: float | None, limit: int | None, parts: tuple[str, ...] = ("fit",)
+    ) -> tuple[float, Mean] | None:
+        """The scale at which a shape costs ``goal`` on parts of the images, and what was measured there; None if none
+        does. The foretold cost, moved by what it was wrong by, leads to the next scale to try."""
+        wanted, low, high = goal, -math.inf, math.inf  # of log10 scale: too dear, too cheap
+        scale = self.foretold(shape, wanted) if scale is None else scale
+        for _ in range(8):
+            config = self.config((shape, scale))
+            mean = self.meter.mean(config, parts, limit)
+            if abs(mean.gflops - goal) <= self.close:
+                return scale, mean
+            if self.adapt == "static":
+                return None  # whole numbers do not come nearer
+            at = math.log10(scale)
+            low, high = (max(low, at), high) if mean.gflops > goal else (low, min(high, at))
+            wanted += 0.9 * (goal - mean.gflops)
+            following = math.log10(self.foretold(shape, wanted))
+            if not low < following < high:
+                following = (low + high) / 2 if math.inf not in (-low, high) else at + (0.1 if low == at else -0.1)
+            scale = 10**following
+        return None
+
+    def foretold(self, shape: Shape, goal: float) -> float:
+        low, high = -4.0, 4.0
+        for _ in range(30):
+            middle = (low + high) / 2
+            config = self.config((shape, 10**middle))
+            if self.adapt == "static":
+                cost = self.predictor.of_schedule(config.schedule)
+            else:
+                cost = self.predictor.of_thresholds(config.thresholds, self.adapt)
+            low, high = (middle, high) if cost > goal else (low, middle)
+        return 10**high
+
+    def run(self, goal: float) -> Found:
+        """Draw, keep the best, change them, and choose among the last on images that none of this has seen."""
+        rng = random.Random(self.seed)
+        drawer = Drawer(self.predictor, self.adapt, self.proportional, self.most, rng, goal)
+        drawn = ranked([self.measured(drawer.draw(number), goal, None, FEW) for number in range(DRAWS)])
+        if not drawn:
+            raise ValueError(f"none of {DRAWS} draws costs {goal:.4g} GFLOPs; take another target")
+        kept = drawn[:KEPT]
+        if not any(shape.family == "curve" for _, (shape, _) in kept):
+            kept += [scored for scored in drawn if scored[1][0].family == "curve"][:1]
+        fitted = ranked([self.measured(shape, goal, scale, SOME) for _, (shape, scale) in kept])
+        beam = fitted[:3]
+        for step in range(STEPS):
+            root, (shape, scale) = beam[step % len(beam)]
+            child = self.measured(drawer.changed(shape), goal, scale, SOME)
+            if child is not None and child[0] < root:
+                beam[step % len(beam)] = child
+        last = {found[0]: found for _, found in ranked(beam + fitted)}
+        return smoothest([(self.judged(found, goal), found) for found in list(last.values())[:FINALISTS]])
+
+    def judged(self, found: Found, goal: float) -> float:
+        """The root of the KL on the images to choose by, at the goal and beyond it."""
+        shape, scale = found
+        beyond = self.measured(shape, BEYOND * goal, scale, SOME)
+        configs = [self.config(found)] + ([] if beyond is None else [self.config(beyond[1])])
+        return sum(self.meter.mean(config, ("choose",), MANY).root for config in configs) / len(configs)
+
+    def measured(self, shape: Shape, goal: float, scale: float | None, limit: int | None) -> Scored | None:
+        met = self.meet(shape, goal, scale, limit)
+        self.bar.update()
+        if met is None:
+            return None
+        scale, mean = met
+        self.least = min(self.least, mean.kl)
+        self.bar.set_postfix_str(f"least KL {self.least:.2g}")
+        return mean.root, (shape, scale)
+
+
+def ranked(scored: list[Scored | None]) -> list[Scored]:
+    """Those that met their goal, the least change first."""
+    return sorted((found for found in scored if found is not None), key=lambda pair: pair[0])
+
+
+def smoothest(candidates: list[Scored]) -> Found:
+    """Of the candidates with the least change, or within TIE of it, the least rough."""
+    least = min(root for root, _ in candidates)
+    tied = [found for root, found in candidates if root <= (1 + TIE) * least]
+    return min(tied, key=lambda found: found[0].roughness)

@@ -1,0 +1,258 @@
+"""Calibration: what it finds, promises and refuses, and that it goes on where it was interrupted."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+from atm_triton import ATMConfig, Target, apply_patch, calibrate, search
+from atm_triton.calibrate import open_notes, split_images
+from atm_triton.cli import main
+from atm_triton.evaluate import evaluate
+from atm_triton.flops import cost, unmerged
+from atm_triton.search import Mean, Meter, similarities, smoothest
+from atm_triton.shapes import Predictor, Shape
+from models import distilled, images, vit
+
+SMALL = {"DRAWS": 8, "KEPT": 3, "STEPS": 4, "FINALISTS": 2}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Models as small as these run faster on one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def small_search(monkeypatch):
+    for name, value in SMALL.items():
+        monkeypatch.setattr(search, name, value)
+
+
+@pytest.fixture
+def loader():
+    """Batches of (images, no labels), from flat to noisy."""
+    noise = torch.linspace(0.02, 1, 96)[torch.randperm(96), None, None, None]
+    return [(x, None) for x in (0.3 + noise * images(96)).split(24)]
+
+
+def whole(model):
+    return cost(model, unmerged(model, (3, 40, 40))).paper_gflops
+
+
+def found(model, loader, adapt="image", **target):
+    return calibrate(model, loader, Target(**target), adapt, progress=False)
+
+
+@pytest.mark.parametrize("adapt", ["image", "batch", "static"])
+def test_the_goal_is_met_and_the_promise_is_what_an_evaluation_finds(adapt, loader, small_search):
+    model = vit()
+    goal = 0.8 * whole(model)
+    calibration = found(model, loader, adapt, max_gflops=goal)
+    assert calibration.config.adapt == adapt and calibration.images == 96
+    assert ATMConfig.from_json(calibration.config.to_json()) == calibration.config
+    assert calibration == found(model, loader, adapt, max_gflops=goal)
+
+    parts, _ = split_images(loader, calibration.seed)
+    assert [sum(map(len, batches)) for batches in parts.values()] == [36, 36, 24]
+    assert set(parts) == {"fit", "choose", "promise"}
+    seen = Meter(model, parts, {}).mean(calibration.config, ("fit", "choose"))
+    assert seen.gflops == pytest.approx(goal, rel=0.02)
+    outcome = evaluate(model, [(x, torch.zeros(len(x))) for x in parts["promise"]], calibration.config, labelled=False)
+    promise = calibration.promise
+    assert promise.gflops == pytest.approx(outcome.overall.gflops) and promise.kl == pytest.approx(outcome.overall.kl)
+    assert 100 * promise.agreement == pytest.approx(outcome.overall.agreement) and promise.images == 24
+    assert promise.kl_se > 0 and promise.agreement_se > 0
+
+
+def test_no_image_is_in_two_parts(loader):
+    parts, number = split_images(loader, seed=3)
+    rows = torch.cat([x for batches in parts.values() for x in batches]).flatten(1)
+    assert number == len(rows) == len(rows.unique(dim=0)) == 96
+    assert not torch.equal(rows, torch.cat([x for x, _ in loader]).flatten(1))  # in an order of chance
+
+
+def test_the_search_is_better_than_a_plain_shape(loader, small_search):
+    """Merging in the blocks that bear it, of a model whose first block must not merge."""
+    model = vit(depth=6)
+    with torch.no_grad():
+        model.blocks[0].attn.proj.weight *= 6
+    parts, _ = split_images(loader, 0)
+    meter = Meter(model, parts, {"cls_only_last": True, "backend": "auto"})
+    goal = 0.75 * whole(model)
+    chosen = found(model, loader, "static", max_gflops=goal).config
+    plain = [ATMConfig(adapt="static", schedule=(r,) * 6, split_depth=6) for r in range(12)]
+    means = [meter.mean(config, ("fit", "choose", "promise")) for config in (chosen, *plain)]
+    better, worse = means[0], next(mean for mean in means[1:] if mean.gflops <= goal)
+    assert better.gflops <= goal * 1.01 and better.kl < worse.kl
+
+
+@pytest.mark.parametrize("adapt", ["image", "batch", "static"])
+def test_a_limit_on_the_change(adapt, loader, small_search):
+    model = vit()
+    parts, _ = split_images(loader, 0)
+    meter = Meter(model, parts, {})
+    for name, limit in (("max_kl", 0.02), ("min_agreement", 0.9)):
+        calibration = found(model, loader, adapt, **{name: limit})
+        seen = meter.mean(calibration.config, ("fit", "choose"))
+        assert seen.kl <= limit if name == "max_kl" else seen.agreement >= limit
+        assert seen.gflops < whole(model)
+
+
+def test_the_smoother_of_two_that_tie():
+    smooth = Shape((0.1, 0.2, 0.4, None), "image")
+    rough = Shape((0.1, 0.9, 0.2, None), "image")
+    assert smooth.roughness < 1e-20 < rough.roughness
+    assert smoothest([(1.0, (rough, 1.0)), (1.015, (smooth, 1.0))])[0] is smooth
+    assert smoothest([(1.0, (rough, 1.0)), (1.025, (smooth, 1.0))])[0] is rough
+
+
+@pytest.mark.parametrize("model", [vit(), distilled(), vit(class_token=False, global_pool="avg")])
+@pytest.mark.parametrize("cls_only_last", [True, False])
+def test_the_foretold_cost_of_a_schedule_is_the_measured_one(model, cls_only_last, loader):
+    predictor = Predictor(model, (3, 40, 40), [], cls_only_last)
+    assert predictor.unmerged == pytest.approx(whole(model))
+    for schedule in ((0, 0, 0, 0), (3, 1, 2, 5), (25, 25, 25, 25)):
+        config = ATMConfig(adapt="static", schedule=schedule, cls_only_last=cls_only_last)
+        measured = Meter(model, {"part": [loader[0][0]]}, {}).mean(config, ("part",))
+        assert predictor.of_schedule(schedule) == pytest.approx(measured.gflops)
+
+
+def test_the_foretold_counts_of_a_first_block_are_those_that_merge(loader):
+    model, batches = vit(), [x for x, _ in loader]
+    predictor = Predictor(model, (3, 40, 40), similarities(model, batches, ATMConfig()), True)
+    theta = predictor.similarities[0].median().item()
+    patched = apply_patch(vit_of(model), ATMConfig(adapt="image", thresholds=(theta, None, None, None)))
+    with torch.inference_mode():
+        patched(torch.cat(batches))
+    counts = predictor.counts((theta, None, None, None))[0]
+    assert torch.equal(counts.round().long(), patched.blocks.last.counts[0].cpu())
+
+
+def vit_of(model):
+    copy = vit()
+    copy.load_state_dict(model.state_dict())
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "target: got nothing; want one of max_gflops, max_kl, min_agreement"),
+        ({"max_kl": 1.0, "max_gflops": 1.0}, "target: got max_gflops, max_kl; want one of"),
+        ({"max_kl": -1.0}, "target: max_kl=-1.0 is out of range; give one above 0"),
+        ({"max_gflops": float("inf")}, "target: max_gflops=inf is out of range"),
+        ({"min_agreement": 1.5}, "target: min_agreement=1.5 is out of range; give one above 0 up to 1"),
+    ],
+)
+def test_bad_targets(arguments, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        Target(**arguments)
+
+
+def test_bad_input(loader):
+    model, target = vit(), Target(max_kl=0.1)
+    with pytest.raises(ValueError, match="^48 images are too few to calibrate on; give 64 or more$"):
+        calibrate(model, loader[:2], target)
+    with pytest.raises(ValueError, match="^0 images are too few"):
+        calibrate(model, [], target)
+    with pytest.raises(ValueError, match="^adapt='all' is unknown; choose one of batch, image, static$"):
+        calibrate(model, loader, target, "all")
+    with pytest.raises(TypeError, match="ResNet cannot be merged"):
+        calibrate(timm.create_model("resnet18"), loader, target)
+    with pytest.raises(ValueError, match="the model is patched already: remove_patch"):
+        calibrate(apply_patch(vit()), loader, target)
+    with pytest.raises(ValueError, match="the model is in training mode: call model.eval"):
+        calibrate(vit().train(), loader, target)
+    lowest = Predictor(model, (3, 40, 40), [], True).lowest
+    with pytest.raises(ValueError, match=f"^max_gflops=1e-05 is below {lowest:.4g}, the lowest that merging"):
+        found(model, loader, max_gflops=1e-5)
+    with pytest.raises(ValueError, match="^max_gflops=1: the model costs .* without merging; ask for less$"):
+        found(model, loader, max_gflops=1)
+    with pytest.raises(ValueError, match="the unmerged model's logits of batch 0 hold NaN"):
+        calibrate(model, [torch.full((64, 3, 40, 40), torch.nan)], target)
+
+
+class StoppedError(Exception):
+    pass
+
+
+def test_an_interrupted_run_goes_on(tmp_path, loader, small_search, monkeypatch):
+    model, target = vit(), Target(max_gflops=0.8 * whole(vit()))
+    notes, calls, measure, stop_at = tmp_path / "out.json.partial", [], Meter.measure, 20
+
+    def failing(self, *arguments):
+        calls.append(arguments)
+        if len(calls) == stop_at:
+            raise StoppedError
+        return measure(self, *arguments)
+
+    monkeypatch.setattr(Meter, "measure", failing)
+    open_notes(notes, {"seed": 0})
+    with pytest.raises(StoppedError):
+        calibrate(model, loader, target, notes=notes, progress=False)
+    notes.write_text(notes.read_text() + '["fit None')  # as a kill in the middle of a line leaves it
+    with pytest.raises(ValueError, match="of another calibration that was interrupted; delete it, or choose another"):
+        open_notes(notes, {"seed": 1})
+    open_notes(notes, {"seed": 0})
+    interrupted, stop_at = len(calls) - 1, None
+    calls.clear()
+    calibration = calibrate(model, loader, target, notes=notes, progress=False)
+    resumed = len(calls)
+    calls.clear()
+    fresh = calibrate(model, loader, target, progress=False)
+    assert replace(calibration, passes=fresh.passes) == fresh and resumed == len(calls) - interrupted
+
+
+def test_a_known_mean_is_not_measured_again(loader):
+    meter = Meter(vit(), {"part": [loader[0][0]]}, {})
+    config = ATMConfig(adapt="static", schedule=(2,) * 4)
+    first = meter.mean(config, ("part",))
+    assert isinstance(first, Mean) and meter.mean(config, ("part",)) is first and meter.images == 24
+
+
+def test_the_command(tmp_path, small_search, capsys):
+    out = tmp_path / "digits.json"
+    arguments = ["--images", "64", "--adapt", "image", "--out", str(out)]
+    assert main(["calibrate", "--max-gflops", "0.25", *arguments]) == 0
+    assert "on 16 images that the search did not see" in capsys.readouterr().out
+    document = json.loads(out.read_text())
+    assert document["model"] == document["data"] == "digits" and document["images"] == 64
+    assert document["transform"]["input_size"] == [1, 112, 112] and document["environment"]["torch"]
+    assert document["promise"]["gflops"] == pytest.approx(0.25, rel=0.1) and document["promise"]["gflops_se"] > 0
+    assert not Path(f"{out}.partial").exists()
+    assert main(["eval", "--config", str(out), "--limit", "20"]) == 0
+    out.write_text(json.dumps(document | {"model": "deit_tiny_patch16_224"}))
+    assert main(["eval", "--config", str(out), "--limit", "20"]) == 2
+    assert "was calibrated for deit_tiny_patch16_224, not for digits; calibrate anew" in capsys.readouterr().err
+
+
+def bad(*arguments):
+    return pytest.param(list(arguments[:-1]), arguments[-1], id=" ".join(arguments[:-1]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        bad("--max-gflops", "-1", "target: max_gflops=-1.0 is out of range"),
+        bad("--max-gflops", "0.01", "max_gflops=0.01 is below 0.0"),
+        bad("--max-gflops", "4", "max_gflops=4: the model costs 0.327 without merging"),
+        bad("--max-kl", "0.1", "--images", "20", "20 images are too few to calibrate on; give 64 or more"),
+        bad("--max-kl", "1", "--out", "/nowhere/out.json", "--out /nowhere/out.json: its directory does not exist"),
+        bad("--max-kl", "1", "--data", "missing", "directory missing does not exist"),
+        bad("--max-kl", "1", "--data", ".", "directory . holds no images: want files that end in .jpg"),
+        bad("--max-kl", "1", "--model", "deit_tiny_patch16_224", "would have random weights: give --checkpoint FILE"),
+        bad("--max-kl", "1", "--model", "resnet18", "--checkpoint", "x", "ResNet cannot be merged"),
+    ],
+)
+def test_bad_input_of_the_command(arguments, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["calibrate", "--images", "64", "--out", "out.json", *arguments]) == 2
+    error = capsys.readouterr().err.splitlines()
+    assert len(error) == 1 and error[0].startswith("atm-triton: ") and message in error[0], error

@@ -1,0 +1,68 @@
+"""Several processes find what one does, every image once; a process that dies is named."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+EVAL = ["-m", "atm_triton", "eval", "--limit", "35", "--batch-size", "8", "--adapt"]
+
+
+def torchrun(processes, *arguments, **options):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return subprocess.run(
+        [*command, *map(str, arguments)], capture_output=True, text=True, env=ENVIRONMENT, timeout=120, **options
+    )
+
+
+def lines_of_ours(done):
+    return [line for line in done.stderr.splitlines() if "atm-triton: " in line]
+
+
+@pytest.mark.parametrize(("adapt", "more"), [("batch", [3]), ("image", [2, 3])])
+def test_eval_gives_the_result_of_one_process(adapt, more, tmp_path):
+    """35 images in 5 batches: no number of processes divides either."""
+    results = []
+    for processes in (1, *more):
+        out = tmp_path / f"{processes}.json"
+        done = torchrun(processes, *EVAL, adapt, "--json", out)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("of the MACs saved") == 1  # one process reports
+        results.append(json.loads(out.read_text())["evaluation"])
+    assert results[0]["overall"]["images"] == 35
+    assert all(result == results[0] for result in results[1:])
+
+
+def test_a_process_without_a_batch():
+    done = torchrun(2, "-m", "atm_triton", "eval", "--limit", "5", "--batch-size", "8")
+    assert done.returncode == 0, done.stderr
+    (line,) = (line.split() for line in done.stdout.splitlines() if line.startswith("all"))
+    assert line[1] == "5"
+
+
+def test_calibrate_gives_the_configuration_of_one_process(tmp_path):
+    found = {}
+    for processes in (1, 2, 3):
+        (tmp_path / str(processes)).mkdir()
+        done = torchrun(processes, HERE / "calibrating.py", tmp_path / str(processes))
+        assert done.returncode == 0, done.stderr
+        found[processes] = {path.read_text() for path in (tmp_path / str(processes)).glob("*.txt")}
+        assert len(list((tmp_path / str(processes)).glob("*.txt"))) == processes
+    assert len(found[1]) == 1 and found[1] == found[2] == found[3]
+
+
+def test_bad_input_is_one_line():
+    done = torchrun(2, "-m", "atm_triton", "eval", "--batch-size", "0")
+    assert done.returncode != 0
+    assert lines_of_ours(done) == ["atm-triton: batch size 0 is too small; give 1 or more"]
+
+
+def test_a_rank_that_dies_is_named(tmp_path):
+    done = torchrun(3, HERE / "calibrating.py", tmp_path, 1)
+    assert done.returncode != 0 and not list(tmp_path.iterdir())
+    assert lines_of_ours(done) == ["atm-triton: rank 1 has died: the run is ended"]
