@@ -21,7 +21,7 @@ from tqdm import tqdm
 from atm_triton import ops
 from atm_triton.block import ATMBlock, Tokens
 from atm_triton.config import ATMConfig
-from atm_triton.distributed import in_order, own
+from atm_triton.distributed import in_order, own, rank
 from atm_triton.evaluate import check_finite, compare, share
 from atm_triton.patch import apply_patch, install
 from atm_triton.shapes import Drawer, Predictor, Shape
@@ -30,7 +30,7 @@ DRAWS, KEPT, STEPS, FINALISTS = 60, 8, 30, 6
 FEW, SOME = 128, 256  # images to fit on which a draw is measured first, and what is kept or changed
 MANY = 768  # images to choose by
 BEYOND = 0.96  # of the goal: a little further on, more images change
-CLOSE = 0.004  # of the unmerged model's cost: how near a measured cost must come to the goal
+CLOSE = 0.004  # of the unmerged model's cost: how near a measured cost must come to the goal; of a draw twice as far
 TIE = 0.02  # a rougher shape must be better by more than this share of the root of the KL
 
 
@@ -108,7 +108,7 @@ class Meter:
             measured = [self.measure(config, part, limit) for part in parts]
             gflops, kl, agree = (torch.cat([getattr(m, n) for m in measured]) for n in ("gflops", "kl", "agree"))
             self._known[key] = Mean(*(column.mean().item() for column in (gflops, kl, agree, kl.clamp(min=0).sqrt())))
-            if self._notes is not None:
+            if self._notes is not None and rank() == 0:
                 with self._notes.open("a") as file:
                     file.write(json.dumps([key, *vars(self._known[key]).values()]) + "\n")
         return self._known[key]
@@ -164,7 +164,8 @@ class Search:
         bar: tqdm,
     ) -> None:
         self.meter, self.predictor, self.adapt, self.proportional = meter, predictor, adapt, proportional
-        self.most, self.seed, self.bar, self.close, self.least = most, seed, bar, CLOSE * predictor.unmerged, math.inf
+        self.most, self.seed, self.bar, self.least = most, seed, bar, math.inf
+        self._wrong = 0.0  # by how much costs were lately foretold too low
 
     def config(self, found: Found) -> ATMConfig:
         shape, scale = found
@@ -176,11 +177,17 @@ class Search:
         """The scale at which a shape costs ``goal`` on parts of the images, and what was measured there; None if none
         does. The foretold cost, moved by what it was wrong by, leads to the next scale to try."""
         wanted, low, high = goal, -math.inf, math.inf  # of log10 scale: too dear, too cheap
-        scale = self.foretold(shape, wanted) if scale is None else scale
+        close = CLOSE * self.predictor.unmerged * (2 if limit is not None and limit <= FEW else 1)
+        first = scale is None
+        if first:
+            wanted = goal - self._wrong
+            scale = self.foretold(shape, wanted)
         for _ in range(8):
             config = self.config((shape, scale))
             mean = self.meter.mean(config, parts, limit)
-            if abs(mean.gflops - goal) <= self.close:
+            if first:
+                self._wrong, first = self._wrong + max(-2 * close, min(2 * close, (mean.gflops - goal) / 2)), False
+            if abs(mean.gflops - goal) <= close:
                 return scale, mean
             if self.adapt == "static":
                 return None  # whole numbers do not come nearer

@@ -19,6 +19,7 @@ from atm_triton.model import leading_tokens
 from atm_triton.reference import largest_r, threshold
 
 FARTHEST = 2.0  # 1 - theta, of a theta of -1
+TRIES = 10  # for a shape that need not merge tokens at right angles to meet the goal
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,10 @@ class Drawer:
 
     def draw(self, number: int) -> Shape:
         """Half of the shapes are curves of the paper, if all blocks may merge; others merge in a window of blocks."""
+        shapes = (self._draw(number) for _ in range(TRIES))
+        return next((shape for shape in shapes if max(w or 0 for w in shape.weights) < 1), self._draw(number))
+
+    def _draw(self, number: int) -> Shape:
         split = self.rng.choice([None, self.depth])
         if number % 2 == 0 and self.most == self.merging:
             return self.shaped(self.curve((0, self.merging)), split, "curve")
