@@ -204,10 +204,10 @@ def _config(args: argparse.Namespace, depth: int, default: ATMConfig | None = No
         config = ATMConfig.preset(args.model, args.max_gflops, args.top1_drop)
     elif args.schedule is not None:
         config = ATMConfig(adapt="static", schedule=tuple(args.schedule))
-    elif _configured(args):
-        config = digits_config() if args.model == DIGITS else ATMConfig()
+    elif default is None or _configured(args):
+        config = digits_config(args.adapt) if args.model == DIGITS else ATMConfig()
     else:
-        config = default or (digits_config() if args.model == DIGITS else ATMConfig())
+        config = default
     names = ("adapt", "alpha", "beta", "theta_min", "split_depth", "backend")
     fields = {name: getattr(args, name) for name in names}
     if args.no_proportional_attention:

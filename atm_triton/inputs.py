@@ -67,9 +67,10 @@ def check_device(device: str) -> None:
         raise ValueError("--device cuda: torch sees no CUDA device here; give cpu")
 
 
-def digits_config() -> ATMConfig:
-    """The thresholds chosen for the digits model on its calibration split."""
-    return ATMConfig.from_json(digits_model.CONFIG.read_text())
+def digits_config(adapt: str = "batch") -> ATMConfig:
+    """The thresholds chosen for the digits model on its calibration split, for "batch" or for "image"."""
+    path = digits_model.IMAGE_CONFIG if adapt == "image" else digits_model.CONFIG
+    return ATMConfig.from_json(path.read_text())
 
 
 class DigitImages(Dataset):

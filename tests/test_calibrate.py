@@ -105,6 +105,15 @@ def test_a_limit_on_the_change(adapt, loader, small_search):
         assert seen.gflops < whole(model)
 
 
+@pytest.mark.parametrize("adapt", ["image", "static"])
+def test_few_blocks_merge(adapt, loader, small_search):
+    model = vit(depth=8)
+    target = Target(max_gflops=0.85 * whole(model))
+    config = calibrate(model, loader, target, adapt, max_merging_blocks=2, progress=False).config
+    merging = [bool(of_block) for of_block in (config.schedule if adapt == "static" else config.thresholds)]
+    assert 1 <= sum(merging) <= 2
+
+
 def test_the_smoother_of_two_that_tie():
     smooth = Shape((0.1, 0.2, 0.4, None), "image")
     rough = Shape((0.1, 0.9, 0.2, None), "image")
@@ -170,6 +179,8 @@ def test_bad_input(loader):
         calibrate(apply_patch(vit()), loader, target)
     with pytest.raises(ValueError, match="the model is in training mode: call model.eval"):
         calibrate(vit().train(), loader, target)
+    with pytest.raises(ValueError, match="^max_merging_blocks=0 is too small; give 1 or more$"):
+        calibrate(model, loader, target, max_merging_blocks=0)
     lowest = Predictor(model, (3, 40, 40), [], True).lowest
     with pytest.raises(ValueError, match=f"^max_gflops=1e-05 is below {lowest:.4g}, the lowest that merging"):
         found(model, loader, max_gflops=1e-5)

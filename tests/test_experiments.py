@@ -1,0 +1,68 @@
+"""The experiments behind the result files, in the small."""
+
+import json
+
+import pytest
+
+from atm_triton import search
+from benchmarks import adaptivity, calibration, invariance
+
+
+@pytest.fixture(autouse=True)
+def small_search(monkeypatch):
+    for name, value in {"DRAWS": 4, "KEPT": 2, "STEPS": 2, "FINALISTS": 2}.items():
+        monkeypatch.setattr(search, name, value)
+
+
+def rows_of(main, out, *options):
+    assert main([*options, "--out", str(out)]) == 0
+    return json.loads(out.read_text())["rows"]
+
+
+def test_invariance(tmp_path, monkeypatch):
+    monkeypatch.setattr(invariance, "BATCH_SIZES", (3, 8))
+    rows = rows_of(invariance.main, tmp_path / "out.json", "--images", "12")
+    assert [row["batch_size"] for row in rows] == [3, 3, 8, 8] * 2
+    for row in rows:
+        if row["adapt"] == "image":
+            assert row["other_assignments"] == row["other_predictions"] == 0 and row["logits_differ_by"] < 1e-4
+        else:
+            assert row["other_assignments"] > 0 and row["logits_differ_by"] > 1e-4
+
+
+def test_adaptivity(tmp_path, monkeypatch):
+    monkeypatch.setattr(adaptivity, "SHARES", (0.45,))
+    rows = rows_of(adaptivity.main, tmp_path / "out.json", "--images", "64", "--test", "20")
+    assert [row["adapt"] for row in rows] == ["image", "batch", "static"]
+    assert all(0.35 < row["saved"] < 0.55 for row in rows)
+    easy, *_, hard = (tenth["gflops"] for tenth in rows[0]["deciles"])
+    assert easy < hard
+    batch, static = rows[1]["deciles"], rows[2]["deciles"]
+    assert len({tenth["gflops"] for tenth in batch}) == 1 and not static
+
+
+def test_calibration(tmp_path, capsys):
+    out, options = tmp_path / "out.json", ("--images", "64", "--test", "20", "--draws", "4", "--shares", "0.4")
+    rows = rows_of(calibration.main, out, *options)
+    assert [row["method"] for row in rows] == ["calibrated", *["calibrated", "curve"] * 3, *calibration.RAMPS]
+    assert all(row["overall"]["kl"] >= 0 and row["overall"]["images"] == 20 for row in rows)
+    assert all(0.25 < row["saved"] < 0.55 for row in rows[1:])
+    constant, rising, falling = (row["config"]["schedule"][:-1] for row in rows[-3:])
+    assert max(constant) - min(constant) <= 1 and rising == sorted(rising) and falling == sorted(falling, reverse=True)
+    assert (tmp_path / "out.png").stat().st_size > 1000
+    assert len(capsys.readouterr().out.splitlines()) == len(rows)
+
+
+@pytest.mark.parametrize(
+    ("main", "options", "message"),
+    [
+        (invariance.main, ["--images", "0"], "invariance: --images 0 is too few; give 1 or more"),
+        (adaptivity.main, ["--images", "0"], "adaptivity: --images and --test want 1 or more"),
+        (calibration.main, ["--draws", "0"], "calibration: --draws, --images and --test want 1 or more"),
+        (calibration.main, ["--out", "/nowhere/out.json"], "calibration: --out /nowhere/out.json: its directory does"),
+    ],
+)
+def test_bad_input(main, options, message, capsys):
+    assert main(options) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(message)
