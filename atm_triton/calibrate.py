@@ -20,11 +20,10 @@ from tqdm import tqdm
 from atm_triton.config import ADAPT, ATMConfig
 from atm_triton.distributed import silent
 from atm_triton.patch import check_model
-from atm_triton.search import DRAWS, FINALISTS, KEPT, STEPS, Found, Mean, Measured, Meter, Search, similarities
+from atm_triton.search import DRAWS, FINALISTS, KEPT, SEEN, STEPS, Found, Mean, Measured, Meter, Search, similarities
 from atm_triton.shapes import Predictor, Shape
 
 PARTS = {"fit": 3, "choose": 3, "promise": 2}  # in eighths
-SEEN = ("fit", "choose")
 LEAST_IMAGES = 64
 
 
@@ -193,9 +192,7 @@ def _found(search: Search, target: Target) -> Found:
     """The chosen shape and scale. A target that limits the change first gets its cost from a plain shape; in the end
     the scale is set on all images that the search may see."""
     if target.max_gflops is not None:
-        shape, scale = search.run(target.max_gflops)
-        met = search.meet(shape, target.max_gflops, scale, None, SEEN)
-        return shape, scale if met is None else met[0]
+        return search.settled(search.run(target.max_gflops), target.max_gflops)
     predictor = search.predictor
     merging = min(search.most or predictor.merging, predictor.merging)
     plain = Shape((*[1.0] * merging, *[None] * (len(predictor.blocks) - merging)), search.adapt)

@@ -26,11 +26,13 @@ from atm_triton.evaluate import check_finite, compare, share
 from atm_triton.patch import apply_patch, install
 from atm_triton.shapes import Drawer, Predictor, Shape
 
+SEEN = ("fit", "choose")  # parts of the images
 DRAWS, KEPT, STEPS, FINALISTS = 60, 8, 30, 6
 FEW, SOME = 128, 256  # images to fit on which a draw is measured first, and what is kept or changed
 MANY = 768  # images to choose by
 BEYOND = 0.96  # of the goal: a little further on, more images change
 CLOSE = 0.004  # of the unmerged model's cost: how near a measured cost must come to the goal; of a draw twice as far
+COARSE = 4  # times that far is taken where nothing is nearer: one r for few small batches changes in steps
 TIE = 0.02  # a rougher shape must be better by more than this share of the root of the KL
 
 
@@ -165,32 +167,33 @@ class Search:
     ) -> None:
         self.meter, self.predictor, self.adapt, self.proportional = meter, predictor, adapt, proportional
         self.most, self.seed, self.bar, self.least = most, seed, bar, math.inf
-        self._wrong = 0.0  # by how much costs were lately foretold too low
+        self._lately = 0.0  # by how much costs were foretold too low
 
     def config(self, found: Found) -> ATMConfig:
         shape, scale = found
         return shape.config(scale, **self.meter.fields)
 
     def meet(
-        self, shape: Shape, goal: float, scale: float | None, limit: int | None, parts: tuple[str, ...] = ("fit",)
+        self, shape: Shape, goal: float, wrong: float | None, limit: int | None, parts: tuple[str, ...] = ("fit",)
     ) -> tuple[float, Mean] | None:
         """The scale at which a shape costs ``goal`` on parts of the images, and what was measured there; None if none
-        does. The foretold cost, moved by what it was wrong by, leads to the next scale to try."""
-        wanted, low, high = goal, -math.inf, math.inf  # of log10 scale: too dear, too cheap
+        does. The foretold cost, moved by what it was wrong by, leads to the next scale to try. ``wrong``: what it is
+        too low by for a shape nearby; None: what it lately was."""
+        low, high = -math.inf, math.inf  # of log10 scale: too dear, too cheap
+        tried = []
         close = CLOSE * self.predictor.unmerged * (2 if limit is not None and limit <= FEW else 1)
-        first = scale is None
-        if first:
-            wanted = goal - self._wrong
-            scale = self.foretold(shape, wanted)
-        for _ in range(8):
+        wanted = goal - (self._lately if wrong is None else wrong)
+        scale = self.foretold(shape, wanted)
+        for attempt in range(8):
             config = self.config((shape, scale))
             mean = self.meter.mean(config, parts, limit)
-            if first:
-                self._wrong, first = self._wrong + max(-2 * close, min(2 * close, (mean.gflops - goal) / 2)), False
+            if attempt == 0 and wrong is None:
+                self._lately += max(-2 * close, min(2 * close, (mean.gflops - goal) / 2))
             if abs(mean.gflops - goal) <= close:
                 return scale, mean
             if self.adapt == "static":
                 return None  # whole numbers do not come nearer
+            tried.append((abs(mean.gflops - goal), scale, mean))
             at = math.log10(scale)
             low, high = (max(low, at), high) if mean.gflops > goal else (low, min(high, at))
             wanted += 0.9 * (goal - mean.gflops)
@@ -198,18 +201,22 @@ class Search:
             if not low < following < high:
                 following = (low + high) / 2 if math.inf not in (-low, high) else at + (0.1 if low == at else -0.1)
             scale = 10**following
-        return None
+        far, scale, mean = min(tried, key=lambda attempt: attempt[0])
+        return (scale, mean) if far <= COARSE * close else None
+
+    def cost(self, found: Found) -> float:
+        """What is foretold that it costs."""
+        config = self.config(found)
+        if self.adapt == "static":
+            return self.predictor.of_schedule(config.schedule)
+        return self.predictor.of_thresholds(config.thresholds, self.adapt)
 
     def foretold(self, shape: Shape, goal: float) -> float:
+        """The scale at which a shape should cost ``goal``."""
         low, high = -4.0, 4.0
         for _ in range(30):
             middle = (low + high) / 2
-            config = self.config((shape, 10**middle))
-            if self.adapt == "static":
-                cost = self.predictor.of_schedule(config.schedule)
-            else:
-                cost = self.predictor.of_thresholds(config.thresholds, self.adapt)
-            low, high = (middle, high) if cost > goal else (low, middle)
+            low, high = (middle, high) if self.cost((shape, 10**middle)) > goal else (low, middle)
         return 10**high
 
     def run(self, goal: float) -> Found:
@@ -217,30 +224,34 @@ class Search:
         rng = random.Random(self.seed)
         drawer = Drawer(self.predictor, self.adapt, self.proportional, self.most, rng, goal)
         drawn = ranked([self.measured(drawer.draw(number), goal, None, FEW) for number in range(DRAWS)])
-        if not drawn:
-            raise ValueError(f"none of {DRAWS} draws costs {goal:.4g} GFLOPs; take another target")
         kept = drawn[:KEPT]
         if not any(shape.family == "curve" for _, (shape, _) in kept):
             kept += [scored for scored in drawn if scored[1][0].family == "curve"][:1]
-        fitted = ranked([self.measured(shape, goal, scale, SOME) for _, (shape, scale) in kept])
+        fitted = ranked([self.measured(found[0], goal, goal - self.cost(found), SOME) for _, found in kept])
+        if not fitted:
+            raise ValueError(f"none of {DRAWS} draws costs {goal:.4g} GFLOPs; take another target, or more images")
         beam = fitted[:3]
         for step in range(STEPS):
-            root, (shape, scale) = beam[step % len(beam)]
-            child = self.measured(drawer.changed(shape), goal, scale, SOME)
+            root, found = beam[step % len(beam)]
+            child = self.measured(drawer.changed(found[0]), goal, goal - self.cost(found), SOME)
             if child is not None and child[0] < root:
                 beam[step % len(beam)] = child
         last = {found[0]: found for _, found in ranked(beam + fitted)}
         return smoothest([(self.judged(found, goal), found) for found in list(last.values())[:FINALISTS]])
 
+    def settled(self, found: Found, goal: float) -> Found:
+        """With the scale at which it costs the goal on all images that the search may see."""
+        met = self.meet(found[0], goal, goal - self.cost(found), None, SEEN)
+        return found if met is None else (found[0], met[0])
+
     def judged(self, found: Found, goal: float) -> float:
         """The root of the KL on the images to choose by, at the goal and beyond it."""
-        shape, scale = found
-        beyond = self.measured(shape, BEYOND * goal, scale, SOME)
+        beyond = self.measured(found[0], BEYOND * goal, goal - self.cost(found), SOME)
         configs = [self.config(found)] + ([] if beyond is None else [self.config(beyond[1])])
         return sum(self.meter.mean(config, ("choose",), MANY).root for config in configs) / len(configs)
 
-    def measured(self, shape: Shape, goal: float, scale: float | None, limit: int | None) -> Scored | None:
-        met = self.meet(shape, goal, scale, limit)
+    def measured(self, shape: Shape, goal: float, wrong: float | None, limit: int | None) -> Scored | None:
+        met = self.meet(shape, goal, wrong, limit)
         self.bar.update()
         if met is None:
             return None

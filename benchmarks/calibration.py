@@ -2,13 +2,14 @@
 
 For each share of the MACs and each way to adapt: :func:`atm_triton.calibrate`, and the best of 200 random curves of the
 paper on the same images; and of given r's the constant one (ToMe), the best increasing and the best decreasing one. All
-are judged on the test split. What lies in the result file from the same commit is not measured again; under torchrun
+are judged on the test split. What lies in the result file from the same code is not measured again; under torchrun
 the images are dealt out.
 """
 
 import argparse
 import json
 import random
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from atm_triton import ATMConfig, Target, calibrate
-from atm_triton.calibrate import SEEN, split_images
+from atm_triton.calibrate import split_images
 from atm_triton.distributed import own, rank, silent, start, stop
 from atm_triton.env import check_file, environment, write_result
 from atm_triton.errors import exit_code
@@ -80,11 +81,11 @@ class Bench:
         drawer = Drawer(self.predictor, adapt, True, None, random.Random(1), goal)
         bar = tqdm(range(draws), desc=f"curves, {adapt}", unit="curve", disable=silent(""))
         drawn = [search.measured(random_curve(drawer), goal, None, FEW // 2) for _ in bar]
-        fitted = [search.measured(shape, goal, scale, SOME) for _, (shape, scale) in ranked(drawn)[:KEPT]]
+        kept = [found for _, found in ranked(drawn)[:KEPT]]
+        fitted = [search.measured(found[0], goal, goal - search.cost(found), SOME) for found in kept]
         last = [found for _, found in ranked(fitted)[:LAST]]
-        shape, scale = min(last, key=lambda found: self.meter.mean(search.config(found), ("choose",), MANY).root)
-        scale, _ = search.meet(shape, goal, scale, None, SEEN) or (scale, None)
-        return self.judged(search.config((shape, scale)))
+        best = min(last, key=lambda found: self.meter.mean(search.config(found), ("choose",), MANY).root)
+        return self.judged(search.config(search.settled(best, goal)))
 
     def given(self, ramps: tuple[tuple[float, float], ...], goal: float) -> dict[str, Any]:
         """Of given r's that rise or fall with depth the best, with alternate grouping as ToMe has it."""
@@ -130,13 +131,18 @@ def measured(bench: Bench, cell: dict[str, Any], draws: int) -> dict[str, Any]:
 
 
 def known(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of a file that this very commit and these settings made, as far as they went."""
+    """The rows of a file that this very code and these settings made, as far as they went."""
     if not path.exists():
         return []
-    document, here = json.loads(path.read_text()), environment()
-    same = {"commit", "dirty"}
-    alike = all(document["environment"][name] == here[name] for name in same) and not here["dirty"]
-    return document["rows"] if alike and document["settings"] == settings else []
+    document = json.loads(path.read_text())
+    made = document["environment"]
+    clean = not made["dirty"] and not environment()["dirty"] and document["settings"] == settings
+    return document["rows"] if clean and _same_code(made["commit"]) else []
+
+
+def _same_code(commit: str) -> bool:
+    command = ["git", "diff", "--quiet", commit, "--", "atm_triton", "benchmarks/digits", "benchmarks/calibration.py"]
+    return subprocess.run(command, cwd=Path(__file__).parents[1], stderr=subprocess.DEVNULL).returncode == 0
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:

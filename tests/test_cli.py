@@ -111,6 +111,30 @@ def test_bench(tmp_path, capsys):
     assert "free-merge bound" in capsys.readouterr().out
 
 
+def test_bench_of_packed_images(tmp_path):
+    """DeiT-S merges as many tokens as the digits do, image by image; beside it the same number, alike in all images."""
+    out, options = tmp_path / "bench.json", ["--batches", "1", "--batch-size", "4", "--repeats", "1"]
+    assert main(["bench", "--adapt", "image", *options, "--json", str(out)]) == 0
+    digits, deit = json.loads(out.read_text())["cases"]
+    assert "deit_small_patch16_224, random weights, random images, counts of the digits, batch 4" in deit["title"]
+    for case in (digits, deit):
+        rows = {row["name"]: row for row in case["rows"]}
+        assert list(rows) == ["timm", "free-merge bound", "ToMe", "ATM", "one r a batch"]
+        assert rows["ATM"]["tokens"] == rows["free-merge bound"]["tokens"]
+        assert abs(rows["ATM"]["gflops"] - rows["one r a batch"]["gflops"]) < 0.05 * rows["timm"]["gflops"]
+    assert digits["config"]["adapt"] == deit["config"]["adapt"] == "image"
+    assert digits["rows"][3]["tokens"] == deit["rows"][3]["tokens"]
+
+
+def test_eval_by_each_images_own_count(tmp_path):
+    out = tmp_path / "eval.json"
+    assert main(["eval", *FEW, "--adapt", "image", "--json", str(out)]) == 0
+    result = json.loads(out.read_text())
+    assert result["config"] == json.loads(digits_config("image").to_json())
+    easy, *_, hard = result["evaluation"]["deciles"]
+    assert easy["gflops"] < hard["gflops"]
+
+
 def test_bench_of_a_given_model_and_schedule(capsys):
     arguments = ["--model", "deit_tiny_patch16_224", "--batch-size", "1", "--repeats", "1"]
     assert main(["bench", *arguments, "--schedule", *["13"] * 12, "--split-depth", "12"]) == 0
@@ -127,7 +151,7 @@ def test_env(tmp_path, capsys):
     assert {"torch", "timm", "cpu", "commit", "dirty", "utc", "command"} <= facts.keys()
 
 
-@pytest.mark.parametrize("command", ["bench", "eval", "env"])
+@pytest.mark.parametrize("command", ["bench", "eval", "calibrate", "env"])
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
