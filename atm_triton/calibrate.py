@@ -4,7 +4,6 @@ A model, some images without labels, and a wish: so many GFLOPs, or so little ch
 are fitted to, three choose among what fits, and two, which neither saw, measure what is promised.
 """
 
-import json
 import math
 import random
 from collections.abc import Iterable
@@ -17,10 +16,11 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from tqdm import tqdm
 
+from atm_triton import search as searching
 from atm_triton.config import ADAPT, ATMConfig
 from atm_triton.distributed import silent
 from atm_triton.patch import check_model
-from atm_triton.search import DRAWS, FINALISTS, KEPT, SEEN, STEPS, Found, Mean, Measured, Meter, Search, similarities
+from atm_triton.search import SEEN, Found, Mean, Measured, Meter, Search, similarities
 from atm_triton.shapes import Predictor, Shape
 
 PARTS = {"fit": 3, "choose": 3, "promise": 2}  # in eighths
@@ -89,7 +89,7 @@ class Promise:
 @dataclass(frozen=True)
 class Calibration:
     """The ``config`` for a ``target``, found on ``images`` images, and its ``promise``. ``family``: "curve" where its
-    thresholds are the paper's Eq. 1, else "free". ``passes``: whole passes of an image through the model."""
+    thresholds are the paper's Eq. 1, else "free". ``passes``: of an image through the model, in this run."""
 
     config: ATMConfig
     target: Target
@@ -145,14 +145,15 @@ def calibrate(
     meter = Meter(model, parts, settings, notes)
     found = similarities(model, parts["fit"], ATMConfig(**settings))
     predictor = Predictor(model, tuple(parts["fit"][0].shape[1:]), found, cls_only_last)
-    _check_reachable(target, predictor)
-    shapes = DRAWS + KEPT + STEPS + FINALISTS
-    with tqdm(total=shapes, desc="calibrate", unit="shape", disable=silent("" if progress else None)) as bar:
+    _check_reachable(target, predictor, max_merging_blocks)
+    with tqdm(
+        total=searching.shapes(), desc="calibrate", unit="shape", disable=silent("" if progress else None)
+    ) as bar:
         search = Search(meter, predictor, adapt, proportional_attention, max_merging_blocks, seed, bar)
         shape, scale = _found(search, target)
     config = search.config((shape, scale))
     promise = Promise.of(meter.measure(config, "promise"))
-    passes = meter.images + 2 * number
+    passes = meter.images + number + sum(map(len, parts["fit"]))
     return Calibration(config, target, number, promise, predictor.unmerged, shape.family, passes, seed)
 
 
@@ -175,12 +176,13 @@ def split_images(loader: Iterable, seed: int) -> tuple[dict[str, list[Tensor]], 
     return parts, number
 
 
-def _check_reachable(target: Target, predictor: Predictor) -> None:
+def _check_reachable(target: Target, predictor: Predictor, max_merging_blocks: int | None) -> None:
     if target.max_gflops is None:
         return
-    if target.max_gflops < predictor.lowest:
+    lowest = predictor.lowest(max_merging_blocks)
+    if target.max_gflops < lowest:
         raise ValueError(
-            f"max_gflops={target.max_gflops:g} is below {predictor.lowest:.4g}, the lowest that merging can reach here"
+            f"max_gflops={target.max_gflops:g} is below {lowest:.4g}, the lowest that merging can reach here"
         )
     if target.max_gflops >= predictor.highest:
         raise ValueError(
@@ -194,8 +196,11 @@ def _found(search: Search, target: Target) -> Found:
     if target.max_gflops is not None:
         return search.settled(search.run(target.max_gflops), target.max_gflops)
     predictor = search.predictor
-    merging = min(search.most or predictor.merging, predictor.merging)
-    plain = Shape((*[1.0] * merging, *[None] * (len(predictor.blocks) - merging)), search.adapt)
+    first, most = (0, predictor.merging) if search.most is None else (1, search.most)
+    blocks = range(len(predictor.blocks))
+    plain = Shape(
+        tuple(1.0 if first <= i < min(first + most, predictor.merging) else None for i in blocks), search.adapt
+    )
     goal = search.meter.mean(search.config((plain, _largest_scale(search, plain, target))), SEEN).gflops
     shape, _ = search.run(goal)
     return shape, _largest_scale(search, shape, target)
@@ -204,21 +209,13 @@ def _found(search: Search, target: Target) -> Found:
 def _largest_scale(search: Search, shape: Shape, target: Target) -> float:
     """How much a shape may merge for the target to hold."""
     low, high = -5.0, 3.0
+    least = search.meter.mean(search.config((shape, 10**low)), SEEN)
+    if not target.holds(least):
+        raise ValueError(
+            f"the target cannot be held: hardly merging has KL {least.kl:.2g}, agreement {least.agreement:g}"
+        )
     for _ in range(12):
         middle = (low + high) / 2
         holds = target.holds(search.meter.mean(search.config((shape, 10**middle)), SEEN))
         low, high = (middle, high) if holds else (low, middle)
     return 10**low
-
-
-def open_notes(path: Path, asked: dict[str, Any]) -> None:
-    """Make the file that remembers measurements, or go on with it if it is about the same.
-
-    Raises:
-        ValueError: it lies there from another calibration.
-    """
-    first = json.dumps(asked, default=str) + "\n"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else [first]
-    if lines[:1] != [first]:
-        raise ValueError(f"{path} is of another calibration that was interrupted; delete it, or choose another --out")
-    path.write_text("".join(line for line in lines if line.endswith("\n")))  # the last may be cut short

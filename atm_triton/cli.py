@@ -16,8 +16,8 @@ import torch
 from timm.data import resolve_model_data_config
 from timm.models.vision_transformer import VisionTransformer
 
-from atm_triton import __version__, report
-from atm_triton.calibrate import Target, calibrate, open_notes
+from atm_triton import report
+from atm_triton.calibrate import Target, calibrate
 from atm_triton.config import ADAPT, BACKENDS, ATMConfig
 from atm_triton.distributed import rank, start, stop
 from atm_triton.env import check_file, environment, write_result
@@ -81,6 +81,8 @@ def _image_case(args: argparse.Namespace) -> Case:
 
 def _random_case(args: argparse.Namespace, name: str, checkpoint: Path | None = None, pretrained: bool = False) -> Case:
     """A model on random images: thresholds mean nothing there, so it runs a stated schedule."""
+    if args.adapt in ("batch", "image"):
+        raise ValueError(f"thresholds mean nothing on random images: give {name} a --schedule, or --data DIR")
     model = open_model(name, checkpoint, pretrained).to(args.device, DTYPES[args.dtype])
     depth = len(model.blocks)
     config = _config(args, depth, ATMConfig(adapt="static", schedule=(RANDOM_R,) * depth))
@@ -148,11 +150,10 @@ def run_calibrate(args: argparse.Namespace) -> dict[str, Any]:
     size = 64 if args.batch_size is None else args.batch_size
     loader = open_images(model, data, args.split, args.images, size, args.workers, args.device, labelled=False)
     transform = {name: resolve_model_data_config(model)[name] for name in TRANSFORM}
-    about = {"model": args.model, "data": data, "split": args.split if data == DIGITS else None, "transform": transform}
-    asked = about | {"adapt": args.adapt, "seed": args.seed, "images": len(loader.dataset), "target": asdict(target)}
-    asked |= {"max_merging_blocks": args.max_merging_blocks}
+    weights = "pretrained" if args.checkpoint is None else args.checkpoint.name
+    about = {"model": args.model, "weights": weights, "data": data, "transform": transform}
+    about |= {"split": args.split if data == DIGITS else None, "batch_size": size, "dtype": args.dtype}
     notes = Path(f"{args.out}.partial")
-    open_notes(notes, asked | {"atm_triton": __version__, "dtype": args.dtype, "batch_size": size})
     options = {"max_merging_blocks": args.max_merging_blocks, "backend": args.backend, "seed": args.seed}
     found = calibrate(model, loader, target, args.adapt, **options, notes=notes)
     source = f"atm-triton calibrate, {args.model} on {found.images} images of {data}"
@@ -305,7 +306,10 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run a command; 0 when it is done, 2 on bad input."""
     args = _parser().parse_args(argv)
-    return exit_code("atm-triton", lambda: _run(args))
+    try:
+        return exit_code("atm-triton", lambda: _run(args))
+    finally:
+        stop()  # after the error, if there was one: the others are told of it
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -314,13 +318,10 @@ def _run(args: argparse.Namespace) -> None:
         check_file("--json", args.json)
     check_device(device)
     start(device)
-    try:
-        with redirect_stdout(io.StringIO()) if rank() else nullcontext():  # one process reports
-            result = args.run(args)
-        if args.json is not None and rank() == 0:
-            write_result(args.json, result)
-    finally:
-        stop()
+    with redirect_stdout(io.StringIO()) if rank() else nullcontext():  # one process reports
+        result = args.run(args)
+    if args.json is not None and rank() == 0:
+        write_result(args.json, result)
 
 
 if __name__ == "__main__":

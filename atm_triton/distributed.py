@@ -14,7 +14,6 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.utils.data import Dataset, Subset
 
 T = TypeVar("T")
 WAIT = timedelta(hours=2)  # for the slowest process to come to a meeting point
@@ -39,7 +38,10 @@ def start(device: str) -> None:
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         return
     if device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        gpu, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if gpu >= gpus:
+            raise ValueError(f"torchrun starts more processes on this machine than its {gpus} GPUs; start {gpus}")
+        torch.cuda.set_device(gpu)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=WAIT)
     signal.signal(signal.SIGTERM, lambda *_: _end())  # what torchrun sends when a process has died
 
@@ -54,12 +56,21 @@ def own(batches: Sequence[T]) -> list[T]:
     return list(batches[rank() :: world_size()])
 
 
-def shard(dataset: Dataset, batch_size: int) -> Dataset:
-    """The part of a dataset that makes the :func:`own` batches."""
+def own_images(count: int, batch_size: int) -> list[int]:
+    """Which of ``count`` images make the :func:`own` batches."""
+    return [i for batch in own(torch.arange(count).split(batch_size)) for i in batch.tolist()]
+
+
+def from_first(value: T) -> T:
+    """What the first process has, on every one."""
     if world_size() == 1:
-        return dataset
-    indices = torch.arange(len(dataset)).split(batch_size)
-    return Subset(dataset, [i for batch in own(indices) for i in batch.tolist()])
+        return value
+    values = [value]
+    try:
+        dist.broadcast_object_list(values)
+    except RuntimeError:  # a connection was closed
+        _end()
+    return values[0]
 
 
 def in_order(rows: list[T]) -> list[T]:
@@ -94,9 +105,11 @@ def _end() -> NoReturn:
     others = range(world_size())
     alive = [r for r in others if store.check([f"alive {r}"])]
     dead = [r for r in others if r not in alive and not store.check([f"failed {r}"])]
-    if dead and rank() == alive[0]:
-        who = f"rank {dead[0]} has" if len(dead) == 1 else f"ranks {', '.join(map(str, dead))} have"
-        print(f"atm-triton: {who} died: the run is ended", file=sys.stderr, flush=True)
+    told = any(store.check([f"failed {r}"]) for r in others)
+    if rank() == alive[0] and (dead or not told):
+        names = f"rank{'s' * (len(dead) > 1)} {', '.join(map(str, dead))} {'have' if len(dead) > 1 else 'has'} died"
+        why = names if dead else f"a process was stopped, or did not answer within {WAIT}"
+        print(f"atm-triton: {why}: the run is ended", file=sys.stderr, flush=True)
     os._exit(1)
 
 

@@ -38,6 +38,8 @@ def check_file(option: str, path: Path) -> None:
         raise FileNotFoundError(f"{option} {path}: its directory does not exist")
     if path.is_dir():
         raise IsADirectoryError(f"{option} {path} is a directory; name a file in it")
+    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+        raise PermissionError(f"{option} {path} cannot be written; choose another")
 
 
 def write_result(path: Path, result: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from atm_triton.config import ATMConfig
 from atm_triton.digits import model as digits_model
 from atm_triton.digits.render import render
-from atm_triton.distributed import shard
+from atm_triton.distributed import own_images
 from atm_triton.patch import check_model
 
 DIGITS = "digits"
@@ -150,12 +150,15 @@ def open_images(
             shape = " x ".join(map(str, config["input_size"]))
             raise ValueError(f"the digits are 1 x 112 x 112, the model takes {shape}: give it a directory of images")
         digits = DigitImages(split, limit or TEST_IMAGES)
-        return DataLoader(shard(digits, batch_size) if dealt else digits, batch_size=batch_size)
+        mine = Subset(digits, own_images(len(digits), batch_size)) if dealt else digits
+        return DataLoader(mine, batch_size=batch_size)
     if not Path(data).is_dir():
         raise FileNotFoundError(f"directory {data} does not exist")
     dataset = (_folders if labelled else _spread)(data, config["input_size"][0], limit)
+    if dealt:
+        dataset.samples = [dataset.samples[i] for i in own_images(len(dataset.samples), batch_size)]
     return create_loader(
-        shard(dataset, batch_size) if dealt else dataset,
+        dataset,
         batch_size=batch_size,
         is_training=False,
         use_prefetcher=False,
@@ -187,6 +190,5 @@ def _spread(data: str, channels: int, limit: int | None) -> "AnyImages":
 
 def labels_fit(loader: DataLoader, model: VisionTransformer) -> bool:
     """Whether the labels are the model's classes: a folder for each of them, or the digits."""
-    dataset = loader.dataset.dataset if isinstance(loader.dataset, Subset) else loader.dataset
-    classes = getattr(dataset, "classes", range(10))
+    classes = getattr(loader.dataset, "classes", range(10))
     return len(classes) == model.num_classes

@@ -7,10 +7,10 @@ measured is not measured again, also not by a run that goes on where another was
 it asks the same questions.
 """
 
-import json
 import math
 import random
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -21,8 +21,9 @@ from tqdm import tqdm
 from atm_triton import ops
 from atm_triton.block import ATMBlock, Tokens
 from atm_triton.config import ATMConfig
-from atm_triton.distributed import in_order, own, rank
+from atm_triton.distributed import in_order, own
 from atm_triton.evaluate import check_finite, compare, share
+from atm_triton.notes import Notes
 from atm_triton.patch import apply_patch, install
 from atm_triton.shapes import Drawer, Predictor, Shape
 
@@ -76,11 +77,10 @@ class Meter:
         self._own = {name: own(batches) for name, batches in parts.items()}
         self._patched = share(model)
         self._base = {name: [self._unmerged(x) for x in batches] for name, batches in self._own.items()}
-        self._notes, self._known = notes, {}
-        if notes is not None and notes.exists():
-            for line in notes.read_text().splitlines()[1:]:
-                key, *values = json.loads(line)
-                self._known[key] = Mean(*values)
+        size = max(len(batches[0]) for batches in parts.values())
+        logits = [in_order([x.double().abs().mean().item() for x in batches]) for batches in self._base.values()]
+        self._notes = Notes(notes, [size, *(mean for means in logits for mean in means)])
+        self._counts = {name: list(accumulate(map(len, batches))) for name, batches in parts.items()}
 
     @torch.inference_mode()
     def _unmerged(self, images: Tensor) -> Tensor:
@@ -91,29 +91,25 @@ class Meter:
     @torch.inference_mode()
     def measure(self, config: ATMConfig, part: str, limit: int | None = None) -> Measured:
         """On the first batches of a part, which hold ``limit`` images or a few more; None: on all."""
-        batches = self._own[part]
+        counts = self._counts[part]
+        first = len(counts) if limit is None else sum(images < limit for images in counts) + 1
+        mine = len(own(counts[:first]))
         patched = apply_patch(self._patched, config)
-        rows, seen = [], 0
-        for number, (images, before) in enumerate(zip(batches, self._base[part], strict=True)):
-            if limit is not None and seen >= limit:
-                break
-            rows.append(compare(patched, images, before, number))
-            seen += len(images)
-        every = in_order(rows)
+        batches = zip(self._own[part][:mine], self._base[part][:mine], strict=True)
+        every = in_order([compare(patched, *batch, number) for number, batch in enumerate(batches)])
         columns = [torch.cat([row[name] for row in every]).double() for name in ("gflops", "kl", "agree")]
         self.images += len(columns[0])
         return Measured(*columns)
 
     def mean(self, config: ATMConfig, parts: tuple[str, ...], limit: int | None = None) -> Mean:
         key = f"{' '.join(parts)} {limit} {config.to_json()}"
-        if key not in self._known:
+        known = self._notes.get(key)
+        if known is None:
             measured = [self.measure(config, part, limit) for part in parts]
             gflops, kl, agree = (torch.cat([getattr(m, n) for m in measured]) for n in ("gflops", "kl", "agree"))
-            self._known[key] = Mean(*(column.mean().item() for column in (gflops, kl, agree, kl.clamp(min=0).sqrt())))
-            if self._notes is not None and rank() == 0:
-                with self._notes.open("a") as file:
-                    file.write(json.dumps([key, *vars(self._known[key]).values()]) + "\n")
-        return self._known[key]
+            known = [column.mean().item() for column in (gflops, kl, agree, kl.clamp(min=0).sqrt())]
+            self._notes.add(key, known)
+        return Mean(*known)
 
 
 class SimilarityBlock(ATMBlock):
@@ -167,6 +163,7 @@ class Search:
     ) -> None:
         self.meter, self.predictor, self.adapt, self.proportional = meter, predictor, adapt, proportional
         self.most, self.seed, self.bar, self.least = most, seed, bar, math.inf
+        self._stage: tuple[float, int | None] | None = None  # what the least KL is of
         self._lately = 0.0  # by how much costs were foretold too low
 
     def config(self, found: Found) -> ATMConfig:
@@ -245,10 +242,14 @@ class Search:
         return found if met is None else (found[0], met[0])
 
     def judged(self, found: Found, goal: float) -> float:
-        """The root of the KL on the images to choose by, at the goal and beyond it."""
+        """The root of the KL on the images to choose by, midway between the goal and a cost beyond it: what was set on
+        other images costs more or less here, so that two costs are measured."""
         beyond = self.measured(found[0], BEYOND * goal, goal - self.cost(found), SOME)
-        configs = [self.config(found)] + ([] if beyond is None else [self.config(beyond[1])])
-        return sum(self.meter.mean(config, ("choose",), MANY).root for config in configs) / len(configs)
+        near = self.meter.mean(self.config(found), ("choose",), MANY)
+        if beyond is None:
+            return near.root
+        far = self.meter.mean(self.config(beyond[1]), ("choose",), MANY)
+        return _interpolated(near, far, (1 + BEYOND) / 2 * goal)
 
     def measured(self, shape: Shape, goal: float, wrong: float | None, limit: int | None) -> Scored | None:
         met = self.meet(shape, goal, wrong, limit)
@@ -256,9 +257,25 @@ class Search:
         if met is None:
             return None
         scale, mean = met
+        if (goal, limit) != self._stage:
+            self._stage, self.least = (goal, limit), math.inf
         self.least = min(self.least, mean.kl)
-        self.bar.set_postfix_str(f"least KL {self.least:.2g}")
+        self.bar.set_postfix_str(f"best KL {self.least:.2g}")
         return mean.root, (shape, scale)
+
+
+def shapes() -> int:
+    """How many a search measures."""
+    return DRAWS + KEPT + STEPS + FINALISTS
+
+
+def _interpolated(near: Mean, far: Mean, gflops: float) -> float:
+    """The root of the KL at a cost between two, along a line in its logarithm."""
+    step = far.gflops - near.gflops
+    if min(near.root, far.root) <= 0 or step >= 0:
+        return (near.root + far.root) / 2
+    share = min(max((gflops - near.gflops) / step, -1.0), 2.0)
+    return near.root * (far.root / near.root) ** share
 
 
 def ranked(scored: list[Scored | None]) -> list[Scored]:

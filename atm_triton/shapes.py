@@ -70,7 +70,12 @@ class Predictor:
         self.N, self.unmerged = record.tokens[0], cost(model, record).paper_gflops
         nothing = cost(model, planned(model, image_shape, (0,) * len(self.blocks), cls_only_last)).paper_gflops
         self._rest = nothing - self._gflops([0.0] * self.merging)
-        self.highest, self.lowest = nothing, self.of_schedule([self.N] * self.merging)
+        self.highest = nothing
+
+    def lowest(self, most: int | None) -> float:
+        """GFLOPs where the first blocks, at ``most`` so many, merge all that they can."""
+        blocks = self.merging if most is None else min(most, self.merging)
+        return self.of_schedule([self.N] * blocks + [0] * (self.merging - blocks))
 
     def _gflops(self, merged: list[float | Tensor]) -> float:
         """Of the blocks that may merge, by the tokens (of each image) that do; the last one with them."""

@@ -9,7 +9,7 @@ import timm
 import torch
 
 from atm_triton import ATMConfig, Target, apply_patch, calibrate, search
-from atm_triton.calibrate import open_notes, split_images
+from atm_triton.calibrate import split_images
 from atm_triton.cli import main
 from atm_triton.evaluate import evaluate
 from atm_triton.flops import cost, unmerged
@@ -181,9 +181,12 @@ def test_bad_input(loader):
         calibrate(vit().train(), loader, target)
     with pytest.raises(ValueError, match="^max_merging_blocks=0 is too small; give 1 or more$"):
         calibrate(model, loader, target, max_merging_blocks=0)
-    lowest = Predictor(model, (3, 40, 40), [], True).lowest
+    lowest = Predictor(model, (3, 40, 40), [], True).lowest(None)
     with pytest.raises(ValueError, match=f"^max_gflops=1e-05 is below {lowest:.4g}, the lowest that merging"):
         found(model, loader, max_gflops=1e-5)
+    one_block = Predictor(model, (3, 40, 40), [], True).lowest(1)
+    with pytest.raises(ValueError, match=f"is below {one_block:.4g}, the lowest that merging"):
+        calibrate(model, loader, Target(max_gflops=0.99 * one_block), max_merging_blocks=1)
     with pytest.raises(ValueError, match="^max_gflops=1: the model costs .* without merging; ask for less$"):
         found(model, loader, max_gflops=1)
     with pytest.raises(ValueError, match="the unmerged model's logits of batch 0 hold NaN"):
@@ -205,13 +208,11 @@ def test_an_interrupted_run_goes_on(tmp_path, loader, small_search, monkeypatch)
         return measure(self, *arguments)
 
     monkeypatch.setattr(Meter, "measure", failing)
-    open_notes(notes, {"seed": 0})
     with pytest.raises(StoppedError):
         calibrate(model, loader, target, notes=notes, progress=False)
     notes.write_text(notes.read_text() + '["fit None')  # as a kill in the middle of a line leaves it
     with pytest.raises(ValueError, match="of another calibration that was interrupted; delete it, or choose another"):
-        open_notes(notes, {"seed": 1})
-    open_notes(notes, {"seed": 0})
+        calibrate(vit(), loader, target, notes=notes, progress=False)
     interrupted, stop_at = len(calls) - 1, None
     calls.clear()
     calibration = calibrate(model, loader, target, notes=notes, progress=False)
@@ -225,7 +226,7 @@ def test_a_known_mean_is_not_measured_again(loader):
     meter = Meter(vit(), {"part": [loader[0][0]]}, {})
     config = ATMConfig(adapt="static", schedule=(2,) * 4)
     first = meter.mean(config, ("part",))
-    assert isinstance(first, Mean) and meter.mean(config, ("part",)) is first and meter.images == 24
+    assert isinstance(first, Mean) and meter.mean(config, ("part",)) == first and meter.images == 24
 
 
 def test_the_command(tmp_path, small_search, capsys):

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
 
 HERE = Path(__file__).parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -36,6 +38,34 @@ def test_eval_gives_the_result_of_one_process(adapt, more, tmp_path):
         results.append(json.loads(out.read_text())["evaluation"])
     assert results[0]["overall"]["images"] == 35
     assert all(result == results[0] for result in results[1:])
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for number in range(24):
+        path = tmp_path / "photos" / "ab"[number % 2] / f"{number:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(torch.randint(0, 255, (112, 112), dtype=torch.uint8).numpy()).save(path)
+    return tmp_path / "photos"
+
+
+def test_eval_of_a_folder(tmp_path, folder):
+    results = []
+    for processes in (1, 2):
+        out = tmp_path / f"{processes}.json"
+        options = ["--data", folder, "--batch-size", "8", "--workers", "0", "--adapt", "image", "--json", out]
+        done = torchrun(processes, "-m", "atm_triton", "eval", *options)
+        assert done.returncode == 0, done.stderr
+        results.append(json.loads(out.read_text())["evaluation"])
+    assert results[0]["overall"]["images"] == 24 and results[0] == results[1]
+
+
+def test_bad_input_of_one_process_is_one_line(folder):
+    (folder / "a" / "20.png").write_text("no image")  # in the second batch, which the second process has
+    done = torchrun(2, "-m", "atm_triton", "eval", "--data", folder, "--batch-size", "8", "--workers", "0")
+    assert done.returncode != 0
+    (line,) = lines_of_ours(done)
+    assert line.startswith("atm-triton: ") and "20.png is no readable image" in line
 
 
 def test_a_process_without_a_batch():

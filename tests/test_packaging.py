@@ -78,7 +78,7 @@ def test_no_import_runs_upward():
     layers = [
         {"reference", "operating_points", "env", "distributed"},
         {"config", "library", "errors"},
-        {"ops"},
+        {"ops", "notes"},
         {"block"},
         {"model"},
         {"patch", "flops"},

@@ -1,0 +1,50 @@
+"""Measurements that outlive an interrupted run, in a file with a line for each."""
+
+import json
+import math
+from pathlib import Path
+
+from atm_triton.distributed import from_first, rank
+
+
+class Notes:
+    """By name, lists of numbers. Under torchrun the first process alone reads and writes; all know what it read.
+
+    Args:
+        path: of the file; None: nothing outlives.
+        mark: numbers that tell what is measured; those of the file must equal them to 1e-5.
+
+    Raises:
+        ValueError: the file is of another model, or of other images.
+    """
+
+    def __init__(self, path: Path | None, mark: list[float]) -> None:
+        self._path = path if rank() == 0 else None
+        lines = from_first([] if self._path is None or not self._path.exists() else _lines(self._path))
+        if not lines:
+            lines = [mark]
+        elif len(lines[0]) != len(mark) or not all(map(_close, lines[0], mark)):
+            raise ValueError(
+                f"{path} is of another calibration that was interrupted; delete it, or choose another --out"
+            )
+        self._known = {name: values for name, *values in lines[1:]}
+        if self._path is not None:
+            self._path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def get(self, name: str) -> list[float] | None:
+        return self._known.get(name)
+
+    def add(self, name: str, values: list[float]) -> None:
+        self._known[name] = values
+        if self._path is not None:
+            with self._path.open("a") as file:
+                file.write(json.dumps([name, *values]) + "\n")
+
+
+def _lines(path: Path) -> list[list]:
+    """What is readable of it: the last line may be cut short."""
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def _close(a: float, b: float) -> bool:
+    return math.isclose(a, b, rel_tol=1e-5)
