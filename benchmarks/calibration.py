@@ -38,7 +38,7 @@ KEPT, LAST = 20, 5  # curves measured on SOME images, and on MANY others to choo
 BATCH_SIZE = 64
 AGREEMENT = 0.995
 RAMPS = {  # r of the first and of the last block, up to a factor
-    "ToMe": ((1, 1),),
+    "ToMe": ((1, 1),),  # constant, give or take the one token that meets the cost
     "increasing": ((0, 2), (0.5, 1.5)),
     "decreasing": ((2, 0), (1.5, 0.5)),
 }
@@ -80,7 +80,7 @@ class Bench:
         search = self.search(adapt)
         drawer = Drawer(self.predictor, adapt, True, None, random.Random(1), goal)
         bar = tqdm(range(draws), desc=f"curves, {adapt}", unit="curve", disable=silent(""))
-        drawn = [search.measured(random_curve(drawer), goal, None, FEW // 2) for _ in bar]
+        drawn = [search.measured(random_curve(drawer), goal, None, FEW) for _ in bar]
         kept = [found for _, found in ranked(drawn)[:KEPT]]
         fitted = [search.measured(found[0], goal, goal - search.cost(found), SOME) for found in kept]
         last = [found for _, found in ranked(fitted)[:LAST]]
@@ -105,7 +105,8 @@ def random_curve(drawer: Drawer) -> Shape:
         lowest = max(1 - spread * d, -1.0)
         return [1 - threshold(block, 1 - d, beta, lowest) for block in range(1, drawer.merging + 1)]
 
-    return drawer.shaped(drawer.meeting(distances), None, "curve")
+    split = drawer.rng.choice([None, drawer.depth])
+    return drawer.shaped(drawer.meeting(distances), split, "curve")
 
 
 def cells(shares: list[float]) -> Iterator[dict[str, Any]]:

@@ -7,7 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
 
+from atm_triton import search
 from atm_triton.cli import main
 from benchmarks.readme import README, ROOT, fill
 from test_patch import KINDS
@@ -28,8 +33,23 @@ def test_python_blocks_run(code):
     exec(compile(code, "README.md", "exec"), {})
 
 
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A user's directory: weights of a model, and a folder of photos in three classes."""
+    place = tmp_path_factory.mktemp("place")
+    save_file(timm.create_model("deit_tiny_patch16_224").state_dict(), place / "mine.safetensors")
+    for number in range(66):
+        path = place / "photos" / "abc"[number % 3] / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(torch.randint(0, 255, (60, 80, 3), dtype=torch.uint8).numpy()).save(path)
+    return place
+
+
 @pytest.mark.parametrize("line", LINES)
-def test_shell_lines_run(line, capsys):
+def test_shell_lines_run(line, place, capsys, monkeypatch):
+    monkeypatch.chdir(place)
+    for name, value in {"DRAWS": 4, "KEPT": 2, "STEPS": 2, "FINALISTS": 2}.items():
+        monkeypatch.setattr(search, name, value)  # a calibration in the small
     program, *arguments = shlex.split(line, comments=True)
     if program == "atm-triton":
         assert main(arguments) == 0

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from atm_triton.digits.model import CONFIG
+from atm_triton.digits.model import CONFIG, IMAGE_CONFIG
 from benchmarks.readme import RESULTS, nearest_tome
 
 
@@ -13,10 +13,10 @@ def result(name):
 
 
 def test_every_result_says_where_it_comes_from():
-    for path in [*RESULTS.glob("*.json"), CONFIG]:
+    for path in [*RESULTS.glob("*.json"), CONFIG, IMAGE_CONFIG]:
         environment = json.loads(path.read_text())["environment"]
         assert environment["commit"] and not environment["dirty"] and environment["utc"], path
-        assert environment["command"].startswith(("atm-triton ", "python -m benchmarks.")), path
+        assert environment["command"].startswith(("atm-triton ", "python -m benchmarks.", "torchrun ")), path
 
 
 def test_the_digits_model_was_trained_within_the_hour():
@@ -42,3 +42,37 @@ def test_merging_reaches_the_bound_on_a_cpu():
     assert deit["batch_size"] == 8 and deit["config"]["schedule"] == [8] * 12
     (atm,) = (row for row in deit["rows"] if row["name"] == "ATM")
     assert atm["of_bound"] >= 0.95 and len(atm["seconds"]) >= 15
+
+
+def test_images_of_their_own_counts_do_not_depend_on_the_batch():
+    found = result("digits_invariance.json")
+    assert found["images"] >= 1000
+    by_adapt = {adapt: [row for row in found["rows"] if row["adapt"] == adapt] for adapt in ("image", "batch")}
+    for rows in by_adapt.values():
+        cases = {(row["batch_size"], row["order"]) for row in rows}
+        assert cases == {(size, order) for size in (7, 64, 256) for order in ("in order", "shuffled")}
+    for row in by_adapt["image"]:
+        assert row["other_assignments"] == row["other_predictions"] == 0 and row["logits_differ_by"] < 1e-4
+    assert all(row["other_assignments"] > 100 for row in by_adapt["batch"])
+
+
+def test_images_of_their_own_counts_save_more():
+    rows = result("digits_adaptivity.json")["rows"]
+    by_adapt = {adapt: [row for row in rows if row["adapt"] == adapt] for adapt in ("image", "batch", "static")}
+    assert all(len(points) == 8 and points[0]["overall"]["images"] >= 4000 for points in by_adapt.values())
+    for image, batch, static in zip(*by_adapt.values(), strict=True):
+        costs = [row["overall"]["gflops"] for row in (image, batch, static)]
+        assert max(costs) - min(costs) < 0.02 * image["gflops_unpatched"]
+        assert image["overall"]["kl"] < batch["overall"]["kl"] and image["overall"]["kl"] < static["overall"]["kl"]
+        easy, *_, hard = image["deciles"]
+        assert easy["gflops"] < hard["gflops"] and easy["own_tokens"] < hard["own_tokens"]
+    lossless = [r for r in by_adapt["image"] if r["overall"]["top1"] >= r["overall"]["top1_unpatched"] - 0.1]
+    assert max(row["saved"] for row in lossless) >= 0.52
+
+
+def test_packed_images_reach_the_bound_on_a_cpu():
+    cases = result("cpu_bench_image.json")["cases"]
+    assert [case["batch_size"] for case in cases] == [64, 64]
+    for case in cases:
+        (atm,) = (row for row in case["rows"] if row["name"] == "ATM")
+        assert atm["of_bound"] >= 0.9 and len(atm["seconds"]) >= 15 and case["config"]["adapt"] == "image"
