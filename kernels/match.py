@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from atm_triton.kernels import tune
-from atm_triton.kernels.images import image_base, image_bounds
+from atm_triton.kernels.images import check_strides, image_base, image_bounds
 
 EPS_SQUARED = tl.constexpr(1e-24)
 NOT_ALIKE = tl.constexpr(-2.0)
@@ -110,7 +110,7 @@ def _unit_vectors(
         if HEADS_TOGETHER:  # a stride that the compiler knows: wide loads also for odd d
             offset = h * d
         else:
-            offset = h * stride_h
+            offset = h * tl.cast(stride_h, tl.int64)
         total += tl.load(at + offset, mask=inside, other=0.0).to(tl.float32)
     mean = total * (1.0 / H)
     squared = tl.sum(mean * mean, axis=1)
@@ -370,15 +370,15 @@ def match(
         similarity float32, partner int32, both [B, N] (packed [1, T]); counts [B] int64.
 
     Raises:
-        ValueError: keys whose channels do not lie together, or more protected tokens than a tile holds.
+        ValueError: keys whose channels do not lie together, or whose tokens lie too far apart; or more protected tokens
+            than a tile holds.
     """
     B, H, N, d = keys.shape
-    if keys.stride(3) != 1:
-        raise ValueError(f"keys have stride {keys.stride(3)} between channels; want 1 (make them contiguous)")
     if num_prefix > PREFIX.value:
         raise ValueError(f"num_prefix={num_prefix} is above {PREFIX.value}, the most that this kernel protects")
     packed = cu_seqlens is not None
     images, longest = (len(cu_seqlens) - 1, max_tokens) if packed else (B, N)
+    check_strides("keys", keys, longest)
     similarity = torch.empty((B, N), dtype=torch.float32, device=keys.device)
     partner = torch.empty((B, N), dtype=torch.int32, device=keys.device)
     counts = torch.empty(images, dtype=torch.int64, device=keys.device)
