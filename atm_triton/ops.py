@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from atm_triton import library, reference
+from atm_triton.kernels.choice import KERNEL, attention_choice
 
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 KERNEL_PREFIX, KERNEL_CHANNELS = 16, 128  # protected tokens, and channels of a head, that the kernels can take
@@ -381,8 +382,9 @@ def attention(
 ) -> Tensor:
     """softmax(q k^T d^-0.5 + log sizes) v (Appendix A): q [B, H, Nq, d], k and v [B, H, N, d], sizes [B, N] float32.
 
-    Under autocast q, k and v take its dtype, as in torch's own attention; log n stays in float32. The kernel computes
-    inference with sizes, or packed; without sizes, or with a gradient or dropout, torch's own attention does.
+    Under autocast q, k and v take its dtype, as in torch's own attention; log n stays in float32. In inference the
+    kernel computes what :func:`atm_triton.kernels.choice.attention_choice` leaves it; torch's own attention the rest,
+    and all with a gradient or dropout.
 
     Args:
         k, v: or packed [H, T, d], and so is q, or that of the first Nq tokens of each image, [B, H, Nq, d].
@@ -406,7 +408,8 @@ def attention(
     _check_dtype("k", k, q.dtype)
     _check_dtype("v", v, q.dtype)
     trains = dropout_p > 0 or any(map(needs_grad, (q, k, v)))
-    fitting = not trains and (sizes is not None or packing is not None)
+    kind = (q.dtype, q.shape[-1], _longest(packing, k.shape[-2]), packing is not None, sizes is not None)
+    fitting = not trains and attention_choice(*kind) == KERNEL
     if fitting and (_fits_kernels(backend, q) or (packing is not None and _traced(q))):
         log2_sizes = None if sizes is None else sizes.log2() if log2_sizes is None else log2_sizes
         return _call("attention", q, k, v, log2_sizes, _cu_seqlens(packing), _longest(packing, 0))
