@@ -98,10 +98,11 @@ def attention_table(dtype: torch.dtype, d: int, Nq: int, bias: bool, packed: boo
     """Tiles for a dtype, channels of a head, a number of queries and what the kernel is compiled for; what is larger
     spills on one chip or another."""
     if Nq <= 16:
-        columns = 64 if dtype != torch.float32 else 32 if d <= 64 else 16
+        columns = 64 if dtype != torch.float32 else 16
         return {"ROWS": 16, "COLUMNS": columns, "STAGES": 2, "num_warps": 4}
     if dtype == torch.float32:  # three products instead of one
-        return {"ROWS": 64 if d <= 64 else 32, "COLUMNS": 32, "STAGES": 2, "num_warps": 4 if d <= 64 else 8}
+        warps = 4 if d <= 64 and (bias or not packed) else 8
+        return {"ROWS": 64 if d <= 64 else 32, "COLUMNS": 32, "STAGES": 2, "num_warps": warps}
     return {"ROWS": 64, "COLUMNS": 64, "STAGES": 2, "num_warps": 4}
 
 

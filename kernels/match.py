@@ -320,10 +320,12 @@ def match_tiles_kernel(
     tl.atomic_add(counts + image, tl.sum((in_a & (best >= theta)).to(tl.int32)).to(tl.int64))
 
 
-def match_image_table(block: int, d: int, by_size: bool) -> tune.Config:
-    """``block``: tokens of a group, rounded up to a power of two; ``by_size``: groups by sizes that differ."""
-    rows = 16 if block <= 32 else min(block, 128)  # 32 x 32 spills on sm_80
-    return {"ROWS": rows, "CHUNK": 16, "num_warps": 8 if block >= 64 else 4}
+def match_image_table(block: int, d: int, by_size: bool, dtype: torch.dtype) -> tune.Config:
+    """``block``: tokens of a group, rounded up to a power of two; ``by_size``: groups by sizes that differ. What is
+    larger, and of CHUNK what is smaller for few tokens, spills on one chip or another."""
+    rows = 16 if block <= 32 else 64 if dtype == torch.float32 else min(block, 128)
+    chunk = {16: 32, 32: 64, 64: 32}.get(block, 16)
+    return {"ROWS": rows, "CHUNK": chunk, "num_warps": 8 if block >= 64 else 4}
 
 
 def match_image_candidates(block: int, by_size: bool) -> list[tune.Config]:
@@ -405,9 +407,9 @@ def match(
 def _match_image(images: int, free: int, arguments: tuple, constants: dict[str, Any]) -> None:
     block, d, by_size = max(16, triton.next_power_of_2((free + 1) // 2)), constants["d"], _by_size(constants)
     launch = partial(match_image_kernel[(images,)], *arguments, **constants, BLOCK=block)
-    config = match_image_table(block, d, by_size)
+    key = {"block": block, "d": d, "by_size": by_size, "dtype": arguments[0].dtype}
+    config = match_image_table(**key)
     if tune.SEARCH:
-        key = {"block": block, "d": d, "by_size": by_size}
         config = tune.tuned("match_image", key, config, match_image_candidates(block, by_size), launch)
     launch(**config)
 

@@ -173,16 +173,17 @@ def test_at_exit_it_prints_lines_for_the_table():
     assert done.returncode == 0 and done.stdout == "", done.stderr
     first, second, header, *entries = done.stderr.splitlines()
     for line, by_size in ((first, True), (second, False)):
-        table = '{"ROWS": 16, "CHUNK": 16, "num_warps": 4}'
-        assert line.startswith(f"atm-triton tune: match_image block=16 d=32 by_size={by_size}: table {table} ")
+        table = '{"ROWS": 16, "CHUNK": 32, "num_warps": 4}'
+        key = f"block=16 d=32 by_size={by_size} dtype=torch.float32"
+        assert line.startswith(f"atm-triton tune: match_image {key}: table {table} ")
     assert header.startswith("# first in match_image_table: ")
-    space = {}
-    exec("\n".join(["def pasted(block, d, by_size):", *entries]), space)
+    space = {"torch": torch}
+    exec("\n".join(["def pasted(block, d, by_size, dtype):", *entries]), space)
     for by_size, line in ((True, first), (False, second)):
-        best = space["pasted"](16, 32, by_size)
-        assert best.keys() == match_image_table(16, 32, by_size).keys()
+        best = space["pasted"](16, 32, by_size, torch.float32)
+        assert best.keys() == match_image_table(16, 32, by_size, torch.float32).keys()
         assert str(best).replace("'", '"') in line.split(" best ")[1]
-    assert space["pasted"](32, 32, False) is None
+    assert space["pasted"](32, 32, False, torch.float32) is None
 
 
 def test_the_variable(monkeypatch):
