@@ -41,6 +41,8 @@ def test_every_stage_measures(out):
     assert {row["operation"] for row in stages["kernels"]["rows"]} == {
         "match",
         "assign",
+        "lists",
+        "unmerge",
         "merge",
         "add_merge_norm",
         "attention",
@@ -50,6 +52,7 @@ def test_every_stage_measures(out):
     names = {row["name"] for row in stages["models"]["rows"]}
     assert names == {"timm", "free-merge bound", "ATM static", "unfused", "timm, compiled", "ATM static, compiled"}
     assert {"timm", "free-merge bound", "ATM batch"} <= {row["name"] for row in stages["digits"]["rows"]}
+    assert {"digits", "DeiT-S", "image"} <= set(stages["trace"])
     assert stages["trace"]["digits"]["reads"] == 11 and (out / "trace.json.gz").stat().st_size > 0
     assert all({"value", "wanted", "met"} <= set(row) for row in stages["targets"]["rows"])
 
