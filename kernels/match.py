@@ -324,8 +324,8 @@ def match_image_table(block: int, d: int, by_size: bool, dtype: torch.dtype) -> 
     """``block``: tokens of a group, rounded up to a power of two; ``by_size``: groups by sizes that differ. What is
     larger, and of CHUNK what is smaller for few tokens, spills on one chip or another."""
     rows = 16 if block <= 32 else min(block, 128)
-    if dtype == torch.float32 and block > 64:
-        rows = 32
+    if dtype == torch.float32 and (by_size or d % 16 == 0):
+        rows = min(rows, 64)
     chunk = {16: 32, 32: 64, 64: 64}.get(block, 16)
     return {"ROWS": rows, "CHUNK": chunk, "num_warps": 8 if block >= 64 else 4}
 
