@@ -101,6 +101,11 @@ def _one_batch(packed: bool, *tensors: Tensor | None) -> tuple[Tensor | None, ..
     return tuple(tensor.unsqueeze(0) if packed and tensor is not None else tensor for tensor in tensors)
 
 
+def _images(tokens: Tensor, cu_seqlens: Tensor | None) -> int:
+    """How many images the tokens, dense [B, N, ...] or packed [T, ...], are of."""
+    return tokens.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
 @fake
 def fake_match(
     keys: Tensor,
@@ -112,7 +117,7 @@ def fake_match(
     longest: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     *images, _, N, _ = keys.shape
-    B = keys.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    B = _images(keys, cu_seqlens)
     similarity = keys.new_empty((*images, N), dtype=torch.promote_types(keys.dtype, torch.float32))
     return similarity, keys.new_empty((*images, N), dtype=torch.int32), keys.new_empty(B, dtype=torch.int64)
 
@@ -205,7 +210,7 @@ def fake_lists(
     new_cu_seqlens: Tensor | None = None,
     longest: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    slots = M if new_cu_seqlens is not None else assignment.shape[0] * M
+    slots = M if new_cu_seqlens is not None else _images(assignment, cu_seqlens) * M
     return assignment.new_empty(assignment.numel()), assignment.new_empty((slots, 2))
 
 
@@ -228,7 +233,7 @@ def merge(
     if _on_kernels(x):
         with _device_of(x):
             merged, _, *of_sizes = _kernels().merge(x.reshape(-1, x.shape[-1]), sizes, tokens, spans)
-        return _shaped((merged, *of_sizes), len(x), M, new_cu_seqlens)
+        return _shaped((merged, *of_sizes), _images(x, cu_seqlens), M, new_cu_seqlens)
     merged, new_sizes = reference.merge(
         x, sizes, assignment, M if new_cu_seqlens is None else new_cu_seqlens, cu_seqlens
     )
@@ -252,7 +257,7 @@ def fake_merge(
     new_cu_seqlens: Tensor | None = None,
     longest: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    slots = (x.shape[0], M) if new_cu_seqlens is None else (spans.shape[0],)
+    slots = (_images(x, cu_seqlens), M) if new_cu_seqlens is None else (spans.shape[0],)
     merged_sizes = x.new_empty(slots, dtype=torch.float32)
     return x.new_empty((*slots, x.shape[-1])), merged_sizes, torch.empty_like(merged_sizes)
 
@@ -303,7 +308,7 @@ def add_merge_norm(
         rows, update = x.reshape(-1, C), attended.reshape(-1, C)
         with _device_of(x):
             out = _kernels().merge(rows, sizes, tokens, spans, update, gamma, (weight, bias, eps))
-        return _shaped(out, len(x), M, new_cu_seqlens)
+        return _shaped(out, _images(x, cu_seqlens), M, new_cu_seqlens)
     update = attended.float() if gamma is None else attended.float() * gamma.float()
     slots = M if new_cu_seqlens is None else new_cu_seqlens
     merged, new_sizes = reference.merge(x.float() + update, sizes, assignment, slots, cu_seqlens)

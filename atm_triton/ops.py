@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from atm_triton import library, reference
+from atm_triton.kernels.choice import KERNEL, attention_choice
 
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 KERNEL_PREFIX, KERNEL_CHANNELS = 16, 128  # protected tokens, and channels of a head, that the kernels can take
@@ -161,6 +162,7 @@ def match(
     """
     _check_dims("keys", keys, packing, "[B, H, N, d]", "[H, T, d]")
     _check_sizes(sizes, _tokens_of(keys), keys)
+    _check_prefix(num_prefix)
     if theta is not None and not -1 <= theta <= 1:
         raise ValueError(f"theta={theta} is outside -1 .. 1, the cosine similarities")
     keys = keys.detach()
@@ -208,12 +210,13 @@ def assign(
 
     Args:
         similarity, partner: [B, N], from :func:`match` with the same ``num_prefix`` and ``by_size``.
-        r: 0 .. the number of tokens in A.
+        r: 0 .. the number of tokens in A; 0 where there is one token for both groups.
 
     Raises:
-        ValueError: arguments of different shapes, or another r.
+        ValueError, TypeError: arguments of another shape, dtype or device; another r.
     """
     _check(similarity.shape == partner.shape and partner.dim() == 2, "partner", partner, "[B, N], as similarity")
+    _check_match(similarity, partner, num_prefix)
     N = partner.shape[1]
     most = reference.group_a_size(N, num_prefix, by_size)
     if not 0 <= r <= most:
@@ -240,10 +243,11 @@ def assign_each(
         read: of the counts of that match.
 
     Raises:
-        ValueError: arguments of different shapes.
+        ValueError, TypeError: arguments of another shape, dtype or device.
     """
     _check_dims("partner", partner, packing, "[B, N]", "[T]")
     _check(similarity.shape == partner.shape, "similarity", similarity, "the shape of partner")
+    _check_match(similarity, partner, num_prefix)
     counts, cu_seqlens, most = read.counts, _cu_seqlens(packing), _longest(packing, partner.shape[-1])
     _check(counts.shape == (len(partner) if packing is None else len(cu_seqlens) - 1,), "counts", counts, "[B]")
     operates = runs_kernels(backend, similarity) or _traced(partner)
@@ -274,7 +278,7 @@ def merge(
     Args:
         x: or packed [T, C], by ``packing``.
         assignment: int32, a slot for each token, 0 .. M - 1 in its image; any other number drops the token.
-        M: the tokens of a merged image, or a Packing, and the result is [T', C].
+        M: the tokens of a merged image, and the result is [B, M, C], or a Packing, and it is [T', C].
         lists: those of ``assignment`` if they are at hand.
 
     Raises:
@@ -283,6 +287,7 @@ def merge(
     _check_dims("x", x, packing, "[B, N, C]", "[T, C]")
     _check_assignment(assignment, x.shape[:-1], x)
     _check_sizes(sizes, x.shape[:-1], x)
+    _check_slots(M, lists, _images(x, packing))
     if lists is None and not runs_kernels(backend, x):
         slots = M.cu_seqlens if isinstance(M, Packing) else M
         return Merged(*reference.merge(x, sizes, assignment, slots, _cu_seqlens(packing)), None)
@@ -307,13 +312,25 @@ def add_merge_norm(
     merged, and the LayerNorm of that; shapes as :func:`merge`, without a derivative.
 
     Args:
-        attended: as x, what attention adds to it; gamma: [C], the LayerScale, None for 1.
+        attended: as x, what attention adds to it; gamma: [C], the LayerScale, None for 1; norm: over C channels.
         lists: of ``assignment``, from :func:`assign` by the kernels.
 
     Raises:
-        ValueError: ``attended`` of another shape than x.
+        ValueError, TypeError: arguments of another shape, dtype or device.
     """
+    C = x.shape[-1]
+    _check_dims("x", x, packing, "[B, N, C]", "[T, C]")
     _check(attended.shape == x.shape, "attended", attended, "the shape of x")
+    _check_device("attended", attended, x)
+    _check_assignment(assignment, x.shape[:-1], x)
+    _check_sizes(sizes, x.shape[:-1], x)
+    _check_slots(M, lists, _images(x, packing))
+    for name, vector in (("gamma", gamma), ("norm.weight", norm.weight), ("norm.bias", norm.bias)):
+        if vector is not None:
+            _check(vector.shape == (C,), name, vector, f"[{C}], one for each channel of x")
+            _check_device(name, vector, x)
+    if norm.normalized_shape != (C,):
+        raise ValueError(f"norm is over {list(norm.normalized_shape)}; want [{C}], the channels of x")
     slots = lists.spans.shape[0] if isinstance(M, Packing) else M
     arguments = (x, attended, gamma, sizes, assignment, *lists, norm.weight, norm.bias, norm.eps, slots)
     with torch.no_grad():
@@ -337,8 +354,9 @@ def unmerge(
         ValueError, TypeError: arguments of another shape, dtype or device.
     """
     _check_dims("x", x, x_packing, "[B, M, C]", "[T, C]")
-    tokens = (len(x) if x_packing is None else len(x_packing.cu_seqlens) - 1, assignment.shape[-1])
+    tokens = (_images(x, x_packing), assignment.shape[-1])
     _check_assignment(assignment, tokens[packing is not None :], x)
+    _check_images("x", tokens[0], _images(assignment, packing))
     images = _cu_seqlens(packing), _cu_seqlens(x_packing)
     if runs_kernels(backend, x) or (x_packing is not None and _traced(x)):
         longest = max(_longest(packing, assignment.shape[-1]), _longest(x_packing, 0))
@@ -364,8 +382,9 @@ def attention(
 ) -> Tensor:
     """softmax(q k^T d^-0.5 + log sizes) v (Appendix A): q [B, H, Nq, d], k and v [B, H, N, d], sizes [B, N] float32.
 
-    Under autocast q, k and v take its dtype, as in torch's own attention; log n stays in float32. The kernel computes
-    inference with sizes, or packed; without sizes, or with a gradient or dropout, torch's own attention does.
+    Under autocast q, k and v take its dtype, as in torch's own attention; log n stays in float32. In inference the
+    kernel computes what :func:`atm_triton.kernels.choice.attention_choice` leaves it; torch's own attention the rest,
+    and all with a gradient or dropout.
 
     Args:
         k, v: or packed [H, T, d], and so is q, or that of the first Nq tokens of each image, [B, H, Nq, d].
@@ -376,14 +395,21 @@ def attention(
         ValueError, TypeError: arguments of another shape, dtype or device; "triton" with more channels a head than 128.
     """
     _check_dims("k", k, packing, "[B, H, N, d]", "[H, T, d]")
+    _check_queries(q, k, packing)
     _check(v.shape == k.shape, "v", v, "the shape of k")
+    _check_device("k", k, q, "q")
+    _check_device("v", v, q, "q")
     _check_sizes(sizes, _tokens_of(k), k)
+    _check_sizes(log2_sizes, _tokens_of(k), k, "log2_sizes")
     device = q.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    _check_dtype("k", k, q.dtype)
+    _check_dtype("v", v, q.dtype)
     trains = dropout_p > 0 or any(map(needs_grad, (q, k, v)))
-    fitting = not trains and (sizes is not None or packing is not None)
+    kind = (q.dtype, q.shape[-1], _longest(packing, k.shape[-2]), packing is not None, sizes is not None)
+    fitting = not trains and attention_choice(*kind) == KERNEL
     if fitting and (_fits_kernels(backend, q) or (packing is not None and _traced(q))):
         log2_sizes = None if sizes is None else sizes.log2() if log2_sizes is None else log2_sizes
         return _call("attention", q, k, v, log2_sizes, _cu_seqlens(packing), _longest(packing, 0))
@@ -422,22 +448,67 @@ def _check(holds: bool, name: str, tensor: Tensor, want: str) -> None:
         raise ValueError(f"{name} has shape {list(tensor.shape)}; want {want}")
 
 
-def _check_sizes(sizes: Tensor | None, shape: tuple[int, ...], like: Tensor) -> None:
+def _check_dtype(name: str, tensor: Tensor, want: torch.dtype) -> None:
+    if tensor.dtype != want:
+        raise TypeError(f"{name} has dtype {tensor.dtype}; want {want}: {name}.to({want})")
+
+
+def _check_prefix(num_prefix: int) -> None:
+    if num_prefix < 0:
+        raise ValueError(f"num_prefix={num_prefix} is below 0; want the number of protected tokens, 0 or more")
+
+
+def _check_match(similarity: Tensor, partner: Tensor, num_prefix: int) -> None:
+    _check_prefix(num_prefix)
+    if similarity.dtype != torch.float64:  # which the reference makes of float64 keys
+        _check_dtype("similarity", similarity, torch.float32)
+    _check_dtype("partner", partner, torch.int32)
+    _check_device("partner", partner, similarity, "similarity")
+
+
+def _check_queries(q: Tensor, k: Tensor, packing: Packing | None) -> None:
+    """``q`` as ``k`` but for the number of tokens; where k is packed, as k in all, or dense."""
+    *images, H, N, d = k.shape
+    if packing is not None and q.dim() == 3:
+        return _check(q.shape == k.shape, "q", q, f"{[H, N, d]}, the shape of k")
+    B = images[0] if packing is None else len(packing.cu_seqlens) - 1
+    fits = q.dim() == 4 and (q.shape[0], q.shape[1], q.shape[3]) == (B, H, d)
+    return _check(fits, "q", q, f"[{B}, {H}, Nq, {d}], to go with k")
+
+
+def _check_slots(M: int | Packing, lists: Lists | None, images: int) -> None:
+    """``M`` and the ``lists`` that are to have as many slots."""
+    if isinstance(M, Packing):
+        return _check_images("M", len(M.cu_seqlens) - 1, images)
+    if M < 0:
+        raise ValueError(f"M={M} is below 0; want the number of slots of an image")
+    if lists is not None:
+        _check(len(lists.spans) == images * M, "lists.spans", lists.spans, f"[{images * M}, 2]: M={M} of each image")
+
+
+def _check_images(name: str, images: int, want: int) -> None:
+    if images != want:
+        raise ValueError(f"{name} is of {images} images, the tokens of {want}; want the same number")
+
+
+def _images(tokens: Tensor, packing: Packing | None) -> int:
+    return len(tokens) if packing is None else len(packing.cu_seqlens) - 1
+
+
+def _check_sizes(sizes: Tensor | None, shape: tuple[int, ...], like: Tensor, name: str = "sizes") -> None:
     if sizes is None:
         return
-    _check(sizes.shape == shape, "sizes", sizes, f"{list(shape)}, one for each token")
-    if sizes.dtype != torch.float32:
-        raise TypeError(f"sizes are {sizes.dtype}; want torch.float32")
-    _check_device("sizes", sizes, like)
+    _check(sizes.shape == shape, name, sizes, f"{list(shape)}, one for each token")
+    _check_dtype(name, sizes, torch.float32)
+    _check_device(name, sizes, like)
 
 
 def _check_assignment(assignment: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
     _check(assignment.shape == shape, "assignment", assignment, f"{list(shape)}, one for each token")
-    if assignment.dtype != torch.int32:
-        raise TypeError(f"assignment is {assignment.dtype}; want torch.int32")
+    _check_dtype("assignment", assignment, torch.int32)
     _check_device("assignment", assignment, like)
 
 
-def _check_device(name: str, tensor: Tensor, like: Tensor) -> None:
+def _check_device(name: str, tensor: Tensor, like: Tensor, others: str = "the tokens") -> None:
     if tensor.device != like.device:
-        raise ValueError(f"{name} is on {tensor.device}, the tokens on {like.device}; move one of them")
+        raise ValueError(f"{name} is on {tensor.device}, {others} on {like.device}; move one of them")

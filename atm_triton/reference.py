@@ -179,8 +179,9 @@ def batch_r(counts: Tensor) -> int:
 
 
 def group_a_size(N: int | Tensor, num_prefix: int, by_size: bool) -> int | Tensor:
-    """The number of tokens in A, by either grouping, of N tokens or of images with N [B] tokens each."""
-    free = (N - num_prefix) * (N > num_prefix)
+    """The number of tokens in A, by either grouping, of N tokens or of images with N [B] tokens each; 0 where B is
+    empty: a single token has none to merge with."""
+    free = (N - num_prefix) * (N > num_prefix + 1)
     return free // 2 if by_size else (free + 1 - num_prefix % 2) // 2
 
 
@@ -285,7 +286,7 @@ def merge(
     share = n / merged_n.index_select(0, slot)
     rows = x.reshape(-1, C).to(dtype)
     merged = F.embedding_bag(tokens, rows, first, mode="sum", per_sample_weights=share.index_select(0, tokens))
-    shape = (slots,) if isinstance(M, Tensor) else (len(assignment), M)
+    shape = (slots,) if isinstance(M, Tensor) else (_images(assignment, cu_seqlens), M)
     return merged[:-1].view(*shape, C).to(x.dtype), merged_n[:-1].view(shape).to(sizes.dtype)
 
 
@@ -302,12 +303,16 @@ def lists(assignment: Tensor, M: int | Tensor, cu_seqlens: Tensor | None = None)
     return tokens.int(), torch.stack([first[:slots], first[1:]], dim=1).int()
 
 
+def _images(assignment: Tensor, cu_seqlens: Tensor | None) -> int:
+    return len(assignment) if cu_seqlens is None else len(cu_seqlens) - 1
+
+
 def _flat_slots(assignment: Tensor, M: int | Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, int]:
     """Slots of all images in one row, int64 [all tokens], and their number, the slot of a dropped token."""
     if isinstance(M, Tensor):
         first, number, slots = M[:-1].long(), M.diff(), int(M[-1])
     else:
-        B = len(assignment) if cu_seqlens is None else len(cu_seqlens) - 1
+        B = _images(assignment, cu_seqlens)
         first, number, slots = M * torch.arange(B, device=assignment.device), None, B * M
     if cu_seqlens is None:
         first, number = first.unsqueeze(1), M if number is None else number.unsqueeze(1)

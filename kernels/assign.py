@@ -17,7 +17,8 @@ from atm_triton.kernels import tune
 from atm_triton.kernels.images import image_bounds
 
 NO_SLOT = tl.constexpr(2**30)  # sorts behind every slot
-ONE_PROGRAM = 2048  # tokens of an image that one program sorts; more are ranked by comparison, tile by tile
+ONE_PROGRAM = 2048  # tokens of an image that one program sorts; a longer image takes three launches
+JOINED = 1024  # tokens for a program of join_kernel
 
 
 @triton.jit
@@ -29,17 +30,20 @@ def _ordered(similarity):
 
 
 @triton.jit
-def _largest(key, in_a, r):
-    """Which elements are the ``r`` largest, of equal ones the first: by bisection over the bits of the r-th largest."""
+def _bound(key, in_a, r):
+    """The r-th largest key, by bisection over its bits; how many of the keys equal to it are among the ``r``."""
     bound = tl.full([], 0, tl.uint32)
     for bit in tl.static_range(32):
         higher = bound | tl.full([], 1 << (31 - bit), tl.uint32)
         enough = tl.sum((in_a & (key >= higher)).to(tl.int32)) >= r
         bound = tl.where(enough, higher, bound)
-    above = in_a & (key > bound)
-    level = in_a & (key == bound)
-    room = r - tl.sum(above.to(tl.int32))
-    return above | (level & (tl.cumsum(level.to(tl.int32)) <= room))
+    return bound, r - tl.sum((in_a & (key > bound)).to(tl.int32))
+
+
+@triton.jit
+def _up_to(chosen):
+    """How many elements are chosen, up to each."""
+    return tl.cumsum(chosen.to(tl.int32))
 
 
 @triton.jit
@@ -52,6 +56,20 @@ def _removed_before(counts, image, CHUNK: tl.constexpr):
         removed += tl.sum(tl.load(counts + other, mask=other < image, other=0), axis=0)
         first += CHUNK
     return removed
+
+
+@triton.jit
+def _slots_of_image(counts, image, images, start, length, M, new_cu_seqlens, PER_IMAGE: tl.constexpr):
+    """The first slot of the image (int64), and how many it has; an image with its own count notes where they begin."""
+    if PER_IMAGE:
+        slots = start - _removed_before(counts, image, 1024)
+        M = length - tl.load(counts + image).to(tl.int32)
+        tl.store(new_cu_seqlens + image, slots.to(tl.int32))
+        if image == images - 1:
+            tl.store(new_cu_seqlens + images, (slots + M).to(tl.int32))
+    else:
+        slots = image.to(tl.int64) * M
+    return slots, M
 
 
 @triton.jit
@@ -84,41 +102,99 @@ def assign_kernel(
     BLOCK: tl.constexpr,
     PACKED: tl.constexpr,
     PER_IMAGE: tl.constexpr,
-    LISTS: tl.constexpr,
 ):
-    """One program an image."""
+    """One program an image, which makes its lists too."""
     image = tl.program_id(0)
     start, length = image_bounds(cu_seqlens, image, N, PACKED)
     i = tl.arange(0, BLOCK)
     valid = i < length
     mate = tl.load(partner + start + i, mask=valid, other=-1)
     s = tl.load(similarity + start + i, mask=valid, other=float("-inf"))
-    slots = image.to(tl.int64) * M
-    if PER_IMAGE:
-        slots = start - _removed_before(counts, image, 1024)
-        M = length - tl.load(counts + image).to(tl.int32)
+    slots, M = _slots_of_image(counts, image, images, start, length, M, new_cu_seqlens, PER_IMAGE)
     r = length - M
-    in_a = mate >= 0
-    joins = _largest(_ordered(s), in_a, r) & (r > 0)
+    in_a, key = mate >= 0, _ordered(s)
+    bound, room = _bound(key, in_a, r)
+    level = in_a & (key == bound)
+    joins = ((in_a & (key > bound)) | (level & (_up_to(level) <= room))) & (r > 0)
     stays = in_a & ~joins
     in_b = valid & ~in_a & (i >= P)
     kept = tl.sum(stays.to(tl.int32))
-    in_order_a = P + tl.cumsum(stays.to(tl.int32)) - 1
-    in_order_b = P + kept + tl.cumsum(in_b.to(tl.int32)) - 1
-    slot = tl.where(stays, in_order_a, tl.where(in_b, in_order_b, i))
+    slot = tl.where(stays, P + _up_to(stays) - 1, tl.where(in_b, P + kept + _up_to(in_b) - 1, i))
     slot = tl.where(joins, tl.gather(slot, tl.maximum(mate, 0), 0), slot)
     slot = tl.where(r == 0, i, slot)
     tl.store(assignment + start + i, slot, mask=valid)
-    if PER_IMAGE:
-        tl.store(new_cu_seqlens + image, slots.to(tl.int32))
-        if image == images - 1:
-            tl.store(new_cu_seqlens + images, (slots + M).to(tl.int32))
-    if LISTS:
-        token, at, begins, ends, filled = _sorted_by_slot(slot, i, valid, BLOCK)
-        here = (start + i).to(tl.int32)
-        tl.store(tokens + start + i, (start + token).to(tl.int32), mask=filled)
-        tl.store(spans + 2 * (slots + at), here, mask=begins)
-        tl.store(spans + 2 * (slots + at) + 1, here + 1, mask=ends)
+    token, at, begins, ends, filled = _sorted_by_slot(slot, i, valid, BLOCK)
+    here = (start + i).to(tl.int32)
+    tl.store(tokens + start + i, (start + token).to(tl.int32), mask=filled)
+    tl.store(spans + 2 * (slots + at), here, mask=begins)
+    tl.store(spans + 2 * (slots + at) + 1, here + 1, mask=ends)
+
+
+@triton.jit
+def _search(similarity, partner, length, r, BLOCK: tl.constexpr):
+    """:func:`_bound` of a whole image, and how many tokens of A stay."""
+    i = tl.arange(0, BLOCK)
+    in_a = tl.load(partner + i, mask=i < length, other=-1) >= 0
+    s = tl.load(similarity + i, mask=i < length, other=float("-inf"))
+    bound, room = _bound(_ordered(s), in_a, r)
+    return bound, room, tl.maximum(tl.sum(in_a.to(tl.int32)) - r, 0)
+
+
+@triton.jit
+def assign_long_kernel(
+    similarity,
+    partner,
+    counts,
+    cu_seqlens,
+    assignment,
+    new_cu_seqlens,
+    N,
+    M,
+    images,
+    P: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PACKED: tl.constexpr,
+    PER_IMAGE: tl.constexpr,
+):
+    """One program a long image: only the search for the r-th largest holds it whole. A token that joins gets
+    -1 - its partner, which ``join_kernel`` turns into that one's slot."""
+    image = tl.program_id(0)
+    start, length = image_bounds(cu_seqlens, image, N, PACKED)
+    _, M = _slots_of_image(counts, image, images, start, length, M, new_cu_seqlens, PER_IMAGE)
+    r = length - M
+    bound, room, kept = _search(similarity + start, partner + start, length, r, BLOCK)
+    stayed = 0  # so far, of A
+    passed = 0  # of B
+    first = 0
+    while first < length:
+        i = first + tl.arange(0, CHUNK)
+        mate = tl.load(partner + start + i, mask=i < length, other=-1)
+        key = _ordered(tl.load(similarity + start + i, mask=i < length, other=float("-inf")))
+        in_a = mate >= 0
+        level = in_a & (key == bound)
+        joins = ((in_a & (key > bound)) | (level & (_up_to(level) <= room))) & (r > 0)
+        stays = in_a & ~joins
+        in_b = (i < length) & (i >= P) & (mate < 0)
+        slot = tl.where(in_b, P + kept + passed + _up_to(in_b) - 1, i)
+        slot = tl.where(stays, P + stayed + _up_to(stays) - 1, slot)
+        slot = tl.where(r == 0, i, tl.where(joins, -1 - mate, slot))
+        tl.store(assignment + start + i, slot, mask=i < length)
+        room -= tl.sum(level.to(tl.int32))
+        stayed += tl.sum(stays.to(tl.int32))
+        passed += tl.sum(in_b.to(tl.int32))
+        first += CHUNK
+
+
+@triton.jit
+def join_kernel(assignment, cu_seqlens, N, TOKENS: tl.constexpr, PACKED: tl.constexpr):
+    """One program for some tokens: those that join take the slots of their partners, which no program changes."""
+    image, tile = tl.program_id(0), tl.program_id(1)
+    start, length = image_bounds(cu_seqlens, image, N, PACKED)
+    i = tile * TOKENS + tl.arange(0, TOKENS)
+    slot = tl.load(assignment + start + i, mask=i < length, other=0)
+    joins = slot < 0
+    tl.store(assignment + start + i, tl.load(assignment + start - 1 - slot, mask=joins), mask=joins)
 
 
 @triton.jit
@@ -162,12 +238,20 @@ def lists_kernel(
 
 def assign_table(block: int) -> tune.Config:
     """``block``: tokens of an image, rounded up to a power of two."""
-    return {"num_warps": max(1, min(32, block // 128))}
+    return {"num_warps": max(1, min(8, block // 128))}  # with 16, 2048 tokens spill on sm_80
 
 
 def assign_candidates(block: int) -> list[tune.Config]:
     """More tokens a warp take minutes to compile for some chips."""
     return tune.every(num_warps=[warps for warps in (1, 2, 4, 8, 16) if block <= 512 * warps])
+
+
+def assign_long_table(block: int) -> tune.Config:
+    return {"CHUNK": 1024, "num_warps": 16}  # what is larger spills on sm_100
+
+
+def assign_long_candidates() -> list[tune.Config]:
+    return tune.every(CHUNK=(1024, 2048, 4096), num_warps=(8, 16))
 
 
 def lists_table(N: int) -> tune.Config:
@@ -214,38 +298,43 @@ def assign(
     device = partner.device
     similarity, partner = similarity.contiguous(), partner.contiguous()
     assignment = torch.empty((B, N), dtype=torch.int32, device=device)
-    new_cu_seqlens = torch.zeros(images + 1, dtype=torch.int32, device=device) if per_image else None
-    sorts = longest <= ONE_PROGRAM
-    tokens, spans = _empty_lists(B * N, slots, device) if sorts else (None, None)
+    new_cu_seqlens = _empty_bounds(images, device) if per_image else None
+    choice = (similarity, partner, counts, cu_seqlens, assignment)
+    numbers = (N, N - r, images)
+    constants = {
+        "P": num_prefix,
+        "BLOCK": max(16, triton.next_power_of_2(longest)),
+        "PACKED": packed,
+        "PER_IMAGE": per_image,
+    }
+    if longest <= ONE_PROGRAM:
+        tokens, spans = _empty_lists(B * N, slots, device)
+        if images:
+            _assign(images, (*choice, tokens, spans, new_cu_seqlens, *numbers), constants)
+        return assignment, tokens, spans, new_cu_seqlens
     if images:
-        block = max(16, triton.next_power_of_2(longest))
-
-        launch = partial(
-            assign_kernel[(images,)],
-            similarity,
-            partner,
-            counts,
-            cu_seqlens,
-            assignment,
-            tokens,
-            spans,
-            new_cu_seqlens,
-            N,
-            N - r,
-            images,
-            P=num_prefix,
-            BLOCK=block,
-            PACKED=packed,
-            PER_IMAGE=per_image,
-            LISTS=sorts,
-        )
-        config = assign_table(block)
-        if tune.SEARCH:
-            config = tune.tuned("assign", {"block": block}, config, assign_candidates(block), launch)
-        launch(**config)
-    if not sorts:
-        tokens, spans = lists(assignment, slots if per_image else N - r, cu_seqlens, new_cu_seqlens, longest)
+        _assign_long(images, (*choice, new_cu_seqlens, *numbers), constants)
+        join_kernel[(images, triton.cdiv(longest, JOINED))](assignment, cu_seqlens, N, JOINED, packed)
+    tokens, spans = lists(assignment, slots if per_image else N - r, cu_seqlens, new_cu_seqlens, longest)
     return assignment, tokens, spans, new_cu_seqlens
+
+
+def _assign(images: int, arguments: tuple, constants: dict[str, Any]) -> None:
+    block = constants["BLOCK"]
+    launch = partial(assign_kernel[(images,)], *arguments, **constants)
+    config = assign_table(block)
+    if tune.SEARCH:
+        config = tune.tuned("assign", {"block": block}, config, assign_candidates(block), launch)
+    launch(**config)
+
+
+def _assign_long(images: int, arguments: tuple, constants: dict[str, Any]) -> None:
+    block = constants["BLOCK"]
+    launch = partial(assign_long_kernel[(images,)], *arguments, **constants)
+    config = assign_long_table(block)
+    if tune.SEARCH:
+        config = tune.tuned("assign_long", {"block": block}, config, assign_long_candidates(), launch)
+    launch(**config)
 
 
 def lists(
@@ -264,7 +353,7 @@ def lists(
     B, N = assignment.shape
     images, longest = (len(cu_seqlens) - 1, max_tokens) if cu_seqlens is not None else (B, N)
     assignment = assignment.contiguous()
-    tokens, spans = _empty_lists(B * N, M if new_cu_seqlens is not None else B * M, assignment.device)
+    tokens, spans = _empty_lists(B * N, M if new_cu_seqlens is not None else images * M, assignment.device)
     if images:
         longest = max(longest, max_tokens or 0) if new_cu_seqlens is not None else max(longest, M)
 
@@ -288,6 +377,12 @@ def lists(
             config = tune.tuned("lists", {"N": tune.like(longest)}, config, lists_candidates(), launch)
         launch(**config)
     return tokens, spans
+
+
+def _empty_bounds(images: int, device: torch.device) -> Tensor:
+    """Where each image begins, for the kernel to fill: without images it fills nothing, and they begin and end at 0."""
+    make = torch.empty if images else torch.zeros
+    return make(images + 1, dtype=torch.int32, device=device)
 
 
 def _empty_lists(tokens: int, slots: int, device: torch.device) -> tuple[Tensor, Tensor]:

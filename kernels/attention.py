@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from atm_triton.kernels import tune
-from atm_triton.kernels.images import image_base, image_bounds
+from atm_triton.kernels.images import check_strides, image_base, image_bounds
 
 LOG2_E = 1.4426950408889634  # softmax in powers of two
 BACKEND = "hip" if torch.version.hip else "cuda"
@@ -53,22 +53,23 @@ def attention_kernel(
     start, length = image_bounds(cu_seqlens, image, N, PACKED)
     first_query, asking = start, length
     if LEADING:
-        first_query, asking = image.to(tl.int64) * queries, tl.minimum(queries, length)
+        first_query, asking = image.to(tl.int64) * queries, queries
     if tile * ROWS >= asking:
         return
+    at_head = head.to(tl.int64)  # heads may lie far apart
     i = tile * ROWS + tl.arange(0, ROWS)
     c = tl.arange(0, D)
     inside = (i < asking)[:, None] & (c < d)[None, :]
     q_tile = tl.load(
         image_base(q, image, first_query, q_stride_b, q_stride_n, PACKED and not LEADING)
-        + head * q_stride_h
+        + at_head * q_stride_h
         + i[:, None] * q_stride_n
         + c[None, :],
         mask=inside,
         other=0.0,
     )
-    k_base = image_base(k, image, start, k_stride_b, k_stride_n, PACKED) + head * k_stride_h
-    v_base = image_base(v, image, start, v_stride_b, v_stride_n, PACKED) + head * v_stride_h
+    k_base = image_base(k, image, start, k_stride_b, k_stride_n, PACKED) + at_head * k_stride_h
+    v_base = image_base(v, image, start, v_stride_b, v_stride_n, PACKED) + at_head * v_stride_h
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     mixed = tl.zeros([ROWS, D], tl.float32)
@@ -93,13 +94,15 @@ def attention_kernel(
     tl.store(at, (mixed / total[:, None]).to(out.dtype.element_ty), mask=inside)
 
 
-def attention_table(dtype: torch.dtype, d: int, Nq: int) -> tune.Config:
-    """Tiles for a dtype, channels of a head and a number of queries; what is larger spills on one chip or another."""
+def attention_table(dtype: torch.dtype, d: int, Nq: int, bias: bool, packed: bool, leading: bool) -> tune.Config:
+    """Tiles for a dtype, channels of a head, a number of queries and what the kernel is compiled for; what is larger
+    spills on one chip or another."""
     if Nq <= 16:
-        columns = 64 if dtype != torch.float32 else 32 if d <= 64 else 16
+        columns = 64 if dtype != torch.float32 else 16
         return {"ROWS": 16, "COLUMNS": columns, "STAGES": 2, "num_warps": 4}
     if dtype == torch.float32:  # three products instead of one
-        return {"ROWS": 64 if d <= 64 else 32, "COLUMNS": 32, "STAGES": 2, "num_warps": 4 if d <= 64 else 8}
+        warps = 4 if d <= 64 and (bias or not packed) else 8
+        return {"ROWS": 64 if d <= 64 else 32, "COLUMNS": 32, "STAGES": 2, "num_warps": warps}
     return {"ROWS": 64, "COLUMNS": 64, "STAGES": 2, "num_warps": 4}
 
 
@@ -134,15 +137,14 @@ def attention(
         [B, H, Nq, d] in the dtype of q, a view of [B, Nq, H, d] in memory.
 
     Raises:
-        ValueError: channels that do not lie together.
+        ValueError: channels that do not lie together, or tokens too far apart.
     """
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.stride(3) != 1:
-            raise ValueError(f"{name} has stride {x.stride(3)} between channels; want 1 (make it contiguous)")
     B, H, Nq, d = q.shape
     N = k.shape[2]
     packed, leading = cu_seqlens is not None, Nq != N
     images, longest = (len(cu_seqlens) - 1, Nq if leading else max_tokens) if packed else (B, Nq)
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        check_strides(name, x, max_tokens if packed else max(N, Nq))
     out = torch.empty((B, Nq, H, d), dtype=q.dtype, device=q.device)
     log2_sizes = None if log2_sizes is None else log2_sizes.contiguous()
     if images and longest:
@@ -171,9 +173,10 @@ def attention(
             LEADING=leading,
             PRECISION=FLOAT32_DOTS[BACKEND] if q.dtype == torch.float32 else None,
         )
-        config = attention_table(q.dtype, d, longest)
+        kind = {"bias": log2_sizes is not None, "packed": packed, "leading": leading}
+        config = attention_table(q.dtype, d, longest, **kind)
         if tune.SEARCH:
-            key = {"dtype": q.dtype, "d": d, "Nq": tune.like(longest)}
+            key = {"dtype": q.dtype, "d": d, "Nq": tune.like(longest), **kind}
             config = tune.tuned("attention", key, config, attention_candidates(q.dtype, longest), launch)
         launch(**config)
     return out.transpose(1, 2)

@@ -2,6 +2,9 @@
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
+FARTHEST = 2**31  # elements within an image: its tokens are told apart in int32
 
 
 @triton.jit
@@ -24,3 +27,18 @@ def image_base(x, b, start, stride_b, stride_n, PACKED: tl.constexpr):
     else:
         x += b.to(tl.int64) * stride_b
     return x
+
+
+def check_strides(name: str, x: Tensor, longest: int) -> None:
+    """Whether a kernel can read ``x`` [B, H, N, d] in place, where no image has more than ``longest`` tokens.
+
+    Raises:
+        ValueError: channels that do not lie together, or tokens of an image that lie too far apart.
+    """
+    _, _, stride_n, stride_d = x.stride()
+    if stride_d != 1:
+        raise ValueError(f"{name} has stride {stride_d} between channels; want 1 (make it contiguous)")
+    if longest * stride_n >= FARTHEST:
+        raise ValueError(
+            f"{name} has stride {stride_n} between tokens: {longest} of them reach 2^31 elements; make it contiguous"
+        )

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from atm_triton.kernels import tune
-from atm_triton.kernels.images import image_base, image_bounds
+from atm_triton.kernels.images import check_strides, image_base, image_bounds
 
 EPS_SQUARED = tl.constexpr(1e-24)
 NOT_ALIKE = tl.constexpr(-2.0)
@@ -110,7 +110,7 @@ def _unit_vectors(
         if HEADS_TOGETHER:  # a stride that the compiler knows: wide loads also for odd d
             offset = h * d
         else:
-            offset = h * stride_h
+            offset = h * tl.cast(stride_h, tl.int64)
         total += tl.load(at + offset, mask=inside, other=0.0).to(tl.float32)
     mean = total * (1.0 / H)
     squared = tl.sum(mean * mean, axis=1)
@@ -320,10 +320,14 @@ def match_tiles_kernel(
     tl.atomic_add(counts + image, tl.sum((in_a & (best >= theta)).to(tl.int32)).to(tl.int64))
 
 
-def match_image_table(block: int, d: int, by_size: bool) -> tune.Config:
-    """``block``: tokens of a group, rounded up to a power of two; ``by_size``: groups by sizes that differ."""
-    rows = 16 if block <= 32 else min(block, 128)  # 32 x 32 spills on sm_80
-    return {"ROWS": rows, "CHUNK": 16, "num_warps": 8 if block >= 64 else 4}
+def match_image_table(block: int, d: int, by_size: bool, dtype: torch.dtype) -> tune.Config:
+    """``block``: tokens of a group, rounded up to a power of two; ``by_size``: groups by sizes that differ. What is
+    larger, and of CHUNK what is smaller for few tokens, spills on one chip or another."""
+    rows = 16 if block <= 32 else min(block, 128)
+    if dtype == torch.float32 and (by_size or d % 16 == 0):
+        rows = min(rows, 64)
+    chunk = {16: 32, 32: 64, 64: 64}.get(block, 16)
+    return {"ROWS": rows, "CHUNK": chunk, "num_warps": 8 if block >= 64 else 4}
 
 
 def match_image_candidates(block: int, by_size: bool) -> list[tune.Config]:
@@ -370,15 +374,15 @@ def match(
         similarity float32, partner int32, both [B, N] (packed [1, T]); counts [B] int64.
 
     Raises:
-        ValueError: keys whose channels do not lie together, or more protected tokens than a tile holds.
+        ValueError: keys whose channels do not lie together, or whose tokens lie too far apart; or more protected tokens
+            than a tile holds.
     """
     B, H, N, d = keys.shape
-    if keys.stride(3) != 1:
-        raise ValueError(f"keys have stride {keys.stride(3)} between channels; want 1 (make them contiguous)")
     if num_prefix > PREFIX.value:
         raise ValueError(f"num_prefix={num_prefix} is above {PREFIX.value}, the most that this kernel protects")
     packed = cu_seqlens is not None
     images, longest = (len(cu_seqlens) - 1, max_tokens) if packed else (B, N)
+    check_strides("keys", keys, longest)
     similarity = torch.empty((B, N), dtype=torch.float32, device=keys.device)
     partner = torch.empty((B, N), dtype=torch.int32, device=keys.device)
     counts = torch.empty(images, dtype=torch.int64, device=keys.device)
@@ -405,9 +409,9 @@ def match(
 def _match_image(images: int, free: int, arguments: tuple, constants: dict[str, Any]) -> None:
     block, d, by_size = max(16, triton.next_power_of_2((free + 1) // 2)), constants["d"], _by_size(constants)
     launch = partial(match_image_kernel[(images,)], *arguments, **constants, BLOCK=block)
-    config = match_image_table(block, d, by_size)
+    key = {"block": block, "d": d, "by_size": by_size, "dtype": arguments[0].dtype}
+    config = match_image_table(**key)
     if tune.SEARCH:
-        key = {"block": block, "d": d, "by_size": by_size}
         config = tune.tuned("match_image", key, config, match_image_candidates(block, by_size), launch)
     launch(**config)
 

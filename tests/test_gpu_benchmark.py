@@ -8,9 +8,9 @@ import time
 import pytest
 import torch
 
-from atm_triton import ATMConfig, apply_patch, library
+from atm_triton import ATMConfig, apply_patch, library, ops
 from atm_triton.patch import install
-from benchmarks.gpu import STAGES, StageError, parity, sanitize, timing
+from benchmarks.gpu import STAGES, StageError, attention, parity, sanitize, timing
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.sanitize import FOUND, verdict
 from benchmarks.gpu.trace import Event, gaps, timeline
@@ -41,14 +41,18 @@ def test_every_stage_measures(out):
     assert {row["operation"] for row in stages["kernels"]["rows"]} == {
         "match",
         "assign",
+        "lists",
+        "unmerge",
         "merge",
         "add_merge_norm",
         "attention",
     }
     assert all(row["microseconds"] > 0 and row["error"] < 1 for row in stages["attention"]["rows"])
+    assert {row["candidate"] for row in stages["attention"]["rows"] if row["taken"]} == {"kernel"}
     names = {row["name"] for row in stages["models"]["rows"]}
     assert names == {"timm", "free-merge bound", "ATM static", "unfused", "timm, compiled", "ATM static, compiled"}
     assert {"timm", "free-merge bound", "ATM batch"} <= {row["name"] for row in stages["digits"]["rows"]}
+    assert {"digits", "DeiT-S", "image"} <= set(stages["trace"])
     assert stages["trace"]["digits"]["reads"] == 11 and (out / "trace.json.gz").stat().st_size > 0
     assert all({"value", "wanted", "met"} <= set(row) for row in stages["targets"]["rows"])
 
@@ -108,6 +112,26 @@ def test_bad_input(options, message, tmp_path, capsys):
     assert main(["--out", str(tmp_path), *options]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith(f"benchmarks.gpu: {message}")
+
+
+@pytest.mark.parametrize(("fastest", "right"), [("kernel", True), ("written out", False), ("SDPA, no bias", True)])
+def test_whether_the_table_of_attention_takes_the_fastest(fastest, right):
+    rows = [{"candidate": name, "microseconds": 9.0} for name in ("kernel", "SDPA, no bias", "written out")]
+    for row in rows:
+        row["microseconds"] -= row["candidate"] == fastest
+    attention.judge(rows, "kernel")
+    assert [row["taken"] for row in rows] == [True, False, False]
+    assert [row["fastest"] for row in rows] == [right, False, False]
+
+
+@pytest.mark.parametrize("choice", ["SDPA with a broadcast mask", "kernel"])
+def test_the_table_of_attention_is_what_the_library_takes(choice, monkeypatch):
+    monkeypatch.setattr(ops, "attention_choice", lambda *kind: choice)
+    launched = []
+    monkeypatch.setattr(library._kernels(), "attention", lambda q, *arguments: launched.append(1) or q)
+    x = torch.randn(1, 2, 5, 16)
+    ops.attention(x, x, x, torch.ones(1, 5), backend="triton")
+    assert len(launched) == (choice == "kernel")
 
 
 def test_gaps_of_a_gpu_trace():

@@ -16,6 +16,7 @@ from atm_triton.kernels.assign import assign
 from atm_triton.kernels.attention import attention
 from atm_triton.kernels.match import match
 from atm_triton.kernels.merge import merge
+from atm_triton.kernels.unmerge import unmerge
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 COSINE = 2e-6  # the similarities are float32's
@@ -37,18 +38,7 @@ SHAPES = [  # B, H, N, d, P
 shapes = pytest.mark.parametrize(("B", "H", "N", "d", "P"), SHAPES, ids=lambda value: str(value))
 groupings = pytest.mark.parametrize("by_size", [False, True], ids=["alternate", "size"])
 dtypes = pytest.mark.parametrize("dtype", VALUE, ids=["float32", "float16"])
-
-
-@pytest.fixture(autouse=True)
-def poison(monkeypatch):
-    """What a kernel leaves unwritten is NaN or a huge index."""
-    empty = torch.empty
-
-    def poisoned(*size, **options):
-        made = empty(*size, **options)
-        return made.fill_(torch.nan) if made.is_floating_point() else made.fill_(2**30)
-
-    monkeypatch.setattr(torch, "empty", poisoned)
+pytestmark = pytest.mark.usefixtures("poison")
 
 
 def qkv(B, H, N, d, dtype=torch.float32):
@@ -93,14 +83,30 @@ def test_match_takes_the_first_of_equal_partners_and_refuses_bad_keys():
     assert match(keys, None, 1, False, 0.5)[1].tolist() == [[-1, -1, 1, -1, 1, -1, 1, -1, 1]]
     sizes = torch.tensor([[1.0, 5, 1, 4, 1, 6, 1, 7, 1]], device=DEVICE)
     assert match(keys, sizes, 1, True, 0.5)[1].tolist() == [[-1, -1, 1, -1, 1, -1, 1, -1, 1]]
+
+
+@pytest.mark.parametrize("d", [32, 72], ids=["one launch", "two launches"])
+def test_keys_without_direction_are_similar_to_nothing(d):
     for bad in (0.0, torch.nan, torch.inf):
-        keys = torch.ones(1, 2, 9, 32, device=DEVICE)
+        keys = torch.ones(1, 2, 9, d, device=DEVICE)
         keys[0, 1, 1] = keys[0, :, 4] = bad
         if bad == 0:
             keys[0, :, 1] = 0
         similarity, partner, counts = match(keys, None, 1, False, 0.5)
         assert partner.tolist() == [[-1, -1, 3, -1, 1, -1, 3, -1, 3]]
         assert similarity[0, 4] == reference.NOT_ALIKE and counts.tolist() == [3]
+        by_size = match(keys, None, 1, True, 0.5)
+        assert by_size[1].tolist() == [[-1, 5, 5, 5, 5, -1, -1, -1, -1]] and by_size[2].tolist() == [2]
+        assert by_size[0].tolist()[0][1:5:3] == [reference.NOT_ALIKE] * 2
+
+
+@pytest.mark.parametrize("apart", [80, 2**30 + 7], ids=["near", "far"])
+def test_heads_may_lie_far_apart(apart):
+    keys = torch.empty_strided((1, 3, 5, 16), (3 * apart, apart, 16, 1), dtype=torch.float16, device=DEVICE)
+    keys.copy_(torch.randn(1, 3, 5, 16))  # memory that is not touched costs nothing
+    near = keys.contiguous()
+    assert torch.equal(match(keys, None, 0, False, 0.5)[0], match(near, None, 0, False, 0.5)[0])
+    assert torch.equal(attention(keys, keys, keys, None, 0.25), attention(near, near, near, None, 0.25))
 
 
 class Allocated(TorchFunctionMode):
@@ -167,6 +173,21 @@ def test_assign(B, H, N, d, P, by_size):
         assert read(tokens, spans) == lists_of(assignment, N - r)
 
 
+@groupings
+def test_assign_to_a_long_image(by_size, monkeypatch):
+    monkeypatch.setattr(assign_kernels, "ONE_PROGRAM", 16)
+    monkeypatch.setattr(assign_kernels, "JOINED", 16)
+    monkeypatch.setattr(assign_kernels, "assign_long_table", lambda block: {"CHUNK": 16, "num_warps": 1})
+    for N, P in ((17, 0), (50, 5)):
+        keys = qkv(2, 1, N, 32)[1]
+        keys[:, :, 2::3] = keys[:, :, : len(range(2, N, 3))]  # ties
+        similarity, partner = expected(keys, some_sizes(2, N), P, by_size)
+        for r in (1, reference.group_a_size(N, P, by_size)):
+            assignment, tokens, spans, _ = assign(similarity, partner, r, P)
+            assert torch.equal(assignment, reference.assign(similarity, partner, r, P))
+            assert read(tokens, spans) == lists_of(assignment, N - r)
+
+
 @pytest.mark.parametrize("one_program", [2048, 16], ids=["sorted", "ranked"])
 def test_assign_each_image_its_own_count(one_program, monkeypatch):
     monkeypatch.setattr(assign_kernels, "ONE_PROGRAM", one_program)
@@ -185,11 +206,13 @@ def test_assign_each_image_its_own_count(one_program, monkeypatch):
         assert read(tokens, mine) == want
 
 
-def test_assign_from_a_dense_batch_to_packed_images():
+def test_assign_from_a_dense_batch_to_packed_images(monkeypatch):
     keys = qkv(3, 2, 19, 32)[1]
     similarity, partner, _ = match(keys, None, 1, False, 0.1)
     r = torch.tensor([4, 0, 9], device=DEVICE)
-    assignment, tokens, spans, new_cu_seqlens = assign(similarity, partner, r, 1)
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "zeros", None)  # one launch, no fill
+        assignment, tokens, spans, new_cu_seqlens = assign(similarity, partner, r, 1)
     assert torch.equal(assignment, reference.assign(similarity, partner, r, 1))
     assert new_cu_seqlens.tolist() == [0, 15, 34, 44]
     want = [slot for b in range(3) for slot in lists_of(assignment, 19)[19 * b : 19 * b + 19 - r[b]]]
@@ -218,6 +241,31 @@ def test_merge(C, dtype):
         torch.testing.assert_close(log2_sizes, merged_sizes.log2())
         alone = spans.diff(dim=1).flatten() == 1
         assert torch.equal(merged[alone], x.view(-1, C)[tokens[spans[alone, 0]]])  # unchanged, to the bit
+
+
+@pytest.mark.parametrize(
+    ("N", "P"), [*itertools.product((1, 2, 3), (0, 1, 2, 5)), (17, 0), (17, 5), (63, 2), (197, 1), (577, 1)]
+)
+def test_merge_lists_and_unmerge(N, P):
+    """Images of every size, from no merge to the largest, and with sizes or none."""
+    B, C = (2, 6) if N < 63 else (1, 3)
+    most = reference.largest_r(N, P)
+    chosen = list(itertools.product(VALUE, sorted({0, min(1, most), most})))
+    if N >= 63:  # the interpreter takes its time
+        chosen = [(torch.float32, 0), (torch.float16, 1), (torch.float32, most)][-1 if N > 197 else -3 :]
+    similarity, partner = expected(qkv(B, 1, N, 32)[1], None, P, False)
+    for dtype, r in chosen:
+        sizes = some_sizes(B, N) if dtype == torch.float32 else None
+        assignment = reference.assign(similarity, partner, r, P)
+        tokens, spans = assign_kernels.lists(assignment, N - r)
+        for ours, want in zip((tokens, spans), reference.lists(assignment, N - r), strict=True):
+            assert torch.equal(ours, want)
+        x = torch.randn(B, N, C, device=DEVICE).to(dtype)
+        merged, _, merged_sizes, _ = merge(x.view(-1, C), sizes, tokens, spans)
+        want, want_sizes = reference.merge(x, sizes, assignment, N - r)
+        torch.testing.assert_close(merged.view_as(want), want, rtol=VALUE[dtype], atol=VALUE[dtype])
+        assert torch.equal(merged_sizes.view_as(want_sizes), want_sizes)
+        assert torch.equal(unmerge(want, assignment), reference.unmerge(want, assignment))
 
 
 @dtypes
@@ -285,8 +333,13 @@ def test_an_empty_batch_launches_nothing():
 
 def test_what_no_kernel_can_take_is_refused():
     keys = qkv(1, 2, 5, 32)[1]
-    with pytest.raises(ValueError, match="keys have stride 2 between channels"):
+    with pytest.raises(ValueError, match="keys has stride 2 between channels; want 1"):
         match(keys[..., ::2], None, 1, False, 0.5)
+    far = torch.empty(200 * 2**24, dtype=torch.float16, device="meta").as_strided((1, 2, 200, 32), (0, 32, 2**24, 1))
+    with pytest.raises(ValueError, match="keys has stride 16777216 between tokens: 200 of them reach 2.31 elements"):
+        match(far, None, 1, False, 0.5)
+    with pytest.raises(ValueError, match="k has stride 16777216 between tokens: 200 of them reach"):
+        attention(keys, far, far, None, 1.0)
     with pytest.raises(ValueError, match="num_prefix=17 is above 16"):
         match(keys, None, 17, False, 0.5)
     with pytest.raises(ValueError, match="v has stride 2 between channels"):

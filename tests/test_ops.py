@@ -13,9 +13,24 @@ PACKED = ops.Packing.of(torch.tensor([3, 4]))
 
 ONE = ops.Packing.of(torch.tensor([7]))
 
+norm = torch.nn.LayerNorm(8)
+
 
 def found(by_size=False, P=1):
     return ops.match(keys, sizes, P, by_size)
+
+
+def single():
+    return ops.match(keys[:, :, :1], None, 0, False)
+
+
+def attend(q, log2_sizes=None):
+    return ops.attention(q, keys, keys, sizes, log2_sizes=log2_sizes)
+
+
+def fused(lists=None, n=None, gamma=None, norm=norm, M=6):
+    lists = ops.Lists(assignment.flatten(), torch.zeros(12, 2, dtype=torch.int32)) if lists is None else lists
+    return ops.add_merge_norm(x, x, gamma, n, assignment, lists, M, norm)
 
 
 def assigned(counts, **options):
@@ -34,6 +49,36 @@ def assigned(counts, **options):
         (lambda: ops.assign(*found()[:2], 4, 1, False), "r=4 is outside 0 .. 3"),
         (lambda: ops.assign(*found(P=0)[:2], 5, 0, False), "r=5 is outside 0 .. 4"),
         (lambda: ops.assign(*found(True, 0)[:2], 4, 0, True), "r=4 is outside 0 .. 3"),
+        (lambda: ops.assign(*single()[:2], 1, 0, False), "r=1 is outside 0 .. 0, the tokens in A: 1 tokens"),
+        (lambda: ops.match(keys, None, -1, False), "num_prefix=-1 is below 0; want the number of protected tokens"),
+        (lambda: ops.assign(*found()[:2], 1, -1, False), "num_prefix=-1 is below 0"),
+        (lambda: ops.assign_each(*found()[:2], 0.5, ops.CountRead(torch.tensor([1, 2])), -2), "num_prefix=-2 is below"),
+        (lambda: ops.assign(found().similarity, found().partner.to("meta"), 1, 1, False), "partner is on meta, simi"),
+        (lambda: ops.merge(x, None, assignment, -1), "M=-1 is below 0; want the number of slots of an image"),
+        (lambda: ops.merge(x, None, assignment, ONE), "M is of 1 images, the tokens of 2; want the same number"),
+        (lambda: fused(M=5), "lists.spans has shape [12, 2]; want [10, 2]: M=5 of each image"),
+        (lambda: fused(n=sizes[:1]), "sizes has shape [1, 7]; want [2, 7]"),
+        (lambda: fused(gamma=torch.ones(4)), "gamma has shape [4]; want [8], one for each channel of x"),
+        (lambda: fused(norm=torch.nn.LayerNorm(4)), "norm.weight has shape [4]; want [8]"),
+        (
+            lambda: fused(norm=torch.nn.LayerNorm(4, elementwise_affine=False)),
+            "norm is over [4]; want [8], the channels of x",
+        ),
+        (lambda: ops.unmerge(x[0], assignment, x_packing=PACKED, packing=ONE), "assignment has shape [2, 7]; want [7]"),
+        (lambda: ops.unmerge(x, assignment[0], packing=ONE), "x is of 2 images, the tokens of 1; want the same number"),
+        (lambda: attend(keys[:1]), "q has shape [1, 3, 7, 4]; want [2, 3, Nq, 4], to go with k"),
+        (lambda: attend(keys[:, :2]), "q has shape [2, 2, 7, 4]; want [2, 3, Nq, 4]"),
+        (lambda: attend(keys[..., :2]), "q has shape [2, 3, 7, 2]; want [2, 3, Nq, 4]"),
+        (lambda: attend(keys.to("meta")), "k is on cpu, q on meta; move one of them"),
+        (lambda: attend(keys, log2_sizes=sizes[:1]), "log2_sizes has shape [1, 7]; want [2, 7]"),
+        (
+            lambda: ops.attention(keys[0, :2], keys[0], keys[0], None, packing=PACKED),
+            "q has shape [2, 7, 4]; want [3, 7, 4], the shape of k",
+        ),
+        (
+            lambda: ops.attention(keys[:1, :, :1], keys[0], keys[0], None, packing=PACKED),
+            "q has shape [1, 3, 1, 4]; want [2, 3, Nq, 4]",
+        ),
         (lambda: ops.merge(x[0], None, assignment, 3), "x has shape [7, 8]; want [B, N, C]"),
         (lambda: ops.merge(x, None, assignment[:1], 3), "assignment has shape [1, 7]; want [2, 7], one for each token"),
         (lambda: ops.merge(x, sizes[:, 1:], assignment, 3), "sizes has shape [2, 6]; want [2, 7], one for each token"),
@@ -53,6 +98,22 @@ def assigned(counts, **options):
 )
 def test_bad_arguments(call, message):
     with pytest.raises(ValueError) as error:
+        call()
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: ops.assign(found().similarity.half(), found().partner, 1, 1, False), "similarity has dtype torch.flo"),
+        (lambda: ops.assign(found().similarity, found().partner.long(), 1, 1, False), "partner has dtype torch.int64"),
+        (lambda: attend(keys.half()), "k has dtype torch.float32; want torch.float16: k.to(torch.float16)"),
+        (lambda: ops.attention(keys, keys, keys.half(), sizes), "v has dtype torch.float16; want torch.float32"),
+        (lambda: attend(keys, log2_sizes=sizes.double()), "log2_sizes has dtype torch.float64; want torch.float32"),
+    ],
+)
+def test_bad_dtypes(call, message):
+    with pytest.raises(TypeError) as error:
         call()
     assert message in str(error.value) and "\n" not in str(error.value)
 

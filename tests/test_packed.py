@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from atm_triton import library, reference
+from atm_triton import library, ops, reference
 from atm_triton.kernels import assign as assign_kernels
 from atm_triton.kernels.attention import attention
 from atm_triton.kernels.match import match
@@ -15,6 +15,7 @@ LENGTHS = [[17, 1, 33, 2, 20], [5], [9, 9, 9], [2, 1]]
 H, d, C, P = 2, 16, 6, 1
 THETA = 0.5  # where some images merge much and some nothing
 
+pytestmark = pytest.mark.usefixtures("poison")
 lengths_of = pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 groupings = pytest.mark.parametrize("by_size", [False, True], ids=["alternate", "size"])
 
@@ -153,6 +154,60 @@ def test_gradients_of_packed_merge_and_attention():
     assert torch.autograd.gradcheck(attends, [keys.detach().clone().requires_grad_() for _ in range(3)])
 
 
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_a_dense_batch_to_packed_images_and_back_with_gradients(backend):
+    """Slots of a dense batch, tokens of packed images: shapes, values and gradients, by a matrix."""
+    packing = ops.Packing.of(torch.tensor([9, 5]), torch.device(DEVICE))
+    assignment = torch.cat([torch.arange(9), torch.arange(5)]).to(DEVICE).int() % 4
+    slots, x = torch.randn(2, 4, C, device=DEVICE), torch.randn(14, C, device=DEVICE)
+    where = torch.zeros(14, 8, device=DEVICE)
+    where[torch.arange(14), assignment.long() + 4 * (torch.arange(14, device=DEVICE) >= 9)] = 1
+    got = ops.unmerge(slots.requires_grad_(), assignment, backend, packing=packing)
+    torch.testing.assert_close(got, where @ slots.view(8, C))
+    merged = ops.merge(x.requires_grad_(), None, assignment, 4, backend, packing=packing)
+    mean = (where / where.sum(0)).T
+    assert merged.x.shape == (2, 4, C) and merged.sizes.shape == (2, 4)
+    torch.testing.assert_close(merged.x, (mean @ x).view(2, 4, C), rtol=1e-6, atol=1e-6)
+    weights, of_slots = torch.randn(14, C, device=DEVICE), torch.randn(2, 4, C, device=DEVICE)
+    grads = torch.autograd.grad((got * weights).sum() + (merged.x * of_slots).sum(), (slots, x))
+    torch.testing.assert_close(grads[0].view(8, C), where.T @ weights, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(grads[1], mean.T @ of_slots.view(8, C), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["lists", "merge", "unmerge"])
+def test_opcheck_of_a_dense_batch_and_packed_images(name):
+    cu_seqlens = cumulated([9, 5])
+    assignment = torch.cat([torch.arange(9), torch.arange(5)]).to(DEVICE).int() % 4
+    tokens, spans = library.lists(assignment, 4, cu_seqlens, None, 9)
+    slots, x = torch.randn(2, 4, C, device=DEVICE), torch.randn(14, C, device=DEVICE)
+    given = {
+        "lists": (assignment, 4, cu_seqlens, None, 9),
+        "merge": (x.requires_grad_(), None, assignment, tokens, spans, 4, cu_seqlens, None, 9),
+        "unmerge": (slots.requires_grad_(), assignment, cu_seqlens, None, 9),
+    }
+    torch.library.opcheck(getattr(torch.ops.atm_triton, name).default, given[name])
+
+
+def test_kernels_in_float16_as_the_reference():
+    packing = ops.Packing.of(torch.tensor([17, 1, 33, 2]), torch.device(DEVICE))
+    _, keys, sizes, x = packed([17, 1, 33, 2], torch.float16)
+    found = ops.match(keys, sizes, P, False, THETA, "triton", packing)
+    want, _ = reference.match_packed(keys, sizes, P, False, packing.cu_seqlens)
+    torch.testing.assert_close(found.similarity, want, rtol=0, atol=2e-6)
+    options = (THETA, ops.CountRead(found.counts), P, "triton", packing)
+    assignment, lists, after = ops.assign_each(found.similarity, found.partner, *options)
+    merged = ops.merge(x, sizes, assignment, after, "triton", lists, packing)
+    want, want_sizes = reference.merge(x, sizes, assignment, after.cu_seqlens, packing.cu_seqlens)
+    torch.testing.assert_close(merged.x, want, rtol=2e-3, atol=2e-3)
+    assert torch.equal(merged.sizes, want_sizes)
+    back = ops.unmerge(want, assignment, "triton", after, packing)
+    assert torch.equal(back, reference.unmerge(want, assignment, packing.cu_seqlens, after.cu_seqlens))
+    keys = torch.randn_like(keys)
+    got = ops.attention(keys, keys, keys, sizes, backend="triton", packing=packing)
+    want = reference.attention_packed(keys.float(), keys.float(), keys.float(), sizes, packing.cu_seqlens)
+    torch.testing.assert_close(got.float(), want, rtol=2e-3, atol=2e-3)
+
+
 @groupings
 def test_kernels_match_and_assign_as_the_reference(by_size):
     lengths = [17, 1, 577, 2, 33]
@@ -216,7 +271,7 @@ def test_each_image_of_a_dense_batch_its_own_r(monkeypatch):
 def test_the_kernel_attends_from_the_leading_tokens_of_packed_images():
     lengths = [17, 2, 70]
     cu_seqlens, keys, sizes, _ = packed(lengths, torch.float32)
-    for rows in (1, 2):
+    for rows in (1, 2, 3):  # also where an image has no more
         q = torch.randn(len(lengths), rows, H, d, device=DEVICE).transpose(1, 2)
         got = attention(q, keys[None], keys[None], sizes.log2()[None], d**-0.5, cu_seqlens, 70)
         want = reference.attention_packed(q, keys, keys, sizes, cu_seqlens)

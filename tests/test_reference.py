@@ -1,5 +1,6 @@
 """The reference against loops, and against the properties that the method promises."""
 
+import itertools
 import math
 
 import pytest
@@ -114,6 +115,17 @@ def test_counts_and_the_r_of_a_batch():
     assert reference.batch_r(torch.tensor([2, 3, 1])) == 2
     assert reference.batch_r(torch.tensor([], dtype=torch.int64)) == 0
     assert [reference.largest_r(N, P) for N, P in ((197, 1), (198, 2), (1, 1), (0, 1), (3, 0))] == [98, 98, 0, 0, 1]
+
+
+@pytest.mark.parametrize("by_size", [False, True], ids=["alternate", "size"])
+def test_the_tokens_in_a_are_those_that_find_a_partner(by_size):
+    for N, P in itertools.product(range(1, 7), range(4)):
+        sizes = torch.ones(1, N)
+        found = loops.partners(torch.ones(N, 2).tolist(), *loops.groups(N, P, sizes[0] if by_size else None))
+        _, partner = reference.match(torch.ones(1, 1, N, 2), *reference.group(sizes, 1, N, P, by_size, sizes.device))
+        in_a = reference.group_a_size(N, P, by_size)
+        assert in_a == len(found) == int((partner >= 0).sum()) >= reference.largest_r(N, P)
+        assert reference.group_a_size(torch.tensor([N]), P, by_size).tolist() == [in_a]
 
 
 @pytest.mark.parametrize("by_size", [False, True], ids=["alternate", "size"])

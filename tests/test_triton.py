@@ -235,9 +235,9 @@ def test_any_assignment_merges_and_dropped_tokens_stay_out():
 
 def test_wrong_types_and_devices_are_refused():
     x, assignment = torch.randn(2, 5, 16), torch.zeros(2, 5, dtype=torch.int32)
-    with pytest.raises(TypeError, match="assignment is torch.int64; want torch.int32"):
+    with pytest.raises(TypeError, match="assignment has dtype torch.int64; want torch.int32"):
         ops.merge(x, None, assignment.long(), 4)
-    with pytest.raises(TypeError, match="sizes are torch.float64; want torch.float32"):
+    with pytest.raises(TypeError, match="sizes has dtype torch.float64; want torch.float32"):
         ops.merge(x, torch.ones(2, 5).double(), assignment, 4)
     with pytest.raises(ValueError, match="assignment is on meta, the tokens on cpu; move one of them"):
         ops.unmerge(x, assignment.to("meta"))

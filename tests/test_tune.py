@@ -1,12 +1,13 @@
 """ATM_TRITON_AUTOTUNE: off, nothing is searched; on, the results are the same and a better table is printed."""
 
+import itertools
 import os
 import runpy
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import create_autospec
+from unittest.mock import create_autospec, patch
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import triton
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources
 
+from atm_triton.kernels import assign as assign_kernels
 from atm_triton.kernels import tune
 from atm_triton.kernels.assign import assign, lists
 from atm_triton.kernels.attention import attention, attention_candidates, attention_table
@@ -57,6 +59,8 @@ def everything():
     similarity, partner, _ = match(x, sizes, 1, False, 0.0)
     assignment, tokens, spans, _ = assign(similarity, partner, 4, 1)
     yield assignment, tokens, spans
+    with patch.object(assign_kernels, "ONE_PROGRAM", 16):  # three launches
+        yield assign(similarity, partner, 4, 1)[:3]
     yield lists(assignment, 15)
     rows, norm = torch.randn(38, 48, device=DEVICE), (None, None, 1e-6)
     merged, _, *merged_sizes = merge(rows, sizes, tokens, spans)
@@ -69,7 +73,8 @@ def everything():
 
 def test_results_are_those_of_the_tables_and_a_key_is_searched_once(searching, monkeypatch):
     results = [list(everything())]
-    names = {"match_image", "unit_rows", "match_tiles", "assign", "lists", "merge", "unmerge", "attention"}
+    names = {"match_image", "unit_rows", "match_tiles", "assign", "assign_long", "lists", "merge", "unmerge"}
+    names |= {"attention"}
     assert {name for name, *_ in searching} == names
     assert all(found.best != found.table and found.ran == found.tried for found in searching.values())
     monkeypatch.setattr(tune, "_microseconds", None)
@@ -84,7 +89,7 @@ def test_results_are_those_of_the_tables_and_a_key_is_searched_once(searching, m
 def test_off_nothing_is_searched(monkeypatch):
     monkeypatch.setattr(tune, "SEARCH", tune.switch(None))
     monkeypatch.setattr(tune, "tuned", None)
-    assert len(list(everything())) == 11
+    assert len(list(everything())) == 12
 
 
 def failing(errors):
@@ -136,7 +141,18 @@ def test_triton_times_it_on_a_gpu(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("Nq", [1, 197])
 def test_the_table_is_among_the_candidates(dtype, Nq):
-    assert all(attention_table(dtype, d, Nq) in attention_candidates(dtype, Nq) for d in (32, 64, 128))
+    for d, *kind in itertools.product((32, 64, 128), *[(False, True)] * 3):
+        assert attention_table(dtype, d, Nq, *kind) in attention_candidates(dtype, Nq)
+
+
+def test_what_the_kernel_is_compiled_for_has_its_own_search(searching):
+    x = torch.randn(1, 2, 9, 16, device=DEVICE)
+    cu_seqlens = torch.tensor([0, 4, 9], dtype=torch.int32, device=DEVICE)
+    for log2_sizes in (None, torch.zeros(1, 9, device=DEVICE)):
+        for images in ((), (cu_seqlens, 9)):
+            for q in (x, torch.randn(2 if images else 1, 2, 8, 16, device=DEVICE)):
+                attention(q, x, x, log2_sizes, 0.25, *images)
+    assert len(searching) == 8
 
 
 def test_sizes_that_share_a_search():
@@ -157,16 +173,17 @@ def test_at_exit_it_prints_lines_for_the_table():
     assert done.returncode == 0 and done.stdout == "", done.stderr
     first, second, header, *entries = done.stderr.splitlines()
     for line, by_size in ((first, True), (second, False)):
-        table = '{"ROWS": 16, "CHUNK": 16, "num_warps": 4}'
-        assert line.startswith(f"atm-triton tune: match_image block=16 d=32 by_size={by_size}: table {table} ")
+        table = '{"ROWS": 16, "CHUNK": 32, "num_warps": 4}'
+        key = f"block=16 d=32 by_size={by_size} dtype=torch.float32"
+        assert line.startswith(f"atm-triton tune: match_image {key}: table {table} ")
     assert header.startswith("# first in match_image_table: ")
-    space = {}
-    exec("\n".join(["def pasted(block, d, by_size):", *entries]), space)
+    space = {"torch": torch}
+    exec("\n".join(["def pasted(block, d, by_size, dtype):", *entries]), space)
     for by_size, line in ((True, first), (False, second)):
-        best = space["pasted"](16, 32, by_size)
-        assert best.keys() == match_image_table(16, 32, by_size).keys()
+        best = space["pasted"](16, 32, by_size, torch.float32)
+        assert best.keys() == match_image_table(16, 32, by_size, torch.float32).keys()
         assert str(best).replace("'", '"') in line.split(" best ")[1]
-    assert space["pasted"](32, 32, False) is None
+    assert space["pasted"](32, 32, False, torch.float32) is None
 
 
 def test_the_variable(monkeypatch):

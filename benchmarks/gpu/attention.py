@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
 from atm_triton import ops, reference
+from atm_triton.kernels.choice import KERNEL, attention_choice
 from benchmarks.gpu import StageError
 from benchmarks.gpu.setting import Setting, one_line, qkv, short, some_sizes
 from benchmarks.gpu.timing import compiled, median_us
@@ -37,7 +38,7 @@ SHAPES = (  # dtype, d, N, B, H; the first of them with flex_attention too, as l
 )
 TINY = ((FLOAT, 16, 17, 1, 2), (HALF, 16, 17, 1, 2))
 COMPILING = 60  # seconds of this stage after which flex_attention is left out
-KERNEL = "kernel"
+WRITTEN_OUT = "written out"
 CHECKED = 4  # images whose error is taken
 
 
@@ -49,14 +50,34 @@ def run(setting: Setting, section: dict[str, Any], _: dict[str, Any]) -> None:
         q, k, v = qkv(B, H, N, d, dtype, setting.device)
         sizes = some_sizes(B, N, setting.device)
         flex = setting.has(15, start + COMPILING)
+        of_shape = []
         for name, (call, sized) in candidates(q, k, v, sizes, setting.device, flex).items():
             row = {"dtype": short(dtype), "d": d, "N": N, "B": B, "H": H, "candidate": name}
             row |= measured(call, (q, k, v, sizes if sized else None), setting.device)
             rows.append(row)
+            of_shape.append(row)
             if name == KERNEL and "failed" in row:
                 raise StageError(f"the kernel at d={d} N={N} B={B} {short(dtype)}: {row['failed']}")
+        judge(of_shape, entry(dtype, d, N))
         if not flex:
             section.setdefault("left_out", []).append(f"flex_attention {short(dtype)} d={d} N={N} B={B}: no time")
+
+
+def entry(dtype: torch.dtype, d: int, N: int) -> str:
+    """The candidate that the library takes for a dense batch with sizes."""
+    if attention_choice(dtype, d, N, packed=False, bias=True) == KERNEL:
+        return KERNEL
+    return f"SDPA, mask in {short(dtype)}" if dtype == FLOAT else WRITTEN_OUT
+
+
+def judge(rows: list[dict[str, Any]], taken: str) -> None:
+    """Of the candidates of one shape: which is ``taken`` by the table, and whether that was the ``fastest`` of those
+    that add log n as exactly as it does."""
+    rivals = [row for row in rows if row["candidate"] in (KERNEL, WRITTEN_OUT, f"SDPA, mask in {short(FLOAT)}")]
+    best = min((row["microseconds"] for row in rivals if row["microseconds"]), default=None)
+    for row in rows:
+        row["taken"] = row["candidate"] == taken
+        row["fastest"] = row["taken"] and row["microseconds"] == best
 
 
 def measured(
@@ -84,7 +105,7 @@ def candidates(
         KERNEL: (lambda: ops.attention(q, k, v, sizes, backend="triton", log2_sizes=log2_sizes), True),
         "SDPA, no bias": (lambda: F.scaled_dot_product_attention(q, k, v), False),
         f"SDPA, mask in {short(q.dtype)}": (lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=mask), True),
-        "written out": (lambda: reference.attention(q, k, v, sizes, fused=False), True),
+        WRITTEN_OUT: (lambda: reference.attention(q, k, v, sizes, fused=False), True),
     }
     if flex:
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from atm_triton import ops, reference
+from atm_triton import library, ops, reference
 from benchmarks.gpu import traffic
 from benchmarks.gpu.setting import Setting, one_line, qkv, short, some_sizes
 from benchmarks.gpu.timing import compiled, copy_bandwidth, median_us
@@ -75,6 +75,7 @@ def calls(
     M = N - max(1, N // 24)  # what a block merges of 197 tokens to save 3 of 10 FLOPs: 8
     q, k, v = qkv(B, H, N, d, dtype, device)
     x, attended = (torch.randn(B, N, C, dtype=dtype, device=device) for _ in range(2))
+    slots = x[:, :M].contiguous()
     sizes, norm = some_sizes(B, N, device), nn.LayerNorm(C, eps=1e-6, device=device, dtype=dtype)
     log2_sizes = sizes.log2()
     found = ops.match(k, sizes, 1, False, 0.5, "triton")
@@ -102,6 +103,16 @@ def calls(
             lambda: ops.assign(found.similarity, found.partner, N - M, 1, False, "triton"),
             reference_assign,
             traffic.assign_bytes(B, N, M),
+        ),
+        "lists": (
+            lambda: library.lists(assignment, M),
+            lambda: reference.lists(assignment, M),
+            traffic.lists_bytes(B, N, M),
+        ),
+        "unmerge": (
+            lambda: ops.unmerge(slots, assignment, "triton"),
+            lambda: reference.unmerge(slots, assignment),
+            traffic.unmerge_bytes(B, N, M, C, e),
         ),
         "merge": (
             lambda: ops.merge(x, sizes, assignment, M, "triton", lists),

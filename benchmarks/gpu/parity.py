@@ -71,6 +71,7 @@ CASES = (
     Case(64, 577, 12, 64, BF16, False),
     Case(8, 197, 16, 64, BF16, True),
     Case(1, 197, 3, 64, BF16, False),
+    Case(8, 1370, 6, 64, BF16, True),
     Case(8, 197, 4, 60, BF16, True),
 )
 TINY = (

@@ -83,12 +83,13 @@ def kernels(section: dict[str, Any]) -> list[str]:
 
 
 def attention(section: dict[str, Any]) -> list[str]:
-    head = ["dtype", "d", "N", "B", "H", "candidate", "us", "error"]
+    head = ["dtype", "d", "N", "B", "H", "candidate", "us", "error", "table's", "fastest"]
     rows = []
     for row in section["rows"]:
         shape = [row["dtype"], *(str(row[key]) for key in ("d", "N", "B", "H")), row["candidate"]]
         error = f"{row['error']:.2e}" if "error" in row else row["failed"][:60]
-        rows.append([*shape, figure(row["microseconds"]), error])
+        judged = ["yes" if row.get("taken") else "", figure(row["fastest"]) if row.get("taken") else ""]
+        rows.append([*shape, figure(row["microseconds"]), error, *judged])
     return grid(head, rows)
 
 

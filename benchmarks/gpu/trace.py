@@ -30,7 +30,12 @@ class Event(NamedTuple):
 @torch.inference_mode()
 def run(setting: Setting, section: dict[str, Any], _: dict[str, Any]) -> None:
     batch = setting.pick(256, 1)
-    for name, call in (("digits", digits_pass(setting, batch)), ("DeiT-S", deit_pass(setting, batch))):
+    passes = {
+        "digits": digits_pass(setting, batch),
+        "DeiT-S": deit_pass(setting, batch),
+        "image": deit_pass(setting, batch, "image"),
+    }
+    for name, call in passes.items():
         path = setting.out / ("trace.json.gz" if name == "digits" else f"trace_{name}.json.gz")
         record(call, setting, path)
         events = timeline(json.loads(gzip.decompress(path.read_bytes()))["traceEvents"], setting.on_gpu)
@@ -44,11 +49,12 @@ def digits_pass(setting: Setting, batch: int) -> Callable[[], Any]:
     return lambda: model(images)
 
 
-def deit_pass(setting: Setting, batch: int) -> Callable[[], Any]:
+def deit_pass(setting: Setting, batch: int, adapt: str = "batch") -> Callable[[], Any]:
     """Random weights, and thresholds below which nearly everything lies: what matters is that counts are read."""
     shape = {} if not setting.tiny else {"img_size": 48, "embed_dim": 32, "depth": 3, "num_heads": 2}
     model = timm.create_model("deit_small_patch16_224", **shape).eval().to(setting.device)
-    model = apply_patch(model.to(torch.bfloat16) if setting.on_gpu else model, ATMConfig(alpha=0.999, theta_min=0.99))
+    config = ATMConfig(alpha=0.999, theta_min=0.99, adapt=adapt)
+    model = apply_patch(model.to(torch.bfloat16) if setting.on_gpu else model, config)
     side = model.patch_embed.img_size
     images = torch.randn(batch, 3, *side, device=setting.device, dtype=next(model.parameters()).dtype)
     return lambda: model(images)

@@ -15,6 +15,16 @@ def assign_bytes(B: int, N: int, M: int) -> int:
     return B * N * 16 + B * M * 8
 
 
+def lists_bytes(B: int, N: int, M: int) -> int:
+    """Assignment; tokens and spans."""
+    return B * N * 8 + B * M * 8
+
+
+def unmerge_bytes(B: int, N: int, M: int, C: int, e: int) -> int:
+    """x of the slots and the assignment; x of the tokens."""
+    return B * (N + M) * C * e + B * N * 4
+
+
 def merge_bytes(B: int, N: int, M: int, C: int, e: int) -> int:
     """x, sizes, tokens, spans; merged x, its sizes and their log2."""
     return B * (N + M) * C * e + B * N * 8 + B * M * 16

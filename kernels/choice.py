@@ -1,0 +1,16 @@
+"""What computes attention: a table beside the kernel that needs no Triton to be read."""
+
+import torch
+
+KERNEL = "kernel"
+MASK = "SDPA with a broadcast mask"  # of log n, in float32: beside 16-bit queries the scores are written out instead
+PLAIN = "SDPA without a bias"  # where every token stands for one patch
+
+
+def attention_choice(dtype: torch.dtype, d: int, N: int, packed: bool, bias: bool) -> str:
+    """Where the kernel can compute, what does: for channels of a head, keys of an image (packed: of the longest),
+    whether images are packed and whether log n is added.
+
+    Provisional: no entry has been measured yet. ``benchmarks/gpu/attention.py`` says on a GPU which is the fastest.
+    """
+    return KERNEL if packed or bias else PLAIN
