@@ -5,6 +5,7 @@ Checks and dispatch only: the formulas are in ``reference.py``. Tokens are dense
 ``sizes`` float32 may be None wherever every token still stands for one patch.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib.util import find_spec
@@ -327,7 +328,7 @@ def add_merge_norm(
     _check_slots(M, lists, _images(x, packing))
     for name, vector in (("gamma", gamma), ("norm.weight", norm.weight), ("norm.bias", norm.bias)):
         if vector is not None:
-            _check(vector.shape == (C,), name, vector, f"[{C}], one for each channel of x")
+            _check(vector.shape == (C,), name, vector, lambda: f"[{C}], one for each channel of x")
             _check_device(name, vector, x)
     if norm.normalized_shape != (C,):
         raise ValueError(f"norm is over {list(norm.normalized_shape)}; want [{C}], the channels of x")
@@ -418,7 +419,8 @@ def attention(
     with _without_autocast(device):
         if packing is None:
             return reference.attention(q, k, v, sizes, dropout_p=dropout_p, fused=fused)
-        return reference.attention_packed(q, k, v, sizes, packing.cu_seqlens, dropout_p=dropout_p, fused=fused)
+        where = {"cu_seqlens": packing.cu_seqlens, "lengths": packing.lengths}
+        return reference.attention_packed(q, k, v, sizes, dropout_p=dropout_p, fused=fused, **where)
 
 
 def _without_autocast(device: str) -> AbstractContextManager:
@@ -443,9 +445,10 @@ def _check_dims(name: str, tensor: Tensor, packing: Packing | None, dense: str, 
     _check(tensor.dim() == want.count(",") + 1, name, tensor, want)
 
 
-def _check(holds: bool, name: str, tensor: Tensor, want: str) -> None:
+def _check(holds: bool, name: str, tensor: Tensor, want: str | Callable[[], str]) -> None:
+    """``want``: a function where it tells sizes: to write them out takes time, and fixes them in a compiled graph."""
     if not holds:
-        raise ValueError(f"{name} has shape {list(tensor.shape)}; want {want}")
+        raise ValueError(f"{name} has shape {list(tensor.shape)}; want {want if isinstance(want, str) else want()}")
 
 
 def _check_dtype(name: str, tensor: Tensor, want: torch.dtype) -> None:
@@ -470,10 +473,10 @@ def _check_queries(q: Tensor, k: Tensor, packing: Packing | None) -> None:
     """``q`` as ``k`` but for the number of tokens; where k is packed, as k in all, or dense."""
     *images, H, N, d = k.shape
     if packing is not None and q.dim() == 3:
-        return _check(q.shape == k.shape, "q", q, f"{[H, N, d]}, the shape of k")
+        return _check(q.shape == k.shape, "q", q, lambda: f"{[H, N, d]}, the shape of k")
     B = images[0] if packing is None else len(packing.cu_seqlens) - 1
     fits = q.dim() == 4 and (q.shape[0], q.shape[1], q.shape[3]) == (B, H, d)
-    return _check(fits, "q", q, f"[{B}, {H}, Nq, {d}], to go with k")
+    return _check(fits, "q", q, lambda: f"[{B}, {H}, Nq, {d}], to go with k")
 
 
 def _check_slots(M: int | Packing, lists: Lists | None, images: int) -> None:
@@ -483,7 +486,8 @@ def _check_slots(M: int | Packing, lists: Lists | None, images: int) -> None:
     if M < 0:
         raise ValueError(f"M={M} is below 0; want the number of slots of an image")
     if lists is not None:
-        _check(len(lists.spans) == images * M, "lists.spans", lists.spans, f"[{images * M}, 2]: M={M} of each image")
+        slots = lists.spans
+        _check(len(slots) == images * M, "lists.spans", slots, lambda: f"[{images * M}, 2]: M={M} of each image")
 
 
 def _check_images(name: str, images: int, want: int) -> None:
@@ -498,13 +502,13 @@ def _images(tokens: Tensor, packing: Packing | None) -> int:
 def _check_sizes(sizes: Tensor | None, shape: tuple[int, ...], like: Tensor, name: str = "sizes") -> None:
     if sizes is None:
         return
-    _check(sizes.shape == shape, name, sizes, f"{list(shape)}, one for each token")
+    _check(sizes.shape == shape, name, sizes, lambda: f"{list(shape)}, one for each token")
     _check_dtype(name, sizes, torch.float32)
     _check_device(name, sizes, like)
 
 
 def _check_assignment(assignment: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
-    _check(assignment.shape == shape, "assignment", assignment, f"{list(shape)}, one for each token")
+    _check(assignment.shape == shape, "assignment", assignment, lambda: f"{list(shape)}, one for each token")
     _check_dtype("assignment", assignment, torch.int32)
     _check_device("assignment", assignment, like)
 

@@ -409,16 +409,18 @@ def attention_packed(
     scale: float | None = None,
     dropout_p: float = 0.0,
     fused: bool = True,
+    lengths: Tensor | None = None,
 ) -> Tensor:
     """:func:`attention` of packed images, one after the other: an image sees itself alone.
 
     Args:
-        q, k, v: [H, T, d], or q [B, H, Nq, d]; sizes: [T] or None; the others as in :func:`attention`.
+        q, k, v: [H, T, d], or q [B, H, Nq, d]; sizes: [T] or None; lengths: [B], what ``cu_seqlens`` says, where the
+            host has it already; the others as in :func:`attention`.
 
     Returns:
         As q.
     """
-    lengths = cu_seqlens.diff().tolist()
+    lengths = (cu_seqlens.diff() if lengths is None else lengths).tolist()
     if not lengths:
         return q
     bias = [None] * len(lengths)

@@ -300,12 +300,12 @@ def test_attention(B, H, N, d, P, dtype, sized):
         assert got.transpose(1, 2).is_contiguous()
 
 
-def test_attention_of_packed_images_is_that_of_each_alone():
-    lengths = [17, 1, 70, 33]
-    q, k, v = qkv(1, 2, sum(lengths), 60)
+@pytest.mark.parametrize(("lengths", "H", "d"), [([17, 1, 70, 33], 2, 60), ([577, 1, 197], 1, 32)], ids=str)
+def test_attention_of_packed_images_is_that_of_each_alone(lengths, H, d):
+    q, k, v = qkv(1, H, sum(lengths), d)
     sizes = some_sizes(1, sum(lengths))
     cu_seqlens = torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int()
-    got = attention(q, k, v, sizes.log2(), 0.1, cu_seqlens, 70)
+    got = attention(q, k, v, sizes.log2(), 0.1, cu_seqlens, max(lengths))
     for start, end in itertools.pairwise(cu_seqlens):
         part = (slice(None), slice(None), slice(start, end))
         want = reference.attention(q[part], k[part], v[part], sizes[:, start:end], scale=0.1)
