@@ -8,7 +8,7 @@ Checks and dispatch only: the formulas are in ``reference.py``. Tokens are dense
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib.util import find_spec
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, NoReturn, Self
 
 import torch
 from torch import Tensor, nn
@@ -445,7 +445,12 @@ def _check_dims(name: str, tensor: Tensor, packing: Packing | None, dense: str, 
 
 def _check(holds: bool, name: str, tensor: Tensor, want: str) -> None:
     if not holds:
-        raise ValueError(f"{name} has shape {list(tensor.shape)}; want {want}")
+        _refuse(name, tensor, want)
+
+
+def _refuse(name: str, tensor: Tensor, want: str) -> NoReturn:
+    """``want`` must not be put together before: a compiled graph would be for its numbers alone."""
+    raise ValueError(f"{name} has shape {list(tensor.shape)}; want {want}")
 
 
 def _check_dtype(name: str, tensor: Tensor, want: torch.dtype) -> None:
@@ -468,22 +473,22 @@ def _check_match(similarity: Tensor, partner: Tensor, num_prefix: int) -> None:
 
 def _check_queries(q: Tensor, k: Tensor, packing: Packing | None) -> None:
     """``q`` as ``k`` but for the number of tokens; where k is packed, as k in all, or dense."""
-    *images, H, N, d = k.shape
+    *images, H, _, d = k.shape
     if packing is not None and q.dim() == 3:
-        return _check(q.shape == k.shape, "q", q, f"{[H, N, d]}, the shape of k")
-    B = images[0] if packing is None else len(packing.cu_seqlens) - 1
-    fits = q.dim() == 4 and (q.shape[0], q.shape[1], q.shape[3]) == (B, H, d)
-    return _check(fits, "q", q, f"[{B}, {H}, Nq, {d}], to go with k")
+        return _check(q.shape == k.shape, "q", q, "the shape of k")
+    B = images[0] if packing is None else packing.cu_seqlens.shape[0] - 1
+    if not (q.dim() == 4 and (q.shape[0], q.shape[1], q.shape[3]) == (B, H, d)):
+        _refuse("q", q, f"[{B}, {H}, Nq, {d}], to go with k")
 
 
 def _check_slots(M: int | Packing, lists: Lists | None, images: int) -> None:
     """``M`` and the ``lists`` that are to have as many slots."""
     if isinstance(M, Packing):
-        return _check_images("M", len(M.cu_seqlens) - 1, images)
+        return _check_images("M", M.cu_seqlens.shape[0] - 1, images)
     if M < 0:
         raise ValueError(f"M={M} is below 0; want the number of slots of an image")
-    if lists is not None:
-        _check(len(lists.spans) == images * M, "lists.spans", lists.spans, f"[{images * M}, 2]: M={M} of each image")
+    if lists is not None and lists.spans.shape[0] != images * M:
+        _refuse("lists.spans", lists.spans, f"[{images * M}, 2]: M={M} of each image")
 
 
 def _check_images(name: str, images: int, want: int) -> None:
@@ -492,7 +497,7 @@ def _check_images(name: str, images: int, want: int) -> None:
 
 
 def _images(tokens: Tensor, packing: Packing | None) -> int:
-    return len(tokens) if packing is None else len(packing.cu_seqlens) - 1
+    return tokens.shape[0] if packing is None else packing.cu_seqlens.shape[0] - 1
 
 
 def _check_sizes(sizes: Tensor | None, shape: tuple[int, ...], like: Tensor, name: str = "sizes") -> None:
