@@ -474,7 +474,7 @@ def _check_queries(q: Tensor, k: Tensor, packing: Packing | None) -> None:
     *images, H, N, d = k.shape
     if packing is not None and q.dim() == 3:
         return _check(q.shape == k.shape, "q", q, lambda: f"{[H, N, d]}, the shape of k")
-    B = images[0] if packing is None else len(packing.cu_seqlens) - 1
+    B = images[0] if packing is None else packing.cu_seqlens.shape[0] - 1
     fits = q.dim() == 4 and (q.shape[0], q.shape[1], q.shape[3]) == (B, H, d)
     return _check(fits, "q", q, lambda: f"[{B}, {H}, Nq, {d}], to go with k")
 
@@ -482,7 +482,7 @@ def _check_queries(q: Tensor, k: Tensor, packing: Packing | None) -> None:
 def _check_slots(M: int | Packing, lists: Lists | None, images: int) -> None:
     """``M`` and the ``lists`` that are to have as many slots."""
     if isinstance(M, Packing):
-        return _check_images("M", len(M.cu_seqlens) - 1, images)
+        return _check_images("M", M.cu_seqlens.shape[0] - 1, images)
     if M < 0:
         raise ValueError(f"M={M} is below 0; want the number of slots of an image")
     if lists is not None:
@@ -496,7 +496,7 @@ def _check_images(name: str, images: int, want: int) -> None:
 
 
 def _images(tokens: Tensor, packing: Packing | None) -> int:
-    return len(tokens) if packing is None else len(packing.cu_seqlens) - 1
+    return tokens.shape[0] if packing is None else packing.cu_seqlens.shape[0] - 1
 
 
 def _check_sizes(sizes: Tensor | None, shape: tuple[int, ...], like: Tensor, name: str = "sizes") -> None:

@@ -304,7 +304,7 @@ def lists(assignment: Tensor, M: int | Tensor, cu_seqlens: Tensor | None = None)
 
 
 def _images(assignment: Tensor, cu_seqlens: Tensor | None) -> int:
-    return len(assignment) if cu_seqlens is None else len(cu_seqlens) - 1
+    return assignment.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
 def _flat_slots(assignment: Tensor, M: int | Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, int]:
