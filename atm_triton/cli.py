@@ -35,7 +35,8 @@ TRANSFORM = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mod
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 Batches = list[torch.Tensor]
-Case = tuple[str, VisionTransformer, Batches, ATMConfig, list[Record] | None]  # title, .., what merges, whose counts
+# title, model, batches, what merges, whose counts, what is timed beside it
+Case = tuple[str, VisionTransformer, Batches, ATMConfig, list[Record] | None, ATMConfig | None]
 
 
 def bench(args: argparse.Namespace) -> dict[str, Any]:
@@ -45,9 +46,9 @@ def bench(args: argparse.Namespace) -> dict[str, Any]:
     report.check_plot(args.plot)
     keep_freed_memory()
     results = []
-    for title, model, batches, config, given in _cases(args):
+    for title, model, batches, config, given, beside in _cases(args):
         print(f"{title}\n")
-        rows = measure(model, batches, config, args.repeats, given)
+        rows = measure(model, batches, config, args.repeats, given, beside)
         print(report.throughput_table(rows) + "\n")
         results.append({"title": title, "config": asdict(config), "batch_size": len(batches[0]), "rows": rows})
     if args.plot is not None:
@@ -76,7 +77,8 @@ def _image_case(args: argparse.Namespace) -> Case:
     batches = [images.to(parameter) for images, _ in islice(loader, count)]
     weights = _weights(args.model, args.checkpoint, args.pretrained)
     title = f"{args.model}, {weights}, on {data}: {len(batches)} batches of {len(batches[0])}"
-    return f"{title}, {_where(args)}", model, batches, _config(args, len(model.blocks)), None
+    beside = digits_config() if args.model == DIGITS and args.adapt == "image" and not _configured(args) else None
+    return f"{title}, {_where(args)}", model, batches, _config(args, len(model.blocks)), None, beside
 
 
 def _random_case(args: argparse.Namespace, name: str, checkpoint: Path | None = None, pretrained: bool = False) -> Case:
@@ -99,21 +101,21 @@ def _random_case(args: argparse.Namespace, name: str, checkpoint: Path | None = 
         else f"{config.schedule[0]} in every block"
     )
     title = f"{name}, {_weights(name, checkpoint, pretrained)}, random images, batch {batch_size}, r = {r}"
-    return f"{title}, {_where(args)}", model, [images.to(args.device, DTYPES[args.dtype])], config, None
+    return f"{title}, {_where(args)}", model, [images.to(args.device, DTYPES[args.dtype])], config, None, None
 
 
 @torch.inference_mode()
 def _counted_case(args: argparse.Namespace) -> Case:
     """DeiT-S, random weights, on random images that merge as many tokens as the digits do: it has as many tokens and
     blocks."""
-    _, digits, batches, config, _ = _image_case(args)
+    _, digits, batches, config, *_ = _image_case(args)
     batch = batches[0]
     apply_patch(digits, config)(batch)
     model = open_model(DEIT).to(args.device, DTYPES[args.dtype])
     shape = resolve_model_data_config(model)["input_size"]
     images = torch.randn(len(batch), *shape, generator=torch.Generator().manual_seed(0)).to(batch)
     title = f"{DEIT}, random weights, random images, counts of the digits, batch {len(batch)}"
-    return f"{title}, {_where(args)}", model, [images], config, [digits.blocks.last]
+    return f"{title}, {_where(args)}", model, [images], config, [digits.blocks.last], None
 
 
 def run_eval(args: argparse.Namespace) -> dict[str, Any]:

@@ -101,7 +101,7 @@ def throughput_plot(cases: list[dict[str, Any]], path: Path) -> None:
         rates = [row["images_per_second"] for row in rows]
         below = [row["images_per_second"] - row["slowest"] for row in rows]
         above = [row["fastest"] - row["images_per_second"] for row in rows]
-        colours = ["0.6", "0.8", "tab:blue", "tab:red", "tab:orange"][: len(rows)]
+        colours = ["0.6", "0.8", "tab:blue", "tab:red", "tab:orange", "tab:purple"][: len(rows)]
         panel.bar(names, rates, yerr=[below, above], color=colours, capsize=3)
         panel.set_ylabel("images a second")
         panel.set_title(case["title"].split(", r =")[0], fontsize=8)

@@ -124,10 +124,15 @@ def counted(model: VisionTransformer, record: Record, config: ATMConfig) -> Visi
 
 
 def variants(
-    model: VisionTransformer, batches: list[Tensor], config: ATMConfig, given: list[Record] | None = None
+    model: VisionTransformer,
+    batches: list[Tensor],
+    config: ATMConfig,
+    given: list[Record] | None = None,
+    beside: ATMConfig | None = None,
 ) -> list[Variant]:
     """The ways to run an unpatched ``model`` in eval mode over ``batches`` [B, C, H, W] on its device. ``given``: merge
-    by the counts of these records, one a batch. With ``adapt="image"`` one r for the batch stands beside it."""
+    by the counts of these records, one a batch. With ``adapt="image"`` one r for the batch stands beside it; so does
+    another configuration, ``beside``."""
     shape = tuple(batches[0].shape[1:])
     whole, depth = unmerged(model, shape), len(model.blocks)
     for number, batch in enumerate(batches):
@@ -148,6 +153,9 @@ def variants(
     ]
     if config.adapt == "image":
         ways.append(_one_r(model, batches, config, records))
+    if beside is not None:
+        other, _ = _merging(f'{ATM}, adapt="{beside.adapt}"', model, batches, beside, None)
+        ways.append(replace(other, note="its own thresholds"))
     return ways
 
 
@@ -259,12 +267,13 @@ def measure(
     config: ATMConfig,
     repeats: int,
     given: list[Record] | None = None,
+    beside: ATMConfig | None = None,
 ) -> list[dict[str, Any]]:
     """Time :func:`variants`; a row each: images a second (median, and the least and most of the turns), ``speedup``
     over the unpatched model and ``of_bound`` = time(bound) / time, both medians over the turns, ``gflops``, ``tokens``
     and ``peak_mib``."""
     device = batches[0].device
-    ways = variants(model, batches, config, given)
+    ways = variants(model, batches, config, given, beside)
     seconds = time_in_turn({way.name: way.run for way in ways}, repeats, device)
     images = sum(len(batch) for batch in batches)
     rows = []

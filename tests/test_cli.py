@@ -119,7 +119,8 @@ def test_bench_of_packed_images(tmp_path):
     assert "deit_small_patch16_224, random weights, random images, counts of the digits, batch 4" in deit["title"]
     for case in (digits, deit):
         rows = {row["name"]: row for row in case["rows"]}
-        assert list(rows) == ["timm", "free-merge bound", "ToMe", "ATM", "one r a batch"]
+        beside = ['ATM, adapt="batch"'] if case is digits else []
+        assert list(rows) == ["timm", "free-merge bound", "ToMe", "ATM", "one r a batch", *beside]
         assert rows["ATM"]["tokens"] == rows["free-merge bound"]["tokens"]
         assert abs(rows["ATM"]["gflops"] - rows["one r a batch"]["gflops"]) < 0.05 * rows["timm"]["gflops"]
     assert digits["config"]["adapt"] == deit["config"]["adapt"] == "image"

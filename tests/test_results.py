@@ -76,3 +76,5 @@ def test_packed_images_reach_the_bound_on_a_cpu():
     for case in cases:
         (atm,) = (row for row in case["rows"] if row["name"] == "ATM")
         assert atm["of_bound"] >= 0.9 and len(atm["seconds"]) >= 15 and case["config"]["adapt"] == "image"
+    rates = {row["name"]: row["images_per_second"] for row in cases[0]["rows"]}
+    assert rates["ATM"] >= 0.95 * rates['ATM, adapt="batch"']
