@@ -65,6 +65,8 @@ def throughput_table() -> str:
         lines.append(f"| **{case['title']}** | | | | | |")
         for row in case["rows"]:
             name = f"{row['name']}, {row['note']}" if row["note"] else row["name"]
+            if name == "ATM" and case["config"]["adapt"] == "image":
+                name = 'ATM, adapt="image"'
             lines.append(
                 f"| {name} | {row['images_per_second']:.1f} ({row['slowest']:.1f} to {row['fastest']:.1f}) "
                 f"| {row['speedup']:.2f} | {row['of_bound']:.3f} | {row['gflops']:.3f} | {row['peak_mib']:.1f} |"

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -35,13 +36,14 @@ def test_python_blocks_run(code):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A user's directory: weights of a model, and a folder of photos in three classes."""
+    """A user's directory: weights of a model, a folder of photos in three classes, and one of more."""
     place = tmp_path_factory.mktemp("place")
     save_file(timm.create_model("deit_tiny_patch16_224").state_dict(), place / "mine.safetensors")
     for number in range(66):
         path = place / "photos" / "abc"[number % 3] / f"{number}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(torch.randint(0, 255, (60, 80, 3), dtype=torch.uint8).numpy()).save(path)
+    shutil.copytree(place / "photos", place / "more")
     return place
 
 
