@@ -3,7 +3,6 @@
 import argparse
 import io
 import json
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext, redirect_stdout
@@ -18,7 +17,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from atm_triton import report
 from atm_triton.calibrate import Target, calibrate
-from atm_triton.config import ADAPT, BACKENDS, ATMConfig
+from atm_triton.config import ATMConfig
 from atm_triton.distributed import rank, start, stop
 from atm_triton.env import check_file, environment, write_result
 from atm_triton.errors import exit_code
@@ -26,13 +25,13 @@ from atm_triton.evaluate import evaluate
 from atm_triton.inputs import DIGITS, check_device, digits_config, labels_fit, open_images, open_model
 from atm_triton.model import Record
 from atm_triton.ops import explain
+from atm_triton.options import DTYPES, parser
 from atm_triton.patch import apply_patch
 from atm_triton.throughput import keep_freed_memory, measure
 
 DEIT = "deit_small_patch16_224"
 RANDOM_R = 8  # of every block, where no images tell thresholds what to do
 TRANSFORM = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")  # of an image for a model
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 Batches = list[torch.Tensor]
 # title, model, batches, what merges, whose counts, what is timed beside it
@@ -238,76 +237,12 @@ def _read_config(path: Path, model: str) -> ATMConfig:
     return config
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="atm-triton", description="Adaptive token merging for Vision Transformers.")
-    commands = parser.add_subparsers(dest="command", required=True)
-
-    inputs = argparse.ArgumentParser(add_help=False)
-    inputs.add_argument("--model", default=DIGITS, help="digits (default), or any name of timm's")
-    inputs.add_argument("--checkpoint", type=Path, help="weights to load (safetensors or .pth)")
-    inputs.add_argument("--pretrained", action="store_true", help="download timm's published weights")
-    inputs.add_argument("--data", help="digits, or a directory with one folder of images a class")
-    inputs.add_argument("--batch-size", type=int, help="images a batch (64; 8 for random images)")
-    inputs.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    inputs.add_argument("--dtype", default="float32", choices=DTYPES)
-
-    merging = argparse.ArgumentParser(add_help=False)
-    group = merging.add_argument_group(
-        "merging (default: the digits' calibrated thresholds, or the paper's for DeiT-S)"
-    )
-    one = group.add_mutually_exclusive_group()
-    one.add_argument("--config", type=Path, help="a JSON file of ATMConfig, or a result file that holds one")
-    one.add_argument("--max-gflops", type=float, help="the paper's best operating point at this cost")
-    one.add_argument("--top1-drop", type=float, help="the paper's cheapest operating point at this loss, in points")
-    one.add_argument("--schedule", type=int, nargs="+", metavar="R", help='r for each block: adapt="static"')
-    group.add_argument("--adapt", choices=ADAPT, help="one r a batch (default), each image its own, or a --schedule")
-    group.add_argument("--alpha", type=float, help="threshold of the first block")
-    group.add_argument("--beta", type=float, help="decay rate of the threshold")
-    group.add_argument("--theta-min", type=float, help="lowest threshold")
-    group.add_argument("--split-depth", type=int, help="blocks that group alternately (3/4 of the depth)")
-    group.add_argument("--backend", default="auto", choices=BACKENDS)
-    group.add_argument("--no-proportional-attention", action="store_true", help="no log n in the attention scores")
-    group.add_argument("--all-tokens-last", action="store_true", help="the last block computes every token")
-
-    out = argparse.ArgumentParser(add_help=False)
-    out.add_argument("--json", type=Path, help="write what was measured, with versions, machine and command")
-
-    sub = commands.add_parser("bench", parents=[inputs, merging, out], help=bench.__doc__, description=bench.__doc__)
-    sub.add_argument("--batches", type=int, help="batches of images that one turn runs (2)")
-    sub.add_argument("--repeats", type=int, default=25, help="turns (25)")
-    sub.add_argument("--plot", type=Path, help="write a bar chart (PNG)")
-    sub.set_defaults(run=bench)
-    sub = commands.add_parser(
-        "eval", parents=[inputs, merging, out], help=run_eval.__doc__, description=run_eval.__doc__
-    )
-    sub.add_argument("--split", default="test", choices=["test", "calibration", "train"], help="of the digits")
-    sub.add_argument("--limit", type=int, help="the first images alone; of a folder, in the order of its classes")
-    sub.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1), help="processes that load images")
-    sub.set_defaults(run=run_eval)
-    sub = commands.add_parser(
-        "calibrate", parents=[inputs, out], help=run_calibrate.__doc__, description=run_calibrate.__doc__
-    )
-    wish = sub.add_mutually_exclusive_group(required=True)
-    wish.add_argument("--max-gflops", type=float, help="the least change at this cost of an image")
-    wish.add_argument("--max-kl", type=float, help="the least cost at this KL divergence, in nats")
-    wish.add_argument("--min-agreement", type=float, help="the least cost at which this share keep their class, 0 to 1")
-    sub.add_argument("--adapt", default="image", choices=ADAPT, help="who decides how much merges (image)")
-    sub.add_argument("--max-merging-blocks", type=int, help="merge in no more blocks than these; each takes time")
-    sub.add_argument("--images", type=int, default=1024, help="how many to calibrate on, spread over the data (1024)")
-    sub.add_argument("--split", default="calibration", choices=["test", "calibration", "train"], help="of the digits")
-    sub.add_argument("--out", type=Path, required=True, help="where the configuration goes (JSON)")
-    sub.add_argument("--seed", type=int, default=0, help="of the search (0)")
-    sub.add_argument("--backend", default="auto", choices=BACKENDS)
-    sub.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1), help="processes that load images")
-    sub.set_defaults(run=run_calibrate)
-    sub = commands.add_parser("env", parents=[out], help=run_env.__doc__, description=run_env.__doc__)
-    sub.set_defaults(run=run_env)
-    return parser
+COMMANDS = {"bench": bench, "eval": run_eval, "calibrate": run_calibrate, "env": run_env}
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; 0 when it is done, 2 on bad input."""
-    args = _parser().parse_args(argv)
+    args = parser(COMMANDS).parse_args(argv)
     try:
         return exit_code("atm-triton", lambda: _run(args))
     finally:

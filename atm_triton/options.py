@@ -1,0 +1,103 @@
+"""The options of the command line."""
+
+import argparse
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from atm_triton.config import ADAPT, BACKENDS
+from atm_triton.inputs import DIGITS
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+SPLITS = ("test", "calibration", "train")
+
+
+def parser(commands: dict[str, Callable[[argparse.Namespace], Any]]) -> argparse.ArgumentParser:
+    """Of ``commands`` by name; a docstring is a command's help, and what it is becomes ``run``."""
+    made = argparse.ArgumentParser(prog="atm-triton", description="Adaptive token merging for Vision Transformers.")
+    subparsers = made.add_subparsers(dest="command", required=True)
+    inputs, merging, out = _inputs(), _merging(), _out()
+    parents = {"bench": [inputs, merging, out], "eval": [inputs, merging, out], "calibrate": [inputs, out]}
+    own = {"bench": _bench, "eval": _eval, "calibrate": _calibrate}
+    for name, run in commands.items():
+        text = {"help": run.__doc__, "description": run.__doc__}
+        sub = subparsers.add_parser(name, parents=parents.get(name, [out]), **text)
+        own.get(name, lambda _: None)(sub)
+        sub.set_defaults(run=run)
+    return made
+
+
+def _inputs() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(add_help=False)
+    options.add_argument("--model", default=DIGITS, help="digits (default), or any name of timm's")
+    options.add_argument("--checkpoint", type=Path, help="weights to load (safetensors or .pth)")
+    options.add_argument("--pretrained", action="store_true", help="download timm's published weights")
+    options.add_argument("--data", help="digits, or a directory with one folder of images a class")
+    options.add_argument("--batch-size", type=int, help="images a batch (64; 8 for random images)")
+    options.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    options.add_argument("--dtype", default="float32", choices=DTYPES)
+    return options
+
+
+def _merging() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(add_help=False)
+    group = options.add_argument_group(
+        "merging (default: the digits' calibrated thresholds, or the paper's for DeiT-S)"
+    )
+    one = group.add_mutually_exclusive_group()
+    one.add_argument("--config", type=Path, help="a JSON file of ATMConfig, or a result file that holds one")
+    one.add_argument("--max-gflops", type=float, help="the paper's best operating point at this cost")
+    one.add_argument("--top1-drop", type=float, help="the paper's cheapest operating point at this loss, in points")
+    one.add_argument("--schedule", type=int, nargs="+", metavar="R", help='r for each block: adapt="static"')
+    group.add_argument("--adapt", choices=ADAPT, help="one r a batch (default), each image its own, or a --schedule")
+    group.add_argument("--alpha", type=float, help="threshold of the first block")
+    group.add_argument("--beta", type=float, help="decay rate of the threshold")
+    group.add_argument("--theta-min", type=float, help="lowest threshold")
+    group.add_argument("--split-depth", type=int, help="blocks that group alternately (3/4 of the depth)")
+    group.add_argument("--backend", default="auto", choices=BACKENDS)
+    group.add_argument("--no-proportional-attention", action="store_true", help="no log n in the attention scores")
+    group.add_argument("--all-tokens-last", action="store_true", help="the last block computes every token")
+    return options
+
+
+def _out() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(add_help=False)
+    options.add_argument("--json", type=Path, help="write what was measured, with versions, machine and command")
+    return options
+
+
+def _bench(options: argparse.ArgumentParser) -> None:
+    options.add_argument("--batches", type=int, help="batches of images that one turn runs (2)")
+    options.add_argument("--repeats", type=int, default=25, help="turns (25)")
+    options.add_argument("--plot", type=Path, help="write a bar chart (PNG)")
+
+
+def _eval(options: argparse.ArgumentParser) -> None:
+    options.add_argument("--split", default="test", choices=SPLITS, help="of the digits")
+    options.add_argument("--limit", type=int, help="the first images alone; of a folder, in the order of its classes")
+    _workers(options)
+
+
+def _calibrate(options: argparse.ArgumentParser) -> None:
+    wish = options.add_mutually_exclusive_group(required=True)
+    wish.add_argument("--max-gflops", type=float, help="the least change at this cost of an image")
+    wish.add_argument("--max-kl", type=float, help="the least cost at this KL divergence, in nats")
+    wish.add_argument("--min-agreement", type=float, help="the least cost at which this share keep their class, 0 to 1")
+    options.add_argument("--adapt", default="image", choices=ADAPT, help="who decides how much merges (image)")
+    options.add_argument("--max-merging-blocks", type=int, help="merge in no more blocks than these; each takes time")
+    options.add_argument(
+        "--images", type=int, default=1024, help="how many to calibrate on, spread over the data (1024)"
+    )
+    options.add_argument("--split", default="calibration", choices=SPLITS, help="of the digits")
+    options.add_argument("--out", type=Path, required=True, help="where the configuration goes (JSON)")
+    options.add_argument("--seed", type=int, default=0, help="of the search (0)")
+    options.add_argument("--backend", default="auto", choices=BACKENDS)
+    _workers(options)
+
+
+def _workers(options: argparse.ArgumentParser) -> None:
+    default = min(4, os.cpu_count() or 1)
+    options.add_argument("--workers", type=int, default=default, help="processes that load images")
