@@ -327,7 +327,7 @@ def match_image_table(block: int, d: int, by_size: bool, dtype: torch.dtype) -> 
     if dtype == torch.float32 and (by_size or d % 16 == 0):
         rows = min(rows, 64)
     chunk = {16: 32, 32: 64, 64: 64}.get(block, 16)
-    return {"ROWS": rows, "CHUNK": chunk, "num_warps": 8 if block >= 64 else 4}
+    return {"ROWS": rows, "CHUNK": chunk, "num_warps": 4 if block == 16 else 8}
 
 
 def match_image_candidates(block: int, by_size: bool) -> list[tune.Config]:
