@@ -82,11 +82,10 @@ def _image_case(args: argparse.Namespace) -> Case:
 
 def _random_case(args: argparse.Namespace, name: str, checkpoint: Path | None = None, pretrained: bool = False) -> Case:
     """A model on random images: thresholds mean nothing there, so it runs a stated schedule."""
-    if args.adapt in ("batch", "image"):
-        raise ValueError(f"thresholds mean nothing on random images: give {name} a --schedule, or --data DIR")
     model = open_model(name, checkpoint, pretrained).to(args.device, DTYPES[args.dtype])
     depth = len(model.blocks)
-    config = _config(args, depth, ATMConfig(adapt="static", schedule=(RANDOM_R,) * depth))
+    stated = ATMConfig(adapt="static", schedule=(RANDOM_R,) * depth)
+    config = _config(args, depth, stated if args.adapt in (None, "static") else None)
     if config.adapt != "static":
         raise ValueError(f"thresholds mean nothing on random images: give {name} a --schedule, or --data DIR")
     shape = resolve_model_data_config(model)["input_size"]

@@ -38,10 +38,10 @@ def start(device: str) -> None:
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         return
     if device == "cuda":
-        gpu, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if gpu >= gpus:
-            raise ValueError(f"torchrun starts more processes on this machine than its {gpus} GPUs; start {gpus}")
-        torch.cuda.set_device(gpu)
+        processes, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+        if processes > gpus:
+            raise ValueError(f"torchrun starts {processes} processes on a machine of {gpus} GPUs; start {gpus}")
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=WAIT)
     signal.signal(signal.SIGTERM, lambda *_: _end())  # what torchrun sends when a process has died
 

@@ -97,5 +97,5 @@ def _command() -> str:
         return shlex.join(["atm-triton", *arguments[1:]])
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         of_torchrun = [argument for argument in arguments if argument != "-u"]
-        return shlex.join(["torchrun", "--nproc-per-node", os.environ["WORLD_SIZE"], *of_torchrun])
+        return shlex.join(["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"], *of_torchrun])
     return shlex.join(["python", *arguments])

@@ -70,7 +70,7 @@ def share(model: VisionTransformer) -> VisionTransformer:
 
 
 @torch.inference_mode()
-def unpatched_logits(model: VisionTransformer, batches: Batches, title: str = "unpatched") -> list[Tensor]:
+def unpatched_logits(model: VisionTransformer, batches: Batches, title: str | None = "unpatched") -> list[Tensor]:
     """The float32 logits of every batch on the CPU, for several evaluations against the same model."""
     parameter = next(model.parameters())
     logits = []

@@ -22,7 +22,7 @@ from atm_triton import ops
 from atm_triton.block import ATMBlock, Tokens
 from atm_triton.config import ATMConfig
 from atm_triton.distributed import in_order, own
-from atm_triton.evaluate import check_finite, compare, share
+from atm_triton.evaluate import compare, share, unpatched_logits
 from atm_triton.notes import Notes
 from atm_triton.patch import apply_patch, install
 from atm_triton.shapes import Drawer, Predictor, Shape
@@ -73,20 +73,15 @@ class Meter:
         fields: dict[str, object],
         notes: Path | None = None,
     ) -> None:
-        self.model, self.fields, self.images = model, fields, 0
+        self.fields, self.images = fields, 0
         self._own = {name: own(batches) for name, batches in parts.items()}
         self._patched = share(model)
-        self._base = {name: [self._unmerged(x) for x in batches] for name, batches in self._own.items()}
+        pairs = {name: [(images, None) for images in batches] for name, batches in self._own.items()}
+        self._base = {name: unpatched_logits(model, batches, title=None) for name, batches in pairs.items()}
         size = max(len(batches[0]) for batches in parts.values())
         logits = [in_order([x.double().abs().mean().item() for x in batches]) for batches in self._base.values()]
         self._notes = Notes(notes, [size, *(mean for means in logits for mean in means)])
         self._counts = {name: list(accumulate(map(len, batches))) for name, batches in parts.items()}
-
-    @torch.inference_mode()
-    def _unmerged(self, images: Tensor) -> Tensor:
-        logits = self.model(images.to(next(self.model.parameters()))).float().cpu()
-        check_finite(logits, "the unmerged model's logits", 0)
-        return logits
 
     @torch.inference_mode()
     def measure(self, config: ATMConfig, part: str, limit: int | None = None) -> Measured:

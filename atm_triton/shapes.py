@@ -131,14 +131,16 @@ class Drawer:
 
     def draw(self, number: int) -> Shape:
         """Half of the shapes are curves of the paper, if all blocks may merge; others merge in a window of blocks."""
-        shapes = (self._draw(number) for _ in range(TRIES))
-        return next((shape for shape in shapes if max(w or 0 for w in shape.weights) < 1), self._draw(number))
-
-    def _draw(self, number: int) -> Shape:
         split = self.rng.choice([None, self.depth])
-        if number % 2 == 0 and self.most == self.merging:
-            return self.shaped(self.curve((0, self.merging)), split, "curve")
-        return self.shaped(self.shares() if number % 4 == 3 else self.curve(self._window()), split, "free")
+        whole = number % 2 == 0 and self.most == self.merging
+        for _ in range(TRIES):
+            if whole:
+                distances = self.curve((0, self.merging))
+            else:
+                distances = self.shares() if number % 4 == 3 else self.curve(self._window())
+            if max(distance or 0 for distance in distances) < 1:
+                break
+        return self.shaped(distances, split, "curve" if whole else "free")
 
     def shaped(self, distances: list[float | None], split: int | None, family: str) -> Shape:
         weights = distances

@@ -199,6 +199,7 @@ TINY = ("--model", "deit_tiny_patch16_224")
         bad("eval", "--alpha", "0.9", "--schedule", *"8" * 12, "--alpha: no effect beside a schedule or thresholds"),
         bad("bench", *TINY, "--alpha", "0.95", "thresholds mean nothing on random images: give deit_tiny"),
         bad("bench", *TINY, "--max-gflops", "1", "thresholds mean nothing on random images"),
+        bad("bench", *TINY, "--adapt", "image", "thresholds mean nothing on random images: give deit_tiny"),
         bad("eval", "--json", ".", "--json . is a directory; name a file in it"),
         bad("eval", "--config", "pyproject.toml", "--config pyproject.toml: the configuration is no JSON"),
         bad("bench", *TINY, "--data", "digits", "the digits are 1 x 112 x 112, the model takes 3 x 224 x 224"),
