@@ -3,7 +3,7 @@
 from setuptools import setup
 
 setup(
-    packages=["atm_triton", "atm_triton.kernels", "atm_triton.digits"],
+    packages=["atm_triton", "atm_triton.models", "atm_triton.kernels", "atm_triton.digits"],
     package_dir={
         "atm_triton": "atm_triton",
         "atm_triton.kernels": "kernels",

@@ -224,14 +224,15 @@ class ATMBlock(Block):
         if any(map(ops.needs_grad, (x, attended, *self.norm2.parameters(), *self.ls1.parameters()))):
             return False
         drops = self.training and not isinstance(self.drop_path1, nn.Identity)
-        plain = type(self.norm2) in (nn.LayerNorm, LayerNorm) and type(self.ls1) in (nn.Identity, LayerScale)
+        scales = type(self.ls1).forward in (nn.Identity.forward, LayerScale.forward)
+        plain = type(self.norm2) in (nn.LayerNorm, LayerNorm) and scales
         hooked = any(m._forward_hooks or m._forward_pre_hooks for m in (self.ls1, self.drop_path1, self.norm2))
         return plain and not drops and not hooked
 
     def _attend(self, y: Tensor, q: Tensor, k: Tensor, v: Tensor, tokens: Tokens) -> Tensor:
         """The rest of timm's ``Attention`` for the queries of the normalised tokens ``y`` [..., Nq, C]."""
         attn = self.attn
-        n = tokens.size if self.config.proportional_attention else None
+        n = None if self.config.proportional_attention is False else tokens.size
         dropout_p = attn.attn_drop.p if self.training else 0.0
         options = (dropout_p, attn.fused_attn, self.config.backend, tokens.log2_size, tokens.packing)
         x = attn.norm(ops.attention(q, k, v, n, *options).transpose(-3, -2).flatten(-2))

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from atm_triton import search as searching
 from atm_triton.config import ADAPT, ATMConfig
 from atm_triton.distributed import silent
-from atm_triton.patch import check_model
+from atm_triton.patch import check_model, settled
 from atm_triton.search import SEEN, Found, Mean, Measured, Meter, Search, similarities
 from atm_triton.shapes import Predictor, Shape
 
@@ -109,7 +109,7 @@ def calibrate(
     loader: Iterable,
     target: Target,
     adapt: str = "image",
-    proportional_attention: bool = True,
+    proportional_attention: bool | None = None,
     cls_only_last: bool = True,
     max_merging_blocks: int | None = None,
     backend: str = "auto",
@@ -125,7 +125,7 @@ def calibrate(
         model: unpatched, in eval mode, on its device; it stays so.
         loader: batches of images [B, C, H, W], or pairs of them and anything; all are kept in memory.
         adapt: "image", "batch" (in batches as large as the loader's), or "static".
-        proportional_attention, cls_only_last, backend: as in :class:`ATMConfig`; the first is where the search begins.
+        proportional_attention, cls_only_last, backend: as in :class:`ATMConfig`; with the first the search begins.
         max_merging_blocks: how many blocks may merge; None: any number. Each takes time to match tokens, which no
             count of FLOPs tells: with adapt="image" four of twelve may be faster than eleven at the same GFLOPs.
         seed: of the search; the same seed on the same images gives the same configuration.
@@ -142,6 +142,7 @@ def calibrate(
         raise ValueError(f"max_merging_blocks={max_merging_blocks} is too small; give 1 or more")
     parts, number = split_images(loader, seed)
     settings = {"cls_only_last": cls_only_last, "backend": backend}
+    begin = settled(ATMConfig(proportional_attention=proportional_attention), model)
     meter = Meter(model, parts, settings, notes)
     found = similarities(model, parts["fit"], ATMConfig(**settings))
     predictor = Predictor(model, tuple(parts["fit"][0].shape[1:]), found, cls_only_last)
@@ -149,7 +150,7 @@ def calibrate(
     with tqdm(
         total=searching.shapes(), desc="calibrate", unit="shape", disable=silent("" if progress else None)
     ) as bar:
-        search = Search(meter, predictor, adapt, proportional_attention, max_merging_blocks, seed, bar)
+        search = Search(meter, predictor, adapt, begin.proportional_attention, max_merging_blocks, seed, bar)
         shape, scale = _found(search, target)
     config = search.config((shape, scale))
     promise = Promise.of(meter.measure(config, "promise"))

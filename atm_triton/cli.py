@@ -23,11 +23,11 @@ from atm_triton.env import check_file, environment, write_result
 from atm_triton.errors import exit_code
 from atm_triton.evaluate import evaluate
 from atm_triton.inputs import DIGITS, check_device, digits_config, labels_fit, open_images, open_model
-from atm_triton.model import Record
 from atm_triton.ops import explain
 from atm_triton.options import DTYPES, parser
-from atm_triton.patch import apply_patch
+from atm_triton.patch import apply_patch, settled
 from atm_triton.throughput import keep_freed_memory, measure
+from atm_triton.transformer import Record
 
 DEIT = "deit_small_patch16_224"
 RANDOM_R = 8  # of every block, where no images tell thresholds what to do
@@ -62,7 +62,7 @@ def _cases(args: argparse.Namespace) -> Iterator[Case]:
     else:
         if args.batches is not None:
             raise ValueError(f"--batches {args.batches}: {args.model} runs on one random batch; give it --data DIR")
-        yield _random_case(args, args.model, args.checkpoint, args.pretrained)
+        yield _random_case(args, args.model)
     if args.model == DIGITS and args.data is None and not _configured(args):
         yield _random_case(args, DEIT) if args.adapt is None else _counted_case(args)
 
@@ -77,15 +77,15 @@ def _image_case(args: argparse.Namespace) -> Case:
     weights = _weights(args.model, args.checkpoint, args.pretrained)
     title = f"{args.model}, {weights}, on {data}: {len(batches)} batches of {len(batches[0])}"
     beside = digits_config() if args.model == DIGITS and args.adapt == "image" and not _configured(args) else None
-    return f"{title}, {_where(args)}", model, batches, _config(args, len(model.blocks)), None, beside
+    return f"{title}, {_where(args)}", model, batches, _config(args, model), None, beside
 
 
-def _random_case(args: argparse.Namespace, name: str, checkpoint: Path | None = None, pretrained: bool = False) -> Case:
+def _random_case(args: argparse.Namespace, name: str) -> Case:
     """A model on random images: thresholds mean nothing there, so it runs a stated schedule."""
-    model = open_model(name, checkpoint, pretrained).to(args.device, DTYPES[args.dtype])
-    depth = len(model.blocks)
-    stated = ATMConfig(adapt="static", schedule=(RANDOM_R,) * depth)
-    config = _config(args, depth, stated if args.adapt in (None, "static") else None)
+    given = name == args.model
+    model = _model(args) if given else open_model(name).to(args.device, DTYPES[args.dtype])
+    stated = ATMConfig(adapt="static", schedule=(RANDOM_R,) * len(model.blocks))
+    config = _config(args, model, stated if args.adapt in (None, "static") else None)
     if config.adapt != "static":
         raise ValueError(f"thresholds mean nothing on random images: give {name} a --schedule, or --data DIR")
     shape = resolve_model_data_config(model)["input_size"]
@@ -98,7 +98,8 @@ def _random_case(args: argparse.Namespace, name: str, checkpoint: Path | None = 
         if len(set(config.schedule)) > 1
         else f"{config.schedule[0]} in every block"
     )
-    title = f"{name}, {_weights(name, checkpoint, pretrained)}, random images, batch {batch_size}, r = {r}"
+    weights = _weights(name, *((args.checkpoint, args.pretrained) if given else (None, False)))
+    title = f"{name}, {weights}, random images, batch {batch_size}, r = {r}"
     return f"{title}, {_where(args)}", model, [images.to(args.device, DTYPES[args.dtype])], config, None, None
 
 
@@ -121,17 +122,20 @@ def run_eval(args: argparse.Namespace) -> dict[str, Any]:
     model, data = _model(args), args.data or DIGITS
     if args.model != DIGITS and args.checkpoint is None and not args.pretrained:
         raise ValueError(f"{args.model} would have random weights: give --checkpoint FILE or --pretrained")
-    config = _config(args, len(model.blocks))
+    config = _config(args, model)
     batch_size = 64 if args.batch_size is None else args.batch_size
     loader = open_images(model, data, args.split, args.limit, batch_size, args.workers, args.device, dealt=True)
     labelled = labels_fit(loader, model)
     outcome = evaluate(model, loader, config, labelled=labelled)
     print(f"{args.model} on {data}, batch {batch_size}, {_where(args)}")
+    if hasattr(model, "classifier"):
+        print(f"logits: {model.classifier}")
     if not labelled:
         print("no top-1: it needs one folder for each class of the model")
     print("\n" + report.evaluation_table(outcome))
     return {
         "model": args.model,
+        "model_kwargs": args.model_kwargs,
         "data": data,
         "split": args.split if data == DIGITS else None,
         "batch_size": batch_size,
@@ -151,8 +155,9 @@ def run_calibrate(args: argparse.Namespace) -> dict[str, Any]:
     loader = open_images(model, data, args.split, args.images, size, args.workers, args.device, labelled=False)
     transform = {name: resolve_model_data_config(model)[name] for name in TRANSFORM}
     weights = "pretrained" if args.checkpoint is None else args.checkpoint.name
-    about = {"model": args.model, "weights": weights, "data": data, "transform": transform}
-    about |= {"split": args.split if data == DIGITS else None, "batch_size": size, "dtype": args.dtype}
+    about = {"model": args.model, "model_kwargs": args.model_kwargs, "weights": weights, "data": data}
+    about |= {"transform": transform, "batch_size": size, "dtype": args.dtype}
+    about |= {"split": args.split if data == DIGITS else None}
     notes = Path(f"{args.out}.partial")
     options = {"max_merging_blocks": args.max_merging_blocks, "backend": args.backend, "seed": args.seed}
     found = calibrate(model, loader, target, args.adapt, **options, notes=notes)
@@ -177,7 +182,8 @@ def run_env(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _model(args: argparse.Namespace) -> VisionTransformer:
-    return open_model(args.model, args.checkpoint, args.pretrained).to(args.device, DTYPES[args.dtype])
+    model = open_model(args.model, args.checkpoint, args.pretrained, **args.model_kwargs)
+    return model.to(args.device, DTYPES[args.dtype])
 
 
 def _weights(name: str, checkpoint: Path | None, pretrained: bool) -> str:
@@ -196,7 +202,7 @@ def _configured(args: argparse.Namespace) -> bool:
     return any(value is not None for value in given)
 
 
-def _config(args: argparse.Namespace, depth: int, default: ATMConfig | None = None) -> ATMConfig:
+def _config(args: argparse.Namespace, model: VisionTransformer, default: ATMConfig | None = None) -> ATMConfig:
     """What the options say: a file, a preset of the paper or a schedule, or else ``default``, the digits' own or the
     paper's for DeiT-S; and single fields over that."""
     if args.config is not None:
@@ -209,10 +215,8 @@ def _config(args: argparse.Namespace, depth: int, default: ATMConfig | None = No
         config = digits_config(args.adapt) if args.model == DIGITS else ATMConfig()
     else:
         config = default
-    names = ("adapt", "alpha", "beta", "theta_min", "split_depth", "backend")
+    names = ("adapt", "alpha", "beta", "theta_min", "split_depth", "backend", "proportional_attention")
     fields = {name: getattr(args, name) for name in names}
-    if args.no_proportional_attention:
-        fields["proportional_attention"] = False
     if args.all_tokens_last:
         fields["cls_only_last"] = False
     given = [name for name in ("alpha", "beta", "theta_min") if fields[name] is not None]
@@ -220,8 +224,8 @@ def _config(args: argparse.Namespace, depth: int, default: ATMConfig | None = No
         options = ", ".join("--" + name.replace("_", "-") for name in given)
         raise ValueError(f"{options}: no effect beside a schedule or thresholds of each block; leave one of them out")
     config = replace(config, **{name: value for name, value in fields.items() if value is not None})
-    config.check_depth(depth)
-    return config
+    config.check_depth(len(model.blocks))
+    return settled(config, model)
 
 
 def _read_config(path: Path, model: str) -> ATMConfig:

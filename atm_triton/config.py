@@ -33,6 +33,8 @@ class ATMConfig:
         thresholds: a threshold for each block instead of Eq. 1, None where a block does not merge, nor look for
             partners; for "batch" and "image".
         proportional_attention: add log n to the attention scores of a token that stands for n patches (Appendix A).
+            None: as the model wants it. Not where patch tokens are averaged beside a class token, as MAE is fine-tuned
+            (Appendix A: MAE runs without); else it does.
         cls_only_last: where the classifier reads the class token alone, the last block does not merge and computes
             that token only (Appendix A); it changes no logit. False: the last block merges as every other.
         backend: "auto" takes the Triton kernels where they can run and the plain-torch reference elsewhere; "triton"
@@ -54,7 +56,7 @@ class ATMConfig:
     adapt: str = "batch"
     schedule: tuple[int, ...] | None = None
     thresholds: tuple[float | None, ...] | None = None
-    proportional_attention: bool = True
+    proportional_attention: bool | None = None
     cls_only_last: bool = True
     backend: str = "auto"
     source: str = ""
@@ -67,9 +69,10 @@ class ATMConfig:
         if self.split_depth is not None:
             object.__setattr__(self, "split_depth", _count("split_depth", self.split_depth))
         self._check_adapt()
-        for name in ("proportional_attention", "cls_only_last"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name}={getattr(self, name)!r} is no bool; give True or False")
+        for name, unset in (("proportional_attention", True), ("cls_only_last", False)):
+            value = getattr(self, name)
+            if not isinstance(value, bool) and not (unset and value is None):
+                raise TypeError(f"{name}={value!r} is no bool; give True or False")
         if self.backend not in BACKENDS:
             raise ValueError(f"backend={self.backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
         if not isinstance(self.source, str):

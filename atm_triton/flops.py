@@ -2,7 +2,8 @@
 
 ``macs``: convolutions, linear layers and the two products of attention, as torch's FlopCounterMode counts them (halved,
 with unfused attention). ``paper_gflops``: what the paper calls FLOPs, the same and one operation an element for every
-LayerNorm of the blocks and the final one. The products of the matching are neither's: they are reported beside.
+LayerNorm, save for LV-ViT, which has a count of its own. The products of the matching are neither's: they are reported
+beside.
 """
 
 import copy
@@ -14,20 +15,20 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from atm_triton.model import Number, Record, leading_tokens
 from atm_triton.reference import largest_r
+from atm_triton.transformer import Number, Record, leading_tokens
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Multiply-accumulates of one image: ``stem``, each of ``blocks``, ``head``; ``norms``: the LayerNorm elements that
-    the paper's convention adds; ``matching``: the cosine similarities, in no total. Whole numbers where all images cost
-    the same; else means, or tensors [B] with the cost of each."""
+    """Multiply-accumulates of one image: ``stem``, each of ``blocks``, ``head``; ``paper``: the operations that the
+    paper counts; ``matching``: the cosine similarities, in no total. Whole numbers where all images cost the same;
+    else means, or tensors [B] with the cost of each."""
 
     stem: int
     blocks: tuple[Number | float, ...]
     head: int
-    norms: Number | float
+    paper: Number | float
     matching: Number | float
 
     @property
@@ -36,7 +37,7 @@ class Cost:
 
     @property
     def paper_gflops(self) -> float | Tensor:
-        return (self.macs + self.norms) / 1e9
+        return self.paper / 1e9
 
 
 def block_macs(block: Block, tokens: Number, queries: Number, rows: Number) -> Number:
@@ -56,7 +57,7 @@ def block_macs(block: Block, tokens: Number, queries: Number, rows: Number) -> N
 def cost(model: VisionTransformer, record: Record) -> Cost:
     """What ``record`` says a forward pass of ``model`` cost: of one image, the mean where they differ."""
     each = cost_of_each(model, record)
-    return Cost(each.stem, tuple(map(mean, each.blocks)), each.head, mean(each.norms), mean(each.matching))
+    return Cost(each.stem, tuple(map(mean, each.blocks)), each.head, mean(each.paper), mean(each.matching))
 
 
 def mean(number: Number) -> int | float:
@@ -66,21 +67,40 @@ def mean(number: Number) -> int | float:
 
 def cost_of_each(model: VisionTransformer, record: Record) -> Cost:
     """:func:`cost` of every image: tensors [B] where they differ."""
-    D = model.embed_dim
     blocks = getattr(model.blocks, "original", (model.blocks,))[0]
     counts = list(zip(record.tokens, record.queries, record.rows, strict=True))
-    norms = sum(tokens + rows for tokens, _, rows in counts) + counts[-1][2]
+    stem, stem_norms = _counted(model, "patch_embed", record.image_shape)
+    head, head_norms = _counted(model, "forward_head", (_read_by_head(record), model.embed_dim))
+    ends = stem + stem_norms + head + head_norms
+    if hasattr(model, "paper_stem"):
+        ends = model.paper_stem(record.image_shape)
     return Cost(
-        stem=_counted(model, "patch_embed", record.image_shape),
+        stem=stem,
         blocks=tuple(block_macs(block, *count) for block, count in zip(blocks, counts, strict=True)),
-        head=_counted(model, "forward_head", (_read_by_head(record), D)),
-        norms=norms * D,
+        head=head,
+        paper=ends
+        + sum(paper_block(model, block, *count) for block, count in zip(blocks, counts, strict=True))
+        + paper_last_norm(model, counts[-1][2]),
         matching=sum(
             _matching_macs(tokens, model.num_prefix_tokens, block.attn.head_dim)
             for block, (tokens, queries, rows), matched in zip(blocks, counts, record.matched, strict=True)
             if matched
         ),
     )
+
+
+def paper_block(model: VisionTransformer, block: Block, tokens: Number, queries: Number, rows: Number) -> Number:
+    """One block as the paper counts it: arguments as of :func:`block_macs`. A model may have a count of its own, by
+    methods ``paper_block`` and ``paper_stem`` (stem and all that is no block)."""
+    if hasattr(model, "paper_block"):
+        return model.paper_block(tokens, queries, rows)
+    return block_macs(block, tokens, queries, rows) + (tokens + rows) * model.embed_dim
+
+
+def paper_last_norm(model: VisionTransformer, rows: Number) -> Number:
+    """The norm after the blocks as the paper counts it."""
+    counts = isinstance(model.norm, nn.LayerNorm) and not hasattr(model, "paper_block")
+    return rows * model.embed_dim if counts else 0
 
 
 def planned(
@@ -119,15 +139,19 @@ def _read_by_head(record: Record) -> int:
     return record.tokens[0] if record.leading is None else record.leading
 
 
-def _counted(model: VisionTransformer, part: str, shape: tuple[int, ...]) -> int:
-    """By torch's own counter, which sees attention only where it is written out as products."""
-    skeleton, counter = _skeleton(model), FlopCounterMode(display=False)
+def _counted(model: VisionTransformer, part: str, shape: tuple[int, ...]) -> tuple[int, int]:
+    """Multiply-accumulates by torch's own counter, which sees attention only where it is written out as products; and
+    the elements that LayerNorms see."""
+    skeleton, counter, normed = _skeleton(model), FlopCounterMode(display=False), []
+    for module in skeleton.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.register_forward_pre_hook(lambda _, args: normed.append(args[0].numel()))
     # with gradients on: its module tracker asks parameters for their graph
     with torch.inference_mode(False), torch.enable_grad():
         x = torch.zeros(1, *shape, device="meta", dtype=next(skeleton.parameters()).dtype)
         with sdpa_kernel(SDPBackend.MATH), counter:
             getattr(skeleton, part)(x)
-    return counter.get_total_flops() // 2
+    return counter.get_total_flops() // 2, sum(normed)
 
 
 def _skeleton(model: VisionTransformer) -> VisionTransformer:

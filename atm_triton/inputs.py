@@ -2,12 +2,12 @@
 
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
 from PIL import Image
 from timm.data import create_loader, resolve_model_data_config
-from timm.models import load_checkpoint
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
@@ -18,19 +18,23 @@ from atm_triton.config import ATMConfig
 from atm_triton.digits import model as digits_model
 from atm_triton.digits.render import render
 from atm_triton.distributed import own_images
+from atm_triton.models import load_checkpoint
 from atm_triton.patch import check_model
 
 DIGITS = "digits"
 TEST_IMAGES = 4000  # of the digits' test split, where no limit is given
 
 
-def open_model(name: str = DIGITS, checkpoint: Path | None = None, pretrained: bool = False) -> VisionTransformer:
+def open_model(
+    name: str = DIGITS, checkpoint: Path | None = None, pretrained: bool = False, **model_kwargs: Any
+) -> VisionTransformer:
     """A model in eval mode.
 
     Args:
-        name: "digits", or any name of timm's.
+        name: "digits", or any name of timm's or of :mod:`atm_triton.models`.
         checkpoint: weights to load into it (safetensors, or a .pth file of tensors alone).
         pretrained: download timm's published weights. With neither of the two, weights are random but the digits'.
+        model_kwargs: of the model's function, as ``global_pool="avg"``.
 
     Raises:
         ValueError: an unknown name, or weights that do not fit; OSError: a file that cannot be read; TypeError: a model
@@ -42,23 +46,13 @@ def open_model(name: str = DIGITS, checkpoint: Path | None = None, pretrained: b
         close = ", ".join(get_close_matches(name, [DIGITS, *timm.list_models()], n=3))
         raise ValueError(f"model {name!r} is unknown to timm" + (f"; did you mean {close}?" if close else ""))
     try:
-        model = timm.create_model(name, pretrained=pretrained)
-    except (RuntimeError, OSError) as error:  # an unknown tag; no network, no such file
+        model = timm.create_model(name, pretrained=pretrained, **model_kwargs)
+    except (RuntimeError, OSError, TypeError, AssertionError) as error:  # tag, network, file; an argument
         raise ValueError(f"model {name!r} cannot be made: {error}") from error
     check_model(model)
     if checkpoint is not None:
-        _load(model, checkpoint)
+        load_checkpoint(model, checkpoint)
     return model.eval()
-
-
-def _load(model: torch.nn.Module, checkpoint: Path) -> None:
-    if not checkpoint.is_file():
-        raise FileNotFoundError(f"checkpoint {checkpoint} does not exist")
-    try:
-        load_checkpoint(model, str(checkpoint))
-    except Exception as error:  # torch, pickle and safetensors each raise their own for a file that is not theirs
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"checkpoint {checkpoint} is none of this {type(model).__name__}: {reason}") from error
 
 
 def check_device(device: str) -> None:

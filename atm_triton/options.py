@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.utils import ParseKwargs
 
 from atm_triton.config import ADAPT, BACKENDS
 from atm_triton.inputs import DIGITS
@@ -32,7 +33,9 @@ def parser(commands: dict[str, Callable[[argparse.Namespace], Any]]) -> argparse
 
 def _inputs() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(add_help=False)
-    options.add_argument("--model", default=DIGITS, help="digits (default), or any name of timm's")
+    options.add_argument("--model", default=DIGITS, help="digits (default), or any ViT of timm's or the paper's")
+    arguments = {"nargs": "*", "default": {}, "action": ParseKwargs, "metavar": "NAME=VALUE"}
+    options.add_argument("--model-kwargs", **arguments, help="of the model's function, as global_pool=avg")
     options.add_argument("--checkpoint", type=Path, help="weights to load (safetensors or .pth)")
     options.add_argument("--pretrained", action="store_true", help="download timm's published weights")
     options.add_argument("--data", help="digits, or a directory with one folder of images a class")
@@ -58,7 +61,9 @@ def _merging() -> argparse.ArgumentParser:
     group.add_argument("--theta-min", type=float, help="lowest threshold")
     group.add_argument("--split-depth", type=int, help="blocks that group alternately (3/4 of the depth)")
     group.add_argument("--backend", default="auto", choices=BACKENDS)
-    group.add_argument("--no-proportional-attention", action="store_true", help="no log n in the attention scores")
+    group.add_argument(
+        "--proportional-attention", action=argparse.BooleanOptionalAction, help="log n in the attention scores or not"
+    )
     group.add_argument("--all-tokens-last", action="store_true", help="the last block computes every token")
     return options
 

@@ -1,6 +1,7 @@
 """apply_patch and remove_patch: merging in and out of a timm model, in place."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
@@ -8,10 +9,11 @@ from torch import nn
 
 from atm_triton.block import ATMBlock
 from atm_triton.config import ATMConfig
-from atm_triton.model import ATMBlocks, MergingTransformer, merging_class
+from atm_triton.transformer import ATMBlocks, MergingTransformer, merging_class
 
 _NO_GAP = "it has no point between attention and MLP where tokens could merge"
 _REASONS = {
+    "Eva": "its keys are rotated by their position, and a merged token has no single one",
     "ResPostBlock": "it normalises after attention and MLP, on a path that is not supported",
     "ParallelScalingBlock": _NO_GAP,
     "ParallelThingsBlock": _NO_GAP,
@@ -46,7 +48,16 @@ def apply_patch(model: VisionTransformer, config: ATMConfig | None = None) -> Vi
     blocks = check_model(model)
     depth = len(blocks)
     config.check_depth(depth)
+    config = settled(config, model)
     return install(model, merging, config)
+
+
+def settled(config: ATMConfig, model: VisionTransformer) -> ATMConfig:
+    """``config`` with what it leaves to the model."""
+    if config.proportional_attention is not None:
+        return config
+    as_mae = model.global_pool == "avg" and model.has_class_token
+    return replace(config, proportional_attention=not as_mae)
 
 
 def remove_patch(model: VisionTransformer) -> VisionTransformer:
@@ -80,10 +91,9 @@ def install(model: VisionTransformer, make: Callable[[Block, int], nn.Module], c
 def check_model(model: nn.Module) -> nn.Sequential:
     """The model's own blocks, if all of them can merge; else TypeError with the reason."""
     if not isinstance(model, VisionTransformer):
-        raise TypeError(
-            f"{type(model).__name__} cannot be merged: it is not of timm's VisionTransformer class "
-            f"(patch the bare model, before compiling or wrapping it)"
-        )
+        name = type(model).__name__
+        reason = _REASONS.get(name, "patch the bare model, before compiling or wrapping it")
+        raise TypeError(f"{name} cannot be merged: it is not of timm's VisionTransformer class ({reason})")
     patched = isinstance(model, MergingTransformer)
     base = type(model).__bases__[1] if patched else type(model)
     for method in ("forward", "forward_features", "forward_intermediates"):

@@ -14,9 +14,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from atm_triton.config import ATMConfig
-from atm_triton.flops import block_macs, cost, planned, unmerged
-from atm_triton.model import leading_tokens
+from atm_triton.flops import cost, paper_block, paper_last_norm, planned, unmerged
 from atm_triton.reference import largest_r, threshold
+from atm_triton.transformer import leading_tokens
 
 FARTHEST = 2.0  # 1 - theta, of a theta of -1
 TRIES = 10  # for a shape that need not merge tokens at right angles to meet the goal
@@ -62,7 +62,7 @@ class Predictor:
         self, model: VisionTransformer, image_shape: tuple[int, ...], similarities: list[Tensor], cls_only_last: bool
     ) -> None:
         self.similarities = similarities
-        self.prefix, self.width = model.num_prefix_tokens, model.embed_dim
+        self.model, self.prefix = model, model.num_prefix_tokens
         self.blocks = list(getattr(model.blocks, "original", (model.blocks,))[0])
         self.leading = leading_tokens(model) if cls_only_last else None
         self.merging = len(self.blocks) - (self.leading is not None)  # blocks that may merge
@@ -84,9 +84,9 @@ class Predictor:
             r = merged[index] if index < self.merging else 0
             alone = self.leading is not None and index == len(self.blocks) - 1
             rows = self.leading if alone else tokens - r
-            total = total + block_macs(block, tokens, rows if alone else tokens, rows) + (tokens + rows) * self.width
+            total = total + paper_block(self.model, block, tokens, rows if alone else tokens, rows)
             tokens = tokens - r
-        total = (total + rows * self.width) / 1e9  # with the last norm
+        total = (total + paper_last_norm(self.model, rows)) / 1e9
         return total.mean().item() if isinstance(total, Tensor) else total
 
     def of_schedule(self, schedule: list[int]) -> float:

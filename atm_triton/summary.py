@@ -6,7 +6,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from atm_triton.flops import Cost, cost, mean, unmerged
-from atm_triton.model import MergingTransformer, Record
+from atm_triton.transformer import MergingTransformer, Record
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class Summary:
     record: Record
     cost: Cost
     unmerged: Cost
+    classifier: str = ""  # what the logits are, where a model has several answers
 
     @property
     def tokens(self) -> tuple[int | float, ...]:
@@ -65,7 +66,7 @@ class Summary:
             f"{self.paper_gflops:.2f} GFLOPs an image ({self.macs:.4e} MACs) of {self.unmerged.paper_gflops:.2f}: "
             f"{100 * self.saved:.1f} % of the MACs saved"
         )
-        return "\n".join(lines)
+        return "\n".join([*lines, *([f"logits: {self.classifier}"] if self.classifier else [])])
 
 
 def _number(value: int | float, width: int) -> str:
@@ -83,4 +84,5 @@ def summary(model: VisionTransformer) -> Summary:
     record = model.blocks.last
     if record is None:
         raise ValueError("the patched model has not run all its blocks yet: call it first")
-    return Summary(record, cost(model, record), cost(model, unmerged(model, record.image_shape)))
+    whole = cost(model, unmerged(model, record.image_shape))
+    return Summary(record, cost(model, record), whole, getattr(model, "classifier", ""))

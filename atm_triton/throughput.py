@@ -30,10 +30,10 @@ from atm_triton.block import ATMBlock, Step, Tokens
 from atm_triton.config import ATMConfig
 from atm_triton.evaluate import check_finite, share
 from atm_triton.flops import Cost, cost, mean, planned, unmerged
-from atm_triton.model import Record
 from atm_triton.ops import Match, Packing
 from atm_triton.patch import apply_patch, install
 from atm_triton.reference import batch_r, of_tokens
+from atm_triton.transformer import Record
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
 UNPATCHED, BOUND, TOME, ATM, ONE_R = "timm", "free-merge bound", "ToMe", "ATM", "one r a batch"

@@ -5,6 +5,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from benchmarks.paper import flops
+
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 RESULTS = Path(__file__).parent / "results"
@@ -108,7 +110,12 @@ def adaptivity_table() -> str:
     return "\n".join(lines) + "\n\n" + made_by("digits_adaptivity.json")
 
 
+def flops_table() -> str:
+    return flops.table(load("paper_flops.json")) + "\n\n" + made_by("paper_flops.json")
+
+
 TABLES = {
+    "flops": flops_table,
     "accuracy": accuracy_table,
     "throughput": throughput_table,
     "invariance": invariance_table,

@@ -59,6 +59,28 @@ def test_eval_on_a_folder_with_a_checkpoint(tmp_path, folder, capsys):
     assert "no top-1: it needs one folder for each class" in capsys.readouterr().out
 
 
+def test_eval_of_the_papers_other_backbones(tmp_path, folder, capsys):
+    """With the class head alone and with the auxiliary one, averaged tokens; arguments go to the model's function."""
+    shape = {"depth": 2, "embed_dim": 48, "num_heads": 2}
+    options = [f"{name}={value}" for name, value in shape.items()]
+    common = ["--data", str(folder), "--workers", "0", "--alpha", "0.9", "--theta-min", "0.5"]
+    for model, own, said in (
+        ("lvvit_s", {}, "logits: class head and half the maximum"),
+        ("lvvit_s", {"aux_eval": False}, "logits: class head alone (aux_eval=False)"),
+        ("t2t_vit_t_14", {}, ""),
+        ("vit_base_patch16_224", {"global_pool": "avg"}, ""),
+    ):
+        checkpoint = weights(tmp_path / "weights.safetensors", model, **shape, **own)
+        given = [*options, *(f"{name}={value}" for name, value in own.items())]
+        out = tmp_path / "eval.json"
+        arguments = ["eval", "--model", model, "--model-kwargs", *given, "--checkpoint", checkpoint, *common]
+        assert main([*arguments, "--json", str(out)]) == 0
+        assert said in capsys.readouterr().out
+        result = json.loads(out.read_text())
+        assert result["model_kwargs"] == {**shape, **own}
+        assert result["config"]["proportional_attention"] is (own.get("global_pool") != "avg")
+
+
 def test_evaluation_equals_a_count_by_hand():
     model = open_model()
     batches = list(open_images(model, limit=30, batch_size=10))
@@ -171,6 +193,9 @@ TINY = ("--model", "deit_tiny_patch16_224")
     [
         bad("eval", "--model", "deit_smal_patch16_224", "model 'deit_smal_patch16_224' is unknown to timm; did you"),
         bad("eval", "--model", "resnet18", "--checkpoint", "x", "ResNet cannot be merged"),
+        bad("eval", "--model", "lvvit_x", "did you mean lvvit"),
+        bad("eval", "--model-kwargs", "colour=red", "unexpected keyword argument 'colour'"),
+        bad("eval", "--model-kwargs", "global_pool=mean", "model 'vit_digits_patch8_112' cannot be made: Only avg"),
         bad("eval", *TINY, "--pretrained", "model 'deit_tiny_patch16_224' cannot be made"),
         bad("eval", *TINY, "deit_tiny_patch16_224 would have random weights: give --checkpoint FILE or --pretrained"),
         bad("eval", "--checkpoint", "missing.safetensors", "checkpoint missing.safetensors does not exist"),
@@ -237,11 +262,11 @@ def test_bad_files(tmp_path, folder, capsys):
     (tmp_path / "text.safetensors").write_text("no weights")
     data = ["--data", str(folder), "--workers", "0"]
     error = failing([*data, "--checkpoint", small], capsys)
-    assert "small.safetensors is none of this VisionTransformer: Error(s) in loading" in error
+    assert "small.safetensors is none of this VisionTransformer: " in error and "of another shape" in error
     torch.save({"model": print}, tmp_path / "code.pth")  # a pickle that is no weights
     for name in ("text.pth", "text.safetensors", "code.pth"):
         error = failing([*data, "--checkpoint", str(tmp_path / name)], capsys)
-        assert f"{name} is none of this VisionTransformer" in error
+        assert f"{name} holds no weights that can be read safely" in error
 
     (tmp_path / "empty").mkdir()
     assert "empty" in failing(["--checkpoint", good, "--data", str(tmp_path / "empty")], capsys)

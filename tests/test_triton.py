@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from atm_triton import ATMBlock, ATMConfig, apply_patch, library, ops, summary
-from models import distilled, images, vit
+from models import distilled, images, images_for, small, vit
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KINDS = {
@@ -16,6 +16,7 @@ KINDS = {
     "qk_norm": partial(vit, qk_norm=True),
     "registers_no_class": partial(vit, class_token=False, reg_tokens=3, global_pool="avg"),
     "head_dim_20": partial(vit, embed_dim=40),
+    "lvvit_s": partial(small, "lvvit_s"),
 }
 CONFIGS = {
     "static": {"adapt": "static", "schedule": (3, 5, 2, 4)},
@@ -30,7 +31,7 @@ CONFIGS = {
 
 def both(model, **config):
     """The output of a model by each backend, and whether they merged the same."""
-    x = images().to(DEVICE)
+    x = images_for(model).to(DEVICE)
     out, records = [], []
     for backend in ("reference", "triton"):
         apply_patch(model, ATMConfig(backend=backend, **config))

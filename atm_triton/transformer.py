@@ -123,8 +123,11 @@ class ATMBlocks(nn.Sequential):
 
 def leading_tokens(model: VisionTransformer) -> int | None:
     """How many leading tokens the classifier reads if it reads no others: the class token, and in a distilled model the
-    distillation token; None for a model that pools its patch tokens, or reads them in a way of its own."""
+    distillation token; None for a model that pools its patch tokens, or reads them in a way of its own. A class with a
+    head of its own may tell by a property ``leading_tokens``."""
     cls = type(model)
+    if hasattr(cls, "leading_tokens"):
+        return model.leading_tokens
     if cls.pool is not VisionTransformer.pool or cls.forward_head not in _HEADS:
         return None
     if getattr(model, "dist_token", None) is not None:

@@ -1,0 +1,157 @@
+"""LV-ViT (Jiang et al., All Tokens Matter, NeurIPS 2021): a convolutional stem, scaled residual branches and an
+auxiliary head over the patch tokens, with the parameter names of the published checkpoints.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import LayerNorm, LayerScale
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from atm_triton.models.stem import Stem
+
+STEM_WIDTH = 64
+
+
+class ConvStem(Stem):
+    """Three convolutions on half the resolution, then patches of 8 x 8 of what they make: 16 pixels of the image."""
+
+    def __init__(self, *args: Any, in_chans: int = 3, embed_dim: int = 768, **kwargs: Any) -> None:
+        super().__init__(*args, in_chans=in_chans, embed_dim=embed_dim, **kwargs)
+        self.conv1 = nn.Conv2d(in_chans, STEM_WIDTH, 7, stride=2, padding=3, bias=False)
+        self.conv2 = nn.Conv2d(STEM_WIDTH, STEM_WIDTH, 3, padding=1, bias=False)
+        self.conv3 = nn.Conv2d(STEM_WIDTH, STEM_WIDTH, 3, padding=1, bias=False)
+        self.bn1, self.bn2, self.bn3 = (nn.BatchNorm2d(STEM_WIDTH) for _ in range(3))
+        self.proj = nn.Conv2d(STEM_WIDTH, embed_dim, 8, stride=8)
+
+    def embed(self, x: Tensor) -> Tensor:
+        for conv, bn in ((self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)):
+            x = F.relu(bn(conv(x)))
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+class SkipScale(LayerScale):
+    """A residual branch divided by ``skip_lam``: a LayerScale that is no parameter, nor in the state dict."""
+
+    def __init__(self, dim: int, skip_lam: float) -> None:
+        nn.Module.__init__(self)
+        self.init_values, self.inplace = 1 / skip_lam, False
+        self.register_buffer("gamma", torch.full((dim,), self.init_values), persistent=False)
+
+
+def scaled_block(skip_lam: float, dim: int, **kwargs: Any) -> Block:
+    """timm's ``Block`` with both branches divided by ``skip_lam``."""
+    block = Block(dim=dim, **kwargs)
+    if skip_lam != 1:
+        block.ls1, block.ls2 = SkipScale(dim, skip_lam), SkipScale(dim, skip_lam)
+    return block
+
+
+class LVViT(VisionTransformer):
+    """LV-ViT, images [B, 3, H, W] to logits [B, classes].
+
+    ``aux_eval``: whether the logits are those of the published evaluation, the class token's head and half the maximum,
+    over the patch tokens, of the auxiliary head. It reads every token, so the last block of a patched model serves them
+    all; with ``aux_eval=False`` the class token's head speaks alone, and that block may serve it alone.
+
+    Args:
+        skip_lam: what the residual branches are divided by.
+        aux_eval: as above; may be set later.
+        kwargs: of timm's ``VisionTransformer``.
+    """
+
+    evaluated_with_ema = False
+
+    def __init__(self, *args: Any, skip_lam: float = 1.0, aux_eval: bool = True, **kwargs: Any) -> None:
+        super().__init__(*args, block_fn=partial(scaled_block, skip_lam), embed_layer=ConvStem, **kwargs)
+        self.aux_eval = aux_eval
+        self.aux_head = self._new_aux_head()
+        self.to(device=kwargs.get("device"), dtype=kwargs.get("dtype"))
+
+    def _new_aux_head(self) -> nn.Module:
+        return nn.Linear(self.embed_dim, self.num_classes) if self.num_classes > 0 else nn.Identity()
+
+    @property
+    def leading_tokens(self) -> int | None:
+        """How many leading tokens the logits hang on; None: on all."""
+        alone = self.global_pool == "token" and (not self.aux_eval or self.num_classes == 0)
+        return 1 if alone else None
+
+    @property
+    def classifier(self) -> str:
+        """What the logits are, in words."""
+        if self.leading_tokens is not None:
+            return "class head alone (aux_eval=False)"
+        return "class head and half the maximum of the auxiliary head over patch tokens (aux_eval=True)"
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        logits = super().forward_head(x, pre_logits)
+        if pre_logits or not self.aux_eval or self.num_classes == 0:
+            return logits
+        return logits + 0.5 * self.aux_head(x[:, self.num_prefix_tokens :]).amax(1)
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        super().reset_classifier(num_classes, global_pool)
+        self.aux_head = self._new_aux_head().to(self.cls_token).train(self.training)
+
+    # The paper prints what the authors' own counter finds: without heads and last norm; a bias, a residual and a scale
+    # count 1 an element, dropout 4, softmax 5, LayerNorm 5 and GELU 8.
+
+    def paper_stem(self, image_shape: tuple[int, ...]) -> int:
+        """Operations of the stem for an image [C, H, W]."""
+        channels, height, width = image_shape
+        pixel = 49 * channels * STEM_WIDTH + 2 * 9 * STEM_WIDTH**2 + STEM_WIDTH * self.embed_dim
+        return (height // 2) * (width // 2) * pixel
+
+    def paper_block(self, tokens: int | Tensor, queries: int | Tensor, rows: int | Tensor) -> int | Tensor:
+        """Operations of a block, by its tokens, its queries and the rows of its MLP: numbers, or [B] of each image."""
+        C, H = self.embed_dim, self.blocks[0].attn.num_heads
+        hidden = self.blocks[0].mlp.fc1.out_features
+        keys = tokens * (2 * C * C + 5 * C)
+        attention = queries * (2 * C * C + 2 * tokens * C + 10 * tokens * H + 6 * C)
+        return keys + attention + rows * (2 * C * hidden + 9 * hidden + 11 * C)
+
+
+def _cfg(**changes: Any) -> dict[str, Any]:
+    return {
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "fixed_input_size": True,
+        "interpolation": "bicubic",
+        "crop_pct": 0.9,
+        "mean": (0.485, 0.456, 0.406),
+        "std": (0.229, 0.224, 0.225),
+        "first_conv": "patch_embed.conv1",
+        "classifier": ("head", "aux_head"),
+        **changes,
+    }
+
+
+default_cfgs = generate_default_cfgs({"lvvit_t": _cfg(), "lvvit_s": _cfg(), "lvvit_m": _cfg(crop_pct=1.0)})
+
+
+def _create(name: str, pretrained: bool, **shape: Any) -> LVViT:
+    common = {"patch_size": 16, "mlp_ratio": 3.0, "qkv_bias": False, "norm_layer": partial(LayerNorm, eps=1e-5)}
+    return build_model_with_cfg(LVViT, name, pretrained, **{**common, **shape})
+
+
+@register_model
+def lvvit_t(pretrained: bool = False, **kwargs: Any) -> LVViT:
+    """LV-ViT-T: 8.53 M parameters, 2.87 GFLOPs."""
+    return _create("lvvit_t", pretrained, **{"embed_dim": 240, "depth": 12, "num_heads": 4, **kwargs})
+
+
+@register_model
+def lvvit_s(pretrained: bool = False, **kwargs: Any) -> LVViT:
+    """LV-ViT-S: 26.15 M parameters, 6.57 GFLOPs."""
+    return _create("lvvit_s", pretrained, **{"embed_dim": 384, "depth": 16, "num_heads": 6, "skip_lam": 2.0, **kwargs})
+
+
+@register_model
+def lvvit_m(pretrained: bool = False, **kwargs: Any) -> LVViT:
+    """LV-ViT-M: 55.83 M parameters, 12.74 GFLOPs."""
+    return _create("lvvit_m", pretrained, **{"embed_dim": 512, "depth": 20, "num_heads": 8, "skip_lam": 2.0, **kwargs})
