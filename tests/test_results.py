@@ -78,3 +78,15 @@ def test_packed_images_reach_the_bound_on_a_cpu():
         assert atm["of_bound"] >= 0.9 and len(atm["seconds"]) >= 15 and case["config"]["adapt"] == "image"
     rates = {row["name"]: row["images_per_second"] for row in cases[0]["rows"]}
     assert rates["ATM"] >= 0.95 * rates['ATM, adapt="batch"']
+
+
+def test_costs_of_the_papers_models_are_the_published_ones():
+    found = result("paper_flops.json")
+    assert len(found["models"]) == 9
+    for row in found["models"]:
+        assert f"{row['paper_gflops']:.2f}" == f"{row['published_gflops']:.2f}", row["paper"]
+        assert f"{row['parameters'] / 1e6:.2f}" == f"{row['published_millions']:.2f}", row["paper"]
+        assert row["macs"] == row["macs_by_torch"] and row["merged_macs"] == row["merged_macs_by_torch"], row["paper"]
+    for row in found["tome_on_deit_s"]:
+        assert round(row["gmacs"], 3) == row["published_gmacs"]
+    assert [row["tokens"] for row in found["tome_on_vit_l_384"]] == [377, 177, 27, 8]
