@@ -67,7 +67,6 @@ def mean(number: Number) -> int | float:
 
 def cost_of_each(model: VisionTransformer, record: Record) -> Cost:
     """:func:`cost` of every image: tensors [B] where they differ."""
-    blocks = getattr(model.blocks, "original", (model.blocks,))[0]
     counts = list(zip(record.tokens, record.queries, record.rows, strict=True))
     stem, stem_norms = _counted(model, "patch_embed", record.image_shape)
     head, head_norms = _counted(model, "forward_head", (_read_by_head(record), model.embed_dim))
@@ -76,14 +75,14 @@ def cost_of_each(model: VisionTransformer, record: Record) -> Cost:
         ends = model.paper_stem(record.image_shape)
     return Cost(
         stem=stem,
-        blocks=tuple(block_macs(block, *count) for block, count in zip(blocks, counts, strict=True)),
+        blocks=tuple(_macs(block, *count) for block, count in zip(model.blocks, counts, strict=True)),
         head=head,
         paper=ends
-        + sum(paper_block(model, block, *count) for block, count in zip(blocks, counts, strict=True))
+        + sum(paper_block(model, block, *count) for block, count in zip(model.blocks, counts, strict=True))
         + paper_last_norm(model, counts[-1][2]),
         matching=sum(
-            _matching_macs(tokens, model.num_prefix_tokens, block.attn.head_dim)
-            for block, (tokens, queries, rows), matched in zip(blocks, counts, record.matched, strict=True)
+            _matching_macs(block, tokens, model.num_prefix_tokens)
+            for block, (tokens, *_), matched in zip(model.blocks, counts, record.matched, strict=True)
             if matched
         ),
     )
@@ -94,7 +93,7 @@ def paper_block(model: VisionTransformer, block: Block, tokens: Number, queries:
     methods ``paper_block`` and ``paper_stem`` (stem and all that is no block)."""
     if hasattr(model, "paper_block"):
         return model.paper_block(tokens, queries, rows)
-    return block_macs(block, tokens, queries, rows) + (tokens + rows) * model.embed_dim
+    return _macs(block, tokens, queries, rows) + (tokens + rows) * model.embed_dim
 
 
 def paper_last_norm(model: VisionTransformer, rows: Number) -> Number:
@@ -129,9 +128,16 @@ def unmerged(model: VisionTransformer, image_shape: tuple[int, ...]) -> Record:
     return planned(model, image_shape, (0,) * len(model.blocks), cls_only_last=False)
 
 
-def _matching_macs(tokens: Number, num_prefix: int, head_dim: int) -> Number:
+def _macs(block: Block, tokens: Number, queries: Number, rows: Number) -> Number:
+    """:func:`block_macs`, or what a block that works in another way says of itself by a method ``macs``."""
+    return block.macs(tokens, queries, rows) if hasattr(block, "macs") else block_macs(block, tokens, queries, rows)
+
+
+def _matching_macs(block: Block, tokens: Number, num_prefix: int) -> Number:
+    if hasattr(block, "matching_macs"):
+        return block.matching_macs(tokens)
     a = (tokens - num_prefix) // 2
-    return a * (tokens - num_prefix - a) * head_dim
+    return a * (tokens - num_prefix - a) * block.attn.head_dim
 
 
 def _read_by_head(record: Record) -> int:

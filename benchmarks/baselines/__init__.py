@@ -1,0 +1,63 @@
+"""Other methods of token reduction, training-free, on the engine of this package: ``apply_baseline(model, "evit")``.
+
+Each follows what its authors' code executes, not what a paper says of it; each docstring states where it departs. Same
+weights, same attention, same counter and same clock for all.
+"""
+
+from dataclasses import fields
+from difflib import get_close_matches
+from typing import Any
+
+from timm.models.vision_transformer import VisionTransformer
+
+from benchmarks.baselines.base import Baseline, Plan, ReducingBlock
+from benchmarks.baselines.evit import EViT
+from benchmarks.baselines.mctf import MCTF
+from benchmarks.baselines.pitome import PiToMe
+from benchmarks.baselines.threshold import Threshold
+from benchmarks.baselines.tome import ToMe
+
+BASELINES: dict[str, type[Baseline]] = {
+    "tome": ToMe,
+    "threshold": Threshold,
+    "evit": EViT,
+    "mctf": MCTF,
+    "pitome": PiToMe,
+}
+
+__all__ = ["BASELINES", "Baseline", "Plan", "ReducingBlock", "apply_baseline", "baseline"]
+
+
+def baseline(name: str, **settings: Any) -> Baseline:
+    """A method with its settings, to be applied to any number of models.
+
+    Raises:
+        ValueError: an unknown method or setting, or a value out of its range.
+    """
+    if name not in BASELINES:
+        close = get_close_matches(str(name), BASELINES, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise ValueError(f"method {name!r} is unknown; choose one of {', '.join(BASELINES)}{hint}")
+    known = [field.name for field in fields(BASELINES[name])]
+    for setting in settings:
+        if setting not in known:
+            raise ValueError(f"{name} has no setting {setting!r}; it has {', '.join(known)}")
+    return BASELINES[name](**settings)
+
+
+def apply_baseline(model: VisionTransformer, name: str, **settings: Any) -> VisionTransformer:
+    """Let a timm VisionTransformer reduce its tokens by another method, in place; ``remove_patch`` undoes it.
+
+    Args:
+        model: as for :func:`atm_triton.apply_patch`.
+        name: "tome", "threshold", "evit", "mctf" or "pitome".
+        settings: of the method; ``python -m benchmarks.baselines`` lists them. Blocks count from 0.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: an unknown method or setting, or a model that it cannot reduce; TypeError: a model that cannot be
+            patched.
+    """
+    return baseline(name, **settings).apply(model)

@@ -1,0 +1,55 @@
+"""EViT (Liang et al., Not All Patches Are What You Need, ICLR 2022)."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from atm_triton.block import Tokens
+from benchmarks.baselines.base import Baseline, Plan, ReducingBlock, by_value, places
+
+
+@dataclass(frozen=True)
+class EViT(Baseline):
+    """Keeps the tokens that the class token attends to most; the others become one token or none.
+
+    The kept ones are ordered by attention. The fused token stands last, a sum weighted by attention that is not
+    normalised; later blocks see an ordinary token. Attention knows no sizes. With distillation or register tokens its
+    authors' code counts them among the patches; here they are kept.
+
+    Args:
+        keep_rate: the share of the patch tokens that a block keeps, rounded up; blocks: which do; fuse_token: whether
+            the others become one token.
+    """
+
+    keep_rate: float = 0.7
+    blocks: tuple[int, ...] = (3, 6, 9)
+    fuse_token: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 < self.keep_rate <= 1:
+            raise ValueError(f"evit: keep_rate={self.keep_rate!r}; want a share above 0, at most 1")
+
+    def check(self, model: VisionTransformer) -> None:
+        if not model.has_class_token:
+            raise ValueError(f"evit ranks tokens by the class token's attention; this {type(model).__name__} has none")
+
+    def plan(self, block: ReducingBlock, q: Tensor, k: Tensor, tokens: Tokens) -> Plan | None:
+        B, _, N, d = k.shape
+        P = block.num_prefix_tokens
+        left = math.ceil(self.keep_rate * (N - P))
+        if block.index not in self.blocks or left == N - P:
+            return None
+        scores = (q[:, :, :1] @ k.transpose(-2, -1)).squeeze(2) * d**-0.5
+        attention = scores.softmax(dim=-1).mean(dim=1)[:, P:]
+        rank = places(by_value(attention))
+        kept = rank < left
+        slot = torch.where(kept, rank + P, P + left if self.fuse_token else -1)
+        prefix = torch.arange(P, device=k.device).expand(B, P)
+        assignment = torch.cat([prefix, slot], dim=1).int()
+        if not self.fuse_token:
+            return Plan(assignment, P + left)
+        weights = torch.cat([attention.new_ones(B, P), torch.where(kept, 1, attention)], dim=1)
+        return Plan(assignment, P + left + 1, weights)

@@ -1,0 +1,152 @@
+"""MCTF (Lee et al., Multi-criteria Token Fusion with One-step-ahead Attention, CVPR 2024)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from atm_triton.block import Step, Tokens
+from atm_triton.flops import block_macs
+from benchmarks.baselines.base import Baseline, Plan, ReducingBlock, by_value, places, sums
+
+LEAST = 10  # tokens that are always left
+
+
+@dataclass(frozen=True)
+class MCTF(Baseline):
+    """Fuses tokens that are alike, small and little attended to, at the start of a block: queries and keys are those of
+    all tokens, their attention map is fused with them, and values, projection and MLP see the fused tokens alone.
+
+    Its authors' code protects the first and the third token of a distilled model; here the leading tokens are.
+
+    Args:
+        r: tokens that a block fuses, or below 1 their share; blocks: which do, None: all but the first. Published:
+            r=16 in all but the first, and "Fast", r=0.35 in (3, 6, 9). tau_sim, tau_info, tau_size: temperatures of
+            the three criteria; 0 leaves one out.
+    """
+
+    r: float = 16
+    blocks: tuple[int, ...] | None = None
+    tau_sim: float = 1
+    tau_info: float = 20
+    tau_size: float = 40
+    proportional_attention: ClassVar[bool | None] = True
+
+    def __post_init__(self) -> None:
+        if self.r < 0 or (self.r >= 1 and self.r != int(self.r)):
+            raise ValueError(f"mctf: r={self.r!r}; want a whole number of tokens, or a share below 1")
+        if min(self.tau_sim, self.tau_info, self.tau_size) < 0:
+            raise ValueError("mctf: tau_sim, tau_info and tau_size want 0 or more")
+
+    def block_class(self) -> type[ReducingBlock]:
+        return MCTFBlock
+
+    def count(self, block: ReducingBlock, N: int) -> int:
+        """How many of N tokens a block fuses."""
+        chosen = block.index > 0 if self.blocks is None else block.index in self.blocks
+        if not chosen:
+            return 0
+        may = N - block.num_prefix_tokens
+        r = int(may * self.r) if self.r < 1 else int(self.r)
+        return max(min(r, N - LEAST, may // 2), 0)
+
+    def scores(self, x: Tensor, attention: Tensor, size: Tensor | None, num_prefix: int) -> Tensor:
+        """[B, |A|, |B|]: how much tokens at even positions want to fuse with those at odd ones. ``attention`` [B, N]:
+        how much each receives."""
+        a, b = _groups(x.shape[1], num_prefix)
+        metric = x / x.norm(dim=-1, keepdim=True)
+        similar = (metric[:, a] @ metric[:, b].transpose(1, 2) + 1) / 2
+        scores = similar ** (1 / self.tau_sim) if self.tau_sim else torch.ones_like(similar)
+        for dear, tau in ((attention, self.tau_info), (size, self.tau_size)):
+            if dear is not None and tau:
+                cheap = (dear.amin(dim=1, keepdim=True) / dear).to(x.dtype)
+                scores = scores * (cheap[:, a, None] * cheap[:, None, b]) ** (1 / tau)
+        return scores
+
+    def fused(self, scores: Tensor, N: int, r: int, num_prefix: int) -> Plan:
+        """Half of r from A to B, by the best score of each token of A; then the other half from B to what is left of A,
+        by the same scores. What is left of A stands first, then what is left of B by its score."""
+        a, b = _groups(N, num_prefix)
+        best, partner = scores.max(dim=2)
+        gone = places(by_value(best)) < r // 2
+        left = num_prefix + scores.shape[1] - r // 2
+        back, to = scores.masked_fill(gone.unsqueeze(2), -torch.inf).max(dim=1)
+        rank, second = places(by_value(back)), r - r // 2
+        a_slot = num_prefix + (~gone).cumsum(dim=1) - 1
+        b_slot = torch.where(rank < second, a_slot.gather(1, to), left + rank - second)
+        slots = torch.arange(N, device=scores.device).repeat(len(scores), 1)
+        slots[:, a], slots[:, b] = torch.where(gone, b_slot.gather(1, partner), a_slot), b_slot
+        return Plan(slots.int(), N - r)
+
+    def matching_macs(self, block: ReducingBlock, N: int) -> int:
+        return (N + 1) // 2 * (N // 2) * block.attn.qkv.in_features
+
+
+class MCTFBlock(ReducingBlock):
+    """timm's block with tokens fused before the values are made."""
+
+    baseline: MCTF
+
+    def step(self, tokens: Tokens, merges: bool = True) -> Step:
+        N = tokens.x.shape[1]
+        r = self.baseline.count(self, N) if merges else 0
+        if r == 0:
+            return super().step(tokens, merges=False)
+        attention = self._map(tokens)
+        received = attention.mean(dim=(1, 2))
+        scores = self.baseline.scores(tokens.x, received, tokens.size, self.num_prefix_tokens)
+        plan = self.baseline.fused(scores, N, r, self.num_prefix_tokens)
+        weight = received if tokens.size is None else received * tokens.size
+        total = sums(weight, plan.assignment, plan.M)
+        weight = weight / total.gather(1, plan.assignment.long())
+        tokens = self.reduced(tokens, plan._replace(weights=weight))
+        x = tokens.x + self.drop_path1(self.ls1(self._attend_by(_fused_map(attention, plan, weight), tokens.x)))
+        x = self._feed_forward(x, self.norm2(x), None)
+        return Step(tokens._replace(x=x), plan.assignment)
+
+    def _map(self, tokens: Tokens) -> Tensor:
+        """The attention map [B, H, N, N] of all tokens, from queries and keys alone."""
+        attn = self.attn
+        q, k = self._heads(_part(attn.qkv, slice(None, 2 * attn.attn_dim), self.norm1(tokens.x)))
+        scores = attn.q_norm(q) @ attn.k_norm(k).transpose(-2, -1) * attn.head_dim**-0.5
+        if tokens.size is not None:
+            size = tokens.size.to(torch.promote_types(scores.dtype, torch.float32))
+            scores = scores + size.log()[:, None, None].to(scores.dtype)
+        return scores.softmax(dim=-1)
+
+    def _attend_by(self, attention: Tensor, x: Tensor) -> Tensor:
+        """The rest of timm's ``Attention`` on fused tokens [B, M, C], given their map."""
+        attn, y = self.attn, self.norm1(x)
+        (v,) = self._heads(_part(attn.qkv, slice(2 * attn.attn_dim, None), y))
+        attended = attn.norm((attn.attn_drop(attention) @ v).transpose(1, 2).flatten(2))
+        if attn.gate is not None:
+            attended = attended * attn.gate(y).sigmoid()
+        return attn.proj_drop(attn.proj(attended))
+
+    def macs(self, tokens: int, queries: int, rows: int) -> int:
+        """Queries, keys and their products of the tokens that enter, everything else of those that leave."""
+        if queries != tokens:  # the last block for the leading tokens alone, which fuses none
+            return block_macs(self, tokens, queries, rows)
+        A, D = self.attn.attn_dim, self.attn.qkv.in_features
+        return block_macs(self, rows, rows, rows) + (tokens - rows) * 2 * D * A + (tokens**2 - rows**2) * A
+
+
+def _groups(N: int, num_prefix: int) -> tuple[slice, slice]:
+    """A and B: the tokens at even and at odd positions, without the leading ones."""
+    even = num_prefix + num_prefix % 2
+    odd = num_prefix + 1 - num_prefix % 2
+    return slice(even, N, 2), slice(odd, N, 2)
+
+
+def _part(qkv: nn.Linear, rows: slice, y: Tensor) -> Tensor:
+    """``qkv`` for some of its outputs."""
+    return F.linear(y, qkv.weight[rows], None if qkv.bias is None else qkv.bias[rows])
+
+
+def _fused_map(attention: Tensor, plan: Plan, weight: Tensor) -> Tensor:
+    """[B, H, M, M]: summed over the keys of a slot, averaged over its queries with the weights of its tokens."""
+    by_key = sums(attention.movedim(3, 1), plan.assignment, plan.M)  # [B, M, H, N]
+    by_query = sums((by_key * weight[:, None, None]).movedim(3, 1), plan.assignment, plan.M)  # [B, M query, M key, H]
+    return by_query.movedim(3, 1)

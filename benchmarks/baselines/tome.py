@@ -1,0 +1,55 @@
+"""ToMe (Bolya et al., Token Merging: Your ViT But Faster, ICLR 2023)."""
+
+from dataclasses import dataclass
+
+from timm.models.vision_transformer import VisionTransformer
+
+from atm_triton import ATMConfig, apply_patch
+from benchmarks.baselines.base import Baseline
+
+
+@dataclass(frozen=True)
+class ToMe(Baseline):
+    """r tokens of every block: the engine's static mode with alternate groups throughout.
+
+    Its authors' code leaves register tokens unprotected, and without a class token it orders what is left of A by
+    similarity; neither is done here.
+
+    Args:
+        r: of every block; a list of one each, zeros where it ends; or (r, inflect) with inflect from -1 (falling from
+            2 r to 0) to 1 (rising), at the cost of about r in every block.
+    """
+
+    r: int | list[int] | tuple[int, float] = 8
+
+    def __post_init__(self) -> None:
+        kind = "whole numbers from 0, or (r, inflect) with inflect from -1 to 1"
+        if isinstance(self.r, tuple):
+            good = len(self.r) == 2 and _whole(self.r[0]) and -1 <= self.r[1] <= 1
+        else:
+            good = all(map(_whole, self.r if isinstance(self.r, list) else [self.r]))
+        if not good:
+            raise ValueError(f"tome: r={self.r!r}; want {kind}")
+
+    def schedule(self, depth: int) -> tuple[int, ...]:
+        """r of each block, as ToMe's own code reads the setting."""
+        if isinstance(self.r, list):
+            return tuple((self.r + [0] * depth)[:depth])
+        if isinstance(self.r, int):
+            return (self.r,) * depth
+        r, inflect = self.r
+        if depth == 1:
+            raise ValueError(f"tome: r={self.r!r} falls or rises over blocks, and the model has one; give a number")
+        low = int(r * (1 - inflect))
+        step = (2 * r - 2 * low) / (depth - 1)
+        return tuple(int(low + step * block) for block in range(depth))
+
+    def apply(self, model: VisionTransformer) -> VisionTransformer:
+        depth = len(getattr(model, "blocks", [None]))
+        schedule = self.schedule(depth)
+        options = {"split_depth": depth, "cls_only_last": self.cls_only_last, "source": repr(self)}
+        return apply_patch(model, ATMConfig(adapt="static", schedule=schedule, **options))
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
