@@ -1,4 +1,4 @@
-"""The command line: atm-triton bench | eval | calibrate | env. Bad input is one line and exit code 2."""
+"""The command line: atm-triton bench | eval | calibrate | visualize | env. Bad input is one line and exit code 2."""
 
 import argparse
 import io
@@ -22,16 +22,25 @@ from atm_triton.distributed import rank, start, stop
 from atm_triton.env import check_file, environment, write_result
 from atm_triton.errors import exit_code
 from atm_triton.evaluate import evaluate
-from atm_triton.inputs import DIGITS, check_device, digits_config, labels_fit, open_images, open_model
+from atm_triton.inputs import (
+    DIGITS,
+    TRANSFORM,
+    check_device,
+    digits_config,
+    labels_fit,
+    open_image,
+    open_images,
+    open_model,
+)
 from atm_triton.ops import explain
 from atm_triton.options import DTYPES, parser
 from atm_triton.patch import apply_patch, settled
 from atm_triton.throughput import keep_freed_memory, measure
 from atm_triton.transformer import Record
+from atm_triton.visualize import draw, picture
 
 DEIT = "deit_small_patch16_224"
 RANDOM_R = 8  # of every block, where no images tell thresholds what to do
-TRANSFORM = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")  # of an image for a model
 
 Batches = list[torch.Tensor]
 # title, model, batches, what merges, whose counts, what is timed beside it
@@ -171,6 +180,21 @@ def run_calibrate(args: argparse.Namespace) -> dict[str, Any]:
     return about | document
 
 
+def run_visualize(args: argparse.Namespace) -> dict[str, Any]:
+    """Pictures of merged tokens, block by block: each region in its mean colour, with its outline."""
+    report.check_plot(args.out, "--out")
+    model = _model(args)
+    apply_patch(model, _config(args, model))
+    depth = len(model.blocks)
+    blocks = args.blocks or sorted({-(-depth * quarter // 4) for quarter in (1, 2, 3, 4)})
+    images = [open_image(model, path) for path in args.images]
+    rows = [picture(model, image, blocks, path.name) for path, image in zip(args.images, images, strict=True)]
+    draw(rows, args.out)
+    print(f"{args.out} written")
+    pictures = [{"image": row.title, "gflops": row.gflops, "blocks": row.blocks, "left": row.left} for row in rows]
+    return {"model": args.model, "model_kwargs": args.model_kwargs, "pictures": pictures}
+
+
 def run_env(args: argparse.Namespace) -> dict[str, Any]:
     """Versions, the GPU, and the backend that "auto" takes here."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -240,7 +264,13 @@ def _read_config(path: Path, model: str) -> ATMConfig:
     return config
 
 
-COMMANDS = {"bench": bench, "eval": run_eval, "calibrate": run_calibrate, "env": run_env}
+COMMANDS = {
+    "bench": bench,
+    "eval": run_eval,
+    "calibrate": run_calibrate,
+    "visualize": run_visualize,
+    "env": run_env,
+}
 
 
 def main(argv: list[str] | None = None) -> int:

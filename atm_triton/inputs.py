@@ -7,7 +7,7 @@ from typing import Any
 import timm
 import torch
 from PIL import Image
-from timm.data import create_loader, resolve_model_data_config
+from timm.data import create_loader, create_transform, resolve_model_data_config
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
@@ -22,6 +22,7 @@ from atm_triton.models import load_checkpoint
 from atm_triton.patch import check_model
 
 DIGITS = "digits"
+TRANSFORM = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")  # of an image for a model
 TEST_IMAGES = 4000  # of the digits' test split, where no limit is given
 
 
@@ -159,8 +160,24 @@ def open_images(
         num_workers=workers,
         persistent_workers=False,
         pin_memory=device != "cpu",
-        **{key: config[key] for key in ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")},
+        **{name: config[name] for name in TRANSFORM},
     )
+
+
+def open_image(model: VisionTransformer, path: Path) -> Tensor:
+    """One image file as the model takes it, [C, H, W].
+
+    Raises:
+        OSError: no such file; ValueError: no readable image.
+    """
+    config = resolve_model_data_config(model)
+    if not path.is_file():
+        raise FileNotFoundError(f"image {path} does not exist")
+    try:
+        opened = Image.open(path).convert("L" if config["input_size"][0] == 1 else "RGB")
+    except Exception as error:
+        raise ValueError(f"{path} is no readable image: {error}") from error
+    return create_transform(**{name: config[name] for name in TRANSFORM})(opened)
 
 
 def _folders(data: str, channels: int, limit: int | None) -> "NamedImages":

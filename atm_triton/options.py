@@ -20,9 +20,14 @@ def parser(commands: dict[str, Callable[[argparse.Namespace], Any]]) -> argparse
     """Of ``commands`` by name; a docstring is a command's help, and what it is becomes ``run``."""
     made = argparse.ArgumentParser(prog="atm-triton", description="Adaptive token merging for Vision Transformers.")
     subparsers = made.add_subparsers(dest="command", required=True)
-    inputs, merging, out = _inputs(), _merging(), _out()
-    parents = {"bench": [inputs, merging, out], "eval": [inputs, merging, out], "calibrate": [inputs, out]}
-    own = {"bench": _bench, "eval": _eval, "calibrate": _calibrate}
+    model, data, merging, out = _model(), _data(), _merging(), _out()
+    parents = {
+        "bench": [model, data, merging, out],
+        "eval": [model, data, merging, out],
+        "calibrate": [model, data, out],
+        "visualize": [model, merging, out],
+    }
+    own = {"bench": _bench, "eval": _eval, "calibrate": _calibrate, "visualize": _visualize}
     for name, run in commands.items():
         text = {"help": run.__doc__, "description": run.__doc__}
         sub = subparsers.add_parser(name, parents=parents.get(name, [out]), **text)
@@ -31,17 +36,22 @@ def parser(commands: dict[str, Callable[[argparse.Namespace], Any]]) -> argparse
     return made
 
 
-def _inputs() -> argparse.ArgumentParser:
+def _model() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(add_help=False)
     options.add_argument("--model", default=DIGITS, help="digits (default), or any ViT of timm's or the paper's")
     arguments = {"nargs": "*", "default": {}, "action": ParseKwargs, "metavar": "NAME=VALUE"}
     options.add_argument("--model-kwargs", **arguments, help="of the model's function, as global_pool=avg")
     options.add_argument("--checkpoint", type=Path, help="weights to load (safetensors or .pth)")
     options.add_argument("--pretrained", action="store_true", help="download timm's published weights")
-    options.add_argument("--data", help="digits, or a directory with one folder of images a class")
-    options.add_argument("--batch-size", type=int, help="images a batch (64; 8 for random images)")
     options.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     options.add_argument("--dtype", default="float32", choices=DTYPES)
+    return options
+
+
+def _data() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(add_help=False)
+    options.add_argument("--data", help="digits, or a directory with one folder of images a class")
+    options.add_argument("--batch-size", type=int, help="images a batch (64; 8 for random images)")
     return options
 
 
@@ -101,6 +111,12 @@ def _calibrate(options: argparse.ArgumentParser) -> None:
     options.add_argument("--seed", type=int, default=0, help="of the search (0)")
     options.add_argument("--backend", default="auto", choices=BACKENDS)
     _workers(options)
+
+
+def _visualize(options: argparse.ArgumentParser) -> None:
+    options.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="image files, a row each")
+    options.add_argument("--out", type=Path, required=True, help="where the pictures go (PNG, PDF or SVG)")
+    options.add_argument("--blocks", type=int, nargs="+", help="after which, from 1 (four of them)")
 
 
 def _workers(options: argparse.ArgumentParser) -> None:

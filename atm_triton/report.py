@@ -78,15 +78,15 @@ def calibration_table(found: Calibration) -> str:
     )
 
 
-def check_plot(path: Path | None) -> None:
+def check_plot(path: Path | None, option: str = "--plot") -> None:
     """Fail before an hour's run rather than after it."""
     if path is None:
         return
     if find_spec("matplotlib") is None:
         raise ValueError("plots need matplotlib: pip install 'atm-triton[paper]'")
-    check_file("--plot", path)
+    check_file(option, path)
     if path.suffix not in (".png", ".pdf", ".svg"):
-        raise ValueError(f"--plot {path}: want a name that ends in .png, .pdf or .svg")
+        raise ValueError(f"{option} {path}: want a name that ends in .png, .pdf or .svg")
 
 
 def throughput_plot(cases: list[dict[str, Any]], path: Path) -> None:

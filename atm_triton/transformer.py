@@ -51,12 +51,12 @@ def number_of(tokens: Tokens) -> Number:
 
 
 class Run(NamedTuple):
-    """The merged ``tokens`` after the last block run, the ``trace``: where the N tokens that entered the first block
-    ended up, [B, N] int32 (None: nothing merged, or nobody wants it), and the unmerged tokens [B, N, C] after each
-    block asked for."""
+    """The merged ``tokens`` after the last block run, the ``traces``: where the N tokens that entered the first block
+    are after each block, [B, N] int32, -1: dropped (None: nothing has merged, or nobody wants it), and the unmerged
+    tokens [B, N, C] after each block asked for."""
 
     tokens: Tokens
-    trace: Tensor | None
+    traces: list[Tensor | None]
     collected: list[Tensor]
 
 
@@ -88,7 +88,7 @@ class ATMBlocks(nn.Sequential):
             collect: the blocks, from 0, after which to keep the unmerged tokens.
             stop: the number of blocks to run, None for all.
         """
-        now, trace, collected = Tokens(x), None, []
+        now, trace, traces, collected = Tokens(x), None, [], []
         tokens, rows, counts, matched = [], [], [], []
         for index, block in enumerate(list(self)[:stop]):
             serves_leading = leading is not None and index == len(self) - 1
@@ -102,6 +102,7 @@ class ATMBlocks(nn.Sequential):
                 now, assignment, count = call(now, option)
             if assignment is not None and dense:
                 trace = assignment if trace is None else ops.compose(trace, assignment, before)
+            traces.append(trace)
             if index in collect:
                 collected.append(self.unmerge(now, trace))
             rows.append(number_of(now))
@@ -111,7 +112,7 @@ class ATMBlocks(nn.Sequential):
         served = None if dense else leading
         record = Record(len(x), image_shape, served, *map(tuple, (tokens, rows, counts, matched)))
         self.last = record if whole else None
-        return Run(now, trace, collected)
+        return Run(now, traces, collected)
 
     def unmerge(self, tokens: Tokens, trace: Tensor | None) -> Tensor:
         """All N tokens, dense, of those that are left."""
@@ -193,11 +194,15 @@ class MergingTransformer:
             features = list(zip(features, prefixes, strict=True))
         return features if intermediates_only else (final, features)
 
+    def traces(self, x: Tensor) -> list[Tensor | None]:
+        """Where the tokens of images [B, C, H, W] are after each block: :attr:`Run.traces`."""
+        return self._run(x, self._leading(), dense=True).traces
+
     def prune_intermediate_layers(self, *args: Any, **kwargs: Any) -> None:
         raise ValueError("thresholds belong to a model's depth: remove_patch first, prune, then apply_patch again")
 
     def _features(self, run: Run) -> Tensor:
-        return self.blocks.unmerge(run.tokens._replace(x=self.norm(run.tokens.x)), run.trace)
+        return self.blocks.unmerge(run.tokens._replace(x=self.norm(run.tokens.x)), run.traces[-1])
 
     def _leading(self) -> int | None:
         return leading_tokens(self) if self.blocks.config.cls_only_last else None

@@ -1,0 +1,119 @@
+"""Pictures of merged tokens: which patches of an image are one token after each block."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from timm.data import resolve_model_data_config
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from atm_triton.summary import summary
+from atm_triton.transformer import MergingTransformer
+
+CELL = 16  # pixels of a patch in a picture, at least
+OUTLINE = (1.0, 1.0, 0.0)
+
+
+@torch.inference_mode()
+def merge_map(model: VisionTransformer, image: Tensor) -> list[Tensor]:
+    """Which patches are one token, after each block of a patched model.
+
+    Args:
+        model: patched, in eval mode.
+        image: [C, H, W] or [1, C, H, W], normalised as the model takes it.
+
+    Returns:
+        For each block int64 [grid height, grid width] on the CPU: the number of the token that a patch belongs to, from
+        0, the same for patches that have merged; -1 for a patch whose token was dropped.
+
+    Raises:
+        ValueError: the model is not patched, or more than one image.
+    """
+    if not isinstance(model, MergingTransformer):
+        raise ValueError(f"{type(model).__name__} is not patched: apply_patch first")
+    images = image if image.dim() == 4 else image.unsqueeze(0)
+    if images.dim() != 4 or len(images) != 1:
+        raise ValueError(f"image has shape {list(image.shape)}; want one image, [C, H, W]")
+    parameter = next(model.parameters())
+    traces = model.traces(images.to(parameter))
+    P = model.num_prefix_tokens
+    rows, columns = model.patch_embed.dynamic_feat_size(images.shape[-2:])
+    as_they_were = torch.arange(P + rows * columns).unsqueeze(0)
+    maps = []
+    for trace in traces:
+        slots = (as_they_were if trace is None else trace.cpu().long())[0, P:]
+        maps.append(torch.where(slots < 0, -1, slots - P).view(rows, columns))
+    return maps
+
+
+def pixels(model: VisionTransformer, image: Tensor) -> np.ndarray:
+    """An image [C, H, W] as the model takes it, made visible: float [H, W, 3] in 0 .. 1."""
+    config = resolve_model_data_config(model)
+    mean, std = (torch.tensor(config[name]).view(-1, 1, 1) for name in ("mean", "std"))
+    seen = (image.float().cpu() * std + mean).clamp(0, 1)
+    return seen.expand(3, -1, -1).permute(1, 2, 0).numpy()
+
+
+def paint(seen: np.ndarray, tokens: Tensor) -> np.ndarray:
+    """Every token in the mean colour of its patches, with an outline where another begins; a dropped patch is black.
+
+    Args:
+        seen: [H, W, 3]; tokens: [rows, columns], one map of :func:`merge_map`; patches are H / rows high.
+    """
+    rows, columns = tokens.shape
+    height, width = seen.shape[0] // rows, seen.shape[1] // columns
+    cells = seen[: rows * height, : columns * width].reshape(rows, height, columns, width, 3).mean(axis=(1, 3))
+    colours, numbers = np.zeros_like(cells), tokens.numpy()
+    for token in np.unique(numbers[numbers >= 0]):
+        colours[numbers == token] = cells[numbers == token].mean(axis=0)
+    painted = colours.repeat(CELL, axis=0).repeat(CELL, axis=1)
+    of_pixel = numbers.repeat(CELL, axis=0).repeat(CELL, axis=1)
+    edge = np.zeros(of_pixel.shape, dtype=bool)
+    edge[1:] |= of_pixel[1:] != of_pixel[:-1]
+    edge[:, 1:] |= of_pixel[:, 1:] != of_pixel[:, :-1]
+    painted[edge] = OUTLINE
+    return painted
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A row of panels: the image, and what it is after the ``blocks`` (from 1), with the tokens then ``left``."""
+
+    title: str
+    gflops: float
+    blocks: tuple[int, ...]
+    left: tuple[int, ...]
+    panels: tuple[np.ndarray, ...]
+
+
+def picture(model: VisionTransformer, image: Tensor, blocks: tuple[int, ...], title: str) -> Picture:
+    """The :class:`Picture` of an image [C, H, W] and a patched model."""
+    depth = len(model.blocks)
+    wrong = [block for block in blocks if not 1 <= block <= depth]
+    if wrong:
+        raise ValueError(f"block {wrong[0]} is outside 1 .. {depth}")
+    maps, seen = merge_map(model, image), pixels(model, image)
+    with torch.inference_mode():
+        model(image.unsqueeze(0).to(next(model.parameters())))
+    left = tuple(len(maps[block - 1].unique()) - int((maps[block - 1] < 0).any()) for block in blocks)
+    panels = (seen, *(paint(seen, maps[block - 1]) for block in blocks))
+    return Picture(title, summary(model).paper_gflops, tuple(blocks), left, panels)
+
+
+def draw(rows: list[Picture], path: Path) -> None:
+    """A file of pictures, a row each; needs matplotlib."""
+    from matplotlib.figure import Figure
+
+    columns = max(len(row.panels) for row in rows)
+    figure = Figure(figsize=(1.9 * columns, 2.2 * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), columns, squeeze=False)
+    for row, panels in zip(rows, axes, strict=True):
+        captions = [f"{row.title}\n{row.gflops:.3f} GFLOPs"]
+        captions += [f"block {block}\n{left} tokens" for block, left in zip(row.blocks, row.left, strict=True)]
+        for panel, seen, caption in zip(panels, row.panels, captions, strict=True):
+            panel.imshow(seen, interpolation="nearest")
+            panel.set_title(caption, fontsize=7)
+            panel.set_axis_off()
+    figure.savefig(path, dpi=120)
