@@ -211,7 +211,8 @@ class ATMBlock(Block):
         x, size, _, packing = tokens
         after = M if isinstance(M, ops.Packing) else None
         if lists is not None and self._fuses(x, attended):
-            gamma = getattr(self.ls1, "gamma", None)
+            scale = self.ls1
+            gamma = scale.gamma_like(x) if hasattr(scale, "gamma_like") else getattr(scale, "gamma", None)
             merged, y = ops.add_merge_norm(x, attended, gamma, size, assignment, lists, M, self.norm2, packing)
             return Tokens(*merged, after), y
         x = x + self._drop_path(self.drop_path1, self.ls1(attended), packing)
@@ -224,7 +225,7 @@ class ATMBlock(Block):
         if any(map(ops.needs_grad, (x, attended, *self.norm2.parameters(), *self.ls1.parameters()))):
             return False
         drops = self.training and not isinstance(self.drop_path1, nn.Identity)
-        scales = type(self.ls1).forward in (nn.Identity.forward, LayerScale.forward)
+        scales = type(self.ls1) in (nn.Identity, LayerScale) or hasattr(self.ls1, "gamma_like")
         plain = type(self.norm2) in (nn.LayerNorm, LayerNorm) and scales
         hooked = any(m._forward_hooks or m._forward_pre_hooks for m in (self.ls1, self.drop_path1, self.norm2))
         return plain and not drops and not hooked

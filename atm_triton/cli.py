@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data import resolve_model_data_config
 from timm.models.vision_transformer import VisionTransformer
 
 from atm_triton import report
@@ -26,6 +25,7 @@ from atm_triton.inputs import (
     DIGITS,
     TRANSFORM,
     check_device,
+    data_config,
     digits_config,
     labels_fit,
     open_image,
@@ -56,6 +56,7 @@ def bench(args: argparse.Namespace) -> dict[str, Any]:
     results = []
     for title, model, batches, config, given, beside in _cases(args):
         print(f"{title}\n")
+        _say_logits(model)
         rows = measure(model, batches, config, args.repeats, given, beside)
         print(report.throughput_table(rows) + "\n")
         results.append({"title": title, "config": asdict(config), "batch_size": len(batches[0]), "rows": rows})
@@ -97,7 +98,7 @@ def _random_case(args: argparse.Namespace, name: str) -> Case:
     config = _config(args, model, stated if args.adapt in (None, "static") else None)
     if config.adapt != "static":
         raise ValueError(f"thresholds mean nothing on random images: give {name} a --schedule, or --data DIR")
-    shape = resolve_model_data_config(model)["input_size"]
+    shape = data_config(model)["input_size"]
     batch_size = 8 if args.batch_size is None else args.batch_size
     if batch_size < 1:
         raise ValueError(f"batch size {batch_size} is too small; give 1 or more")
@@ -120,7 +121,7 @@ def _counted_case(args: argparse.Namespace) -> Case:
     batch = batches[0]
     apply_patch(digits, config)(batch)
     model = open_model(DEIT).to(args.device, DTYPES[args.dtype])
-    shape = resolve_model_data_config(model)["input_size"]
+    shape = data_config(model)["input_size"]
     images = torch.randn(len(batch), *shape, generator=torch.Generator().manual_seed(0)).to(batch)
     title = f"{DEIT}, random weights, random images, counts of the digits, batch {len(batch)}"
     return f"{title}, {_where(args)}", model, [images], config, [digits.blocks.last], None
@@ -137,8 +138,7 @@ def run_eval(args: argparse.Namespace) -> dict[str, Any]:
     labelled = labels_fit(loader, model)
     outcome = evaluate(model, loader, config, labelled=labelled)
     print(f"{args.model} on {data}, batch {batch_size}, {_where(args)}")
-    if hasattr(model, "classifier"):
-        print(f"logits: {model.classifier}")
+    _say_logits(model)
     if not labelled:
         print("no top-1: it needs one folder for each class of the model")
     print("\n" + report.evaluation_table(outcome))
@@ -162,7 +162,8 @@ def run_calibrate(args: argparse.Namespace) -> dict[str, Any]:
     model, data = _model(args), args.data or DIGITS
     size = 64 if args.batch_size is None else args.batch_size
     loader = open_images(model, data, args.split, args.images, size, args.workers, args.device, labelled=False)
-    transform = {name: resolve_model_data_config(model)[name] for name in TRANSFORM}
+    _say_logits(model)
+    transform = {name: data_config(model)[name] for name in TRANSFORM}
     weights = "pretrained" if args.checkpoint is None else args.checkpoint.name
     about = {"model": args.model, "model_kwargs": args.model_kwargs, "weights": weights, "data": data}
     about |= {"transform": transform, "batch_size": size, "dtype": args.dtype}
@@ -210,6 +211,12 @@ def _model(args: argparse.Namespace) -> VisionTransformer:
     return model.to(args.device, DTYPES[args.dtype])
 
 
+def _say_logits(model: VisionTransformer) -> None:
+    """Which of its answers a model gives, if it has several."""
+    if hasattr(model, "logits_are"):
+        print(f"logits: {model.logits_are}")
+
+
 def _weights(name: str, checkpoint: Path | None, pretrained: bool) -> str:
     if checkpoint is not None:
         return f"weights of {checkpoint.name}"
@@ -230,7 +237,7 @@ def _config(args: argparse.Namespace, model: VisionTransformer, default: ATMConf
     """What the options say: a file, a preset of the paper or a schedule, or else ``default``, the digits' own or the
     paper's for DeiT-S; and single fields over that."""
     if args.config is not None:
-        config = _read_config(args.config, args.model)
+        config = _read_config(args.config, args.model, args.model_kwargs)
     elif args.max_gflops is not None or args.top1_drop is not None:
         config = ATMConfig.preset(args.model, args.max_gflops, args.top1_drop)
     elif args.schedule is not None:
@@ -252,15 +259,17 @@ def _config(args: argparse.Namespace, model: VisionTransformer, default: ATMConf
     return settled(config, model)
 
 
-def _read_config(path: Path, model: str) -> ATMConfig:
+def _read_config(path: Path, model: str, model_kwargs: dict[str, Any]) -> ATMConfig:
     text = path.read_text()
     try:
         config = ATMConfig.from_json(text)
     except (ValueError, TypeError) as error:
         raise ValueError(f"--config {path}: {error}") from error
-    of = json.loads(text).get("model")
-    if of is not None and of != model:
-        raise ValueError(f"--config {path} was calibrated for {of}, not for {model}; calibrate anew")
+    document = json.loads(text)
+    made = document.get("model"), document.get("model_kwargs", {})
+    if made[0] is not None and made != (model, model_kwargs):
+        of, here = (f"{name} {kwargs or ''}".strip() for name, kwargs in (made, (model, model_kwargs)))
+        raise ValueError(f"--config {path} was calibrated for {of}, not for {here}; calibrate anew")
     return config
 
 

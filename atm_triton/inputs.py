@@ -41,6 +41,9 @@ def open_model(
         ValueError: an unknown name, or weights that do not fit; OSError: a file that cannot be read; TypeError: a model
             that cannot be merged.
     """
+    own = {"pretrained", "checkpoint_path", "features_only"} & model_kwargs.keys()
+    if own:
+        raise ValueError(f"model argument {own.pop()}: give a checkpoint, or ask for pretrained weights, by itself")
     if name == DIGITS:
         name, pretrained = digits_model.NAME, checkpoint is None
     if not timm.is_model(name.split(".")[0]):
@@ -48,12 +51,20 @@ def open_model(
         raise ValueError(f"model {name!r} is unknown to timm" + (f"; did you mean {close}?" if close else ""))
     try:
         model = timm.create_model(name, pretrained=pretrained, **model_kwargs)
-    except (RuntimeError, OSError, TypeError, AssertionError) as error:  # tag, network, file; an argument
-        raise ValueError(f"model {name!r} cannot be made: {error}") from error
+    except Exception as error:  # an unknown tag, no network, no such file; an argument that some layer takes amiss
+        reason = str(error) or f"{type(error).__name__}, with {model_kwargs}"
+        raise ValueError(f"model {name!r} cannot be made: {reason}") from error
     check_model(model)
     if checkpoint is not None:
         load_checkpoint(model, checkpoint)
     return model.eval()
+
+
+def data_config(model: VisionTransformer) -> dict[str, Any]:
+    """How timm makes images for a model: of the size that it was made for, else as its weights were trained."""
+    config = resolve_model_data_config(model)
+    size = getattr(model.patch_embed, "img_size", None)
+    return config if size is None else {**config, "input_size": (config["input_size"][0], *size)}
 
 
 def check_device(device: str) -> None:
@@ -139,7 +150,7 @@ def open_images(
     for name, number, least in (("batch size", batch_size, 1), ("limit", limit, 1), ("workers", workers, 0)):
         if number is not None and number < least:
             raise ValueError(f"{name} {number} is too small; give {least} or more")
-    config = resolve_model_data_config(model)
+    config = data_config(model)
     if data == DIGITS:
         if tuple(config["input_size"]) != (1, 112, 112):
             shape = " x ".join(map(str, config["input_size"]))
@@ -170,7 +181,7 @@ def open_image(model: VisionTransformer, path: Path) -> Tensor:
     Raises:
         OSError: no such file; ValueError: no readable image.
     """
-    config = resolve_model_data_config(model)
+    config = data_config(model)
     if not path.is_file():
         raise FileNotFoundError(f"image {path} does not exist")
     try:

@@ -403,7 +403,7 @@ def attention(
     _check_sizes(sizes, _tokens_of(k), k)
     _check_sizes(log2_sizes, _tokens_of(k), k, "log2_sizes")
     device = q.device.type
-    if torch.is_autocast_enabled(device):
+    if _autocasts(device):
         dtype = torch.get_autocast_dtype(device)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     _check_dtype("k", k, q.dtype)
@@ -424,7 +424,11 @@ def attention(
 
 
 def _without_autocast(device: str) -> AbstractContextManager:
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    return torch.autocast(device, enabled=False) if _autocasts(device) else nullcontext()
+
+
+def _autocasts(device: str) -> bool:
+    return device != "meta" and torch.is_autocast_enabled(device)
 
 
 def _cu_seqlens(images: Packing | int | None) -> Tensor | None:

@@ -16,6 +16,16 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 SPLITS = ("test", "calibration", "train")
 
 
+class _Arguments(ParseKwargs):
+    """timm's NAME=VALUE, with an error where there is no value."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: str | None = None) -> None:
+        for value in values:
+            if "=" not in value:
+                raise argparse.ArgumentError(self, f"{value!r} is no NAME=VALUE")
+        super().__call__(parser, namespace, values, option)
+
+
 def parser(commands: dict[str, Callable[[argparse.Namespace], Any]]) -> argparse.ArgumentParser:
     """Of ``commands`` by name; a docstring is a command's help, and what it is becomes ``run``."""
     made = argparse.ArgumentParser(prog="atm-triton", description="Adaptive token merging for Vision Transformers.")
@@ -39,7 +49,7 @@ def parser(commands: dict[str, Callable[[argparse.Namespace], Any]]) -> argparse
 def _model() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(add_help=False)
     options.add_argument("--model", default=DIGITS, help="digits (default), or any ViT of timm's or the paper's")
-    arguments = {"nargs": "*", "default": {}, "action": ParseKwargs, "metavar": "NAME=VALUE"}
+    arguments = {"nargs": "*", "default": {}, "action": _Arguments, "metavar": "NAME=VALUE"}
     options.add_argument("--model-kwargs", **arguments, help="of the model's function, as global_pool=avg")
     options.add_argument("--checkpoint", type=Path, help="weights to load (safetensors or .pth)")
     options.add_argument("--pretrained", action="store_true", help="download timm's published weights")

@@ -13,7 +13,6 @@ from atm_triton.transformer import ATMBlocks, MergingTransformer, merging_class
 
 _NO_GAP = "it has no point between attention and MLP where tokens could merge"
 _REASONS = {
-    "Eva": "its keys are rotated by their position, and a merged token has no single one",
     "ResPostBlock": "it normalises after attention and MLP, on a path that is not supported",
     "ParallelScalingBlock": _NO_GAP,
     "ParallelThingsBlock": _NO_GAP,
@@ -92,8 +91,7 @@ def check_model(model: nn.Module) -> nn.Sequential:
     """The model's own blocks, if all of them can merge; else TypeError with the reason."""
     if not isinstance(model, VisionTransformer):
         name = type(model).__name__
-        reason = _REASONS.get(name, "patch the bare model, before compiling or wrapping it")
-        raise TypeError(f"{name} cannot be merged: it is not of timm's VisionTransformer class ({reason})")
+        raise TypeError(f"{name} cannot be merged: it is not of timm's VisionTransformer class{_other_class(model)}")
     patched = isinstance(model, MergingTransformer)
     base = type(model).__bases__[1] if patched else type(model)
     for method in ("forward", "forward_features", "forward_intermediates"):
@@ -105,6 +103,14 @@ def check_model(model: nn.Module) -> nn.Sequential:
         if reason is not None:
             raise TypeError(f"{type(model).__name__} cannot be merged: blocks.{index} is a {reason}")
     return blocks
+
+
+def _other_class(model: nn.Module) -> str:
+    if isinstance(model, nn.Module) and any(isinstance(part, VisionTransformer) for part in model.modules()):
+        return "; patch the bare model, before compiling or wrapping it"
+    if getattr(model, "rope", None) is not None:
+        return "; its keys are rotated by their position, and a merged token has no single one"
+    return ""
 
 
 def _obstacle(block: nn.Module) -> str | None:

@@ -22,7 +22,7 @@ class Summary:
     record: Record
     cost: Cost
     unmerged: Cost
-    classifier: str = ""  # what the logits are, where a model has several answers
+    logits: str = ""  # what the logits are, where a model has several answers
 
     @property
     def tokens(self) -> tuple[int | float, ...]:
@@ -66,7 +66,7 @@ class Summary:
             f"{self.paper_gflops:.2f} GFLOPs an image ({self.macs:.4e} MACs) of {self.unmerged.paper_gflops:.2f}: "
             f"{100 * self.saved:.1f} % of the MACs saved"
         )
-        return "\n".join([*lines, *([f"logits: {self.classifier}"] if self.classifier else [])])
+        return "\n".join([*lines, *([f"logits: {self.logits}"] if self.logits else [])])
 
 
 def _number(value: int | float, width: int) -> str:
@@ -85,4 +85,4 @@ def summary(model: VisionTransformer) -> Summary:
     if record is None:
         raise ValueError("the patched model has not run all its blocks yet: call it first")
     whole = cost(model, unmerged(model, record.image_shape))
-    return Summary(record, cost(model, record), whole, getattr(model, "classifier", ""))
+    return Summary(record, cost(model, record), whole, getattr(model, "logits_are", ""))

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from timm.data import resolve_model_data_config
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from atm_triton.inputs import data_config
 from atm_triton.summary import summary
 from atm_triton.transformer import MergingTransformer
 
@@ -50,7 +50,7 @@ def merge_map(model: VisionTransformer, image: Tensor) -> list[Tensor]:
 
 def pixels(model: VisionTransformer, image: Tensor) -> np.ndarray:
     """An image [C, H, W] as the model takes it, made visible: float [H, W, 3] in 0 .. 1."""
-    config = resolve_model_data_config(model)
+    config = data_config(model)
     mean, std = (torch.tensor(config[name]).view(-1, 1, 1) for name in ("mean", "std"))
     seen = (image.float().cpu() * std + mean).clamp(0, 1)
     return seen.expand(3, -1, -1).permute(1, 2, 0).numpy()

@@ -68,7 +68,8 @@ def test_eval_of_the_papers_other_backbones(tmp_path, folder, capsys):
         ("lvvit_s", {}, "logits: class head and half the maximum"),
         ("lvvit_s", {"aux_eval": False}, "logits: class head alone (aux_eval=False)"),
         ("t2t_vit_t_14", {}, ""),
-        ("vit_base_patch16_224", {"global_pool": "avg"}, ""),
+        ("t2t_vit_t_14", {"img_size": 64}, ""),
+        ("vit_base_patch16_224.mae", {"global_pool": "avg", "num_classes": 7}, ""),
     ):
         checkpoint = weights(tmp_path / "weights.safetensors", model, **shape, **own)
         given = [*options, *(f"{name}={value}" for name, value in own.items())]
@@ -196,9 +197,11 @@ TINY = ("--model", "deit_tiny_patch16_224")
         bad("eval", "--model", "lvvit_x", "did you mean lvvit"),
         bad("eval", "--model-kwargs", "colour=red", "unexpected keyword argument 'colour'"),
         bad("eval", "--model-kwargs", "global_pool=mean", "model 'vit_digits_patch8_112' cannot be made: Only avg"),
+        bad("eval", "--model-kwargs", "num_heads=0", "cannot be made: "),
+        bad("eval", "--model-kwargs", "features_only=True", "model argument features_only"),
         bad("eval", *TINY, "--pretrained", "model 'deit_tiny_patch16_224' cannot be made"),
         bad("eval", *TINY, "deit_tiny_patch16_224 would have random weights: give --checkpoint FILE or --pretrained"),
-        bad("eval", "--checkpoint", "missing.safetensors", "checkpoint missing.safetensors does not exist"),
+        bad("eval", "--checkpoint", "missing.safetensors", "checkpoint missing.safetensors is no file"),
         bad("eval", "--data", "missing", "directory missing does not exist"),
         bad("eval", "--batch-size", "0", "batch size 0 is too small; give 1 or more"),
         bad("eval", "--limit", "0", "limit 0 is too small"),
@@ -248,6 +251,12 @@ def test_a_command_line_that_is_none(arguments, capsys):
     assert stop.value.code == 2 and "usage: atm-triton" in capsys.readouterr().err
 
 
+def test_a_model_argument_without_a_value_is_refused(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["eval", "--model-kwargs", "aux"])
+    assert capsys.readouterr().err.endswith("error: argument --model-kwargs: 'aux' is no NAME=VALUE\n")
+
+
 def failing(arguments, capsys):
     assert main(["eval", *TINY, *arguments, "--alpha", "0.95"]) == 2
     error = capsys.readouterr().err.strip()
@@ -266,7 +275,7 @@ def test_bad_files(tmp_path, folder, capsys):
     torch.save({"model": print}, tmp_path / "code.pth")  # a pickle that is no weights
     for name in ("text.pth", "text.safetensors", "code.pth"):
         error = failing([*data, "--checkpoint", str(tmp_path / name)], capsys)
-        assert f"{name} holds no weights that can be read safely" in error
+        assert f"{name} holds no weights that can be read" in error
 
     (tmp_path / "empty").mkdir()
     assert "empty" in failing(["--checkpoint", good, "--data", str(tmp_path / "empty")], capsys)

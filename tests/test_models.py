@@ -1,7 +1,10 @@
 """LV-ViT, T2T-ViT and MAE: shapes, keys and values of the published models, merging in them, and their checkpoints."""
 
+import copy
 import math
+import pickle
 import re
+import warnings
 
 import pytest
 import timm
@@ -9,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from timm.layers import set_fused_attn
+from timm.models import group_parameters
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -315,11 +319,6 @@ def test_images_of_another_size_are_refused():
             small(name)(torch.zeros(1, 3, 64, 48))
 
 
-def test_lvvit_takes_another_resolution():
-    model = small("lvvit_s", img_size=96)
-    assert model(images_for(model)).shape == (3, 5) and model.pos_embed.shape == (1, 37, 32)
-
-
 @pytest.mark.parametrize("wrap", [None, "state_dict", "model", "state_dict_ema"])
 @pytest.mark.parametrize("prefix", ["", "module."])
 def test_checkpoints_load_as_they_were_published(tmp_path, wrap, prefix):
@@ -356,58 +355,150 @@ class Evil:
         return exec, ("raise SystemExit('ran')",)
 
 
-def bad_checkpoint(kind, path):
-    state = small("lvvit_s").state_dict()
-    if kind == "missing and unexpected":
-        state["neck.weight"] = state.pop("aux_head.weight")
-    elif kind == "size":
-        state = small("lvvit_s", img_size=96).state_dict()
-    elif kind == "another model":
-        state = small("t2t_vit_t_14").state_dict()
-    elif kind == "no weights":
-        state = {"state_dict": {"epoch": 3}}
-    elif kind == "empty":
-        state = {}
-    elif kind == "list":
-        state = [1, 2]
-    if kind == "text":
-        path.write_text("weights")
-    elif kind == "evil":
-        torch.save({"state_dict": Evil()}, path)
-    else:
-        torch.save(state, path)
-        if kind == "truncated":
-            path.write_bytes(path.read_bytes()[:5000])
+def weights(model):
+    """A copy of its state dict, to be spoilt."""
+    return {key: value.clone() for key, value in model.state_dict().items()}
 
 
-BAD = {
+def spoilt(state):
+    """Weights that do not fit, by what is wrong with them."""
+    cls = state["cls_token"]
+    without = {key: value for key, value in state.items() if key != "aux_head.weight"}
+    return {
+        "missing and unexpected": {**without, "neck.weight": cls.clone()},
+        "size": weights(small("lvvit_s", img_size=96)),
+        "another model": weights(small("t2t_vit_t_14")),
+        "complex": {**state, "cls_token": cls + 0j},
+    }
+
+
+UNFIT = {
     "missing and unexpected": "aux_head.weight missing; neck.weight unexpected",
-    "size": r"pos_embed \[1, 37, 32\], not \[1, 17, 32\], of another shape",
+    "size": r"pos_embed \[1, 37, 32\] instead of \[1, 17, 32\] of another shape",
     "another model": "and 19 more missing; tokens_to_token.* and 21 more unexpected",
-    "no weights": "holds no weights: want tensors by name",
-    "empty": "holds no weights: want tensors by name",
-    "list": "holds no weights",
-    "text": "holds no weights that can be read safely",
-    "evil": "holds no weights that can be read safely: .*weights_only",
-    "truncated": "holds no weights that can be read safely",
+    "complex": "holds no weights: want plain tensors by name",
+}
+UNREADABLE = {
+    "no weights": ({"state_dict": {"epoch": 3}}, "holds no weights: want plain tensors by name"),
+    "empty": ({}, "holds no weights: want plain tensors by name"),
+    "list": ([1, 2], "holds no weights"),
+    "sparse": ({"cls_token": torch.eye(3).to_sparse()}, "holds no weights: want plain tensors by name"),
+    "meta": ({"cls_token": torch.empty(3, device="meta")}, "holds no weights: want plain tensors by name"),
+    "evil": ({"state_dict": Evil()}, "it holds more than tensors .*exec.*, which would run code"),
 }
 
 
-@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
-@pytest.mark.parametrize(("kind", "message"), BAD.items(), ids=BAD)
-def test_a_file_that_does_not_fit_is_refused_and_changes_nothing(tmp_path, kind, message, suffix):
-    path = tmp_path / f"bad.{suffix}"
-    bad_checkpoint(kind, path)
-    if suffix == "safetensors":  # a torch file by the wrong name is none of safetensors
-        message = "holds no weights that can be read safely"
+def refused(path, message):
     model = small("lvvit_s")
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    with pytest.raises(ValueError, match=message) as caught:
+    before = weights(model)
+    with pytest.raises(ValueError, match=message) as caught, warnings.catch_warnings(action="error"):
         load_checkpoint(model, path)
-    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500 and path.name in str(caught.value)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+@pytest.mark.parametrize(("kind", "message"), UNFIT.items(), ids=UNFIT)
+def test_weights_that_do_not_fit_are_refused_and_change_nothing(tmp_path, kind, message, suffix):
+    state, path = spoilt(weights(small("lvvit_s")))[kind], tmp_path / f"bad.{suffix}"
+    (save_file if suffix == "safetensors" else torch.save)(state, path)
+    refused(path, message)
+
+
+@pytest.mark.parametrize(("content", "message"), UNREADABLE.values(), ids=UNREADABLE)
+def test_files_without_plain_weights_are_refused(tmp_path, content, message):
+    torch.save(content, tmp_path / "bad.pth")
+    refused(tmp_path / "bad.pth", message)
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_broken_files_are_refused(tmp_path, suffix):
+    path, state = tmp_path / f"bad.{suffix}", weights(small("lvvit_s"))
+    (save_file if suffix == "safetensors" else torch.save)(state, path)
+    path.write_bytes(path.read_bytes()[:5000])
+    refused(path, "holds no weights that can be read")
+    path.write_text("weights")
+    refused(path, "holds no weights that can be read")
+    path.write_bytes(pickle.dumps({"state_dict": Evil()}))  # not even torch's own format
+    refused(path, "holds no weights that can be read" if suffix == "safetensors" else "it holds more than tensors")
+
+
+def test_safetensors_may_have_the_prefix_too(tmp_path):
+    state = weights(small("lvvit_s"))
+    save_file({f"module.{key}": value for key, value in state.items()}, tmp_path / "weights.safetensors")
+    model = load_checkpoint(small("lvvit_s"), tmp_path / "weights.safetensors")
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+def test_averaged_weights_are_taken_where_there_are_no_others(tmp_path):
+    state = weights(small("lvvit_s"))
+    torch.save({"model_ema": state}, tmp_path / "ema.pth")
+    assert torch.equal(load_checkpoint(small("lvvit_s"), tmp_path / "ema.pth").head.weight, state["head.weight"])
+
+
+def test_a_model_without_memory_is_told_to_get_some(tmp_path):
+    state = weights(small("lvvit_s"))
+    torch.save(state, tmp_path / "weights.pth")
+    model = meta("lvvit_s", img_size=64, embed_dim=32, depth=4, num_heads=2, num_classes=5)
+    with pytest.raises(ValueError, match=r"this LVViT is on the meta device: model.to_empty"):
+        load_checkpoint(model, tmp_path / "weights.pth")
+    expected = small("lvvit_s")
+    expected.load_state_dict(state)
+    x = images_for(expected)
+    for filled in (model.to_empty(device="cpu"), model):
+        torch.testing.assert_close(load_checkpoint(filled, tmp_path / "weights.pth")(x), expected(x))
+
+
+WRONG = [
+    ("lvvit_s", {"global_pool": "avg"}, ValueError, "global_pool='avg': LV-ViT classifies from its class token"),
+    ("lvvit_s", {"init_values": 0.1}, ValueError, "init_values=0.1: LV-ViT has no LayerScale"),
+    ("lvvit_s", {"aux_eval": "false"}, TypeError, "aux_eval='false' is no bool"),
+    ("lvvit_s", {"dynamic_img_size": True}, ValueError, "images of one size"),
+    ("t2t_vit_t_14", {"img_size": 100}, ValueError, "one token for 16 x 16 pixels"),
+    ("t2t_vit_t_14", {"patch_size": 8}, ValueError, "one token for 16 x 16 pixels"),
+    ("t2t_vit_t_14", {"pos_embed": "none"}, ValueError, "T2T-ViT has sinusoids"),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "kind", "message"), WRONG)
+def test_arguments_that_do_not_fit_are_refused(name, options, kind, message):
+    with pytest.raises(kind, match=message):
+        small(name, **options)
+
+
+def test_the_size_may_change_but_not_the_patches():
+    for name in ("lvvit_s", "t2t_vit_t_14"):
+        model = apply_patch(small(name), ATMConfig(adapt="static", schedule=(3, 2, 2, 1)))
+        model.set_input_size(96)
+        assert model(images_for(model)).shape == (3, 5) and model.pos_embed.shape == (1, 37, 32)
+        with pytest.raises(ValueError, match="patch_size=8: this stem has one token for 16 x 16"):
+            model.set_input_size(patch_size=8)
+    model = small("lvvit_s")
+    with pytest.raises(ValueError, match="global_pool='avg'"):
+        model.reset_classifier(3, "avg")
+
+
+@pytest.mark.parametrize("name", ["lvvit_s", "t2t_vit_t_14", "t2t_vit_14"])
+def test_the_models_are_timms_in_every_other_way(name):
+    shape = {"img_size": 64, "embed_dim": 32, "depth": 4, "num_heads": 2}
+    there = timm.create_model(name, device="meta", dtype=torch.bfloat16, **shape)
+    assert all(p.is_meta and p.dtype == torch.bfloat16 for p in there.parameters())
+    features = timm.create_model(name, features_only=True, **shape)
+    assert [tuple(f.shape) for f in features(torch.zeros(1, 3, 64, 64))] == [(1, 32, 4, 4)] * 3
+    model = apply_patch(small(name), ATMConfig(adapt="static", schedule=(3, 2, 2, 1))).train()
+    model.set_grad_checkpointing()
+    model(images_for(model)).sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters() if p.requires_grad)
+    model.eval()
+    x = images_for(model)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin(x), model(x))
+    groups = group_parameters(remove_patch(model), model.group_matcher())
+    stem = min(groups)
+    assert {n.split(".")[0] for n in groups[stem]} <= {"cls_token", "pos_embed", "patch_embed", "tokens_to_token"}
+    assert any("attention1" in n or "conv1" in n for n in groups[stem])
+
+
 def test_a_file_that_is_not_there():
-    with pytest.raises(FileNotFoundError, match="checkpoint none.pth does not exist"):
+    with pytest.raises(FileNotFoundError, match="checkpoint none.pth is no file"):
         load_checkpoint(small("lvvit_s"), "none.pth")

@@ -1,6 +1,8 @@
 """A wheel built from this checkout, installed elsewhere: it works and brings one top-level name."""
 
 import os
+import re
+import re
 import shutil
 import subprocess
 import sys
@@ -47,10 +49,10 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
 
 
 CODE = """
-import atm_triton, atm_triton.kernels, atm_triton.digits.model, sys
+import atm_triton, atm_triton.kernels, atm_triton.digits.model, atm_triton.models, sys
 from pathlib import Path
 site = Path(sys.argv[1])
-for module in (atm_triton, atm_triton.kernels, atm_triton.digits.model):
+for module in (atm_triton, atm_triton.kernels, atm_triton.digits.model, atm_triton.models):
     assert site in Path(module.__file__).parents, module.__file__
 assert list(atm_triton.__path__) == [str(site / "atm_triton")]
 assert atm_triton.ATMConfig.preset("DeiT-S", max_gflops=3.3).alpha == 0.99
@@ -80,11 +82,11 @@ def test_no_import_runs_upward():
         {"config", "library", "errors"},
         {"ops", "notes"},
         {"block"},
-        {"model"},
+        {"transformer"},
         {"patch", "flops"},
         {"summary", "evaluate", "shapes"},
         {"inputs", "throughput", "search"},
-        {"calibrate", "options"},
+        {"calibrate", "options", "visualize"},
         {"report"},
         {"cli"},
         {"__main__"},
@@ -97,6 +99,12 @@ def test_no_import_runs_upward():
             if line.startswith("from atm_triton.") or line.startswith("from atm_triton import"):
                 imported = _modules(line) & level.keys()
                 assert all(level[other] < level[name] for other in imported), f"{name}: {line}"
+
+
+def test_the_models_know_timm_alone():
+    for path in (ROOT / "atm_triton" / "models").glob("*.py"):
+        imported = re.findall(r"^(?:from|import) (atm_triton\S*)", path.read_text(), re.MULTILINE)
+        assert all(name.startswith("atm_triton.models") for name in imported), path
 
 
 def _modules(line):

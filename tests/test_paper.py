@@ -14,7 +14,7 @@ def test_flops_are_counted_as_published(tmp_path, monkeypatch, capsys):
     assert paper.main(["flops", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert "| DeiT-T, `deit_tiny_patch16_224` | 5.72 (5.72) | 1.25 (1.25) | 1,253,683,200 |" in printed
-    assert "finds the same MACs, to the integer, in all 4 cases" in printed
+    assert "finds the same MACs to the integer in all 4 cases" in printed
     found = json.loads((tmp_path / "paper_flops.json").read_text())
     assert len(found["models"]) == 2 and found["environment"]["torch"]
     found["models"][0]["macs"] += 1

@@ -347,6 +347,7 @@ REFUSED = {
         lambda: timm.create_model("eva02_tiny_patch14_224"),
         "Eva cannot be merged: .*its keys are rotated",
     ),
+    "wrapper": (lambda: nn.DataParallel(vit()), "DataParallel cannot be merged: .*patch the bare model"),
     "parallel": (partial(vit, block_fn=ParallelScalingBlock), "ParallelScalingBlock: it has no point between"),
     "respost": (lambda: timm.create_model("vit_base_patch16_rpn_224", depth=1), "ResPostBlock: it normalises after"),
     "attention": (lambda: timm.create_model("vit_dlittle_patch16_reg1_gap_256", depth=1), "with DiffAttention"),

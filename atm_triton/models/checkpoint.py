@@ -1,8 +1,10 @@
 """load_checkpoint: weights from a file, as their authors wrapped them."""
 
+import warnings
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
@@ -18,7 +20,7 @@ def load_checkpoint(model: Model, path: str | Path, ema: bool | None = None) -> 
 
     Args:
         model: any model; it keeps its dtype and device.
-        ema: take averaged weights where the file has some. None: as the authors of ``model`` evaluate it, which for
+        ema: take averaged weights where the file has both. None: as the authors of ``model`` evaluate it, which for
             LV-ViT is False, else True.
 
     Returns:
@@ -26,13 +28,16 @@ def load_checkpoint(model: Model, path: str | Path, ema: bool | None = None) -> 
 
     Raises:
         FileNotFoundError: no such file; ValueError: it holds no weights, cannot be read without running its code, or
-            its keys or shapes are not the model's; they are named, and the model is left as it was.
+            its keys or shapes are not the model's; they are named, and the model is left as it was. Or a model on the
+            meta device.
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"checkpoint {path} does not exist")
-    found = _read(path, getattr(model, "evaluated_with_ema", True) if ema is None else ema)
+        raise FileNotFoundError(f"checkpoint {path} is no file")
     own = model.state_dict()
+    if any(value.is_meta for value in own.values()):
+        raise ValueError(f"this {type(model).__name__} is on the meta device: model.to_empty(device=...) first")
+    found = _read(path, getattr(model, "evaluated_with_ema", True) if ema is None else ema)
     wrong = {
         "missing": sorted(own.keys() - found.keys()),
         "unexpected": sorted(found.keys() - own.keys()),
@@ -46,15 +51,32 @@ def load_checkpoint(model: Model, path: str | Path, ema: bool | None = None) -> 
 
 
 def _read(path: Path, ema: bool) -> dict[str, Tensor]:
-    try:
-        found = load_state_dict(str(path), use_ema=ema, weights_only=True)
-        named = bool(found) and all(isinstance(value, Tensor) for value in found.values())
-    except Exception as error:  # torch, pickle, zip and safetensors each raise their own for a file that is not theirs
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"checkpoint {path} holds no weights that can be read safely: {reason}") from error
-    if not named:
-        raise ValueError(f"checkpoint {path} holds no weights: want tensors by name, or a state_dict of them")
-    return found
+    for use_ema in (ema, True):  # averaged ones also where there are no others
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                found = load_state_dict(str(path), use_ema=use_ema, weights_only=True)
+            named = bool(found) and all(map(_plain, found.values()))
+        except Exception as error:  # torch, pickle, zip and safetensors each raise their own for a file not theirs
+            raise ValueError(f"checkpoint {path} holds no weights that can be read: {_reason(error)}") from error
+        if named:
+            return found
+    raise ValueError(f"checkpoint {path} holds no weights: want plain tensors by name, or a state_dict of them")
+
+
+def _plain(value: object) -> bool:
+    """Whether this can be copied into a parameter or buffer."""
+    if not isinstance(value, Tensor) or value.is_meta or value.is_quantized or value.is_complex():
+        return False
+    return value.layout == torch.strided
+
+
+def _reason(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    if "weights_only" not in text:
+        return text[:200] or type(error).__name__
+    _, _, blocked = text.partition("Unsupported globals: ")
+    what = f" ({blocked.partition('. ')[0][:120]})" if blocked else ""
+    return f"it holds more than tensors{what}, which would run code; save its state_dict alone"
 
 
 def _differ(found: Tensor | None, own: Tensor) -> bool:
@@ -62,7 +84,7 @@ def _differ(found: Tensor | None, own: Tensor) -> bool:
 
 
 def _shapes(key: str, found: Tensor, own: Tensor) -> str:
-    return f"{key} {list(found.shape)}, not {list(own.shape)},"
+    return f"{key} {list(found.shape)} instead of {list(own.shape)}"
 
 
 def _some(keys: list[str]) -> str:

@@ -5,11 +5,10 @@ auxiliary head over the patch tokens, with the parameter names of the published 
 from functools import partial
 from typing import Any
 
-import torch
 import torch.nn.functional as F
-from timm.layers import LayerNorm, LayerScale
+from timm.layers import LayerNorm
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import Block, VisionTransformer, init_weights_vit_timm
 from torch import Tensor, nn
 
 from atm_triton.models.stem import Stem
@@ -34,20 +33,28 @@ class ConvStem(Stem):
         return self.proj(x).flatten(2).transpose(1, 2)
 
 
-class SkipScale(LayerScale):
-    """A residual branch divided by ``skip_lam``: a LayerScale that is no parameter, nor in the state dict."""
+class SkipScale(nn.Module):
+    """A residual branch [..., D] divided by ``skip_lam``; no parameter, nor in the state dict."""
 
-    def __init__(self, dim: int, skip_lam: float) -> None:
-        nn.Module.__init__(self)
-        self.init_values, self.inplace = 1 / skip_lam, False
-        self.register_buffer("gamma", torch.full((dim,), self.init_values), persistent=False)
+    def __init__(self, skip_lam: float) -> None:
+        super().__init__()
+        self.skip_lam = skip_lam
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / self.skip_lam
+
+    def gamma_like(self, x: Tensor) -> Tensor:
+        """The same as the [D] factors of a LayerScale."""
+        return x.new_full(x.shape[-1:], 1 / self.skip_lam)
 
 
-def scaled_block(skip_lam: float, dim: int, **kwargs: Any) -> Block:
+def scaled_block(skip_lam: float, **kwargs: Any) -> Block:
     """timm's ``Block`` with both branches divided by ``skip_lam``."""
-    block = Block(dim=dim, **kwargs)
+    if kwargs.get("init_values"):
+        raise ValueError(f"init_values={kwargs['init_values']}: LV-ViT has no LayerScale; leave it out")
+    block = Block(**kwargs)
     if skip_lam != 1:
-        block.ls1, block.ls2 = SkipScale(dim, skip_lam), SkipScale(dim, skip_lam)
+        block.ls1, block.ls2 = SkipScale(skip_lam), SkipScale(skip_lam)
     return block
 
 
@@ -62,31 +69,48 @@ class LVViT(VisionTransformer):
         skip_lam: what the residual branches are divided by.
         aux_eval: as above; may be set later.
         kwargs: of timm's ``VisionTransformer``.
+
+    Raises:
+        ValueError: a pool of patch tokens, or LayerScale; TypeError: ``aux_eval`` is no bool.
     """
 
     evaluated_with_ema = False
 
     def __init__(self, *args: Any, skip_lam: float = 1.0, aux_eval: bool = True, **kwargs: Any) -> None:
+        _check_pool(kwargs.get("global_pool", "token"))
         super().__init__(*args, block_fn=partial(scaled_block, skip_lam), embed_layer=ConvStem, **kwargs)
         self.aux_eval = aux_eval
         self.aux_head = self._new_aux_head()
         self.to(device=kwargs.get("device"), dtype=kwargs.get("dtype"))
 
     def _new_aux_head(self) -> nn.Module:
-        return nn.Linear(self.embed_dim, self.num_classes) if self.num_classes > 0 else nn.Identity()
+        if self.num_classes == 0:
+            return nn.Identity()
+        head = nn.Linear(self.embed_dim, self.num_classes)
+        init_weights_vit_timm(head)
+        return head
+
+    @property
+    def aux_eval(self) -> bool:
+        return self._aux_eval
+
+    @aux_eval.setter
+    def aux_eval(self, value: bool) -> None:
+        if not isinstance(value, bool):
+            raise TypeError(f"aux_eval={value!r} is no bool; give True or False")
+        self._aux_eval = value
 
     @property
     def leading_tokens(self) -> int | None:
         """How many leading tokens the logits hang on; None: on all."""
-        alone = self.global_pool == "token" and (not self.aux_eval or self.num_classes == 0)
-        return 1 if alone else None
+        return None if self.aux_eval and self.num_classes > 0 else 1
 
     @property
-    def classifier(self) -> str:
+    def logits_are(self) -> str:
         """What the logits are, in words."""
-        if self.leading_tokens is not None:
-            return "class head alone (aux_eval=False)"
-        return "class head and half the maximum of the auxiliary head over patch tokens (aux_eval=True)"
+        if self.aux_eval:
+            return "class head and half the maximum of the auxiliary head over patch tokens (aux_eval=True)"
+        return "class head alone (aux_eval=False)"
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         logits = super().forward_head(x, pre_logits)
@@ -95,6 +119,7 @@ class LVViT(VisionTransformer):
         return logits + 0.5 * self.aux_head(x[:, self.num_prefix_tokens :]).amax(1)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        _check_pool(global_pool or "token")
         super().reset_classifier(num_classes, global_pool)
         self.aux_head = self._new_aux_head().to(self.cls_token).train(self.training)
 
@@ -114,6 +139,11 @@ class LVViT(VisionTransformer):
         keys = tokens * (2 * C * C + 5 * C)
         attention = queries * (2 * C * C + 2 * tokens * C + 10 * tokens * H + 6 * C)
         return keys + attention + rows * (2 * C * hidden + 9 * hidden + 11 * C)
+
+
+def _check_pool(global_pool: str) -> None:
+    if global_pool != "token":
+        raise ValueError(f"global_pool={global_pool!r}: LV-ViT classifies from its class token; leave it out")
 
 
 def _cfg(**changes: Any) -> dict[str, Any]:
@@ -136,7 +166,8 @@ default_cfgs = generate_default_cfgs({"lvvit_t": _cfg(), "lvvit_s": _cfg(), "lvv
 
 def _create(name: str, pretrained: bool, **shape: Any) -> LVViT:
     common = {"patch_size": 16, "mlp_ratio": 3.0, "qkv_bias": False, "norm_layer": partial(LayerNorm, eps=1e-5)}
-    return build_model_with_cfg(LVViT, name, pretrained, **{**common, **shape})
+    features = {"out_indices": 3, "feature_cls": "getter"}
+    return build_model_with_cfg(LVViT, name, pretrained, feature_cfg=features, **{**common, **shape})
 
 
 @register_model

@@ -1,14 +1,42 @@
 """What the stems of LV-ViT and T2T-ViT share."""
 
+from typing import Any
+
 from timm.layers import PatchEmbed
 from torch import Tensor
 
+SIDE = 16  # pixels of the image that a token stands for
+
 
 class Stem(PatchEmbed):
-    """timm's ``PatchEmbed`` with layers of its own: images [B, C, H, W] to tokens [B, N, D]."""
+    """timm's ``PatchEmbed`` with layers of its own: images [B, C, H, W] to tokens [B, N, D], one for 16 x 16 pixels.
+
+    Raises:
+        ValueError: patches or images of another kind.
+    """
+
+    def __init__(self, img_size: int | tuple[int, int], patch_size: int, **kwargs: Any) -> None:
+        unknown = kwargs.keys() - {"in_chans", "embed_dim", "bias", "dynamic_img_pad", "device", "dtype"}
+        if unknown or kwargs.pop("dynamic_img_pad", False):
+            raise ValueError("this stem takes images of one size, and has no norm: no dynamic_img_size or _pad")
+        super().__init__(img_size, patch_size, **kwargs)
+        self._check()
+
+    def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:
+        if patch_size is not None and patch_size not in (SIDE, (SIDE, SIDE)):
+            raise ValueError(f"patch_size={patch_size}: this stem has one token for {SIDE} x {SIDE} pixels")
+        super().set_input_size(img_size)
+        self._check()
+
+    def _check(self) -> None:
+        if self.patch_size != (SIDE, SIDE) or any(length % SIDE or length == 0 for length in self.img_size):
+            raise ValueError(
+                f"img_size={self.img_size}, patch_size={self.patch_size}: this stem has one token for {SIDE} x {SIDE} "
+                f"pixels; want multiples of {SIDE}, and patch_size={SIDE}"
+            )
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.shape[-2:] != self.img_size:
+        if tuple(x.shape[-2:]) != tuple(self.img_size):
             want, got = (" x ".join(map(str, shape)) for shape in (self.img_size, x.shape[-2:]))
             raise ValueError(f"images of {got}; the model takes {want}")
         return self.embed(x)

@@ -114,6 +114,8 @@ class T2TViT(VisionTransformer):
     """
 
     def __init__(self, *args: Any, attention: type = TokenTransformer, **kwargs: Any) -> None:
+        if kwargs.get("pos_embed", "learn") != "learn":
+            raise ValueError(f"pos_embed={kwargs['pos_embed']!r}: T2T-ViT has sinusoids; leave it out")
         super().__init__(*args, embed_layer=partial(TokensToToken, attention=attention), **kwargs)
         self.tokens_to_token = self._modules.pop("patch_embed")
         _, N, D = self.pos_embed.shape
@@ -157,7 +159,8 @@ default_cfgs = generate_default_cfgs(
 
 def _create(name: str, pretrained: bool, **shape: Any) -> T2TViT:
     common = {"patch_size": 16, "mlp_ratio": 3.0, "qkv_bias": False, "norm_layer": partial(LayerNorm, eps=1e-5)}
-    return build_model_with_cfg(T2TViT, name, pretrained, **{**common, **shape})
+    features = {"out_indices": 3, "feature_cls": "getter"}
+    return build_model_with_cfg(T2TViT, name, pretrained, feature_cfg=features, **{**common, **shape})
 
 
 SHAPE_14 = {"embed_dim": 384, "depth": 14, "num_heads": 6}
