@@ -23,7 +23,7 @@ from atm_triton.patch import check_model, settled
 from atm_triton.search import SEEN, Found, Mean, Measured, Meter, Search, similarities
 from atm_triton.shapes import Predictor, Shape
 
-PARTS = {"fit": 3, "choose": 3, "promise": 2}  # in eighths
+PARTS = {"fit": 2, "choose": 4, "promise": 2}  # in eighths
 LEAST_IMAGES = 64
 
 

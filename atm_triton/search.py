@@ -1,14 +1,15 @@
 """The search of a calibration: measure configurations on some images, choose on others, promise on a third part.
 
-Only forward passes of whole configurations are compared, at one cost, by the mean square root of their KL divergence
-from the unmerged model. The mean of the KL itself is decided by one image in hundreds and tells little on so few; the
-root, which bounds the total variation (Pinsker), needs far fewer. Labels are never used. A configuration that was
-measured is not measured again, also not by a run that goes on where another was interrupted: the search is seeded, so
-it asks the same questions.
+Only forward passes of whole configurations are compared, at one cost, by their *change*: the mean of a power of an
+image's KL divergence from the unmerged model. The mean of the KL itself is decided by one image in hundreds and tells
+little on so few; a lower power needs fewer, but one too low does not see those images at all. Labels are never used. A
+configuration that was measured is not measured again, also not by a run that goes on where another was interrupted: the
+search is seeded, so it asks the same questions.
 """
 
 import math
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -28,13 +29,15 @@ from atm_triton.patch import apply_patch, install
 from atm_triton.shapes import Drawer, Predictor, Shape
 
 SEEN = ("fit", "choose")  # parts of the images
-DRAWS, KEPT, STEPS, FINALISTS = 60, 8, 30, 6
-FEW, SOME = 128, 256  # images to fit on which a draw is measured first, and what is kept or changed
-MANY = 768  # images to choose by
+DRAWS, KEPT, STEPS, FINALISTS = 60, 8, 30, 4
+CURVES, BENDS = 2, 12  # of the curves those that are kept and bent apart from the others, and how often
+FEW, SOME = 128, 384  # images to fit on which a draw is measured first, and what is kept or changed
+MANY = 1536  # images to choose by
+POWER = 0.6  # of the KL of an image
 BEYOND = 0.96  # of the goal: a little further on, more images change
 CLOSE = 0.004  # of the unmerged model's cost: how near a measured cost must come to the goal; of a draw twice as far
 COARSE = 4  # times that far is taken where nothing is nearer: one r for few small batches changes in steps
-TIE = 0.02  # a rougher shape must be better by more than this share of the root of the KL
+TIE = 0.03  # a rougher shape must be better by more than this share of the change
 
 
 @dataclass(frozen=True)
@@ -48,12 +51,12 @@ class Measured:
 
 @dataclass(frozen=True)
 class Mean:
-    """The same on average, agreement in [0, 1]; ``root``: the square root of the KL."""
+    """The same on average, agreement in [0, 1]; ``change``: the KL to the power :data:`POWER`."""
 
     gflops: float
     kl: float
     agreement: float
-    root: float
+    change: float
 
 
 class Meter:
@@ -102,7 +105,7 @@ class Meter:
         if known is None:
             measured = [self.measure(config, part, limit) for part in parts]
             gflops, kl, agree = (torch.cat([getattr(m, n) for m in measured]) for n in ("gflops", "kl", "agree"))
-            known = [column.mean().item() for column in (gflops, kl, agree, kl.clamp(min=0).sqrt())]
+            known = [column.mean().item() for column in (gflops, kl, agree, kl.clamp(min=0) ** POWER)]
             self._notes.add(key, known)
         return Mean(*known)
 
@@ -139,7 +142,7 @@ def similarities(model: VisionTransformer, batches: list[Tensor], config: ATMCon
 
 
 Found = tuple[Shape, float]  # a shape and the scale at which it meets the goal
-Scored = tuple[float, Found]  # with the mean root of its KL
+Scored = tuple[float, Found]  # with its change
 
 
 class Search:
@@ -183,9 +186,9 @@ class Search:
                 self._lately += max(-2 * close, min(2 * close, (mean.gflops - goal) / 2))
             if abs(mean.gflops - goal) <= close:
                 return scale, mean
-            if self.adapt == "static":
-                return None  # whole numbers do not come nearer
             tried.append((abs(mean.gflops - goal), scale, mean))
+            if self.adapt == "static":
+                break  # whole numbers do not come nearer
             at = math.log10(scale)
             low, high = (max(low, at), high) if mean.gflops > goal else (low, min(high, at))
             wanted += 0.9 * (goal - mean.gflops)
@@ -212,24 +215,29 @@ class Search:
         return 10**high
 
     def run(self, goal: float) -> Found:
-        """Draw, keep the best, change them, and choose among the last on images that none of this has seen."""
+        """Draw, keep the best, change them, and choose among the last on images that none of this has seen. The best
+        curves go a way of their own to the last choice: they have little to overfit with."""
         rng = random.Random(self.seed)
         drawer = Drawer(self.predictor, self.adapt, self.proportional, self.most, rng, goal)
         drawn = ranked([self.measured(drawer.draw(number), goal, None, FEW) for number in range(DRAWS)])
-        kept = drawn[:KEPT]
-        if not any(shape.family == "curve" for _, (shape, _) in kept):
-            kept += [scored for scored in drawn if scored[1][0].family == "curve"][:1]
+        kept = drawn[:KEPT] + curves(drawn[KEPT:])[: max(0, CURVES - len(curves(drawn[:KEPT])))]
         fitted = ranked([self.measured(found[0], goal, goal - self.cost(found), SOME) for _, found in kept])
         if not fitted:
             raise ValueError(f"none of {DRAWS} draws costs {goal:.4g} GFLOPs; take another target, or more images")
-        beam = fitted[:3]
-        for step in range(STEPS):
-            root, found = beam[step % len(beam)]
-            child = self.measured(drawer.changed(found[0]), goal, goal - self.cost(found), SOME)
-            if child is not None and child[0] < root:
+        bent = self.climbed(curves(fitted)[:CURVES], drawer.bent, BENDS, goal)
+        last = ranked(self.climbed(fitted[:3], drawer.changed, STEPS, goal) + fitted)[:FINALISTS] + bent
+        different = {found[0]: found for _, found in last}.values()
+        return smoothest([(self.judged(found, goal), found) for found in different])
+
+    def climbed(self, beam: list[Scored], changed: Callable[[Shape], Shape], steps: int, goal: float) -> list[Scored]:
+        """Shapes, changed in turn where that is better."""
+        beam = list(beam)
+        for step in range(steps if beam else 0):
+            change, found = beam[step % len(beam)]
+            child = self.measured(changed(found[0]), goal, goal - self.cost(found), SOME)
+            if child is not None and child[0] < change:
                 beam[step % len(beam)] = child
-        last = {found[0]: found for _, found in ranked(beam + fitted)}
-        return smoothest([(self.judged(found, goal), found) for found in list(last.values())[:FINALISTS]])
+        return beam
 
     def settled(self, found: Found, goal: float) -> Found:
         """With the scale at which it costs the goal on all images that the search may see."""
@@ -237,12 +245,12 @@ class Search:
         return found if met is None else (found[0], met[0])
 
     def judged(self, found: Found, goal: float) -> float:
-        """The root of the KL on the images to choose by, midway between the goal and a cost beyond it: what was set on
+        """The change on the images to choose by, midway between the goal and a cost beyond it: what was set on
         other images costs more or less here, so that two costs are measured."""
         beyond = self.measured(found[0], BEYOND * goal, goal - self.cost(found), SOME)
         near = self.meter.mean(self.config(found), ("choose",), MANY)
         if beyond is None:
-            return near.root
+            return near.change
         far = self.meter.mean(self.config(beyond[1]), ("choose",), MANY)
         return _interpolated(near, far, (1 + BEYOND) / 2 * goal)
 
@@ -256,21 +264,26 @@ class Search:
             self._stage, self.least = (goal, limit), math.inf
         self.least = min(self.least, mean.kl)
         self.bar.set_postfix_str(f"best KL {self.least:.2g}")
-        return mean.root, (shape, scale)
+        return mean.change, (shape, scale)
 
 
 def shapes() -> int:
-    """How many a search measures."""
-    return DRAWS + KEPT + STEPS + FINALISTS
+    """How many a search measures, or a few less."""
+    return DRAWS + KEPT + STEPS + BENDS + FINALISTS + CURVES
+
+
+def curves(scored: list[Scored]) -> list[Scored]:
+    """Those that are curves over all blocks."""
+    return [found for found in scored if found[1][0].bend is not None]
 
 
 def _interpolated(near: Mean, far: Mean, gflops: float) -> float:
-    """The root of the KL at a cost between two, along a line in its logarithm."""
+    """The change at a cost between two, along a line in its logarithm."""
     step = far.gflops - near.gflops
-    if min(near.root, far.root) <= 0 or step >= 0:
-        return (near.root + far.root) / 2
+    if min(near.change, far.change) <= 0 or step >= 0:
+        return (near.change + far.change) / 2
     share = min(max((gflops - near.gflops) / step, -1.0), 2.0)
-    return near.root * (far.root / near.root) ** share
+    return near.change * (far.change / near.change) ** share
 
 
 def ranked(scored: list[Scored | None]) -> list[Scored]:
@@ -280,6 +293,6 @@ def ranked(scored: list[Scored | None]) -> list[Scored]:
 
 def smoothest(candidates: list[Scored]) -> Found:
     """Of the candidates with the least change, or within TIE of it, the least rough."""
-    least = min(root for root, _ in candidates)
-    tied = [found for root, found in candidates if root <= (1 + TIE) * least]
+    least = min(change for change, _ in candidates)
+    tied = [found for change, found in candidates if change <= (1 + TIE) * least]
     return min(tied, key=lambda found: found[0].roughness)

@@ -25,13 +25,15 @@ TRIES = 10  # for a shape that need not merge tokens at right angles to meet the
 @dataclass(frozen=True)
 class Shape:
     """``weights``: of each block 1 - theta, or r, up to a factor; None where it does not merge. ``adapt``,
-    ``split_depth`` and ``proportional_attention`` as in :class:`ATMConfig`; ``family``: "curve" or "free"."""
+    ``split_depth`` and ``proportional_attention`` as in :class:`ATMConfig`; ``family``: "curve" or "free"; ``bend``:
+    what :meth:`Drawer.curve` makes a curve over all blocks of, None for other shapes."""
 
     weights: tuple[float | None, ...]
     adapt: str
     split_depth: int | None = None
     proportional_attention: bool = True
     family: str = "free"
+    bend: tuple[float, float] | None = None
 
     def config(self, scale: float, **fields: object) -> ATMConfig:
         fields |= {"adapt": self.adapt, "split_depth": self.split_depth}
@@ -134,13 +136,15 @@ class Drawer:
         split = self.rng.choice([None, self.depth])
         whole = number % 2 == 0 and self.most == self.merging
         for _ in range(TRIES):
+            bend = self.rng.uniform(0, 2), self.rng.uniform(0.5, self.merging)
             if whole:
-                distances = self.curve((0, self.merging))
+                distances = self.curve((0, self.merging), *bend)
             else:
-                distances = self.shares() if number % 4 == 3 else self.curve(self._window())
+                distances = self.shares() if number % 4 == 3 else self.curve(self._window(), *bend)
             if max(distance or 0 for distance in distances) < 1:
                 break
-        return self.shaped(distances, split, "curve" if whole else "free")
+        shape = self.shaped(distances, split, "curve" if whole else "free")
+        return replace(shape, bend=bend) if whole else shape
 
     def shaped(self, distances: list[float | None], split: int | None, family: str) -> Shape:
         weights = distances
@@ -150,13 +154,12 @@ class Drawer:
         weights = (*weights, *[None] * (self.depth - len(weights)))
         return Shape(weights, self.adapt, split, self.proportional, family)
 
-    def curve(self, window: tuple[int, int]) -> list[float | None]:
-        """Eq. 1 in a window of blocks, with the alpha that should meet the goal. What is drawn is by which factor
-        1 - theta_min exceeds 1 - alpha, and after how many blocks theta_min is reached."""
-        spread, rise = 10 ** self.rng.uniform(0, 2), self.rng.uniform(0.5, self.merging)
+    def curve(self, window: tuple[int, int], spread: float, rise: float) -> list[float | None]:
+        """Eq. 1 in a window of blocks, with the alpha that should meet the goal. 1 - theta_min is 10^spread times
+        1 - alpha, and theta_min is reached after ``rise`` blocks."""
 
         def distances(d: float) -> list[float | None]:
-            lowest = max(1 - spread * d, -1.0)
+            lowest = max(1 - 10**spread * d, -1.0)
             beta = math.log1p(1 - d - lowest) / rise if lowest < 1 - d else 0.0
             return self._within(window, lambda block: 1 - threshold(block + 1, 1 - d, beta, lowest))
 
@@ -216,4 +219,12 @@ class Drawer:
                 weights[block] *= 10 ** rng.gauss(0, 0.25)
         if not 0 < sum(w is not None for w in weights) <= self.most:
             return shape
-        return replace(shape, weights=tuple(weights), family="free")
+        return replace(shape, weights=tuple(weights), family="free", bend=None)
+
+    def bent(self, shape: Shape) -> Shape:
+        """A curve near a curve over all blocks, seldom with another grouping."""
+        spread, rise = shape.bend
+        bend = min(max(spread + self.rng.gauss(0, 0.3), 0.0), 2.5), max(rise * math.exp(self.rng.gauss(0, 0.3)), 0.5)
+        split = self.rng.choice([None, self.depth]) if self.rng.random() < 0.2 else shape.split_depth
+        near = self.shaped(self.curve((0, self.merging), *bend), split, "curve")
+        return replace(near, proportional_attention=shape.proportional_attention, bend=bend)

@@ -84,7 +84,7 @@ class Bench:
         kept = [found for _, found in ranked(drawn)[:KEPT]]
         fitted = [search.measured(found[0], goal, goal - search.cost(found), SOME) for found in kept]
         last = [found for _, found in ranked(fitted)[:LAST]]
-        best = min(last, key=lambda found: self.meter.mean(search.config(found), ("choose",), MANY).root)
+        best = min(last, key=lambda found: self.meter.mean(search.config(found), ("choose",), MANY).change)
         return self.judged(search.config(search.settled(best, goal)))
 
     def given(self, ramps: tuple[tuple[float, float], ...], goal: float) -> dict[str, Any]:
@@ -94,7 +94,7 @@ class Bench:
             weights = (first + (last - first) * block / (merging - 1) for block in range(merging))
             shape = Shape((*weights, None), "static", split_depth=merging + 1)
             configs.append(search.config((shape, search.foretold(shape, goal))))
-        return self.judged(min(configs, key=lambda config: self.meter.mean(config, ("fit",), MANY).root))
+        return self.judged(min(configs, key=lambda config: self.meter.mean(config, ("fit",), MANY).change))
 
 
 def random_curve(drawer: Drawer) -> Shape:

@@ -18,6 +18,7 @@ def main(out, dies=None):
     torch.manual_seed(0)
     torch.set_num_threads(1)
     search.DRAWS, search.KEPT, search.STEPS, search.FINALISTS = 6, 2, 3, 2
+    search.CURVES, search.BENDS = 1, 2
     search.FEW, search.SOME, search.MANY = 8, 16, 24  # fewer than there are: one batch, two and three
     start("cpu")
     if rank() == dies:

@@ -17,7 +17,7 @@ from atm_triton.search import Mean, Meter, similarities, smoothest
 from atm_triton.shapes import Predictor, Shape
 from models import distilled, images, vit
 
-SMALL = {"DRAWS": 8, "KEPT": 3, "STEPS": 4, "FINALISTS": 2}
+SMALL = {"DRAWS": 12, "KEPT": 3, "STEPS": 4, "FINALISTS": 2, "CURVES": 1, "BENDS": 2}
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +60,7 @@ def test_the_goal_is_met_and_the_promise_is_what_an_evaluation_finds(adapt, load
     assert calibration == found(model, loader, adapt, max_gflops=goal)
 
     parts, _ = split_images(loader, calibration.seed)
-    assert [sum(map(len, batches)) for batches in parts.values()] == [36, 36, 24]
+    assert [sum(map(len, batches)) for batches in parts.values()] == [24, 48, 24]
     assert set(parts) == {"fit", "choose", "promise"}
     seen = Meter(model, parts, {}).mean(calibration.config, ("fit", "choose"))
     assert seen.gflops == pytest.approx(goal, rel=0.02)
@@ -119,7 +119,7 @@ def test_the_smoother_of_two_that_tie():
     rough = Shape((0.1, 0.9, 0.2, None), "image")
     assert smooth.roughness < 1e-20 < rough.roughness
     assert smoothest([(1.0, (rough, 1.0)), (1.015, (smooth, 1.0))])[0] is smooth
-    assert smoothest([(1.0, (rough, 1.0)), (1.025, (smooth, 1.0))])[0] is rough
+    assert smoothest([(1.0, (rough, 1.0)), (1.035, (smooth, 1.0))])[0] is rough
 
 
 @pytest.mark.parametrize("model", [vit(), distilled(), vit(class_token=False, global_pool="avg")])
