@@ -1,7 +1,7 @@
 """What merging changes: accuracy, agreement with the unpatched model and divergence from it, cost, by difficulty."""
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from atm_triton.patch import apply_patch
 from atm_triton.transformer import Number, Record
 
 Batches = Iterable[tuple[Tensor, Tensor]]
+Patch = Callable[[VisionTransformer], VisionTransformer]
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def unpatched_logits(model: VisionTransformer, batches: Batches, title: str | No
 def evaluate(
     model: VisionTransformer,
     batches: Batches,
-    config: ATMConfig,
+    config: ATMConfig | Patch,
     base: list[Tensor] | None = None,
     labelled: bool = True,
     title: str | None = "merged",
@@ -98,6 +99,7 @@ def evaluate(
     Args:
         model: unpatched, in eval mode; it stays so.
         batches: (images, labels), sized and re-iterable (a DataLoader without shuffling, or a list).
+        config: how tokens merge, or a function that patches a model in place in another way and returns it.
         base: :func:`unpatched_logits` of the same batches, if they are at hand.
         labelled: whether the labels are the model's classes.
         title: of the progress bar; None for no bar.
@@ -106,7 +108,7 @@ def evaluate(
         ValueError: no images, or images or logits that are not finite; TypeError: a model that cannot be merged.
     """
     base = unpatched_logits(model, batches) if base is None else base
-    patched = apply_patch(share(model), config)
+    patched = config(share(model)) if callable(config) else apply_patch(share(model), config)
     bar = tqdm(batches, desc=title, unit="batch", disable=silent(title))
     own = []
     for (images, labels), before in zip(bar, base, strict=True):

@@ -9,7 +9,8 @@ import torch
 
 from atm_triton import ATMConfig, apply_patch, remove_patch, summary
 from atm_triton.block import Tokens
-from benchmarks.baselines import BASELINES, apply_baseline
+from atm_triton.evaluate import evaluate
+from benchmarks.baselines import BASELINES, apply_baseline, baseline
 from loops import cosine
 from models import distilled, images, images_for, small, vit
 
@@ -346,6 +347,14 @@ def test_tome_and_one_threshold_are_the_engines():
     constant = apply_baseline(model, "threshold", theta=0.6, adapt="image")(x)
     by_hand = ATMConfig(thresholds=(0.6,) * 4, split_depth=4, cls_only_last=False, adapt="image")
     assert torch.equal(constant, apply_patch(model, by_hand)(x))
+
+
+def test_a_method_is_evaluated_as_a_configuration_is():
+    model = vit()
+    batches = [(images(4), torch.arange(4)), (images(3), torch.arange(3))]
+    by_hand = ATMConfig(adapt="static", schedule=(4,) * 4, split_depth=4, cls_only_last=False)
+    assert evaluate(model, batches, baseline("tome", r=4).apply) == evaluate(model, batches, by_hand)
+    assert evaluate(model, batches, baseline("evit", blocks=(1,)).apply).saved > 0.1
 
 
 def test_mctf_leaves_ten_tokens():
