@@ -30,7 +30,7 @@ def parser(commands: dict[str, Callable[[argparse.Namespace], Any]]) -> argparse
     """Of ``commands`` by name; a docstring is a command's help, and what it is becomes ``run``."""
     made = argparse.ArgumentParser(prog="atm-triton", description="Adaptive token merging for Vision Transformers.")
     subparsers = made.add_subparsers(dest="command", required=True)
-    model, data, merging, out = _model(), _data(), _merging(), _out()
+    model, data, merging, out = model_options(), data_options(), _merging(), _out()
     parents = {
         "bench": [model, data, merging, out],
         "eval": [model, data, merging, out],
@@ -46,7 +46,7 @@ def parser(commands: dict[str, Callable[[argparse.Namespace], Any]]) -> argparse
     return made
 
 
-def _model() -> argparse.ArgumentParser:
+def model_options() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(add_help=False)
     options.add_argument("--model", default=DIGITS, help="digits (default), or any ViT of timm's or the paper's")
     arguments = {"nargs": "*", "default": {}, "action": _Arguments, "metavar": "NAME=VALUE"}
@@ -58,7 +58,7 @@ def _model() -> argparse.ArgumentParser:
     return options
 
 
-def _data() -> argparse.ArgumentParser:
+def data_options() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(add_help=False)
     options.add_argument("--data", help="digits, or a directory with one folder of images a class")
     options.add_argument("--batch-size", type=int, help="images a batch (64; 8 for random images)")
