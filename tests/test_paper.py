@@ -6,7 +6,9 @@ import pytest
 
 from benchmarks import zoo
 from benchmarks.paper import __main__ as paper
-from benchmarks.paper import flops
+from benchmarks.paper import figure4, flops, subject
+from benchmarks.paper.methods import by_shapes, counted, of_baseline
+from models import images, vit
 
 
 def test_flops_are_counted_as_published(tmp_path, monkeypatch, capsys):
@@ -21,9 +23,47 @@ def test_flops_are_counted_as_published(tmp_path, monkeypatch, capsys):
     assert "Torch's counter differs: DeiT-T: 1,253,683,201, by torch 1,253,683,200." in flops.table(found)
 
 
+def test_figure4_measures_every_method_at_one_cost(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(subject, "CHOOSE_BY", 64)
+    arguments = ["figure4", "--limit", "8", "--shares", "0.4", "--workers", "0", "--out", str(tmp_path)]
+    assert paper.main(arguments) == 0
+    found = json.loads((tmp_path / "digits_figure4.json").read_text())
+    assert [row["method"] for row in found["rows"]] == list(figure4.STYLES)
+    for row in found["rows"]:
+        assert 0.3 < 1 - row["overall"]["gflops"] / row["gflops_unpatched"] < 0.5, row["method"]
+        assert row["gflops_all_tokens_last"] > 0.9 * row["overall"]["gflops"] and row["overall"]["images"] == 8
+    assert (tmp_path / "digits_figure4.png").stat().st_size > 10_000
+    assert "| atm, image |" in capsys.readouterr().out
+
+    monkeypatch.setattr(figure4, "at_cost", lambda *_: pytest.fail("measured again"))
+    assert paper.main([*arguments, "--resume"]) == 0
+    assert json.loads((tmp_path / "digits_figure4.json").read_text())["rows"] == found["rows"]
+    assert paper.main([*arguments, "--resume", "--batch-size", "4"]) == 2
+    assert "digits_figure4.json is of other settings; leave --resume out" in capsys.readouterr().err
+
+
+def test_every_method_comes_close_to_the_cost():
+    class Wide:
+        def __init__(self):
+            self.model = vit()
+
+        def image(self):
+            return images(1)
+
+    for name, setting, values in (("tome", "r", range(1, 12)), ("pitome", "ratio", [1 - n / 50 for n in range(26)])):
+        costs = [counted(Wide(), of_baseline(name, **{setting: value})) for value in values]
+        assert costs == sorted(costs, reverse=True)
+        for goal in (costs[0] * 2, costs[2], (costs[4] + 2 * costs[5]) / 3, 0.0):
+            way = by_shapes(Wide(), name, setting, list(values), goal)
+            assert abs(counted(Wide(), way) - goal) == min(abs(cost - goal) for cost in costs)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["figure4", "--shares", "2"], "benchmarks.paper: --shares want numbers between 0 and 1"),
+        (["figure4", "--model", "deit_tiny_patch16_224"], "--config FILE: say ATM's thresholds for deit_tiny"),
+        (["figure4", "--data", "somewhere"], "--choose-by DIR: say by which images settings are chosen"),
         (["flops", "--out", "none/here"], "benchmarks.paper: --out none/here/paper_flops.json"),
         (["table9"], "invalid choice: 'table9' (choose from"),
     ],

@@ -15,7 +15,7 @@ def assert_equal(model, x, config, r_of_block, size_from, **options):
     """Logits within 1e-9; tokens, sizes and order through the dense features and the record. Returns the r's."""
     with torch.no_grad():
         expected, sizes, traces, taken = loops.logits(
-            model, x, r_of_block, size_from, config.cls_only_last, config.proportional_attention, **options
+            model, x, r_of_block, size_from, config.cls_only_last, config.proportional_attention is not False, **options
         )
         apply_patch(model, config)
         logits = model(x)
@@ -24,8 +24,8 @@ def assert_equal(model, x, config, r_of_block, size_from, **options):
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-9)
     assert list(summary(model).r) == taken
     if not config.cls_only_last:
-        assert run.trace.tolist() == traces
-        sizes_of = [torch.bincount(row).tolist() for row in run.trace.long()]
+        assert run.traces[-1].tolist() == traces
+        sizes_of = [torch.bincount(row).tolist() for row in run.traces[-1].long()]
         assert sizes_of == [[int(n) for n in image] for image in sizes]
     return taken
 

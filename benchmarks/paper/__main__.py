@@ -1,4 +1,4 @@
-"""``python -m benchmarks.paper NAME``: one of the paper's tables, as a JSON file and a Markdown table."""
+"""``python -m benchmarks.paper NAME``: a table or figure of the paper, as JSON with a Markdown table or a plot."""
 
 import argparse
 import sys
@@ -6,18 +6,20 @@ from pathlib import Path
 
 from atm_triton.env import check_file, write_result
 from atm_triton.errors import exit_code
-from benchmarks.paper import flops
+from benchmarks.paper import figure4, flops
 
 RESULTS = Path(__file__).parents[1] / "results"
-EXPERIMENTS = {"flops": flops}
+EXPERIMENTS = {"flops": flops, "figure4": figure4}
 
 
 def run(args: argparse.Namespace) -> None:
-    out = args.out / f"paper_{args.name}.json"
+    out = args.out / f"{args.model if hasattr(args, 'model') else 'paper'}_{args.name}.json"
     check_file("--out", out)
-    result = args.experiment.measure()
+    result = args.experiment.measure(args, out)
     print(args.experiment.table(result))
     write_result(out, result)
+    if hasattr(args.experiment, "plot"):
+        args.experiment.plot(result, out.with_suffix(".png"))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -25,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     names = parser.add_subparsers(dest="name", required=True)
     for name, experiment in EXPERIMENTS.items():
         text = experiment.__doc__.splitlines()[0]
-        options = names.add_parser(name, help=text, description=text)
+        options = names.add_parser(name, help=text, description=text, parents=[experiment.arguments()])
         options.add_argument("--out", type=Path, default=RESULTS, help="the directory for the result")
         options.set_defaults(experiment=experiment)
     args = parser.parse_args(argv)
