@@ -42,6 +42,16 @@ def test_figure4_measures_every_method_at_one_cost(tmp_path, monkeypatch, capsys
     assert "digits_figure4.json is of other settings; leave --resume out" in capsys.readouterr().err
 
 
+def test_figure7_shows_easy_and_hard_images_by_both_methods(tmp_path, monkeypatch):
+    monkeypatch.setattr(subject, "CHOOSE_BY", 64)
+    arguments = ["figure7", "--limit", "24", "--pictures", "2", "--blocks", "3", "9", "--workers", "0"]
+    assert paper.main([*arguments, "--out", str(tmp_path)]) == 0
+    easy, easy_tome, hard, hard_tome = json.loads((tmp_path / "digits_figure7.json").read_text())["rows"]
+    assert easy["gflops"] < hard["gflops"] and easy["left"] < hard["left"] and easy_tome["left"] == hard_tome["left"]
+    assert "ATM" in easy["title"] and "ToMe, r = " in hard_tome["title"]
+    assert (tmp_path / "digits_figure7.png").stat().st_size > 10_000
+
+
 def test_every_method_comes_close_to_the_cost():
     class Wide:
         def __init__(self):
@@ -64,6 +74,7 @@ def test_every_method_comes_close_to_the_cost():
         (["figure4", "--shares", "2"], "benchmarks.paper: --shares want numbers between 0 and 1"),
         (["figure4", "--model", "deit_tiny_patch16_224"], "--config FILE: say ATM's thresholds for deit_tiny"),
         (["figure4", "--data", "somewhere"], "--choose-by DIR: say by which images settings are chosen"),
+        (["figure7", "--pictures", "0"], "benchmarks.paper: --pictures wants 1 or more"),
         (["flops", "--out", "none/here"], "benchmarks.paper: --out none/here/paper_flops.json"),
         (["table9"], "invalid choice: 'table9' (choose from"),
     ],

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from atm_triton.env import check_file, write_result
 from atm_triton.errors import exit_code
-from benchmarks.paper import figure4, flops
+from benchmarks.paper import figure4, figure7, flops
 
 RESULTS = Path(__file__).parents[1] / "results"
-EXPERIMENTS = {"flops": flops, "figure4": figure4}
+EXPERIMENTS = {"flops": flops, "figure4": figure4, "figure7": figure7}
 
 
 def run(args: argparse.Namespace) -> None:

@@ -46,7 +46,7 @@ def measure(args: argparse.Namespace, out: Path) -> dict[str, Any]:
     """All rows; written to ``out`` as they come."""
     if any(not 0 < share < 1 for share in args.shares):
         raise ValueError("--shares want numbers between 0 and 1")
-    configs = _configs(args)
+    configs = configurations(args)
     subject = Subject(args)
     about = {**subject.about, "shares": args.shares, "configs": {k: asdict(v) for k, v in configs.items()}}
     rows = _known(out, about) if args.resume else []
@@ -61,7 +61,8 @@ def measure(args: argparse.Namespace, out: Path) -> dict[str, Any]:
     return {"settings": about, "rows": rows}
 
 
-def _configs(args: argparse.Namespace) -> dict[str, ATMConfig]:
+def configurations(args: argparse.Namespace) -> dict[str, ATMConfig]:
+    """ATM's thresholds for either way to adapt."""
     if args.config is not None:
         given = ATMConfig.from_json(args.config.read_text())
         if given.adapt == "static":
