@@ -1,7 +1,7 @@
 """calibrate(model, loader, target): the configuration that changes a model least at a cost, or costs least at a change.
 
-A model, some images without labels, and a wish: so many GFLOPs, or so little change. Of the images three parts in eight
-are fitted to, three choose among what fits, and two, which neither saw, measure what is promised.
+A model, some images without labels, and a wish: so many GFLOPs, or so little change. Of the images two parts in eight
+are fitted to, four choose among what fits, and two, which neither saw, measure what is promised.
 """
 
 import math

@@ -189,7 +189,7 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, default=6144, help="calibration images (6144)")
+    parser.add_argument("--images", type=int, default=3072, help="calibration images (3072)")
     parser.add_argument("--test", type=int, default=8000, help="test images (8000)")
     parser.add_argument("--draws", type=int, default=200, help="random curves for each cell (200)")
     parser.add_argument("--shares", type=float, nargs="+", default=list(SHARES), help="of the MACs to save")

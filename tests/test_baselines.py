@@ -349,6 +349,14 @@ def test_tome_and_one_threshold_are_the_engines():
     assert torch.equal(constant, apply_patch(model, by_hand)(x))
 
 
+@pytest.mark.parametrize("name", BASELINES)
+def test_a_method_runs_in_16_bits(name):
+    model, x = vit(), images()
+    logits = apply_baseline(model, name, **SETTINGS[name])(x)
+    half = model.to(torch.bfloat16)(x.to(torch.bfloat16))
+    assert half.dtype == torch.bfloat16 and half.shape == logits.shape and half.isfinite().all()
+
+
 def test_a_method_is_evaluated_as_a_configuration_is():
     model = vit()
     batches = [(images(4), torch.arange(4)), (images(3), torch.arange(3))]

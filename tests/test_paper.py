@@ -4,10 +4,11 @@ import json
 
 import pytest
 
+from atm_triton.shapes import Predictor
 from benchmarks import zoo
 from benchmarks.paper import __main__ as paper
 from benchmarks.paper import figure4, flops, subject
-from benchmarks.paper.methods import by_shapes, counted, of_baseline
+from benchmarks.paper.methods import NEAR, by_shapes, counted, of_baseline
 from models import images, vit
 
 
@@ -39,7 +40,7 @@ def test_figure4_measures_every_method_at_one_cost(tmp_path, monkeypatch, capsys
     assert paper.main([*arguments, "--resume"]) == 0
     assert json.loads((tmp_path / "digits_figure4.json").read_text())["rows"] == found["rows"]
     assert paper.main([*arguments, "--resume", "--batch-size", "4"]) == 2
-    assert "digits_figure4.json is of other settings; leave --resume out" in capsys.readouterr().err
+    assert "digits_figure4.json is of other settings or another commit; leave --resume out" in capsys.readouterr().err
 
 
 def test_figure7_shows_easy_and_hard_images_by_both_methods(tmp_path, monkeypatch):
@@ -54,6 +55,8 @@ def test_figure7_shows_easy_and_hard_images_by_both_methods(tmp_path, monkeypatc
 
 def test_every_method_comes_close_to_the_cost():
     class Wide:
+        predictor = Predictor(vit(), (3, 40, 40), [], True)
+
         def __init__(self):
             self.model = vit()
 
@@ -65,12 +68,17 @@ def test_every_method_comes_close_to_the_cost():
         assert costs == sorted(costs, reverse=True)
         for goal in (costs[0] * 2, costs[2], (costs[4] + 2 * costs[5]) / 3, 0.0):
             way = by_shapes(Wide(), name, setting, list(values), goal)
-            assert abs(counted(Wide(), way) - goal) == min(abs(cost - goal) for cost in costs)
+            off = min(abs(cost - goal) for cost in costs)
+            if off > NEAR * Wide.predictor.unmerged:
+                assert way is None
+            else:
+                assert abs(counted(Wide(), way) - goal) == off
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["figure4", "--shares", "0.4", "0.4"], "benchmarks.paper: --shares wants each share once"),
         (["figure4", "--shares", "2"], "benchmarks.paper: --shares want numbers between 0 and 1"),
         (["figure4", "--model", "deit_tiny_patch16_224"], "--config FILE: say ATM's thresholds for deit_tiny"),
         (["figure4", "--data", "somewhere"], "--choose-by DIR: say by which images settings are chosen"),

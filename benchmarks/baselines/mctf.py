@@ -120,7 +120,7 @@ class MCTFBlock(ReducingBlock):
         """The rest of timm's ``Attention`` on fused tokens [B, M, C], given their map."""
         attn, y = self.attn, self.norm1(x)
         (v,) = self._heads(_part(attn.qkv, slice(2 * attn.attn_dim, None), y))
-        attended = attn.norm((attn.attn_drop(attention) @ v).transpose(1, 2).flatten(2))
+        attended = attn.norm((attn.attn_drop(attention.to(v.dtype)) @ v).transpose(1, 2).flatten(2))
         if attn.gate is not None:
             attended = attended * attn.gate(y).sigmoid()
         return attn.proj_drop(attn.proj(attended))

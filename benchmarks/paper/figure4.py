@@ -1,8 +1,9 @@
 """Accuracy against FLOPs, all methods: ATM ("batch" and "image") beside ToMe, one threshold, EViT, MCTF and PiToMe.
 
 At each share of the model's FLOPs every method takes the setting whose cost comes closest, all with the last block for
-the class token alone, which changes no logit; the cost without it stands beside. ATM's thresholds are those of --config
-(the digits: the shipped ones), scaled to the cost; no method sees a label.
+the class token alone; beside it stands the cost with a last block that computes all its tokens and merges none. Neither
+changes a logit, but for MCTF, which fuses before attention. ATM's thresholds are those of --config (the digits: the
+shipped ones), scaled to the cost; no method sees a label. The products of the matching are in no cost.
 """
 
 import argparse
@@ -46,9 +47,14 @@ def measure(args: argparse.Namespace, out: Path) -> dict[str, Any]:
     """All rows; written to ``out`` as they come."""
     if any(not 0 < share < 1 for share in args.shares):
         raise ValueError("--shares want numbers between 0 and 1")
+    if len(set(args.shares)) < len(args.shares):
+        raise ValueError("--shares wants each share once")
     configs = configurations(args)
     subject = Subject(args)
+    for config in configs.values():
+        config.check_depth(len(subject.model.blocks))
     about = {**subject.about, "shares": args.shares, "configs": {k: asdict(v) for k, v in configs.items()}}
+    about |= {"commit": environment()["commit"]}
     rows = _known(out, about) if args.resume else []
     done = {(row["method"], row["share"]) for row in rows}
     for share in args.shares:
@@ -85,9 +91,9 @@ def _row(subject: Subject, way: Way) -> dict[str, Any]:
 
 @torch.inference_mode()
 def _all_last(subject: Subject, way: Way) -> float:
-    """GFLOPs of an image, of those to choose by, if the last block computes all its tokens and merges none."""
+    """GFLOPs of an image if the last block computes all its tokens and merges none."""
     model, each = way.patch(True)(shared(subject.model)), []
-    for images, *_ in subject.loader:
+    for images, _ in subject.test:
         model(images.to(next(model.parameters())))
         record = model.blocks.last
         rows = record.rows if record.leading is None else (*record.rows[:-1], record.tokens[-1])
@@ -101,9 +107,9 @@ def _known(out: Path, about: dict[str, Any]) -> list[dict[str, Any]]:
         return []
     document = json.loads(out.read_text())
     if document.get("settings") != json.loads(json.dumps(about)):
-        raise ValueError(f"--resume: {out} is of other settings; leave --resume out, or give another --out")
-    if document["environment"]["atm_triton"] != environment()["atm_triton"]:
-        raise ValueError(f"--resume: {out} is of another version; leave --resume out, or give another --out")
+        raise ValueError(
+            f"--resume: {out} is of other settings or another commit; leave --resume out, or give another --out"
+        )
     return document["rows"]
 
 
@@ -120,11 +126,16 @@ def table(result: dict[str, Any]) -> str:
     for method in STYLES:
         cells = []
         for share in shares:
-            (row,) = (row for row in result["rows"] if row["method"] == method and row["share"] == share)
-            quality, saved = row["overall"], 1 - row["overall"]["gflops"] / row["gflops_unpatched"]
-            cells.append(f"{_percent(quality['top1'])}, {quality['kl']:.1e} (-{100 * saved:.1f} %)")
+            found = [row for row in result["rows"] if row["method"] == method and row["share"] == share]
+            cells.append(_cell(found[0]) if found else "not reached")
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _cell(row: dict[str, Any]) -> str:
+    quality, whole = row["overall"], row["gflops_unpatched"]
+    saved, without = (100 * (1 - cost / whole) for cost in (quality["gflops"], row["gflops_all_tokens_last"]))
+    return f"{_percent(quality['top1'])}, {quality['kl']:.1e} (-{saved:.1f} %; all tokens last -{without:.1f} %)"
 
 
 def _percent(value: float | None) -> str:

@@ -32,7 +32,7 @@ class Subject(Bench):
 
     def __init__(self, args: argparse.Namespace) -> None:
         check_device(args.device)
-        data, size = args.data or DIGITS, args.batch_size or 64
+        data, size = args.data or DIGITS, 64 if args.batch_size is None else args.batch_size
         if args.model != DIGITS and args.checkpoint is None and not args.pretrained:
             raise ValueError(f"{args.model} would have random weights: give --checkpoint FILE or --pretrained")
         if data != DIGITS and args.choose_by is None:
@@ -51,6 +51,7 @@ class Subject(Bench):
         found = similarities(self.model, parts["fit"], ATMConfig())
         self.predictor = Predictor(self.model, self.image_shape, found, cls_only_last=True)
         self.about = {"model": args.model, "model_kwargs": args.model_kwargs, "data": data, "choose_by": chosen}
+        self.about |= {"checkpoint": str(args.checkpoint), "pretrained": args.pretrained}
         self.about |= {"limit": args.limit, "batch_size": size, "dtype": args.dtype}
 
     @property
