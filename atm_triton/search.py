@@ -83,7 +83,7 @@ class Meter:
         self._base = {name: unpatched_logits(model, batches, title=None) for name, batches in pairs.items()}
         size = max(len(batches[0]) for batches in parts.values())
         logits = [in_order([x.double().abs().mean().item() for x in batches]) for batches in self._base.values()]
-        self._notes = Notes(notes, [size, *(mean for means in logits for mean in means)])
+        self._notes = Notes(notes, [POWER, size, *(mean for means in logits for mean in means)])
         self._counts = {name: list(accumulate(map(len, batches))) for name, batches in parts.items()}
 
     @torch.inference_mode()

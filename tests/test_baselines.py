@@ -316,20 +316,21 @@ def test_a_method_runs_in_every_kind_of_model_and_is_taken_away_again(name, make
     if name != "threshold":
         torch.testing.assert_close(alone, logits[:1], rtol=0, atol=1e-4)
     model(x).sum().backward()
+    assert all(p.grad is not None and p.grad.any() for n, p in model.named_parameters() if n.endswith("qkv.weight"))
     apply_baseline(model, name, cls_only_last=True, **SETTINGS[name])
-    torch.testing.assert_close(model(x).shape, logits.shape)
+    assert model(x).shape == logits.shape
     remove_patch(model)
     assert (type(model), model.blocks, list(model.blocks)) == own and torch.equal(model(x), before)
 
 
 @pytest.mark.parametrize("name", ["evit", "mctf", "pitome", "tome"])
 def test_the_last_block_for_the_class_token_alone_changes_no_logit(name):
-    """Where that block reduces nothing otherwise either."""
+    """Also where that block would reduce tokens after its attention; MCTF, which fuses before, must not there."""
     settings = {
-        "evit": {"blocks": (0, 1)},
+        "evit": {"blocks": (0, 3)},
         "mctf": {"r": 3, "blocks": (0, 1, 2)},
-        "pitome": {"ratio": 1.0},
-        "tome": {"r": [3, 3, 3]},
+        "pitome": {"ratio": 0.8},
+        "tome": {"r": 3},
     }
     model, x = vit(dtype=torch.float64), images(dtype=torch.float64)
     whole = apply_baseline(model, name, **settings[name])(x)

@@ -11,7 +11,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.vision_transformer import Block, VisionTransformer, init_weights_vit_timm
 from torch import Tensor, nn
 
-from atm_triton.models.stem import Stem
+from atm_triton.models.stem import Stem, published_cfg
 
 STEM_WIDTH = 64
 
@@ -147,18 +147,7 @@ def _check_pool(global_pool: str) -> None:
 
 
 def _cfg(**changes: Any) -> dict[str, Any]:
-    return {
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "fixed_input_size": True,
-        "interpolation": "bicubic",
-        "crop_pct": 0.9,
-        "mean": (0.485, 0.456, 0.406),
-        "std": (0.229, 0.224, 0.225),
-        "first_conv": "patch_embed.conv1",
-        "classifier": ("head", "aux_head"),
-        **changes,
-    }
+    return published_cfg(first_conv="patch_embed.conv1", classifier=("head", "aux_head"), **changes)
 
 
 default_cfgs = generate_default_cfgs({"lvvit_t": _cfg(), "lvvit_s": _cfg(), "lvvit_m": _cfg(crop_pct=1.0)})

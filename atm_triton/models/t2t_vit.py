@@ -13,7 +13,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from atm_triton.models.stem import Stem
+from atm_triton.models.stem import Stem, published_cfg
 
 STEM_WIDTH = 64
 
@@ -139,17 +139,7 @@ def sinusoids(N: int, D: int) -> Tensor:
     return torch.where(channel % 2 == 0, angle.sin(), angle.cos()).float()
 
 
-_CFG = {
-    "num_classes": 1000,
-    "input_size": (3, 224, 224),
-    "fixed_input_size": True,
-    "interpolation": "bicubic",
-    "crop_pct": 0.9,
-    "mean": (0.485, 0.456, 0.406),
-    "std": (0.229, 0.224, 0.225),
-    "first_conv": "tokens_to_token.attention1.attn.qkv",
-    "classifier": "head",
-}
+_CFG = published_cfg(first_conv="tokens_to_token.attention1.attn.qkv", classifier="head")
 _PERFORMER = {**_CFG, "first_conv": "tokens_to_token.attention1.kqv"}
 
 default_cfgs = generate_default_cfgs(

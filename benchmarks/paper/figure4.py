@@ -84,7 +84,7 @@ def _named(way: Way) -> str:
 
 
 def _row(subject: Subject, way: Way) -> dict[str, Any]:
-    outcome = subject.outcome(way.patch(True), f"{_named(way)} {way.settings}"[:40])
+    outcome = subject.outcome(way.patch, f"{_named(way)} {way.settings}"[:40])
     settings = {"config": way.settings["config"]} if "config" in way.settings else way.settings
     return {"settings": settings, **outcome.to_dict(), "gflops_all_tokens_last": _all_last(subject, way)}
 
@@ -92,7 +92,7 @@ def _row(subject: Subject, way: Way) -> dict[str, Any]:
 @torch.inference_mode()
 def _all_last(subject: Subject, way: Way) -> float:
     """GFLOPs of an image if the last block computes all its tokens and merges none."""
-    model, each = way.patch(True)(shared(subject.model)), []
+    model, each = way.patch(shared(subject.model)), []
     for images, _ in subject.test:
         model(images.to(next(model.parameters())))
         record = model.blocks.last

@@ -39,7 +39,7 @@ def measure(args: argparse.Namespace, out: Path) -> dict[str, Any]:
     config = by_similarity(subject, shape_of(config, depth, "image"), goal)
     ours = apply_patch(share(subject.model), config)
     tome = by_shapes(subject, "tome", "r", list(range(1, subject.predictor.N)), goal)
-    theirs = tome.patch(True)(share(subject.model))
+    theirs = tome.patch(share(subject.model))
     images = torch.cat([x for x, _ in subject.test])
     kept = torch.cat([_tokens(ours, x) for x in images.split(64)])
     order = kept.argsort(stable=True)

@@ -5,7 +5,6 @@ where it hangs on similarities, the images to choose by do. Labels are not used.
 or for ATM as it was calibrated, which is more search than the others get.
 """
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -25,26 +24,19 @@ NEAR = 0.03  # of the unmerged model's cost: a method that comes no nearer is le
 
 @dataclass(frozen=True)
 class Way:
-    """A method with settings: ``patch(cls_only_last)`` puts it into a model."""
+    """A method with settings; ``patch`` puts it into a model, whose last block serves the class token alone."""
 
     name: str
     settings: dict[str, Any]
-    patch: Callable[[bool], Patch]
+    patch: Patch
 
 
 def of_baseline(name: str, **settings: Any) -> Way:
-    def patch(cls_only_last: bool) -> Patch:
-        return baseline(name, cls_only_last=cls_only_last, **settings).apply
-
-    return Way(name, settings, patch)
+    return Way(name, settings, baseline(name, cls_only_last=True, **settings).apply)
 
 
 def of_config(name: str, config: ATMConfig) -> Way:
-    def patch(cls_only_last: bool) -> Patch:
-        made = ATMConfig(**{**asdict(config), "cls_only_last": cls_only_last})
-        return lambda model: apply_patch(model, made)
-
-    return Way(name, {"config": asdict(config)}, patch)
+    return Way(name, {"config": asdict(config)}, lambda model: apply_patch(model, config))
 
 
 def by_shapes(subject: Subject, name: str, setting: str, values: list[Any], goal: float, **fixed: Any) -> Way | None:
@@ -62,7 +54,7 @@ def by_shapes(subject: Subject, name: str, setting: str, values: list[Any], goal
 @torch.inference_mode()
 def counted(subject: Subject, way: Way) -> float:
     """GFLOPs of an image, where they hang on its shape alone."""
-    model: VisionTransformer = way.patch(True)(share(subject.model))
+    model: VisionTransformer = way.patch(share(subject.model))
     model(subject.image())
     return summary(model).paper_gflops
 
