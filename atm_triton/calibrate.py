@@ -1,7 +1,7 @@
 """calibrate(model, loader, target): the configuration that changes a model least at a cost, or costs least at a change.
 
-A model, some images without labels, and a wish: so many GFLOPs, or so little change. Of the images two parts in eight
-are fitted to, four choose among what fits, and two, which neither saw, measure what is promised.
+A model, some images without labels, and a wish: so many GFLOPs, or so little change. Of the images three parts in eight
+are fitted to, three choose among what fits, and two, which neither saw, measure what is promised.
 """
 
 import math
@@ -20,11 +20,13 @@ from atm_triton import search as searching
 from atm_triton.config import ADAPT, ATMConfig
 from atm_triton.distributed import silent
 from atm_triton.patch import check_model, settled
-from atm_triton.search import SEEN, Found, Mean, Measured, Meter, Search, similarities
+from atm_triton.search import MANY, SEEN, Found, Mean, Measured, Meter, Search, similarities
 from atm_triton.shapes import Predictor, Shape
 
-PARTS = {"fit": 2, "choose": 4, "promise": 2}  # in eighths
+PARTS = {"fit": 3, "choose": 3, "promise": 2}  # in eighths
 LEAST_IMAGES = 64
+ROUGHLY = 256  # images of a part by which a plain shape tells the cost at which a change is too large
+STRIDE = 0.08  # of log10 scale
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,7 @@ def calibrate(
         shape, scale = _found(search, target)
     config = search.config((shape, scale))
     promise = Promise.of(meter.measure(config, "promise"))
-    passes = meter.images + number + sum(map(len, parts["fit"]))
+    passes = meter.images + sum(map(len, parts["fit"]))
     return Calibration(config, target, number, promise, predictor.unmerged, shape.family, passes, seed)
 
 
@@ -202,21 +204,35 @@ def _found(search: Search, target: Target) -> Found:
     plain = Shape(
         tuple(1.0 if first <= i < min(first + most, predictor.merging) else None for i in blocks), search.adapt
     )
-    goal = search.meter.mean(search.config((plain, _largest_scale(search, plain, target))), SEEN).gflops
-    shape, _ = search.run(goal)
-    return shape, _largest_scale(search, shape, target)
+    goal = search.meter.mean(search.config((plain, _largest_scale(search, plain, target, ROUGHLY))), SEEN, MANY).gflops
+    found = search.run(goal)
+    return found[0], _largest_scale(search, found[0], target, MANY, found[1])
 
 
-def _largest_scale(search: Search, shape: Shape, target: Target) -> float:
-    """How much a shape may merge for the target to hold."""
-    low, high = -5.0, 3.0
-    least = search.meter.mean(search.config((shape, 10**low)), SEEN)
+def _largest_scale(search: Search, shape: Shape, target: Target, limit: int, near: float | None = None) -> float:
+    """How much a shape may merge for the target to hold on so many images of each part; ``near``: a scale not far from
+    that."""
+
+    def holds(scale: float) -> bool:
+        return target.holds(search.meter.mean(search.config((shape, 10**scale)), SEEN, limit))
+
+    low, high, steps = -5.0, 3.0, 10
+    if near is not None:
+        at, steps = math.log10(near), 5
+        inside = holds(at)
+        for _ in range(8):
+            at += STRIDE if inside else -STRIDE
+            if holds(at) != inside:
+                low, high = (at - STRIDE, at) if inside else (at, at + STRIDE)
+                break
+        else:
+            steps = 12
+    least = search.meter.mean(search.config((shape, 10**low)), SEEN, limit)
     if not target.holds(least):
         raise ValueError(
             f"the target cannot be held: hardly merging has KL {least.kl:.2g}, agreement {least.agreement:g}"
         )
-    for _ in range(12):
+    for _ in range(steps):
         middle = (low + high) / 2
-        holds = target.holds(search.meter.mean(search.config((shape, 10**middle)), SEEN))
-        low, high = (middle, high) if holds else (low, middle)
+        low, high = (middle, high) if holds(middle) else (low, middle)
     return 10**low

@@ -126,8 +126,8 @@ def evaluate(
 
 def compare(patched: VisionTransformer, images: Tensor, before: Tensor, number: int) -> dict[str, Tensor]:
     """A patched model on a batch, beside the logits ``before`` of the unpatched one. For each image: its ``class``,
-    whether they ``agree`` on it, ``kl``, ``macs``, ``gflops``, ``tokens`` that enter each block and, where a threshold
-    is at work, ``own_tokens``; on the host."""
+    whether they ``agree`` on it, ``kl``, ``macs``, ``gflops``, ``tokens`` that enter each block, those ``merged`` in it
+    and, where a threshold is at work, ``own_tokens``; on the host."""
     parameter = next(patched.parameters())
     after = patched(images.to(parameter)).float().cpu()
     check_finite(after, "the merged model's logits", number)
@@ -140,6 +140,7 @@ def compare(patched: VisionTransformer, images: Tensor, before: Tensor, number: 
         "macs": _of_images(spent.macs, B),
         "gflops": _of_images(spent.paper_gflops, B),
         "tokens": torch.stack([_of_images(tokens, B) for tokens in record.tokens], dim=1),
+        "merged": torch.stack([_of_images(r, B) for r in record.merged], dim=1),
     }
     return rows if own_tokens is None else rows | {"own_tokens": own_tokens}
 

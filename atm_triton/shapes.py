@@ -136,7 +136,7 @@ class Drawer:
         split = self.rng.choice([None, self.depth])
         whole = number % 2 == 0 and self.most == self.merging
         for _ in range(TRIES):
-            bend = self.rng.uniform(0, 2), self.rng.uniform(0.5, self.merging)
+            bend = 2 * self.rng.random() ** 2, math.exp(self.rng.uniform(math.log(0.5), math.log(2 * self.merging)))
             if whole:
                 distances = self.curve((0, self.merging), *bend)
             else:

@@ -41,6 +41,12 @@ class Record:
         """The tokens whose attention each block computes."""
         return self.tokens if self.leading is None else (*self.tokens[:-1], self.leading)
 
+    @property
+    def merged(self) -> tuple[Number, ...]:
+        """The tokens of an image that each block merges."""
+        r = tuple(before - after for before, after in zip(self.tokens, self.rows, strict=True))
+        return r if self.leading is None else (*r[:-1], 0)
+
 
 def number_of(tokens: Tokens) -> Number:
     """The tokens of an image."""

@@ -28,13 +28,13 @@ from atm_triton.errors import exit_code
 from atm_triton.evaluate import evaluate, unpatched_logits
 from atm_triton.inputs import open_images, open_model
 from atm_triton.reference import threshold
-from atm_triton.search import FEW, MANY, SOME, Meter, Search, ranked, similarities
+from atm_triton.search import MANY, Meter, Search, ranked, similarities
 from atm_triton.shapes import Drawer, Predictor, Shape
 
 RESULTS = Path(__file__).parent / "results"
 SHARES = (0.30, 0.45, 0.55, 0.62)
 ADAPT = ("image", "batch", "static")
-KEPT, LAST = 20, 5  # curves measured on SOME images, and on MANY others to choose by
+KEPT, LAST = 12, 4  # curves measured on the hardest images, and on others to choose by
 BATCH_SIZE = 64
 AGREEMENT = 0.995
 RAMPS = {  # r of the first and of the last block, up to a factor
@@ -80,11 +80,9 @@ class Bench:
         search = self.search(adapt)
         drawer = Drawer(self.predictor, adapt, True, None, random.Random(1), goal)
         bar = tqdm(range(draws), desc=f"curves, {adapt}", unit="curve", disable=silent(""))
-        drawn = [search.measured(random_curve(drawer), goal, None, FEW) for _ in bar]
-        kept = [found for _, found in ranked(drawn)[:KEPT]]
-        fitted = [search.measured(found[0], goal, goal - search.cost(found), SOME) for found in kept]
-        last = [found for _, found in ranked(fitted)[:LAST]]
-        best = min(last, key=lambda found: self.meter.mean(search.config(found), ("choose",), MANY).change)
+        drawn = search.sketched((random_curve(drawer) for _ in bar), goal)
+        fitted = ranked([search.measured(found[0], goal, found) for _, found in drawn[:KEPT]])
+        best = min((found for _, found in fitted[:LAST]), key=lambda found: search.judged(found, goal))
         return self.judged(search.config(search.settled(best, goal)))
 
     def given(self, ramps: tuple[tuple[float, float], ...], goal: float) -> dict[str, Any]:
@@ -189,8 +187,8 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, default=3072, help="calibration images (3072)")
-    parser.add_argument("--test", type=int, default=8000, help="test images (8000)")
+    parser.add_argument("--images", type=int, default=6144, help="calibration images (6144)")
+    parser.add_argument("--test", type=int, default=6000, help="test images (6000)")
     parser.add_argument("--draws", type=int, default=200, help="random curves for each cell (200)")
     parser.add_argument("--shares", type=float, nargs="+", default=list(SHARES), help="of the MACs to save")
     parser.add_argument("--out", type=Path, default=RESULTS / "digits_calibration.json")

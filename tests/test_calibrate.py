@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from tqdm import tqdm
 
 from atm_triton import ATMConfig, Target, apply_patch, calibrate, search
 from atm_triton.calibrate import split_images
 from atm_triton.cli import main
 from atm_triton.evaluate import evaluate
 from atm_triton.flops import cost, unmerged
-from atm_triton.search import Mean, Meter, similarities, smoothest
+from atm_triton.search import Mean, Meter, Search, hardest, similarities, smoothest
 from atm_triton.shapes import Predictor, Shape
 from models import distilled, images, vit
 
@@ -60,7 +61,7 @@ def test_the_goal_is_met_and_the_promise_is_what_an_evaluation_finds(adapt, load
     assert calibration == found(model, loader, adapt, max_gflops=goal)
 
     parts, _ = split_images(loader, calibration.seed)
-    assert [sum(map(len, batches)) for batches in parts.values()] == [24, 48, 24]
+    assert [sum(map(len, batches)) for batches in parts.values()] == [36, 36, 24]
     assert set(parts) == {"fit", "choose", "promise"}
     seen = Meter(model, parts, {}).mean(calibration.config, ("fit", "choose"))
     assert seen.gflops == pytest.approx(goal, rel=0.02)
@@ -226,7 +227,46 @@ def test_a_known_mean_is_not_measured_again(loader):
     meter = Meter(vit(), {"part": [loader[0][0]]}, {})
     config = ATMConfig(adapt="static", schedule=(2,) * 4)
     first = meter.mean(config, ("part",))
-    assert isinstance(first, Mean) and meter.mean(config, ("part",)) == first and meter.images == 24
+    assert isinstance(first, Mean) and meter.mean(config, ("part",)) == first
+    assert meter.images == 2 * 24  # without and with merging
+
+
+def test_the_hardest_images_are_those_that_change_most(loader):
+    parts, _ = split_images(loader, 0)
+    model, config = vit(), ATMConfig(adapt="static", schedule=(6,) * 4)
+    meter = Meter(model, parts, {})
+    kl = meter.measure(config, "fit").kl
+    before, search.AT_LEAST = search.AT_LEAST, 10
+    try:
+        meter.focus([config], ("fit",))
+    finally:
+        search.AT_LEAST = before
+    of_hardest = meter.measure(config, hardest("fit")).kl
+    assert len(of_hardest) == 10 and torch.allclose(of_hardest.sort().values, kl.sort().values[-10:], atol=1e-9)
+
+
+@pytest.mark.parametrize("adapt", ["batch", "image"])
+def test_the_change_is_told_at_the_cost_of_the_goal(adapt, loader):
+    """A configuration measured at two costs changes as much at a third; of a batch the r of images of chance hold."""
+    parts, _ = split_images(loader, 0)
+    model = vit()
+    meter = Meter(model, parts, {})
+    predictor = Predictor(model, (3, 40, 40), similarities(model, parts["fit"], ATMConfig()), True)
+    searched = Search(meter, predictor, adapt, True, None, 0, tqdm(disable=True))
+    goal, shape = 0.8 * whole(model), Shape((1.0,) * 4, adapt)
+    drawn = searched.sketched([shape], goal)
+    assert searched._slope < 0
+    near, far = (searched.measured(shape, share * goal, drawn[0][1]) for share in (0.98, 1.0))
+    assert near[1][1] > far[1][1] and near[0] > far[0]
+    at_goal = [
+        searched._change(found, searched.meter.mean(searched.config(found), ("fit",)), "fit", goal).change
+        for _, found in (near, far)
+    ]
+    assert at_goal[0] == pytest.approx(at_goal[1], rel=0.1)
+    if adapt == "batch":
+        mean = meter.mean(searched.config(far[1]), ("fit",))
+        schedule = ATMConfig(adapt="static", schedule=tuple(map(round, mean.merged)), **searched.meter.fields)
+        assert mean.merged[-1] == 0 and sum(schedule.schedule) > 0
 
 
 def test_the_command(tmp_path, small_search, capsys):
