@@ -4,6 +4,7 @@ import argparse
 import io
 import json
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict, replace
@@ -170,7 +171,9 @@ def run_calibrate(args: argparse.Namespace) -> dict[str, Any]:
     about |= {"split": args.split if data == DIGITS else None}
     notes = Path(f"{args.out}.partial")
     options = {"max_merging_blocks": args.max_merging_blocks, "backend": args.backend, "seed": args.seed}
+    begin = time.perf_counter()
     found = calibrate(model, loader, target, args.adapt, **options, notes=notes)
+    about["seconds"] = time.perf_counter() - begin
     source = f"atm-triton calibrate, {args.model} on {found.images} images of {data}"
     document = found.to_dict()
     document["config"] |= {"source": source}

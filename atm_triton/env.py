@@ -43,8 +43,11 @@ def check_file(option: str, path: Path) -> None:
 
 
 def write_result(path: Path, result: dict[str, Any]) -> None:
-    """Write ``result`` and its :func:`environment` as JSON."""
-    path.write_text(json.dumps({"environment": environment(), **result}, indent=1) + "\n")
+    """Write ``result`` and its :func:`environment` as JSON. Who reads the file meanwhile, or stops this, finds what it
+    held before."""
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    unfinished.write_text(json.dumps({"environment": environment(), **result}, indent=1) + "\n")
+    unfinished.replace(path)
 
 
 def _version(package: str) -> str | None:

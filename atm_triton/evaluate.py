@@ -43,7 +43,8 @@ class Evaluation:
     """``overall``, and ``deciles`` from the images that would keep the fewest tokens to those that would keep the most
     (empty where no threshold tells images apart); ``saved``: the share of the unpatched model's MACs, in [0, 1];
     ``top1_drop_se``: standard error of the difference in top-1, in points, from the images where the two differ;
-    ``tokens``: mean tokens that enter each block."""
+    ``tokens``: mean tokens that enter each block; ``gflops_all_tokens_last``: what it costs with a last block that
+    computes all its tokens, which changes no logit."""
 
     overall: Quality
     deciles: tuple[Quality, ...]
@@ -51,6 +52,7 @@ class Evaluation:
     saved: float
     top1_drop_se: float | None
     tokens: tuple[float, ...]
+    gflops_all_tokens_last: float
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -126,8 +128,9 @@ def evaluate(
 
 def compare(patched: VisionTransformer, images: Tensor, before: Tensor, number: int) -> dict[str, Tensor]:
     """A patched model on a batch, beside the logits ``before`` of the unpatched one. For each image: its ``class``,
-    whether they ``agree`` on it, ``kl``, ``macs``, ``gflops``, ``tokens`` that enter each block, those ``merged`` in it
-    and, where a threshold is at work, ``own_tokens``; on the host."""
+    whether they ``agree`` on it, ``kl``, ``macs``, ``gflops`` (``all_last``: with a last block that serves all its
+    tokens), ``tokens`` that enter each block, those ``merged`` in it and, where a threshold is at work, ``own_tokens``;
+    on the host."""
     parameter = next(patched.parameters())
     after = patched(images.to(parameter)).float().cpu()
     check_finite(after, "the merged model's logits", number)
@@ -139,6 +142,7 @@ def compare(patched: VisionTransformer, images: Tensor, before: Tensor, number: 
         "kl": _kl(before, after),
         "macs": _of_images(spent.macs, B),
         "gflops": _of_images(spent.paper_gflops, B),
+        "all_last": _of_images(cost_of_each(patched, record.all_served).paper_gflops, B),
         "tokens": torch.stack([_of_images(tokens, B) for tokens in record.tokens], dim=1),
         "merged": torch.stack([_of_images(r, B) for r in record.merged], dim=1),
     }
@@ -162,6 +166,7 @@ def _conclude(table: dict[str, Tensor], whole: Any) -> Evaluation:
         saved=1 - table["macs"].mean().item() / whole.macs,
         top1_drop_se=drop_se,
         tokens=tuple(table["tokens"].mean(0).tolist()),
+        gflops_all_tokens_last=table["all_last"].mean().item(),
     )
 
 

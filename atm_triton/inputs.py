@@ -1,5 +1,6 @@
 """Models and images by name: the digits that come with the package, or timm's models and folders of images."""
 
+from collections.abc import Iterator
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from PIL import Image
 from timm.data import create_loader, create_transform, resolve_model_data_config
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
@@ -96,19 +97,22 @@ class DigitImages(Dataset):
 
 
 class NamedImages(ImageFolder):
-    """torchvision's ImageFolder, whose errors say which file is to blame; grey for a model of one channel."""
+    """torchvision's ImageFolder, whose errors say which file is to blame; grey for a model of one channel. ``lenient``:
+    an image that cannot be read is (None, its path) instead."""
 
     def __init__(self, root: str, channels: int) -> None:
-        self.mode = "L" if channels == 1 else "RGB"
+        self.mode, self.lenient = "L" if channels == 1 else "RGB", False
         super().__init__(root, loader=self.open)
 
     def open(self, path: str) -> Image.Image:
         return Image.open(path).convert(self.mode)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+    def __getitem__(self, index: int) -> tuple[Tensor | None, int | str]:
         try:
             return super().__getitem__(index)
         except Exception as error:
+            if self.lenient:
+                return None, self.samples[index][0]
             raise ValueError(f"{self.samples[index][0]} is no readable image: {error}") from error
 
 
@@ -124,6 +128,29 @@ class AnyImages(NamedImages):
         return [(str(p), 0) for p in sorted(Path(directory).rglob("*")) if p.suffix.lower() in IMG_EXTENSIONS]
 
 
+class ReadableImages:
+    """Batches of a :class:`NamedImages` loader without the images that cannot be read. ``broken``: their paths, as far
+    as they have been met."""
+
+    def __init__(self, loader: DataLoader) -> None:
+        self.loader, self.dataset, self.broken = loader, loader.dataset, set()
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for images, labels, broken in self.loader:
+            self.broken.update(broken)
+            if len(images):
+                yield images, labels
+
+    @staticmethod
+    def collate(rows: list[tuple[Tensor | None, int | str]]) -> tuple[Tensor, Tensor, list[str]]:
+        good = [row for row in rows if row[0] is not None]
+        images, labels = default_collate(good) if good else (torch.empty(0), torch.empty(0))
+        return images, labels, [path for image, path in rows if image is None]
+
+
 def open_images(
     model: VisionTransformer,
     data: str = DIGITS,
@@ -134,15 +161,17 @@ def open_images(
     device: str = "cpu",
     labelled: bool = True,
     dealt: bool = False,
-) -> DataLoader:
+    lenient: bool = False,
+) -> DataLoader | ReadableImages:
     """Batches of (images [B, C, H, W], labels [B]), in the order of the folder, as the model wants them.
 
     Args:
         data: "digits", or a directory with one folder of images a class (as ImageNet's validation set).
         split: of the digits: "train", "calibration" or "test".
-        limit: take the first images alone; without labels as many as this, spread over the directory.
+        limit: as many images as this, of a directory spread over all of it.
         labelled: False: a directory may hold its images in any way, and what stands for labels means nothing.
         dealt: of several processes each gets its own batches.
+        lenient: leave out what cannot be read, as :class:`ReadableImages`, where it would else be an error.
 
     Raises:
         ValueError: bad numbers, or digits for a model of another shape; OSError: a directory without images.
@@ -160,10 +189,14 @@ def open_images(
         return DataLoader(mine, batch_size=batch_size)
     if not Path(data).is_dir():
         raise FileNotFoundError(f"directory {data} does not exist")
-    dataset = (_folders if labelled else _spread)(data, config["input_size"][0], limit)
+    dataset = (_folders if labelled else _anywhere)(data, config["input_size"][0])
+    if limit is not None and limit < len(dataset.samples):
+        every = len(dataset.samples) / limit
+        dataset.samples = [dataset.samples[int(number * every)] for number in range(limit)]
     if dealt:
         dataset.samples = [dataset.samples[i] for i in own_images(len(dataset.samples), batch_size)]
-    return create_loader(
+    dataset.lenient = lenient
+    loader = create_loader(
         dataset,
         batch_size=batch_size,
         is_training=False,
@@ -171,8 +204,10 @@ def open_images(
         num_workers=workers,
         persistent_workers=False,
         pin_memory=device != "cpu",
+        collate_fn=ReadableImages.collate if lenient else None,
         **{name: config[name] for name in TRANSFORM},
     )
+    return ReadableImages(loader) if lenient else loader
 
 
 def open_image(model: VisionTransformer, path: Path) -> Tensor:
@@ -191,22 +226,18 @@ def open_image(model: VisionTransformer, path: Path) -> Tensor:
     return create_transform(**{name: config[name] for name in TRANSFORM})(opened)
 
 
-def _folders(data: str, channels: int, limit: int | None) -> "NamedImages":
+def _folders(data: str, channels: int) -> "NamedImages":
     try:
         dataset = NamedImages(data, channels)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"directory {data} holds no folders of images: {error}") from error
-    dataset.samples = dataset.samples[:limit]
     return dataset
 
 
-def _spread(data: str, channels: int, limit: int | None) -> "AnyImages":
+def _anywhere(data: str, channels: int) -> "AnyImages":
     dataset = AnyImages(data, channels)
     if not dataset.samples:
         raise FileNotFoundError(f"directory {data} holds no images: want files that end in {', '.join(IMG_EXTENSIONS)}")
-    if limit is not None and limit < len(dataset.samples):
-        every = len(dataset.samples) / limit
-        dataset.samples = [dataset.samples[int(number * every)] for number in range(limit)]
     return dataset
 
 

@@ -67,7 +67,7 @@ def choose(
             raise TypeError(f"{what}={target!r} is no number")
     if not isinstance(name, str):
         raise TypeError(f"name={name!r} is no model's name; give one of timm's or of the paper's")
-    rows = [p for p in operating_points() if p.model == _paper_name(name) and p.fine_tuned == fine_tuned]
+    rows = [p for p in operating_points() if p.model == paper_name(name) and p.fine_tuned == fine_tuned]
     if not rows:
         raise ValueError(f"the paper has no fine-tuned points for {name!r} (Table A3: DeiT-T, DeiT-S, DeiT-B)")
     unmerged = next(p for p in rows if p.alpha is None)
@@ -85,7 +85,8 @@ def choose(
     return best, unmerged
 
 
-def _paper_name(name: str) -> str:
+def paper_name(name: str) -> str:
+    """What the paper calls a model of timm's name, ours or its own, with or without a tag."""
     names = {paper.lower(): paper for paper in PAPER_NAMES.values()} | PAPER_NAMES
     base = name.split(".")[0]
     found = names.get(name) or names.get(name.lower()) or (names.get(base) if base in PAPER_NAMES else None)

@@ -102,7 +102,7 @@ def _bench(options: argparse.ArgumentParser) -> None:
 
 def _eval(options: argparse.ArgumentParser) -> None:
     options.add_argument("--split", default="test", choices=SPLITS, help="of the digits")
-    options.add_argument("--limit", type=int, help="the first images alone; of a folder, in the order of its classes")
+    options.add_argument("--limit", type=int, help="as many images; of a folder spread over all of it")
     _workers(options)
 
 

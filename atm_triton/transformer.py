@@ -5,7 +5,7 @@ Nothing is kept between calls but a finished :class:`Record` of the last one, so
 
 import functools
 from collections.abc import Container
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -40,6 +40,11 @@ class Record:
     def queries(self) -> tuple[Number, ...]:
         """The tokens whose attention each block computes."""
         return self.tokens if self.leading is None else (*self.tokens[:-1], self.leading)
+
+    @property
+    def all_served(self) -> "Record":
+        """The same with a last block that computes all its tokens and merges none: it gives the same logits."""
+        return self if self.leading is None else replace(self, leading=None, rows=(*self.rows[:-1], self.tokens[-1]))
 
     @property
     def merged(self) -> tuple[Number, ...]:

@@ -1,4 +1,4 @@
-"""Write README's tables from the files in ``benchmarks/results/``: ``python -m benchmarks.readme``."""
+"""README's tables, from the files in ``benchmarks/results/``; ``python -m benchmarks.report`` writes them."""
 
 import json
 import re
@@ -132,7 +132,3 @@ def fill(text: str) -> str:
         content = table()
         text = pattern.sub(lambda match, content=content: f"{match[1]}{content}\n{match[2]}", text)
     return text
-
-
-if __name__ == "__main__":
-    README.write_text(fill(README.read_text()))

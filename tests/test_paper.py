@@ -1,14 +1,25 @@
-"""The paper's tables, and the page of models, in the small."""
+"""The paper's tables and figures, and the page of models, in the small."""
 
 import json
+import re
+import shlex
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
 
+from atm_triton import ATMConfig, apply_patch
+from atm_triton.inputs import digits_config, open_images, open_model
+from atm_triton.operating_points import operating_points
 from atm_triton.shapes import Predictor
 from benchmarks import zoo
 from benchmarks.paper import __main__ as paper
-from benchmarks.paper import figure4, flops, subject
-from benchmarks.paper.methods import NEAR, by_shapes, counted, of_baseline
+from benchmarks.paper import figure5, figure6, flops, methods, points, subject, table1, theorem1
+from benchmarks.paper.methods import NEAR, counted, nearest, of_baseline
 from models import images, vit
 
 
@@ -24,33 +35,200 @@ def test_flops_are_counted_as_published(tmp_path, monkeypatch, capsys):
     assert "Torch's counter differs: DeiT-T: 1,253,683,201, by torch 1,253,683,200." in flops.table(found)
 
 
-def test_figure4_measures_every_method_at_one_cost(tmp_path, monkeypatch, capsys):
+@pytest.fixture(autouse=True)
+def few_images_to_choose_by(monkeypatch):
     monkeypatch.setattr(subject, "CHOOSE_BY", 64)
-    arguments = ["figure4", "--limit", "8", "--shares", "0.4", "--workers", "0", "--out", str(tmp_path)]
-    assert paper.main(arguments) == 0
-    found = json.loads((tmp_path / "digits_figure4.json").read_text())
-    assert [row["method"] for row in found["rows"]] == list(figure4.STYLES)
+
+
+def run(name, out, *options):
+    """What an experiment makes of the digits."""
+    assert paper.main([name, "--workers", "0", "--out", str(out), *options]) == 0
+    return json.loads((out / f"digits_{name}.json").read_text())
+
+
+def test_figure4_measures_every_method_at_one_cost(tmp_path, monkeypatch, capsys):
+    options = ["--limit", "8", "--shares", "0.4"]
+    found = run("figure4", tmp_path, *options)
+    assert [row["method"] for row in found["rows"]] == list(methods.STYLES)
     for row in found["rows"]:
         assert 0.3 < 1 - row["overall"]["gflops"] / row["gflops_unpatched"] < 0.5, row["method"]
-        assert row["gflops_all_tokens_last"] > 0.9 * row["overall"]["gflops"] and row["overall"]["images"] == 8
+        assert row["gflops_all_tokens_last"] > row["overall"]["gflops"] and row["overall"]["images"] == 8
     assert (tmp_path / "digits_figure4.png").stat().st_size > 10_000
     assert "| atm, image |" in capsys.readouterr().out
 
-    monkeypatch.setattr(figure4, "at_cost", lambda *_: pytest.fail("measured again"))
-    assert paper.main([*arguments, "--resume"]) == 0
-    assert json.loads((tmp_path / "digits_figure4.json").read_text())["rows"] == found["rows"]
-    assert paper.main([*arguments, "--resume", "--batch-size", "4"]) == 2
-    assert "digits_figure4.json is of other settings or another commit; leave --resume out" in capsys.readouterr().err
+    path = tmp_path / "digits_figure4.json"
+    path.write_text(json.dumps(found | {"rows": found["rows"][:-1]}))  # as an interrupted run leaves it
+    at_cost, asked = methods.at_cost, []
+    monkeypatch.setattr(methods, "at_cost", lambda *about: asked.append(about[1]) or at_cost(*about))
+    assert run("figure4", tmp_path, *options, "--resume")["rows"] == found["rows"] and asked == ["atm, image"]
+    for text, message in (
+        (None, "digits_figure4.json was made with another batch_size; leave --resume out, or give another --out"),
+        ('{"rows": []}', "digits_figure4.json is no result of this experiment; give another --out"),
+        ('{"rows": [', "digits_figure4.json is no result of this experiment; give another --out"),
+    ):
+        path.write_text(text or path.read_text())
+        assert paper.main(["figure4", *options, "--out", str(tmp_path), "--resume", "--batch-size", "4"]) == 2
+        assert message in capsys.readouterr().err
 
 
-def test_figure7_shows_easy_and_hard_images_by_both_methods(tmp_path, monkeypatch):
-    monkeypatch.setattr(subject, "CHOOSE_BY", 64)
-    arguments = ["figure7", "--limit", "24", "--pictures", "2", "--blocks", "3", "9", "--workers", "0"]
-    assert paper.main([*arguments, "--out", str(tmp_path)]) == 0
-    easy, easy_tome, hard, hard_tome = json.loads((tmp_path / "digits_figure7.json").read_text())["rows"]
+def test_a_cost_that_a_method_cannot_have_is_said(tmp_path, capsys):
+    rows = run("table2", tmp_path, "--limit", "4", "--shares", "0.8")["rows"]
+    missing = {row["method"]: row["missing"] for row in rows if "missing" in row}
+    assert missing["evit"].startswith("no setting comes close to 0.0") and "tome" not in missing
+    assert f"| -80 % | evit | {missing['evit']} |" in capsys.readouterr().out
+    rows = run("figure6", tmp_path, "--limit", "4", "--shares", "0.97")["rows"]
+    assert len(rows) == 3 and all("missing" in row for row in rows)
+
+
+def test_the_stress_test_ends_where_top1_falls(tmp_path, monkeypatch, capsys):
+    """With a method that loses nothing up to -40 % and a point beyond."""
+    monkeypatch.setattr(table1, "STYLES", {"tome": "", "evit": ""})
+
+    def measured(of, method, goal):
+        share = 1 - goal / of.predictor.unmerged
+        quality = {"top1": 90 - (share > 0.4), "top1_unpatched": 90.0, "gflops": goal, "agreement": 99.0, "kl": 0.0}
+        about = {"gflops_unpatched": of.predictor.unmerged, "gflops_all_tokens_last": goal, "top1_drop_se": 0.0}
+        return {"missing": "no"} if method == "evit" else {"overall": quality | {"images": 4}, **about}
+
+    monkeypatch.setattr(table1, "measured_at", measured)
+    found = run("table1", tmp_path, "--limit", "4")
+    assert len(found["rows"]) == 2 * table1.STEPS
+    best = table1.best(found)
+    saved = 1 - best["tome"]["overall"]["gflops"] / best["tome"]["gflops_unpatched"]
+    assert best["evit"] is None and 0.4 - table1.MOST / 2**table1.STEPS < saved <= 0.4
+    assert "| evit | none of 6 settings keeps top-1 |" in capsys.readouterr().out
+    assert table1.best(run("table1", tmp_path, "--limit", "4", "--drop", "1"))["tome"]["share"] > 0.88
+
+
+def test_table3_splits_at_every_depth(tmp_path):
+    rows = run("table3", tmp_path, "--limit", "8")["rows"]
+    assert [(row["adapt"], row["split_depth"]) for row in rows] == [
+        (adapt, split) for adapt in ("batch", "image") for split in range(13)
+    ]
+    first, last = rows[0], rows[12]
+    assert first["settings"]["config"]["thresholds"] == last["settings"]["config"]["thresholds"]
+    assert first["overall"]["kl"] != last["overall"]["kl"]
+
+
+def test_table_a1_batches_anew(tmp_path, monkeypatch):
+    rows = run("tableA1", tmp_path, "--limit", "9", "--sizes", "4", "2")["rows"]
+    assert [(row["batch_size"], row["adapt"]) for row in rows] == [
+        (size, adapt) for size in (2, 4) for adapt in ("batch", "image")
+    ]
+    assert all(row["overall"]["images"] == 9 for row in rows)
+    assert rows[0]["overall"]["gflops"] != rows[2]["overall"]["gflops"]
+    assert rows[1]["overall"]["gflops"] == rows[3]["overall"]["gflops"]
+    assert rows[1]["overall"]["kl"] == pytest.approx(rows[3]["overall"]["kl"], abs=1e-9)
+
+    def out_of_memory(*_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(subject.Subject, "in_other_batches", out_of_memory)
+    rows = run("tableA1", tmp_path, "--limit", "4", "--sizes", "4")["rows"]
+    assert [row["missing"] for row in rows] == ["out of memory"] * 2
+
+
+def test_the_papers_points_stand_beside_ours(tmp_path, monkeypatch, capsys):
+    some = [p for p in operating_points() if p.model == "DeiT-S" and not p.fine_tuned][:3]
+    monkeypatch.setattr(points, "operating_points", lambda: some)
+    found = run("tablesA2-A5", tmp_path, "--limit", "8")
+    assert found["settings"]["points_of"] == "DeiT-S" and len(found["rows"]) == 2
+    assert found["rows"][0]["settings"]["config"]["alpha"] == some[1].alpha == found["rows"][0]["alpha"]
+    assert f"| {some[1].gflops:.2f}, {some[1].top1:.2f} % |" in capsys.readouterr().out
+
+
+def test_figure2_merges_in_one_block_alone(tmp_path, monkeypatch):
+    found = run("figure2", tmp_path, "--limit", "8", "--thetas", "0.9", "0.99")
+    rows = {(row["theta"], row["block"]): row for row in found["rows"]}
+    assert set(rows) == {(theta, block) for theta in (0.9, 0.99) for block in range(1, 12)}
+    for block in range(1, 12):
+        low, high = rows[0.9, block], rows[0.99, block]
+        assert low["merged"] >= high["merged"] and 0 <= high["loss"] < 2
+        assert (low["loss"] > 1e-9) == (low["merged"] > 0)
+    assert (tmp_path / "digits_figure2.png").stat().st_size > 10_000
+
+
+def test_figures_5_and_6_compare_schedules_at_one_cost(tmp_path):
+    rows = run("figure5", tmp_path, "--limit", "8", "--shares", "0.33")["rows"]
+    assert [row["method"] for row in rows] == list(figure5.STYLES)
+    constant, rising, falling = (row["settings"]["r"] for row in rows[:3])
+    assert len(set(constant)) == 1
+    assert {b - a for a, b in pairwise(rising) if a} == {1} == {a - b for a, b in pairwise(falling) if b}
+    assert all(0.25 < row["saved"] < 0.42 for row in rows)
+    assert rows[-1]["settings"]["config"]["split_depth"] == 12
+
+    bars = run("figure6", tmp_path, "--limit", "8")["rows"]
+    assert [row["method"] for row in bars] == list(figure6.COMPARED)
+    assert bars[0]["merged"] == constant[:-1]
+    for row in bars:
+        assert len(row["merged"]) == 11 and sum(row["merged"]) == pytest.approx(197 - row["tokens"][-1])
+    assert (tmp_path / "digits_figure6.png").stat().st_size > 10_000
+
+
+def test_theorem1_on_random_vectors_and_on_real_merges(tmp_path):
+    rows = run("theorem1", tmp_path, "--limit", "8")["rows"]
+    assert [row["vectors"] for row in rows] == ["random"] * 3 + ["merged"] * 11
+    assert all(row["outside"] == 0 for row in rows)
+    for row in rows[:3]:
+        assert row["pairs"] == theorem1.DRAWN and 1 - theorem1.SLACK < row["least_ratio"] < row["most_ratio"] <= 2
+    patched = apply_patch(open_model(), digits_config())
+    (batch,) = open_images(patched, limit=8)
+    with torch.inference_mode():
+        patched(batch[0])
+    assert [row["pairs"] for row in rows[3:]] == [8 * r for r in patched.blocks.last.merged[:-1]]
+
+
+def test_an_error_beyond_its_bounds_is_counted(monkeypatch):
+    x, y = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
+    n, m = torch.tensor([1.0]), torch.tensor([3.0])
+    error, scale, cosine = theorem1.merging_error(x, y, n, m)
+    middle = torch.tensor([1.0, 3.0], dtype=torch.float64) / 10**0.5
+    assert error.item() == pytest.approx((1 - middle[0]).item() + 3 * (1 - middle[1]).item())
+    assert scale.item() == pytest.approx(3 / 4) and cosine.item() == pytest.approx(0)
+    monkeypatch.setattr(theorem1, "merging_error", lambda *_: (3 * scale, scale, cosine))
+    assert theorem1.bounds(x, y, n, m)["outside"] == 1
+
+
+def test_figure7_shows_easy_and_hard_images_by_both_methods(tmp_path):
+    options = ["--limit", "24", "--pictures", "2", "--blocks", "3", "9"]
+    easy, easy_tome, hard, hard_tome = run("figure7", tmp_path, *options)["rows"]
     assert easy["gflops"] < hard["gflops"] and easy["left"] < hard["left"] and easy_tome["left"] == hard_tome["left"]
     assert "ATM" in easy["title"] and "ToMe, r = " in hard_tome["title"]
     assert (tmp_path / "digits_figure7.png").stat().st_size > 10_000
+
+
+@pytest.fixture(scope="module")
+def imagenet(tmp_path_factory):
+    """Directories as ImageNet's, with a folder for each of 1000 classes and an image in every one, one of them broken;
+    weights and thresholds for them."""
+    place = tmp_path_factory.mktemp("place")
+    for split in ("val", "train"):
+        for number in range(1000):
+            folder = place / "imagenet" / split / f"n{number:08}"
+            folder.mkdir(parents=True)
+            pixels = torch.randint(0, 255, (24, 32, 3), dtype=torch.uint8).numpy()
+            Image.fromarray(pixels).save(folder / "image.jpg")
+    (place / "imagenet" / "val" / "n00000250" / "image.jpg").write_bytes(b"no image")
+    torch.manual_seed(0)
+    save_file(timm.create_model("deit_tiny_patch16_224").state_dict(), place / "mine.safetensors")
+    thresholds = {"alpha": 0.9, "beta": 0.1, "theta_min": 0.5}
+    (place / "mine.json").write_text(ATMConfig(**thresholds).to_json())
+    return place
+
+
+def test_the_line_for_imagenet_in_readme(imagenet, monkeypatch, capsys):
+    """Word for word; what is added makes it short."""
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    (line,) = re.findall(r"^python -m benchmarks.paper figure4 --model .*$", text, re.MULTILINE)
+    monkeypatch.chdir(imagenet)
+    arguments = shlex.split(line, comments=True)[3:]
+    assert paper.main([*arguments, "--limit", "4", "--shares", "0.3", "--out", "."]) == 0
+    found = json.loads(Path("deit_tiny_patch16_224_figure4.json").read_text())
+    assert [row["method"] for row in found["rows"]] == list(methods.STYLES)
+    assert all(row["overall"]["images"] == 3 and row["overall"]["top1"] is not None for row in found["rows"])
+    assert found["not_read"] == [str(Path("imagenet/val/n00000250/image.jpg"))]
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == "1 images could not be read and were left out: imagenet/val/n00000250/image.jpg"
 
 
 def test_every_method_comes_close_to_the_cost():
@@ -64,10 +242,11 @@ def test_every_method_comes_close_to_the_cost():
             return images(1)
 
     for name, setting, values in (("tome", "r", range(1, 12)), ("pitome", "ratio", [1 - n / 50 for n in range(26)])):
-        costs = [counted(Wide(), of_baseline(name, **{setting: value})) for value in values]
+        ways = [of_baseline(name, **{setting: value}) for value in values]
+        costs = [counted(Wide(), way) for way in ways]
         assert costs == sorted(costs, reverse=True)
         for goal in (costs[0] * 2, costs[2], (costs[4] + 2 * costs[5]) / 3, 0.0):
-            way = by_shapes(Wide(), name, setting, list(values), goal)
+            way = nearest(Wide(), ways, goal)
             off = min(abs(cost - goal) for cost in costs)
             if off > NEAR * Wide.predictor.unmerged:
                 assert way is None
@@ -80,9 +259,23 @@ def test_every_method_comes_close_to_the_cost():
     [
         (["figure4", "--shares", "0.4", "0.4"], "benchmarks.paper: --shares wants each share once"),
         (["figure4", "--shares", "2"], "benchmarks.paper: --shares want numbers between 0 and 1"),
-        (["figure4", "--model", "deit_tiny_patch16_224"], "--config FILE: say ATM's thresholds for deit_tiny"),
+        (["figure4", "--model", "deit_tiny_patch16_224"], "deit_tiny_patch16_224 would have random weights"),
+        (
+            ["figure4", "--model", "deit_tiny_patch16_224", "--pretrained"],
+            "--config FILE: say ATM's thresholds for deit_tiny",
+        ),
         (["figure4", "--data", "somewhere"], "--choose-by DIR: say by which images settings are chosen"),
         (["figure7", "--pictures", "0"], "benchmarks.paper: --pictures wants 1 or more"),
+        (["figure7", "--resume"], "--resume: the pictures are made in one go; leave it out"),
+        (["figure2", "--thetas", "2"], "--thetas wants cosine similarities, -1 to 1, each once"),
+        (["table1", "--drop", "-1"], "--drop -1 is below 0; say how many points may be lost"),
+        (["tableA1", "--sizes", "0"], "--sizes wants each size once, 1 or more"),
+        (
+            ["tablesA2-A5", "--model", "vit_tiny_patch16_224", "--pretrained", "--config", "none.json"],
+            "the paper has no",
+        ),
+        (["table3", "--data", "nowhere", "--choose-by", "nowhere"], "directory nowhere does not exist"),
+        (["table3", "--data", "tests", "--choose-by", "tests"], "directory tests holds no"),
         (["flops", "--out", "none/here"], "benchmarks.paper: --out none/here/paper_flops.json"),
         (["table9"], "invalid choice: 'table9' (choose from"),
     ],

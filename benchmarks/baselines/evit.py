@@ -8,6 +8,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from atm_triton.block import Tokens
+from atm_triton.transformer import leading_tokens
 from benchmarks.baselines.base import Baseline, Plan, ReducingBlock, by_value, places
 
 
@@ -35,6 +36,8 @@ class EViT(Baseline):
     def check(self, model: VisionTransformer) -> None:
         if not model.has_class_token:
             raise ValueError(f"evit ranks tokens by the class token's attention; this {type(model).__name__} has none")
+        if leading_tokens(model) is None:
+            raise ValueError(f"evit drops patch tokens; this {type(model).__name__} makes its logits of all of them")
 
     def plan(self, block: ReducingBlock, q: Tensor, k: Tensor, tokens: Tokens) -> Plan | None:
         B, _, N, d = k.shape

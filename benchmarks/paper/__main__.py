@@ -3,35 +3,82 @@
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from atm_triton.env import check_file, write_result
 from atm_triton.errors import exit_code
-from benchmarks.paper import figure4, figure7, flops
+from benchmarks.paper import (
+    figure2,
+    figure4,
+    figure5,
+    figure6,
+    figure7,
+    flops,
+    points,
+    table1,
+    table2,
+    table3,
+    table_a1,
+    theorem1,
+)
+from benchmarks.paper.rows import Rows
+from benchmarks.paper.subject import Subject
 
 RESULTS = Path(__file__).parents[1] / "results"
-EXPERIMENTS = {"flops": flops, "figure4": figure4, "figure7": figure7}
+EXPERIMENTS = {  # of a model and its images
+    "table1": table1,
+    "table2": table2,
+    "table3": table3,
+    "tableA1": table_a1,
+    "tablesA2-A5": points,
+    "figure2": figure2,
+    "figure4": figure4,
+    "figure5": figure5,
+    "figure6": figure6,
+    "figure7": figure7,
+    "theorem1": theorem1,
+}
 
 
 def run(args: argparse.Namespace) -> None:
-    out = args.out / f"{args.model if hasattr(args, 'model') else 'paper'}_{args.name}.json"
+    if args.name == "flops":
+        out = args.out / "paper_flops.json"
+        check_file("--out", out)
+        result = flops.measure()
+        print(flops.table(result))
+        write_result(out, result)
+        return
+    out = args.out / f"{args.model}_{args.name}.json"
     check_file("--out", out)
-    result = args.experiment.measure(args, out)
+    settings = args.experiment.settings(args)
+    rows = Rows(out, {**Subject.settings(args), **settings}, args.resume)
+    subject = Subject(args)
+    args.experiment.measure(subject, rows, args)
+    result = rows.result() | {"not_read": sorted(subject.broken)}
     print(args.experiment.table(result))
     write_result(out, result)
     if hasattr(args.experiment, "plot"):
         args.experiment.plot(result, out.with_suffix(".png"))
+    if subject.broken:
+        print(f"{len(subject.broken)} images could not be read and were left out: {', '.join(sorted(subject.broken))}")
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.paper", description=__doc__.split(": ")[1])
-    names = parser.add_subparsers(dest="name", required=True)
+    names = parser.add_subparsers(dest="name", required=True, metavar="NAME")
+    _add(names, "flops", flops, [])
     for name, experiment in EXPERIMENTS.items():
-        text = experiment.__doc__.splitlines()[0]
-        options = names.add_parser(name, help=text, description=text, parents=[experiment.arguments()])
-        options.add_argument("--out", type=Path, default=RESULTS, help="the directory for the result")
+        options = _add(names, name, experiment, [experiment.arguments()])
         options.set_defaults(experiment=experiment)
     args = parser.parse_args(argv)
     return exit_code("benchmarks.paper", lambda: run(args))
+
+
+def _add(names: Any, name: str, experiment: Any, parents: list[argparse.ArgumentParser]) -> argparse.ArgumentParser:
+    text = experiment.__doc__.splitlines()[0]
+    options = names.add_parser(name, help=text, description=text, parents=parents)
+    options.add_argument("--out", type=Path, default=RESULTS, help="the directory for the result")
+    return options
 
 
 if __name__ == "__main__":

@@ -4,16 +4,15 @@ Easy is an image that keeps few tokens by its own count. Merged patches have the
 """
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from atm_triton import apply_patch
 from atm_triton.evaluate import share
 from atm_triton.visualize import Picture, draw, picture
-from benchmarks.paper.figure4 import configurations
-from benchmarks.paper.methods import by_shapes, by_similarity, shape_of
+from benchmarks.paper.cells import markdown
+from benchmarks.paper.methods import at_cost
+from benchmarks.paper.rows import Rows
 from benchmarks.paper.subject import Subject, options
 
 SAVED = 0.5
@@ -21,36 +20,48 @@ SAVED = 0.5
 
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False, parents=[options()])
-    parser.add_argument("--config", type=Path, help='ATM\'s thresholds, of "atm-triton calibrate"')
     parser.add_argument("--pictures", type=int, default=4, help="images shown, from easy to hard (4)")
     parser.add_argument("--blocks", type=int, nargs="+", default=[2, 4, 6, 8, 11], help="after which (2 4 6 8 11)")
     return parser
 
 
-@torch.inference_mode()
-def measure(args: argparse.Namespace, out: Path) -> dict[str, Any]:
-    """Tokens left and cost of every picture; the pictures go beside ``out``."""
+def settings(args: argparse.Namespace) -> dict[str, Any]:
     if args.pictures < 1:
         raise ValueError("--pictures wants 1 or more")
-    config = configurations(args)["image"]
-    subject = Subject(args)
-    goal = subject.goal(SAVED)
-    depth = len(subject.model.blocks)
-    config = by_similarity(subject, shape_of(config, depth, "image"), goal)
-    ours = apply_patch(share(subject.model), config)
-    tome = by_shapes(subject, "tome", "r", list(range(1, subject.predictor.N)), goal)
-    theirs = tome.patch(share(subject.model))
-    images = torch.cat([x for x, _ in subject.test])
-    kept = torch.cat([_tokens(ours, x) for x in images.split(64)])
+    if args.resume:
+        raise ValueError("--resume: the pictures are made in one go; leave it out")
+    return {"saved": SAVED, "pictures": args.pictures, "blocks": args.blocks}
+
+
+@torch.inference_mode()
+def measure(subject: Subject, rows: Rows, args: argparse.Namespace) -> None:
+    """Tokens left and cost of every picture; the pictures go beside the result."""
+    goal, (ours, theirs) = subject.goal(SAVED), ("atm, image", "tome")
+    ways = {method: at_cost(subject, method, goal) for method in (ours, theirs)}
+    if None in ways.values():
+        raise ValueError(f"ATM and ToMe do not both come close to {goal:.4g} GFLOPs with these thresholds")
+    models = {method: way.patch(share(subject.model)) for method, way in ways.items()}
+    kept = torch.cat([_tokens(models[ours], images) for images, _ in subject.test])
     order = kept.argsort(stable=True)
     chosen = [int(order[round((len(order) - 1) * at)]) for at in torch.linspace(0.02, 0.98, args.pictures).tolist()]
-    rows: list[Picture] = []
+    images = _numbered(subject, set(chosen))
+    names = {ours: "ATM", theirs: f"ToMe, r = {ways[theirs].settings['r']}"}
+    pictures: list[Picture] = []
     for number in chosen:
-        for name, model in (("ATM", ours), (f"ToMe, r = {tome.settings['r']}", theirs)):
-            rows.append(picture(model, images[number], tuple(args.blocks), f"image {number}, {name}"))
-    draw(rows, out.with_suffix(".png"))
-    about = {**subject.about, "saved": SAVED, "blocks": args.blocks}
-    return {"settings": about, "rows": [{"title": r.title, "gflops": r.gflops, "left": r.left} for r in rows]}
+        for method, model in models.items():
+            shown = picture(model, images[number], tuple(args.blocks), f"image {number}, {names[method]}")
+            pictures.append(shown)
+            rows.add({"title": shown.title}, lambda shown=shown: {"gflops": shown.gflops, "left": shown.left})
+    draw(pictures, rows.path.with_suffix(".png"))
+
+
+def _numbered(subject: Subject, wanted: set[int]) -> dict[int, torch.Tensor]:
+    """Images [C, H, W] by their place among those to judge by."""
+    found, first = {}, 0
+    for images, _ in subject.test:
+        found |= {number: images[number - first] for number in wanted if first <= number < first + len(images)}
+        first += len(images)
+    return found
 
 
 def _tokens(model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
@@ -61,8 +72,5 @@ def _tokens(model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
 
 def table(result: dict[str, Any]) -> str:
     """In Markdown."""
-    blocks = " | ".join(f"after block {block}" for block in result["settings"]["blocks"])
-    lines = [f"| tokens left | GFLOPs | {blocks} |", "|---" * (len(result["settings"]["blocks"]) + 2) + "|"]
-    for row in result["rows"]:
-        lines.append(f"| {row['title']} | {row['gflops']:.3f} | " + " | ".join(map(str, row["left"])) + " |")
-    return "\n".join(lines)
+    head = ["tokens left", "GFLOPs", *(f"after block {block}" for block in result["settings"]["blocks"])]
+    return markdown(head, [[r["title"], f"{r['gflops']:.3f}", *map(str, r["left"])] for r in result["rows"]])

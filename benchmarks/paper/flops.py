@@ -5,8 +5,6 @@ and ToMe's GMACs follow from the architectures by hand. Our counts come from sha
 counter, unmerged and merged.
 """
 
-import argparse
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -39,11 +37,7 @@ TOME_ON_DEIT_S = {8: 3.416, 11: 2.986, 13: 2.703, 16: 2.291}  # GMACs by r of ev
 TOME_ON_VIT_L_384 = {8: 377, 16: 177, 22: 27, 24: 8}  # tokens that are left by the number of blocks that merge 25
 
 
-def arguments() -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(add_help=False)
-
-
-def measure(args: argparse.Namespace, out: Path) -> dict[str, Any]:
+def measure() -> dict[str, Any]:
     """All figures; those of a model with random weights on one image."""
     models = [_model_row(name, *entry) for name, entry in tqdm(MODELS.items(), desc="models", unit="model")]
     tome = [_tome_row(r, published) for r, published in TOME_ON_DEIT_S.items()]

@@ -5,6 +5,7 @@ where it hangs on similarities, the images to choose by do. Labels are not used.
 or for ATM as it was calibrated, which is more search than the others get.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,29 +21,37 @@ from benchmarks.baselines import baseline
 from benchmarks.paper.subject import Subject
 
 NEAR = 0.03  # of the unmerged model's cost: a method that comes no nearer is left out
+STYLES = {
+    "tome": "C1s--",
+    "threshold": "C2v--",
+    "evit, fused": "C3^--",
+    "evit": "C3^:",
+    "mctf": "C4D--",
+    "pitome": "C5P--",
+    "atm, batch": "C0o--",
+    "atm, image": "C0o-",
+}
 
 
 @dataclass(frozen=True)
 class Way:
     """A method with settings; ``patch`` puts it into a model, whose last block serves the class token alone."""
 
-    name: str
     settings: dict[str, Any]
     patch: Patch
 
 
 def of_baseline(name: str, **settings: Any) -> Way:
-    return Way(name, settings, baseline(name, cls_only_last=True, **settings).apply)
+    return Way(settings, baseline(name, cls_only_last=True, **settings).apply)
 
 
-def of_config(name: str, config: ATMConfig) -> Way:
-    return Way(name, {"config": asdict(config)}, lambda model: apply_patch(model, config))
+def of_config(config: ATMConfig) -> Way:
+    return Way({"config": asdict(config)}, lambda model: apply_patch(model, config))
 
 
-def by_shapes(subject: Subject, name: str, setting: str, values: list[Any], goal: float, **fixed: Any) -> Way | None:
-    """The setting among ``values``, from the dearest to the cheapest, that comes closest to ``goal``; None if none is
-    near."""
-    ways = [of_baseline(name, **fixed, **{setting: value}) for value in values]
+def nearest(subject: Subject, ways: list[Way], goal: float) -> Way | None:
+    """The way among ``ways``, from the dearest to the cheapest, whose cost comes closest to ``goal``; None if none is
+    near. Their costs hang on the shape of an image alone."""
     first, last = 0, len(ways) - 1
     while last - first > 1:
         middle = (first + last) // 2
@@ -59,37 +68,62 @@ def counted(subject: Subject, way: Way) -> float:
     return summary(model).paper_gflops
 
 
-def by_similarity(subject: Subject, shape: Shape, goal: float) -> ATMConfig:
-    """Thresholds of a shape, scaled until the images to choose by cost ``goal``."""
+def by_similarity(subject: Subject, shape: Shape, goal: float) -> Way | None:
+    """Thresholds of a shape, scaled until the images to choose by cost ``goal``; None if none do."""
     search = subject.search(shape.adapt)
     met = search.meet(shape, goal, None, None, SEEN)
-    if met is None:
-        raise ValueError(f"{goal:.4g} GFLOPs cannot be met by these thresholds")
-    return search.config((shape, met[0]))
+    return None if met is None else of_config(search.config((shape, met[0])))
 
 
-def shape_of(config: ATMConfig, depth: int, adapt: str) -> Shape:
+def shape_of(subject: Subject, config: ATMConfig, adapt: str) -> Shape:
     """The shape of thresholds, for either way to adapt."""
-    thetas = [config.theta(block, depth) for block in range(1, depth + 1)]
+    thetas = [config.theta(block, subject.depth) for block in range(1, subject.depth + 1)]
     weights = tuple(None if theta is None else 1 - theta for theta in thetas)
-    return Shape(weights, adapt, config.split_depth, config.proportional_attention is not False)
+    knows_sizes = config.proportional_attention
+    return Shape(weights, adapt, config.split_depth, subject.proportional if knows_sizes is None else knows_sizes)
 
 
-def at_cost(subject: Subject, goal: float, configs: dict[str, ATMConfig]) -> list[Way]:
-    """Every method at ``goal`` GFLOPs; ``configs``: ATM's thresholds for "batch" and for "image", to be scaled."""
-    depth, tokens = len(subject.model.blocks), subject.predictor.N
-    counts, ratios = list(range(1, tokens)), [1 - step / 400 for step in range(1, 201)]
-    rates = [1 - step / 200 for step in range(1, 200)]
-    constant = by_similarity(subject, Shape((1.0,) * depth, "batch", depth), goal)
-    ways = [
-        by_shapes(subject, "tome", "r", counts, goal),
-        of_baseline("threshold", theta=constant.thresholds[0]),
-        by_shapes(subject, "evit", "keep_rate", rates, goal),
-        by_shapes(subject, "evit", "keep_rate", rates, goal, fuse_token=False),
-        by_shapes(subject, "mctf", "r", counts, goal),
-        by_shapes(subject, "pitome", "ratio", ratios, goal),
-    ]
-    for adapt, config in configs.items():
-        found = by_similarity(subject, shape_of(config, depth, adapt), goal)
-        ways.append(of_config(f"atm, {adapt}", found))
-    return [way for way in ways if way is not None]
+def constant_threshold(subject: Subject, goal: float) -> Way | None:
+    shape = Shape((1.0,) * subject.depth, "batch", subject.depth, subject.proportional)
+    found = by_similarity(subject, shape, goal)
+    if found is None:
+        return None
+    thetas = [theta for theta in found.settings["config"]["thresholds"] if theta is not None]
+    return of_baseline("threshold", theta=thetas[0])
+
+
+def at_cost(subject: Subject, method: str, goal: float) -> Way | None:
+    """A method of :data:`STYLES` at ``goal`` GFLOPs; None if it cannot be there.
+
+    Raises:
+        ValueError: the model has nothing that the method goes by.
+    """
+    ratios, rates = ([1 - step / steps for step in range(1, last)] for steps, last in ((400, 201), (200, 200)))
+    candidates: dict[str, Callable[[], list[Way]]] = {
+        "tome": lambda: [of_baseline("tome", r=r) for r in range(1, subject.predictor.N)],
+        "evit, fused": lambda: [of_baseline("evit", keep_rate=rate) for rate in rates],
+        "evit": lambda: [of_baseline("evit", keep_rate=rate, fuse_token=False) for rate in rates],
+        "mctf": lambda: [of_baseline("mctf", r=r) for r in range(1, subject.predictor.N)],
+        "pitome": lambda: [of_baseline("pitome", ratio=ratio) for ratio in ratios],
+    }
+    if method in candidates:
+        return nearest(subject, candidates[method](), goal)
+    if method == "threshold":
+        return constant_threshold(subject, goal)
+    adapt = method.removeprefix("atm, ")
+    return by_similarity(subject, shape_of(subject, subject.configs[adapt], adapt), goal)
+
+
+def measured_at(subject: Subject, method: str, goal: float) -> dict[str, Any]:
+    """The row of a method at a cost, or why there is none."""
+    try:
+        way = at_cost(subject, method, goal)
+    except ValueError as error:
+        return {"missing": str(error)}
+    if way is None:
+        return {"missing": f"no setting comes close to {goal:.4g} GFLOPs"}
+    return measured(subject, way, f"{method} {way.settings}")
+
+
+def measured(subject: Subject, way: Way, title: str) -> dict[str, Any]:
+    return {"settings": way.settings, **subject.outcome(way.patch, title).to_dict()}

@@ -1,67 +1,144 @@
 """What an experiment measures: a model, images to choose settings by, and images to judge by."""
 
 import argparse
-from itertools import islice
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from atm_triton import ATMConfig
 from atm_triton.calibrate import split_images
 from atm_triton.evaluate import Evaluation, Patch, evaluate, unpatched_logits
-from atm_triton.inputs import DIGITS, check_device, labels_fit, open_images, open_model
+from atm_triton.inputs import DIGITS, check_device, digits_config, labels_fit, open_images, open_model
 from atm_triton.options import DTYPES, data_options, model_options
+from atm_triton.patch import settled
 from atm_triton.search import Meter, similarities
 from atm_triton.shapes import Predictor
 from benchmarks.calibration import Bench
 
 CHOOSE_BY = 512  # images
+BATCH_SIZE = 64
 
 
 def options() -> argparse.ArgumentParser:
     """The options of every experiment that runs a model."""
     parser = argparse.ArgumentParser(add_help=False, parents=[model_options(), data_options()])
-    parser.add_argument("--limit", type=int, help="judge by the first images alone")
+    parser.add_argument("--limit", type=int, help="judge by so many images, spread over all of them")
     parser.add_argument("--choose-by", help="a directory of images to choose settings by (the digits: their own split)")
+    parser.add_argument("--config", type=Path, help='ATM\'s thresholds, of "atm-triton calibrate"')
     parser.add_argument("--workers", type=int, default=2, help="processes that load images")
     parser.add_argument("--resume", action="store_true", help="go on with what --out holds of the same run")
     return parser
 
 
+def shares(default: tuple[float, ...]) -> argparse.ArgumentParser:
+    """The option of an experiment that compares at given costs."""
+    parser = argparse.ArgumentParser(add_help=False, parents=[options()])
+    parser.add_argument("--shares", type=float, nargs="+", default=list(default), help="of the FLOPs to save")
+    return parser
+
+
+def check_shares(given: list[float]) -> dict[str, Any]:
+    if any(not 0 < share < 1 for share in given):
+        raise ValueError("--shares want numbers between 0 and 1")
+    if len(set(given)) < len(given):
+        raise ValueError("--shares wants each share once")
+    return {"shares": given}
+
+
 class Subject(Bench):
-    """A model in eval mode with its images."""
+    """A model in eval mode with its images. Images that cannot be read are left out, their paths are in ``broken``."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         check_device(args.device)
-        data, size = args.data or DIGITS, 64 if args.batch_size is None else args.batch_size
-        if args.model != DIGITS and args.checkpoint is None and not args.pretrained:
-            raise ValueError(f"{args.model} would have random weights: give --checkpoint FILE or --pretrained")
-        if data != DIGITS and args.choose_by is None:
-            raise ValueError("--choose-by DIR: say by which images settings are chosen; others than those of --data")
+        self.data = args.data or DIGITS
+        self.configs = configurations(args)
         model = open_model(args.model, args.checkpoint, args.pretrained, **args.model_kwargs)
         self.model = model.to(args.device, DTYPES[args.dtype])
-        opened = {"batch_size": size, "workers": args.workers, "device": args.device}
-        chosen = args.choose_by or DIGITS
-        calibration = open_images(self.model, chosen, "calibration", CHOOSE_BY, labelled=False, **opened)
-        self.loader = list(calibration)
-        self.test = list(open_images(self.model, data, "test", args.limit, **opened))
-        self.labelled = labels_fit(open_images(self.model, data, "test", args.limit, **opened), self.model)
+        for config in self.configs.values():
+            config.check_depth(self.depth)
+        self._opened = {"workers": args.workers, "device": args.device, "lenient": True}
+        self._limit, size = args.limit, _batch_size(args)
+        chosen = open_images(
+            self.model, args.choose_by or DIGITS, "calibration", CHOOSE_BY, size, labelled=False, **self._opened
+        )
+        self.loader = list(chosen)
+        self.test = self.in_batches(size)
+        self.labelled = labels_fit(self.test, self.model)
+        self._loaders = [loader for loader in (chosen, self.test) if hasattr(loader, "broken")]
+        if self.data == DIGITS:
+            self.test = list(self.test)
         self.base = unpatched_logits(self.model, self.test, "unpatched")
+        if not self.base:
+            raise ValueError(f"--data {self.data}: none of its images can be read")
         parts, _ = split_images(self.loader, seed=0)
         self.meter = Meter(self.model, parts, {"cls_only_last": True, "backend": "auto"})
         found = similarities(self.model, parts["fit"], ATMConfig())
         self.predictor = Predictor(self.model, self.image_shape, found, cls_only_last=True)
-        self.about = {"model": args.model, "model_kwargs": args.model_kwargs, "data": data, "choose_by": chosen}
-        self.about |= {"checkpoint": str(args.checkpoint), "pretrained": args.pretrained}
-        self.about |= {"limit": args.limit, "batch_size": size, "dtype": args.dtype}
+
+    @staticmethod
+    def settings(args: argparse.Namespace) -> dict[str, Any]:
+        """What tells a run from another; refuses what cannot be meant."""
+        if args.model != DIGITS and args.checkpoint is None and not args.pretrained:
+            raise ValueError(f"{args.model} would have random weights: give --checkpoint FILE or --pretrained")
+        if args.data not in (None, DIGITS) and args.choose_by is None:
+            raise ValueError("--choose-by DIR: say by which images settings are chosen; others than those of --data")
+        about = {name: getattr(args, name) for name in ("model", "model_kwargs", "pretrained", "limit", "dtype")}
+        about |= {"data": args.data or DIGITS, "choose_by": args.choose_by or DIGITS, "batch_size": _batch_size(args)}
+        about["checkpoint"] = None if args.checkpoint is None else str(args.checkpoint)
+        return about | {"configs": {name: asdict(config) for name, config in configurations(args).items()}}
+
+    @property
+    def depth(self) -> int:
+        return len(self.model.blocks)
+
+    @property
+    def broken(self) -> set[str]:
+        return {path for loader in self._loaders for path in loader.broken}
 
     @property
     def image_shape(self) -> tuple[int, ...]:
-        return tuple(self.test[0][0].shape[1:])
+        return tuple(self.loader[0][0].shape[1:])
+
+    @property
+    def proportional(self) -> bool:
+        """Whether attention knows sizes, where nothing else is said."""
+        return settled(ATMConfig(), self.model).proportional_attention
+
+    def in_batches(self, size: int) -> Iterable[tuple[Tensor, Tensor]]:
+        """The images to judge by in batches of another size."""
+        return open_images(self.model, self.data, "test", self._limit, size, **self._opened)
 
     def image(self) -> Tensor:
         """One image [1, C, H, W], to count by."""
-        images = next(islice(self.loader, 1))[0]
-        return images[:1].to(next(self.model.parameters()))
+        return self.loader[0][0][:1].to(next(self.model.parameters()))
 
     def outcome(self, how: ATMConfig | Patch, title: str) -> Evaluation:
-        return evaluate(self.model, self.test, how, self.base, self.labelled, title)
+        return evaluate(self.model, self.test, how, self.base, self.labelled, title[:40])
+
+    def in_other_batches(self, size: int, config: ATMConfig, title: str) -> Evaluation:
+        batches = list(self.in_batches(size)) if self.data == DIGITS else self.in_batches(size)
+        if self.data == DIGITS:
+            base = list(torch.cat(self.base).split(size))
+        else:
+            base = unpatched_logits(self.model, batches, f"unpatched, {title}")
+        return evaluate(self.model, batches, config, base, self.labelled, title)
+
+
+def _batch_size(args: argparse.Namespace) -> int:
+    return BATCH_SIZE if args.batch_size is None else args.batch_size
+
+
+def configurations(args: argparse.Namespace) -> dict[str, ATMConfig]:
+    """ATM's thresholds for either way to adapt."""
+    if args.config is not None:
+        given = ATMConfig.from_json(args.config.read_text())
+        if given.adapt == "static":
+            raise ValueError(f"--config {args.config} is a schedule; want thresholds")
+        return {"batch": given, "image": given}
+    if args.model != DIGITS:
+        raise ValueError(f"--config FILE: say ATM's thresholds for {args.model}; atm-triton calibrate finds them")
+    return {adapt: digits_config(adapt) for adapt in ("batch", "image")}

@@ -1,0 +1,39 @@
+"""What the Markdown tables of several experiments have in common."""
+
+from typing import Any
+
+
+def percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f} %"
+
+
+def drop(row: dict[str, Any]) -> str:
+    """Top-1 and how far it is from the unpatched model's, with the standard error of the difference."""
+    quality = row["overall"]
+    if quality["top1"] is None:
+        return "-"
+    return f"{quality['top1']:.2f} % ({quality['top1'] - quality['top1_unpatched']:+.2f} ± {row['top1_drop_se']:.2f})"
+
+
+def saved(row: dict[str, Any]) -> str:
+    """The share of GFLOPs saved, and with a last block that computes all its tokens."""
+    whole = row["gflops_unpatched"]
+    costs = row["overall"]["gflops"], row["gflops_all_tokens_last"]
+    with_all, alone = (100 * (1 - cost / whole) for cost in reversed(costs))
+    return f"-{alone:.1f} % (all tokens last: -{with_all:.1f} %)"
+
+
+def about(rows: list[dict[str, Any]]) -> str:
+    """The images, and the model without merging."""
+    row = next((row for row in rows if "overall" in row), None)
+    if row is None:
+        return "nothing measured"
+    quality = row["overall"]
+    return (
+        f"{quality['images']} images; unpatched {row['gflops_unpatched']:.3f} GFLOPs, "
+        f"top-1 {percent(quality['top1_unpatched'])}"
+    )
+
+
+def markdown(head: list[str], body: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *body))

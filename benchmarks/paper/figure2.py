@@ -1,0 +1,96 @@
+"""Figure 2: how much of the final class token is lost if one block alone merges, by block and threshold.
+
+The loss is the cosine distance between what the head reads (the class token, or the mean of the patch tokens where a
+model pools) with and without merging, for every image by its own count.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+from tqdm import tqdm
+
+from atm_triton import ATMConfig, apply_patch
+from atm_triton.evaluate import share
+from benchmarks.paper.cells import markdown
+from benchmarks.paper.rows import Rows
+from benchmarks.paper.subject import Subject, options
+
+THETAS = (0.8, 0.85, 0.9, 0.95)
+
+
+def arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False, parents=[options()])
+    parser.add_argument("--thetas", type=float, nargs="+", default=list(THETAS), help="thresholds (0.8 to 0.95)")
+    return parser
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    if not all(-1 <= theta <= 1 for theta in args.thetas) or len(set(args.thetas)) < len(args.thetas):
+        raise ValueError("--thetas wants cosine similarities, -1 to 1, each once")
+    return {"thetas": args.thetas}
+
+
+def measure(subject: Subject, rows: Rows, args: argparse.Namespace) -> None:
+    original, merging = [_read(subject.model, images) for images, _ in subject.test], subject.predictor.merging
+    bar = tqdm(total=merging * len(args.thetas), desc="figure2", unit="block")
+    for theta in args.thetas:
+        for block in range(1, merging + 1):
+            key = {"theta": theta, "block": block}
+            rows.add(key, lambda key=key: _loss(subject, original, **key))
+            bar.update()
+
+
+@torch.inference_mode()
+def _read(model: VisionTransformer, images: Tensor) -> Tensor:
+    """[B, C]: what the head makes its logits of."""
+    features = model.forward_features(images.to(next(model.parameters())))
+    return model.forward_head(features, pre_logits=True).double().cpu()
+
+
+def _loss(subject: Subject, original: list[Tensor], theta: float, block: int) -> dict[str, Any]:
+    thresholds = tuple(theta if number == block else None for number in range(1, subject.depth + 1))
+    model = apply_patch(share(subject.model), ATMConfig(adapt="image", thresholds=thresholds))
+    lost, merged = [], []
+    for (images, _), before in zip(subject.test, original, strict=True):
+        lost.append(1 - F.cosine_similarity(_read(model, images), before))
+        record = model.blocks.last
+        merged.append(torch.as_tensor(record.merged[block - 1]).double().expand(len(images)).cpu())
+    lost, merged = torch.cat(lost), torch.cat(merged)
+    error = (lost.std(correction=0) / len(lost) ** 0.5).item()
+    return {"images": len(lost), "loss": lost.mean().item(), "loss_se": error, "merged": merged.mean().item()}
+
+
+def table(result: dict[str, Any]) -> str:
+    """In Markdown: loss, and the tokens that merge for it."""
+    thetas = result["settings"]["thetas"]
+    by_key = {(row["theta"], row["block"]): row for row in result["rows"]}
+    head = [f"{result['rows'][0]['images']} images: block", *(f"theta {theta:g}: loss (merged)" for theta in thetas)]
+    body = []
+    for block in sorted({row["block"] for row in result["rows"]}):
+        cells = [by_key[theta, block] for theta in thetas]
+        body.append([str(block), *(f"{cell['loss']:.1e} ({cell['merged']:.1f})" for cell in cells)])
+    return markdown(head, body)
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """A line for each threshold, and bars for their mean."""
+    figure = Figure(figsize=(5.5, 3.6), layout="constrained")
+    panel = figure.subplots()
+    blocks = sorted({row["block"] for row in result["rows"]})
+    lines = {theta: [] for theta in result["settings"]["thetas"]}
+    for row in sorted(result["rows"], key=lambda row: row["block"]):
+        lines[row["theta"]].append(row["loss"])
+    panel.bar(blocks, [sum(of_block) / len(lines) for of_block in zip(*lines.values(), strict=True)], color="0.85")
+    for theta, losses in lines.items():
+        panel.plot(blocks, losses, marker=".", label=f"theta = {theta:g}")
+    panel.set_yscale("log")
+    panel.set_xlabel("the one block that merges")
+    panel.set_ylabel("cosine distance of the final class token")
+    panel.legend(fontsize=7)
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,79 @@
+"""Figure 5: schedules of merging, all with alternate groups: a constant, rising or falling r, one threshold, and
+thresholds that fall with depth.
+
+A rising r grows by one from block to block, a falling one shrinks by one, as in the paper. The thresholds that fall are
+those of --config (the digits: the shipped ones), scaled to the cost.
+"""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.paper import figure4
+from benchmarks.paper.methods import (
+    Way,
+    by_similarity,
+    constant_threshold,
+    measured,
+    nearest,
+    of_baseline,
+    shape_of,
+)
+from benchmarks.paper.rows import Rows
+from benchmarks.paper.subject import Subject, check_shares, shares
+
+SHARES = (0.2, 0.3, 0.4, 0.5, 0.6)
+STYLES = {
+    "constant r": "C1s-",
+    "increasing r": "C2^-",
+    "decreasing r": "C3v-",
+    "constant threshold": "C4D-",
+    "layer-dependent thresholds": "C0o-",
+}
+
+
+def arguments() -> argparse.ArgumentParser:
+    return shares(SHARES)
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    return check_shares(args.shares)
+
+
+def schedule(subject: Subject, name: str, goal: float) -> Way | None:
+    """The way of this name at a cost; None if it cannot be there."""
+    if name == "constant threshold":
+        return constant_threshold(subject, goal)
+    if name == "layer-dependent thresholds":
+        shape = replace(shape_of(subject, subject.configs["batch"], "batch"), split_depth=subject.depth)
+        return by_similarity(subject, shape, goal)
+    slope = {"constant r": 0, "increasing r": 1, "decreasing r": -1}[name]
+    depth = subject.depth
+    ramps = [
+        [max(first + slope * block, 0) for block in range(depth)] for first in range(1 - depth, subject.predictor.N)
+    ]
+    return nearest(subject, [of_baseline("tome", r=ramp) for ramp in ramps if any(ramp)], goal)
+
+
+def measure(subject: Subject, rows: Rows, args: argparse.Namespace) -> None:
+    for share in args.shares:
+        for name in STYLES:
+            rows.add({"method": name, "share": share}, lambda name=name, share=share: row(subject, name, share))
+
+
+def row(subject: Subject, name: str, share: float) -> dict[str, Any]:
+    """A schedule at a cost, or why there is none."""
+    goal = subject.goal(share)
+    way = schedule(subject, name, goal)
+    if way is None:
+        return {"missing": f"no setting comes close to {goal:.4g} GFLOPs"}
+    return measured(subject, way, f"{name}, -{share:.0%}")
+
+
+table = figure4.table
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Top-1, agreement and KL against GFLOPs."""
+    figure4.draw(result["rows"], STYLES, path)

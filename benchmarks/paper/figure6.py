@@ -1,0 +1,66 @@
+"""Figure 6: the tokens that each block merges, at equal FLOPs: a constant r, one threshold, thresholds by depth."""
+
+import argparse
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from benchmarks.paper import figure4, figure5
+from benchmarks.paper.cells import about, markdown
+from benchmarks.paper.rows import Rows
+from benchmarks.paper.subject import Subject, shares
+
+SHARES = (0.33,)  # as in the paper
+COMPARED = ("constant r", "constant threshold", "layer-dependent thresholds")
+
+settings = figure4.settings
+
+
+def arguments() -> argparse.ArgumentParser:
+    return shares(SHARES)
+
+
+def measure(subject: Subject, rows: Rows, args: argparse.Namespace) -> None:
+    for share in args.shares:
+        for name in COMPARED:
+            rows.add({"method": name, "share": share}, lambda name=name, share=share: _row(subject, name, share))
+
+
+def _row(subject: Subject, name: str, share: float) -> dict[str, Any]:
+    row = figure5.row(subject, name, share)
+    if "overall" in row:
+        row["merged"] = [before - after for before, after in pairwise(row["tokens"])]
+    return row
+
+
+def table(result: dict[str, Any]) -> str:
+    """In Markdown."""
+    blocks = range(1, max(len(row.get("merged", ())) for row in result["rows"]) + 1)
+    head = [f"{about(result['rows'])}: tokens merged in block", "GFLOPs", *map(str, blocks)]
+    body = []
+    for row in result["rows"]:
+        first = f"{row['method']}, -{100 * row['share']:.0f} %"
+        if "missing" in row:
+            body.append([first, row["missing"], *[""] * len(blocks)])
+        else:
+            body.append([first, f"{row['overall']['gflops']:.3f}", *(f"{r:.1f}" for r in row["merged"])])
+    return markdown(head, body)
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Bars for each block, a panel for each cost."""
+    costs = sorted({row["share"] for row in result["rows"]})
+    figure = Figure(figsize=(6 * len(costs), 3.4), layout="constrained")
+    for panel, share in zip(figure.subplots(1, len(costs), squeeze=False)[0], costs, strict=True):
+        rows = [row for row in result["rows"] if row["share"] == share and "merged" in row]
+        for number, row in enumerate(rows):
+            at = [block + (number - 1) * 0.27 for block in range(1, len(row["merged"]) + 1)]
+            panel.bar(at, row["merged"], 0.27, label=row["method"])
+        panel.set_xlabel("block")
+        panel.set_ylabel("tokens merged, mean of all images")
+        panel.set_title(f"-{100 * share:.0f} % of the FLOPs", fontsize=9)
+        if rows:
+            panel.legend(fontsize=7)
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,69 @@
+"""Tables A2-A5: every operating point that the paper prints for a model, its figures beside ours.
+
+The paper's points are for its own checkpoints on ImageNet-1k. For the digits those of DeiT-S stand in, which has as
+many tokens and blocks: they show what thresholds do that were chosen for another model.
+"""
+
+import argparse
+from typing import Any
+
+from atm_triton import ATMConfig
+from atm_triton.inputs import DIGITS
+from atm_triton.operating_points import OperatingPoint, operating_points, paper_name
+from benchmarks.paper.cells import about, drop, markdown, saved
+from benchmarks.paper.methods import measured, of_config
+from benchmarks.paper.rows import Rows
+from benchmarks.paper.subject import Subject, options
+
+STAND_IN = "deit_small_patch16_224"
+
+
+def arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False, parents=[options()])
+    parser.add_argument("--fine-tuned", action="store_true", help="the points of Table A3, for fine-tuned checkpoints")
+    return parser
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    if not _points(args):
+        raise ValueError(f"--fine-tuned: the paper has no such points for {args.model}")
+    return {"fine_tuned": args.fine_tuned, "points_of": paper_name(_name(args))}
+
+
+def _name(args: argparse.Namespace) -> str:
+    return STAND_IN if args.model == DIGITS else args.model
+
+
+def _points(args: argparse.Namespace) -> list[OperatingPoint]:
+    model = paper_name(_name(args))
+    return [point for point in operating_points() if point.model == model and point.fine_tuned == args.fine_tuned]
+
+
+def measure(subject: Subject, rows: Rows, args: argparse.Namespace) -> None:
+    for point in _points(args):
+        if point.alpha is None:
+            continue
+        thresholds = {"alpha": point.alpha, "beta": point.beta, "theta_min": point.theta_min}
+        config = ATMConfig(**thresholds)
+        title = ", ".join(f"{name} {value}" for name, value in thresholds.items())
+        key = {"table": point.table, **thresholds, "paper_gflops": point.gflops, "paper_top1": point.top1}
+        rows.add(key, lambda config=config, title=title: measured(subject, of_config(config), title))
+
+
+def table(result: dict[str, Any]) -> str:
+    """In Markdown."""
+    head = [
+        f"{about(result['rows'])}: alpha, beta, theta_min of {result['settings']['points_of']}",
+        "the paper's GFLOPs, top-1",
+        "GFLOPs",
+        "saved",
+        "top-1",
+        "KL",
+    ]
+    body = []
+    for row in result["rows"]:
+        quality = row["overall"]
+        curve = f"{row['alpha']}, {row['beta']}, {row['theta_min']} ({row['table']})"
+        printed = f"{row['paper_gflops']:.2f}, {row['paper_top1']:.2f} %"
+        body.append([curve, printed, f"{quality['gflops']:.3f}", saved(row), drop(row), f"{quality['kl']:.1e}"])
+    return markdown(head, body)

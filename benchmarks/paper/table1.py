@@ -1,0 +1,70 @@
+"""Table 1, the stress test: the most that each method saves without a drop in accuracy.
+
+For every method the share of FLOPs to save is halved in as many steps, each with the setting closest to that cost, and
+judged as in the paper by the labels of the very images that are reported. It is assumed that less cost is not more
+accurate; the last share that holds counts.
+"""
+
+import argparse
+from typing import Any
+
+from benchmarks.paper.cells import about, drop, markdown, saved
+from benchmarks.paper.methods import STYLES, measured_at
+from benchmarks.paper.rows import Rows
+from benchmarks.paper.subject import Subject, options
+
+STEPS, MOST = 6, 0.9  # of each search, and the share where it ends
+
+
+def arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False, parents=[options()])
+    parser.add_argument("--drop", type=float, default=0.0, help="points of top-1 that may be lost (0)")
+    return parser
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    if args.drop < 0:
+        raise ValueError(f"--drop {args.drop:g} is below 0; say how many points may be lost")
+    return {"drop": args.drop, "steps": STEPS}
+
+
+def measure(subject: Subject, rows: Rows, args: argparse.Namespace) -> None:
+    if not subject.labelled:
+        raise ValueError(f"--data {subject.data}: top-1 needs one folder for each class of the model")
+    for method in STYLES:
+        low, high = 0.0, MOST
+        for _ in range(STEPS):
+            share = (low + high) / 2
+            key = {"method": method, "share": share}
+            row = rows.add(key, lambda key=key: measured_at(subject, key["method"], subject.goal(key["share"])))
+            low, high = (share, high) if _holds(row, args.drop) else (low, share)
+
+
+def _holds(row: dict[str, Any], drop: float) -> bool:
+    return "overall" in row and row["overall"]["top1"] >= row["overall"]["top1_unpatched"] - drop - 1e-9
+
+
+def best(result: dict[str, Any]) -> dict[str, dict[str, Any] | None]:
+    """Of each method the row that saves most and holds; None if none does."""
+    names = dict.fromkeys(row["method"] for row in result["rows"])
+    holding = [row for row in result["rows"] if _holds(row, result["settings"]["drop"])]
+    return {
+        name: min(
+            (row for row in holding if row["method"] == name), key=lambda row: row["overall"]["gflops"], default=None
+        )
+        for name in names
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """In Markdown."""
+    head = [about(result["rows"]), "GFLOPs", "saved", "top-1", "agreement", "KL"]
+    body = []
+    for method, row in best(result).items():
+        if row is None:
+            body.append([method, f"none of {STEPS} settings keeps top-1", *[""] * 4])
+            continue
+        quality = row["overall"]
+        figures = [f"{quality['agreement']:.2f} %", f"{quality['kl']:.1e}"]
+        body.append([method, f"{quality['gflops']:.3f}", saved(row), drop(row), *figures])
+    return markdown(head, body)

@@ -1,0 +1,43 @@
+"""Table 3: the splitting depth, from 0 (size-distinctive groups in all blocks) to L (alternate groups in all).
+
+The thresholds stay as they are, so that the cost differs a little, as in the paper.
+"""
+
+import argparse
+from dataclasses import replace
+from typing import Any
+
+from benchmarks.paper.cells import about, drop, markdown, saved
+from benchmarks.paper.methods import measured, of_config
+from benchmarks.paper.rows import Rows
+from benchmarks.paper.subject import Subject, options
+
+
+def arguments() -> argparse.ArgumentParser:
+    return options()
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    return {}
+
+
+def measure(subject: Subject, rows: Rows, args: argparse.Namespace) -> None:
+    for adapt, given in subject.configs.items():
+        for split in range(subject.depth + 1):
+            config = replace(given, adapt=adapt, split_depth=split)
+            title = f"{adapt}, splitting depth {split}"
+            rows.add(
+                {"adapt": adapt, "split_depth": split},
+                lambda config=config, title=title: measured(subject, of_config(config), title),
+            )
+
+
+def table(result: dict[str, Any]) -> str:
+    """In Markdown."""
+    head = [f"{about(result['rows'])}: splitting depth", "adapt", "GFLOPs", "saved", "top-1", "agreement", "KL"]
+    body = []
+    for row in result["rows"]:
+        quality = row["overall"]
+        figures = [f"{quality['gflops']:.4f}", saved(row), drop(row), f"{quality['agreement']:.2f} %"]
+        body.append([str(row["split_depth"]), row["adapt"], *figures, f"{quality['kl']:.2e}"])
+    return markdown(head, body)

@@ -1,0 +1,56 @@
+"""Table A1: the batch size, from 1 to 1024, for one r a batch and for every image by its own count."""
+
+import argparse
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from atm_triton import ATMConfig
+from benchmarks.paper.cells import about, drop, markdown, saved
+from benchmarks.paper.rows import Rows
+from benchmarks.paper.subject import Subject, options
+
+SIZES = tuple(2**power for power in range(11))
+
+
+def arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False, parents=[options()])
+    parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES), help="of a batch (1 to 1024)")
+    return parser
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    if min(args.sizes) < 1 or len(set(args.sizes)) < len(args.sizes):
+        raise ValueError("--sizes wants each size once, 1 or more")
+    return {"sizes": args.sizes}
+
+
+def measure(subject: Subject, rows: Rows, args: argparse.Namespace) -> None:
+    for size in sorted(args.sizes):
+        for adapt, given in subject.configs.items():
+            config = replace(given, adapt=adapt)
+            key = {"adapt": adapt, "batch_size": size}
+            rows.add(key, lambda config=config, size=size: _outcome(subject, size, config))
+
+
+def _outcome(subject: Subject, size: int, config: ATMConfig) -> dict[str, Any]:
+    try:
+        return subject.in_other_batches(size, config, f"{config.adapt}, batches of {size}").to_dict()
+    except torch.OutOfMemoryError:
+        return {"missing": "out of memory"}
+
+
+def table(result: dict[str, Any]) -> str:
+    """In Markdown."""
+    head = [f"{about(result['rows'])}: batch size", "adapt", "GFLOPs", "saved", "top-1", "agreement", "KL"]
+    body = []
+    for row in result["rows"]:
+        first = [str(row["batch_size"]), row["adapt"]]
+        if "missing" in row:
+            body.append([*first, row["missing"], *[""] * 4])
+            continue
+        quality = row["overall"]
+        figures = [f"{quality['gflops']:.4f}", saved(row), drop(row), f"{quality['agreement']:.2f} %"]
+        body.append([*first, *figures, f"{quality['kl']:.2e}"])
+    return markdown(head, body)

@@ -1,0 +1,144 @@
+"""Definition 2 and Theorem 1: the merging error against its bounds, on random vectors and on a model's real merges.
+
+Two unit vectors with cosine distance delta and sizes n_i and n_j become their size-weighted mean x*. The error
+n_i delta(x_i, x*) + n_j delta(x_j, x*) is at least n_i n_j / (n_i + n_j) delta and at most twice that, where the
+vectors make no obtuse angle.
+"""
+
+import argparse
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from atm_triton import ATMConfig, ops
+from atm_triton.block import ATMBlock, Tokens
+from atm_triton.evaluate import share
+from atm_triton.patch import install
+from benchmarks.paper.cells import markdown
+from benchmarks.paper.rows import Rows
+from benchmarks.paper.subject import Subject, options
+
+DIMENSIONS = (2, 64, 384)
+DRAWN = 100_000
+LARGEST = 64  # size of a random token
+SLACK = 1e-9  # of float64, in the ratio of an error to its bound
+
+
+def arguments() -> argparse.ArgumentParser:
+    return options()
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    return {"drawn": DRAWN}
+
+
+def merging_error(x: Tensor, y: Tensor, n: Tensor, m: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Definition 2 of pairs of vectors [K, C] with sizes [K]: the error, n m / (n + m) times their cosine distance, and
+    their cosine. In float64; distances of near vectors from their difference, which loses no digits."""
+    x, y = F.normalize(x.double(), dim=1), F.normalize(y.double(), dim=1)
+    n, m = n.double(), m.double()
+    middle = F.normalize(n[:, None] * x + m[:, None] * y, dim=1)
+    delta, of_x, of_y = ((a - b).square().sum(1) / 2 for a, b in ((x, y), (x, middle), (y, middle)))
+    return n * of_x + m * of_y, n * m / (n + m) * delta, 1 - delta
+
+
+def bounds(x: Tensor, y: Tensor, n: Tensor, m: Tensor) -> dict[str, Any]:
+    """How the errors of pairs lie between their bounds."""
+    error, scale, cosine = merging_error(x, y, n, m)
+    held = (cosine >= 0) & (scale > 0)
+    ratio = (error / scale)[held]
+    outside = ((ratio < 1 - SLACK) | (ratio > 2 + SLACK)).sum().item()
+    extremes = (ratio.min().item(), ratio.max().item()) if len(ratio) else (None, None)
+    return {
+        "pairs": len(error),
+        "obtuse": int((cosine < 0).sum()),
+        "identical": int((scale == 0).sum()),
+        "outside": int(outside),
+        "least_ratio": extremes[0],
+        "most_ratio": extremes[1],
+        "mean_error": error.mean().item() if len(error) else None,
+    }
+
+
+class PairBlock(ATMBlock):
+    """A block that keeps the pairs which it merges: both tokens after attention, and their sizes."""
+
+    pairs: list[tuple[Tensor, ...]]
+
+    def _match(self, keys: Tensor, tokens: Tokens) -> ops.Match | None:
+        self.found = super()._match(keys, tokens)
+        return self.found
+
+    def _merge(self, tokens: Tokens, attended: Tensor, assignment: Tensor, *rest: Any) -> tuple[Tokens, Tensor]:
+        x, partner = tokens.x + self.ls1(attended), self.found.partner.long()
+        size = torch.ones(x.shape[:2], device=x.device) if tokens.size is None else tokens.size
+        with_partner = assignment.gather(1, partner.clamp(min=0)) == assignment
+        image, a = torch.nonzero((partner >= 0) & with_partner, as_tuple=True)
+        b = partner[image, a]
+        self.pairs.append(tuple(found.cpu() for found in (x[image, a], x[image, b], size[image, a], size[image, b])))
+        return super()._merge(tokens, attended, assignment, *rest)
+
+
+def measure(subject: Subject, rows: Rows, args: argparse.Namespace) -> None:
+    for dimension in DIMENSIONS:
+        rows.add({"vectors": "random", "dimension": dimension}, lambda dimension=dimension: drawn(dimension))
+    of_blocks = cache(lambda: merged(subject, subject.configs["batch"]))
+    for block in range(subject.predictor.merging):
+        rows.add({"vectors": "merged", "block": block + 1}, lambda block=block: of_blocks()[block])
+
+
+def drawn(dimension: int) -> dict[str, Any]:
+    """Random pairs, from near to far, with sizes from 1 to LARGEST."""
+    generator = torch.Generator().manual_seed(0)
+    x, other = torch.randn(2, DRAWN, dimension, generator=generator, dtype=torch.float64)
+    near = 10 ** (-4 * torch.rand(DRAWN, 1, generator=generator, dtype=torch.float64))
+    n, m = torch.randint(1, LARGEST + 1, (2, DRAWN), generator=generator)
+    return bounds(x, (1 - near) * x + near * other, n, m)
+
+
+@torch.inference_mode()
+def merged(subject: Subject, config: ATMConfig) -> list[dict[str, Any]]:
+    """The pairs that each block of the model merges in the images to judge by, one row a block."""
+    model = share(subject.model)
+
+    def collecting(block: torch.nn.Module, index: int) -> PairBlock:
+        made = PairBlock.of(block, config, index, subject.depth, model.num_prefix_tokens)
+        made.pairs = []
+        return made
+
+    model = install(model, collecting, config)
+    parts: list[list[dict[str, Any]]] = [[] for _ in range(subject.predictor.merging)]
+    for images, _ in subject.test:
+        model(images.to(next(model.parameters())))
+        for part, block in zip(parts, model.blocks, strict=False):
+            part += [bounds(*pairs) for pairs in block.pairs]
+            block.pairs.clear()
+    return [_together(part) for part in parts]
+
+
+def _together(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    parts = [part for part in parts if part["pairs"]]
+    counts = {name: sum(part[name] for part in parts) for name in ("pairs", "obtuse", "identical", "outside")}
+    ratios = [part[name] for part in parts for name in ("least_ratio", "most_ratio") if part[name] is not None]
+    errors = sum(part["mean_error"] * part["pairs"] for part in parts)
+    return {
+        **counts,
+        "least_ratio": min(ratios, default=None),
+        "most_ratio": max(ratios, default=None),
+        "mean_error": errors / counts["pairs"] if counts["pairs"] else None,
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """In Markdown."""
+    head = ["pairs of", "pairs", "at an obtuse angle", "outside the bounds", "error / lower bound", "mean error"]
+    body = []
+    for row in result["rows"]:
+        of = f"random vectors, {row['dimension']} dimensions" if row["vectors"] == "random" else f"block {row['block']}"
+        ratios = "-" if row["least_ratio"] is None else f"{row['least_ratio']:.4f} to {row['most_ratio']:.4f}"
+        error = "-" if row["mean_error"] is None else f"{row['mean_error']:.2e}"
+        body.append([of, f"{row['pairs']:,}", f"{row['obtuse']:,}", f"{row['outside']:,}", ratios, error])
+    return markdown(head, body)

@@ -1,0 +1,87 @@
+"""All results on one page, and README's tables: ``python -m benchmarks.report``.
+
+The page, ``benchmarks/results/REPORT.md``, holds the table and the plot of every file there, with the command, machine
+and commit that made it. Nothing is measured, and nothing changes where no result did.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from atm_triton.errors import exit_code
+from benchmarks import readme
+from benchmarks.paper.__main__ import EXPERIMENTS
+
+PAGE = "REPORT.md"
+INTRODUCTION = (
+    "Every file of this directory with its table and plot, as far as it has them, and what made it: "
+    "by `python -m benchmarks.report`."
+)
+OTHERS = {  # what README shows in full, by the file that it comes from
+    "paper_flops.json": readme.flops_table,
+    "digits_accuracy.json": readme.accuracy_table,
+    "cpu_bench.json": readme.throughput_table,
+    "digits_invariance.json": readme.invariance_table,
+    "digits_adaptivity.json": readme.adaptivity_table,
+}
+
+
+def page(directory: Path) -> str:
+    """The whole page, in Markdown."""
+    sections = [section(path) for path in sorted(directory.glob("*.json"))]
+    return "\n\n".join(["# Results", INTRODUCTION, *sections]) + "\n"
+
+
+def section(path: Path) -> str:
+    """A file's title, where it comes from, its table and its plot, as far as it has them."""
+    try:
+        document = json.loads(path.read_text())
+        made = document["environment"]
+        lines = [f"## {_title(path)}", f"`{path.name}`: {_made(made)}", *_table(path, document)]
+    except (ValueError, KeyError, TypeError, IndexError, StopIteration) as error:
+        raise ValueError(f"{path}: is no result of this version ({error!r}); delete it, or make it anew") from error
+    plot = path.with_suffix(".png")
+    return "\n\n".join([*lines, f"![{path.stem}]({plot.name})"] if plot.exists() else lines)
+
+
+def _made(made: dict[str, Any]) -> str:
+    where = made["gpu"] or made["cpu"]
+    commit = (made["commit"] or "none")[:7] + (" and changes" if made["dirty"] else "")
+    return f"`{made['command']}`, {where}, torch {made['torch']}, timm {made['timm']}, commit {commit}, {made['utc']}"
+
+
+def _experiment(path: Path) -> Any | None:
+    name = path.stem.rpartition("_")[2]
+    return EXPERIMENTS.get(name)
+
+
+def _title(path: Path) -> str:
+    experiment = _experiment(path)
+    if experiment is None:
+        return path.stem.replace("_", " ")
+    return f"{path.stem.rpartition('_')[0]}: {experiment.__doc__.splitlines()[0].rstrip('.')}"
+
+
+def _table(path: Path, document: dict[str, Any]) -> list[str]:
+    experiment = _experiment(path)
+    if experiment is not None:
+        return [experiment.table(document)]
+    if path.name in OTHERS:
+        return [OTHERS[path.name]().rpartition("\n\n")[0]]
+    return []
+
+
+def run() -> None:
+    text, filled = page(readme.RESULTS), readme.fill(readme.README.read_text())
+    (readme.RESULTS / PAGE).write_text(text)
+    readme.README.write_text(filled)
+    print(f"{readme.RESULTS / PAGE} and the tables of {readme.README} written")
+
+
+def main() -> int:
+    return exit_code("benchmarks.report", run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,56 @@
+"""The page of all results."""
+
+import json
+
+import pytest
+
+from benchmarks import readme, report
+from benchmarks.paper.__main__ import EXPERIMENTS
+
+
+def test_the_page_is_what_the_result_files_say():
+    text = (readme.RESULTS / report.PAGE).read_text()
+    assert report.page(readme.RESULTS) == text, "run python -m benchmarks.report"
+    for path in readme.RESULTS.glob("*.json"):
+        assert f"`{path.name}`: `" in text
+    for path in readme.RESULTS.glob("*.png"):
+        assert f"]({path.name})" in text
+
+
+def test_it_is_written_with_readmes_tables(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(readme, "README", tmp_path / "README.md")
+    (tmp_path / "README.md").write_text(
+        "".join(f"<!-- {name} -->\nstale text\n<!-- end -->\n" for name in readme.TABLES)
+    )
+    monkeypatch.setattr(report, "PAGE", tmp_path / "REPORT.md")
+    assert report.main() == 0
+    written = (tmp_path / "README.md").read_text()
+    assert "stale text" not in written and readme.flops_table() in written
+    assert report.main() == 0
+    assert (tmp_path / "README.md").read_text() == written
+    assert (tmp_path / "REPORT.md").read_text() == report.page(readme.RESULTS)
+
+
+@pytest.mark.parametrize("text", ['{"rows": []}', "[]", "{", '{"environment": {"commit": "x"}}'])
+def test_a_file_of_another_version_is_named(text, tmp_path):
+    path = tmp_path / f"digits_{next(iter(EXPERIMENTS))}.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=f"^{path}: is no result of this version"):
+        report.page(tmp_path)
+
+
+def test_an_experiment_is_found_by_its_name(tmp_path):
+    about = {
+        "commit": "0123456789",
+        "dirty": False,
+        "command": "python",
+        "torch": "2",
+        "timm": "1",
+        "cpu": "a processor",
+    }
+    document = {"environment": about | {"gpu": None, "utc": "now"}, "settings": {"blocks": [3]}, "rows": []}
+    document["rows"].append({"title": "image 0, ATM", "gflops": 0.25, "left": [7]})
+    (tmp_path / "my_model_figure7.json").write_text(json.dumps(document))
+    page = report.page(tmp_path)
+    assert "## my_model: Pictures of merged tokens" in page and "| image 0, ATM | 0.250 | 7 |" in page
+    assert "a processor, torch 2, timm 1, commit 0123456, now" in page and "![" not in page
