@@ -237,8 +237,8 @@ def _configured(args: argparse.Namespace) -> bool:
 
 
 def _config(args: argparse.Namespace, model: VisionTransformer, default: ATMConfig | None = None) -> ATMConfig:
-    """What the options say: a file, a preset of the paper or a schedule, or else ``default``, the digits' own or the
-    paper's for DeiT-S; and single fields over that."""
+    """What the options say: a file, a preset of the paper or a schedule, or else ``default``, the digits' own (if no
+    option of the paper's curve is given) or the paper's for DeiT-S; and single fields over that."""
     if args.config is not None:
         config = _read_config(args.config, args.model, args.model_kwargs)
     elif args.max_gflops is not None or args.top1_drop is not None:
@@ -246,7 +246,8 @@ def _config(args: argparse.Namespace, model: VisionTransformer, default: ATMConf
     elif args.schedule is not None:
         config = ATMConfig(adapt="static", schedule=tuple(args.schedule))
     elif default is None or _configured(args):
-        config = digits_config(args.adapt) if args.model == DIGITS else ATMConfig()
+        on_curve = any(value is not None for value in (args.alpha, args.beta, args.theta_min))
+        config = digits_config(args.adapt) if args.model == DIGITS and not on_curve else ATMConfig()
     else:
         config = default
     names = ("adapt", "alpha", "beta", "theta_min", "split_depth", "backend", "proportional_attention")

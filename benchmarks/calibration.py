@@ -75,15 +75,16 @@ class Bench:
     def search(self, adapt: str) -> Search:
         return Search(self.meter, self.predictor, adapt, True, None, 0, tqdm(disable=True))
 
-    def best_curve(self, adapt: str, goal: float, draws: int) -> dict[str, Any]:
-        """Of random curves of the paper the one with the least change; the fewer are left, the more images decide."""
+    def best_curve(self, adapt: str, goal: float, draws: int, split_depth: int | None = None) -> ATMConfig:
+        """Of random curves of the paper the one with the least change; the fewer are left, the more images decide.
+        ``split_depth``: of all of them; None: drawn too."""
         search = self.search(adapt)
         drawer = Drawer(self.predictor, adapt, True, None, random.Random(1), goal)
         bar = tqdm(range(draws), desc=f"curves, {adapt}", unit="curve", disable=silent(""))
-        drawn = search.sketched((random_curve(drawer) for _ in bar), goal)
+        drawn = search.sketched((random_curve(drawer, split_depth) for _ in bar), goal)
         fitted = ranked([search.measured(found[0], goal, found) for _, found in drawn[:KEPT]])
         best = min((found for _, found in fitted[:LAST]), key=lambda found: search.judged(found, goal))
-        return self.judged(search.config(search.settled(best, goal)))
+        return search.config(search.settled(best, goal))
 
     def given(self, ramps: tuple[tuple[float, float], ...], goal: float) -> dict[str, Any]:
         """Of given r's that rise or fall with depth the best, with alternate grouping as ToMe has it."""
@@ -95,7 +96,7 @@ class Bench:
         return self.judged(min(configs, key=lambda config: self.meter.mean(config, ("fit",), MANY).change))
 
 
-def random_curve(drawer: Drawer) -> Shape:
+def random_curve(drawer: Drawer, split_depth: int | None = None) -> Shape:
     """Eq. 1 with its own parameters drawn, as one would without knowing what they do to this model."""
     beta, spread = 10 ** drawer.rng.uniform(-5, 0), 10 ** drawer.rng.uniform(0, 2)
 
@@ -104,7 +105,7 @@ def random_curve(drawer: Drawer) -> Shape:
         return [1 - threshold(block, 1 - d, beta, lowest) for block in range(1, drawer.merging + 1)]
 
     split = drawer.rng.choice([None, drawer.depth])
-    return drawer.shaped(drawer.meeting(distances), split, "curve")
+    return drawer.shaped(drawer.meeting(distances), split_depth or split, "curve")
 
 
 def cells(shares: list[float]) -> Iterator[dict[str, Any]]:
@@ -125,7 +126,7 @@ def measured(bench: Bench, cell: dict[str, Any], draws: int) -> dict[str, Any]:
     if cell["method"] == "calibrated":
         return bench.calibrated(cell["adapt"], Target(max_gflops=goal))
     if cell["method"] == "curve":
-        return bench.best_curve(cell["adapt"], goal, draws)
+        return bench.judged(bench.best_curve(cell["adapt"], goal, draws))
     return bench.given(RAMPS[cell["method"]], goal)
 
 

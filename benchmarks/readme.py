@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from benchmarks.paper import flops
+from benchmarks.paper import flops, table1, table2
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -31,33 +31,11 @@ def made_by(*names: str) -> str:
 
 
 def accuracy_table() -> str:
-    rows = load("digits_accuracy.json")["rows"]
-    shipped = next(row for row in rows if row["method"] == "shipped")
-    tome = nearest_tome(rows, shipped)
-    whole = shipped["overall"]
-    lines = [
-        f"| {whole['images']} test images, batches of 64 | GFLOPs | saved | top-1 | agreement | KL |",
-        "|---|---|---|---|---|---|",
-        f"| unpatched | {shipped['gflops_unpatched']:.3f} | | {whole['top1_unpatched']:.2f} % | | |",
-        _quality('ATM, `adapt="batch"`, shipped thresholds', shipped),
-        _quality(f"ToMe, constant r = {tome['config']['schedule'][0]}", tome),
-    ]
-    return "\n".join(lines) + "\n\n" + made_by("digits_accuracy.json")
+    return table2.table(load("digits_table2.json")) + "\n\n" + made_by("digits_table2.json", "digits_figure4.json")
 
 
-def nearest_tome(rows: list[dict[str, Any]], atm: dict[str, Any]) -> dict[str, Any]:
-    """The row of ToMe whose cost comes closest to that of ``atm``."""
-    cost = atm["overall"]["gflops"]
-    return min((r for r in rows if r["method"] == "ToMe"), key=lambda r: abs(r["overall"]["gflops"] - cost))
-
-
-def _quality(name: str, row: dict[str, Any]) -> str:
-    q = row["overall"]
-    change = f"{q['top1'] - q['top1_unpatched']:+.2f} ± {row['top1_drop_se']:.2f}"
-    return (
-        f"| {name} | {q['gflops']:.3f} | {100 * row['saved']:.1f} % | {q['top1']:.2f} % ({change}) "
-        f"| {q['agreement']:.2f} % | {q['kl']:.5f} |"
-    )
+def stress_table() -> str:
+    return table1.table(load("digits_table1.json")) + "\n\n" + made_by("digits_table1.json")
 
 
 def throughput_table() -> str:
@@ -117,6 +95,7 @@ def flops_table() -> str:
 TABLES = {
     "flops": flops_table,
     "accuracy": accuracy_table,
+    "stress": stress_table,
     "throughput": throughput_table,
     "invariance": invariance_table,
     "adaptivity": adaptivity_table,

@@ -20,7 +20,6 @@ INTRODUCTION = (
 )
 OTHERS = {  # what README shows in full, by the file that it comes from
     "paper_flops.json": readme.flops_table,
-    "digits_accuracy.json": readme.accuracy_table,
     "cpu_bench.json": readme.throughput_table,
     "digits_invariance.json": readme.invariance_table,
     "digits_adaptivity.json": readme.adaptivity_table,

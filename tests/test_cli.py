@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -338,8 +339,15 @@ def test_nan_images_are_refused():
 
 def test_a_single_field_leaves_the_digits_others(tmp_path):
     out = tmp_path / "eval.json"
-    assert main(["eval", *FEW, "--alpha", str(digits_config().alpha), "--json", str(out)]) == 0
-    assert json.loads(out.read_text())["config"] == json.loads(digits_config().to_json())
+    assert main(["eval", *FEW, "--split-depth", "7", "--json", str(out)]) == 0
+    assert json.loads(out.read_text())["config"] == json.loads(replace(digits_config(), split_depth=7).to_json())
+
+
+def test_the_papers_curve_takes_the_place_of_the_digits_thresholds(tmp_path):
+    out = tmp_path / "eval.json"
+    assert main(["eval", *FEW, "--alpha", "0.999", "--theta-min", "0.99", "--json", str(out)]) == 0
+    config = json.loads(out.read_text())["config"]
+    assert config["alpha"] == 0.999 and config["theta_min"] == 0.99 and config["thresholds"] is None
 
 
 def test_the_kernels_want_a_gpu_or_the_interpreter():

@@ -13,10 +13,8 @@ from atm_triton import ATMConfig, apply_patch, summary
 from atm_triton.digits.model import CHECKPOINT, CONFIG, NAME
 from atm_triton.digits.render import SOURCE, SPLITS, render, source
 from atm_triton.flops import cost, unmerged
-from benchmarks import accuracy, thresholds
 from benchmarks.digits import train as training
 from benchmarks.digits.train import STAGES, train
-from benchmarks.thresholds import calibration_search, choose
 
 
 def test_the_scans_are_scikit_learns():
@@ -90,25 +88,12 @@ def test_training_takes_every_stage():
     assert log[-1]["step"] == len(STAGES) and log[-1]["side"] == STAGES[-1][0]
 
 
-def test_the_search_saves_what_it_is_asked_for():
-    search = calibration_search(32, "cpu")
-    config, outcome = choose(search, saved=0.4, draws=2)
-    assert abs(outcome.saved - 0.4) < 0.01 and outcome.overall.images == 32 and config.adapt == "batch"
-    with pytest.raises(ValueError, match="none of 0 curves saves 40% of the MACs"):
-        choose(search, saved=0.4, draws=0)
-
-
 @pytest.mark.parametrize(
     ("main", "arguments", "message"),
     [
         (training.main, ["--scale", "0"], "train: --scale 0.0 is no number of steps; give one above 0"),
         (training.main, ["--scale", "inf"], "train: --scale inf is no number of steps"),
         (training.main, ["--out", "no/model.safetensors"], "train: --out no/model.safetensors: its directory does not"),
-        (thresholds.main, ["--saved", "1"], "thresholds: --saved 1.0 is no share; give one between 0 and 1"),
-        (thresholds.main, ["--images", "0"], "thresholds: limit 0 is too small; give 1 or more"),
-        (thresholds.main, ["--images", "32", "--draws", "0"], "thresholds: none of 0 curves saves 50% of the MACs"),
-        (accuracy.main, ["--draws", "0"], "accuracy: --draws and --images want 1 or more"),
-        (accuracy.main, ["--out", __file__], f"accuracy: --out {__file__} is no directory"),
     ],
 )
 def test_bad_input_to_the_scripts(main, arguments, message, capsys):

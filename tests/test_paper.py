@@ -148,7 +148,8 @@ def test_figure2_merges_in_one_block_alone(tmp_path, monkeypatch):
     assert (tmp_path / "digits_figure2.png").stat().st_size > 10_000
 
 
-def test_figures_5_and_6_compare_schedules_at_one_cost(tmp_path):
+def test_figures_5_and_6_compare_schedules_at_one_cost(tmp_path, monkeypatch):
+    monkeypatch.setattr(figure5, "DRAWS", 4)
     rows = run("figure5", tmp_path, "--limit", "8", "--shares", "0.33")["rows"]
     assert [row["method"] for row in rows] == list(figure5.STYLES)
     constant, rising, falling = (row["settings"]["r"] for row in rows[:3])

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from atm_triton import ATMConfig
 from atm_triton.evaluate import share
 from atm_triton.flops import cost
 from atm_triton.inputs import digits_config, open_images, open_model
@@ -35,7 +36,7 @@ def measure(images: Tensor, labels: Tensor, setting: Setting) -> list[dict[str, 
     dtype = images.dtype
     model, config = open_model().to(setting.device, dtype), replace(digits_config(), backend="triton")
     if setting.tiny:
-        model.blocks, config = model.blocks[:TINY_DEPTH], replace(config, alpha=0.9, theta_min=0.8)
+        model.blocks, config = model.blocks[:TINY_DEPTH], ATMConfig(alpha=0.9, theta_min=0.8, backend="triton")
     merging = {name: apply_patch(share(model), replace(config, adapt=name)) for name in ("batch", "image")}
     found = {"timm": model, **{f"ATM {name}": patched for name, patched in merging.items()}}
     logits = {name: call(images).double() for name, call in found.items()}

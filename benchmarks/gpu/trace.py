@@ -1,4 +1,4 @@
-"""Trace: what the GPU does in a pass that reads a count in every block, and how long it waits around each read."""
+"""Trace: what the GPU does in a pass that reads the count of each merging block, and how long it waits around it."""
 
 import gzip
 import json

@@ -2,28 +2,28 @@
 thresholds that fall with depth.
 
 A rising r grows by one from block to block, a falling one shrinks by one, as in the paper. The thresholds that fall are
-those of --config (the digits: the shipped ones), scaled to the cost.
+the paper's curve (Eq. 1): at each cost the best of random ones by the KL on the images to choose by, as the paper swept
+its three numbers.
 """
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.paper import figure4
 from benchmarks.paper.methods import (
     Way,
-    by_similarity,
     constant_threshold,
     measured,
     nearest,
     of_baseline,
-    shape_of,
+    of_config,
 )
 from benchmarks.paper.rows import Rows
 from benchmarks.paper.subject import Subject, check_shares, shares
 
 SHARES = (0.2, 0.3, 0.4, 0.5, 0.6)
+DRAWS = 24  # curves
 STYLES = {
     "constant r": "C1s-",
     "increasing r": "C2^-",
@@ -46,8 +46,7 @@ def schedule(subject: Subject, name: str, goal: float) -> Way | None:
     if name == "constant threshold":
         return constant_threshold(subject, goal)
     if name == "layer-dependent thresholds":
-        shape = replace(shape_of(subject, subject.configs["batch"], "batch"), split_depth=subject.depth)
-        return by_similarity(subject, shape, goal)
+        return of_config(subject.best_curve("batch", goal, DRAWS, split_depth=subject.depth))
     slope = {"constant r": 0, "increasing r": 1, "decreasing r": -1}[name]
     depth = subject.depth
     ramps = [
