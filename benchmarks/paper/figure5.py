@@ -64,7 +64,10 @@ def measure(subject: Subject, rows: Rows, args: argparse.Namespace) -> None:
 def row(subject: Subject, name: str, share: float) -> dict[str, Any]:
     """A schedule at a cost, or why there is none."""
     goal = subject.goal(share)
-    way = schedule(subject, name, goal)
+    try:
+        way = schedule(subject, name, goal)
+    except ValueError as error:
+        return {"missing": str(error)}
     if way is None:
         return {"missing": f"no setting comes close to {goal:.4g} GFLOPs"}
     return measured(subject, way, f"{name}, -{share:.0%}")

@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +138,7 @@ def configurations(args: argparse.Namespace) -> dict[str, ATMConfig]:
         given = ATMConfig.from_json(args.config.read_text())
         if given.adapt == "static":
             raise ValueError(f"--config {args.config} is a schedule; want thresholds")
-        return {"batch": given, "image": given}
+        return {adapt: replace(given, adapt=adapt) for adapt in ("batch", "image")}
     if args.model != DIGITS:
         raise ValueError(f"--config FILE: say ATM's thresholds for {args.model}; atm-triton calibrate finds them")
     return {adapt: digits_config(adapt) for adapt in ("batch", "image")}
