@@ -19,8 +19,9 @@ from tqdm import tqdm
 from atm_triton import search as searching
 from atm_triton.config import ADAPT, ATMConfig
 from atm_triton.distributed import silent
+from atm_triton.meter import Mean, Measured, Meter, similarities
 from atm_triton.patch import check_model, settled
-from atm_triton.search import MANY, SEEN, Found, Mean, Measured, Meter, Search, similarities
+from atm_triton.search import MANY, SEEN, Found, Search
 from atm_triton.shapes import Predictor, Shape
 
 PARTS = {"fit": 3, "choose": 3, "promise": 2}  # in eighths
@@ -66,25 +67,28 @@ class Target:
 @dataclass(frozen=True)
 class Promise:
     """Measured on ``images`` images that the search did not see: means, each with its standard error. ``agreement`` in
-    [0, 1]."""
+    [0, 1]. With one r a batch the errors of cost and KL are those of the batches' means; None of a single batch."""
 
     images: int
     gflops: float
-    gflops_se: float
+    gflops_se: float | None
     kl: float
-    kl_se: float
+    kl_se: float | None
     agreement: float
     agreement_se: float
 
     @classmethod
-    def of(cls, measured: Measured) -> "Promise":
+    def of(cls, measured: Measured, batch_size: int = 1) -> "Promise":
+        """``batch_size``: of the images that share what they merge."""
         n = len(measured.kl)
         kept = measured.agree.sum().item()
         rate = (kept + 1) / (n + 2)  # all of some images is not all of all
         values = {"agreement": kept / n, "agreement_se": (rate * (1 - rate) / n) ** 0.5}
         for name in ("gflops", "kl"):
             column = getattr(measured, name)
-            values |= {name: column.mean().item(), f"{name}_se": (column.std(correction=1) / n**0.5).item()}
+            means = torch.stack([batch.mean() for batch in column.split(batch_size)])
+            error = (means.std(correction=1) / len(means) ** 0.5).item() if len(means) > 1 else None
+            values |= {name: column.mean().item(), f"{name}_se": error}
         return cls(images=n, **values)
 
 
@@ -155,7 +159,8 @@ def calibrate(
         search = Search(meter, predictor, adapt, begin.proportional_attention, max_merging_blocks, seed, bar)
         shape, scale = _found(search, target)
     config = search.config((shape, scale))
-    promise = Promise.of(meter.measure(config, "promise"))
+    shared = len(parts["promise"][0]) if adapt == "batch" else 1
+    promise = Promise.of(meter.measure(config, "promise"), shared)
     passes = meter.images + sum(map(len, parts["fit"]))
     return Calibration(config, target, number, promise, predictor.unmerged, shape.family, passes, seed)
 

@@ -2,7 +2,6 @@
 
 import argparse
 import io
-import json
 import sys
 import time
 from collections.abc import Iterator
@@ -32,6 +31,7 @@ from atm_triton.inputs import (
     open_image,
     open_images,
     open_model,
+    read_config,
 )
 from atm_triton.ops import explain
 from atm_triton.options import DTYPES, parser
@@ -240,7 +240,7 @@ def _config(args: argparse.Namespace, model: VisionTransformer, default: ATMConf
     """What the options say: a file, a preset of the paper or a schedule, or else ``default``, the digits' own (if no
     option of the paper's curve is given) or the paper's for DeiT-S; and single fields over that."""
     if args.config is not None:
-        config = _read_config(args.config, args.model, args.model_kwargs)
+        config = read_config(args.config, args.model, args.model_kwargs)
     elif args.max_gflops is not None or args.top1_drop is not None:
         config = ATMConfig.preset(args.model, args.max_gflops, args.top1_drop)
     elif args.schedule is not None:
@@ -261,20 +261,6 @@ def _config(args: argparse.Namespace, model: VisionTransformer, default: ATMConf
     config = replace(config, **{name: value for name, value in fields.items() if value is not None})
     config.check_depth(len(model.blocks))
     return settled(config, model)
-
-
-def _read_config(path: Path, model: str, model_kwargs: dict[str, Any]) -> ATMConfig:
-    text = path.read_text()
-    try:
-        config = ATMConfig.from_json(text)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"--config {path}: {error}") from error
-    document = json.loads(text)
-    made = document.get("model"), document.get("model_kwargs", {})
-    if made[0] is not None and made != (model, model_kwargs):
-        of, here = (f"{name} {kwargs or ''}".strip() for name, kwargs in (made, (model, model_kwargs)))
-        raise ValueError(f"--config {path} was calibrated for {of}, not for {here}; calibrate anew")
-    return config
 
 
 COMMANDS = {

@@ -1,5 +1,6 @@
 """Models and images by name: the digits that come with the package, or timm's models and folders of images."""
 
+import json
 from collections.abc import Iterator
 from difflib import get_close_matches
 from pathlib import Path
@@ -78,6 +79,25 @@ def digits_config(adapt: str = "batch") -> ATMConfig:
     """The thresholds chosen for the digits model on its calibration split, for "batch" or for "image"."""
     path = digits_model.IMAGE_CONFIG if adapt == "image" else digits_model.CONFIG
     return ATMConfig.from_json(path.read_text())
+
+
+def read_config(path: Path, model: str, model_kwargs: dict[str, Any]) -> ATMConfig:
+    """The configuration in a JSON file of :class:`ATMConfig`'s, or of a result that holds one, for a model by name.
+
+    Raises:
+        OSError: no such file; ValueError: it holds none, or one that was calibrated for another model.
+    """
+    text = path.read_text()
+    try:
+        config = ATMConfig.from_json(text)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"--config {path}: {error}") from error
+    document = json.loads(text)
+    made = document.get("model"), document.get("model_kwargs", {})
+    if made[0] is not None and made != (model, model_kwargs):
+        of, here = (f"{name} {kwargs or ''}".strip() for name, kwargs in (made, (model, model_kwargs)))
+        raise ValueError(f"--config {path} was calibrated for {of}, not for {here}; calibrate anew")
+    return config
 
 
 class DigitImages(Dataset):

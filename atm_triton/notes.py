@@ -43,7 +43,13 @@ class Notes:
 
 def _lines(path: Path) -> list[list]:
     """What is readable of it: the last line may be cut short."""
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    try:
+        lines = [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}; delete it, or choose another --out") from error
+    if not all(isinstance(line, list) and line for line in lines):
+        raise ValueError(f"{path} holds no measurements; delete it, or choose another --out")
+    return lines
 
 
 def _close(a: float, b: float) -> bool:

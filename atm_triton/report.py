@@ -66,12 +66,13 @@ def calibration_table(found: Calibration) -> str:
     of_r = "r" if config.thresholds is None else "threshold"
     whole = found.unmerged_gflops
     saved = 100 * (1 - promise.gflops / whole)
+    cost_error, kl_error = ("" if se is None else f" ± {se:.2g}" for se in (promise.gflops_se, promise.kl_se))
     return "\n".join(
         [
             f'adapt="{config.adapt}", {of_r} of each block: {values}',
             f"on {promise.images} images that the search did not see:",
-            f"  {promise.gflops:.4g} ± {promise.gflops_se:.2g} GFLOPs of {whole:.4g}: {saved:.1f} % saved",
-            f"  KL {promise.kl:.3g} ± {promise.kl_se:.2g}",
+            f"  {promise.gflops:.4g}{cost_error} GFLOPs of {whole:.4g}: {saved:.1f} % saved",
+            f"  KL {promise.kl:.3g}{kl_error}",
             f"  agreement {100 * promise.agreement:.2f} ± {100 * promise.agreement_se:.2f} %",
             f"{found.passes} passes of an image through the model, {found.images} images",
         ]

@@ -46,10 +46,10 @@ class Shape:
 
     @property
     def roughness(self) -> float:
-        """The sum of the squared second differences of log10 weights over neighbouring blocks that merge."""
-        logs = [math.log10(w) if w else None for w in self.weights]
-        triples = zip(logs, logs[1:], logs[2:], strict=False)
-        return sum((a - 2 * b + c) ** 2 for a, b, c in triples if None not in (a, b, c))
+        """The sum of the squared second differences of log10 weights over the blocks that merge, one after the other,
+        whatever lies between them."""
+        logs = [math.log10(w) for w in self.weights if w]
+        return sum((a - 2 * b + c) ** 2 for a, b, c in zip(logs, logs[1:], logs[2:], strict=False))
 
 
 class Predictor:

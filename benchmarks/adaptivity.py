@@ -17,7 +17,7 @@ from atm_triton.errors import exit_code
 from atm_triton.evaluate import evaluate
 from atm_triton.inputs import digits_config
 from atm_triton.shapes import Shape
-from benchmarks.calibration import RESULTS, Bench
+from benchmarks.bench import RESULTS, Bench
 
 SHARES = (0.30, 0.40, 0.45, 0.50, 0.55, 0.60, 0.65, 0.70)
 PARTS = ("fit", "choose", "promise")
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
     if min(args.images, args.test) < 1:
         raise ValueError("--images and --test want 1 or more")
     check_file("--out", args.out)
-    write_result(args.out, {"rows": measure(Bench(args.images, args.test))})
+    write_result(args.out, {"rows": measure(Bench.digits(args.images, args.test))})
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -8,7 +8,6 @@ the images are dealt out.
 
 import argparse
 import json
-import random
 import subprocess
 import sys
 import time
@@ -18,25 +17,19 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from tqdm import tqdm
 
-from atm_triton import ATMConfig, Target, calibrate
-from atm_triton.calibrate import split_images
-from atm_triton.distributed import own, rank, silent, start, stop
+from atm_triton import Target, calibrate
+from atm_triton.distributed import rank, start, stop
 from atm_triton.env import check_file, environment, write_result
 from atm_triton.errors import exit_code
-from atm_triton.evaluate import evaluate, unpatched_logits
-from atm_triton.inputs import open_images, open_model
-from atm_triton.reference import threshold
-from atm_triton.search import MANY, Meter, Search, ranked, similarities
-from atm_triton.shapes import Drawer, Predictor, Shape
+from atm_triton.search import MANY
+from atm_triton.shapes import Shape
+from benchmarks.bench import BATCH_SIZE, RESULTS, Bench
 
-RESULTS = Path(__file__).parent / "results"
 SHARES = (0.30, 0.45, 0.55, 0.62)
 ADAPT = ("image", "batch", "static")
-KEPT, LAST = 12, 4  # curves measured on the hardest images, and on others to choose by
-BATCH_SIZE = 64
 AGREEMENT = 0.995
+OWN_CODE = ("benchmarks/bench.py", "benchmarks/calibration.py")
 RAMPS = {  # r of the first and of the last block, up to a factor
     "ToMe": ((1, 1),),  # constant, give or take the one token that meets the cost
     "increasing": ((0, 2), (0.5, 1.5)),
@@ -44,68 +37,21 @@ RAMPS = {  # r of the first and of the last block, up to a factor
 }
 
 
-class Bench:
-    """The digits model; ``images`` of its calibration split to choose by, ``test`` of its test split to judge by."""
-
-    def __init__(self, images: int, test: int) -> None:
-        self.model = open_model()
-        self.loader = list(open_images(self.model, split="calibration", limit=images, batch_size=BATCH_SIZE))
-        parts, _ = split_images(self.loader, seed=0)
-        self.meter = Meter(self.model, parts, {"cls_only_last": True, "backend": "auto"})
-        found = similarities(self.model, parts["fit"], ATMConfig())
-        self.predictor = Predictor(self.model, tuple(parts["fit"][0].shape[1:]), found, cls_only_last=True)
-        self.test = own(list(open_images(self.model, split="test", limit=test, batch_size=BATCH_SIZE)))
-        self.base = unpatched_logits(self.model, self.test, "test")
-
-    def goal(self, share: float) -> float:
-        """GFLOPs that save this share of the MACs; they count norms too, which are no MACs."""
-        return (1 - share) * self.predictor.unmerged
-
-    def judged(self, config: ATMConfig, **about: Any) -> dict[str, Any]:
-        """On the test split."""
-        outcome = evaluate(self.model, self.test, config, self.base, title=None)
-        return {**about, "config": asdict(config), **outcome.to_dict()}
-
-    def calibrated(self, adapt: str, target: Target) -> dict[str, Any]:
-        begin = time.perf_counter()
-        found = calibrate(self.model, self.loader, target, adapt)
-        about = {"promise": asdict(found.promise), "family": found.family, "passes": found.passes}
-        return self.judged(found.config, **about, seconds=time.perf_counter() - begin)
-
-    def search(self, adapt: str) -> Search:
-        return Search(self.meter, self.predictor, adapt, True, None, 0, tqdm(disable=True))
-
-    def best_curve(self, adapt: str, goal: float, draws: int, split_depth: int | None = None) -> ATMConfig:
-        """Of random curves of the paper the one with the least change; the fewer are left, the more images decide.
-        ``split_depth``: of all of them; None: drawn too."""
-        search = self.search(adapt)
-        drawer = Drawer(self.predictor, adapt, True, None, random.Random(1), goal)
-        bar = tqdm(range(draws), desc=f"curves, {adapt}", unit="curve", disable=silent(""))
-        drawn = search.sketched((random_curve(drawer, split_depth) for _ in bar), goal)
-        fitted = ranked([search.measured(found[0], goal, found) for _, found in drawn[:KEPT]])
-        best = min((found for _, found in fitted[:LAST]), key=lambda found: search.judged(found, goal))
-        return search.config(search.settled(best, goal))
-
-    def given(self, ramps: tuple[tuple[float, float], ...], goal: float) -> dict[str, Any]:
-        """Of given r's that rise or fall with depth the best, with alternate grouping as ToMe has it."""
-        search, configs, merging = self.search("static"), [], self.predictor.merging
-        for first, last in ramps:
-            weights = (first + (last - first) * block / (merging - 1) for block in range(merging))
-            shape = Shape((*weights, None), "static", split_depth=merging + 1)
-            configs.append(search.config((shape, search.foretold(shape, goal))))
-        return self.judged(min(configs, key=lambda config: self.meter.mean(config, ("fit",), MANY).change))
+def calibrated(bench: Bench, adapt: str, target: Target) -> dict[str, Any]:
+    begin = time.perf_counter()
+    found = calibrate(bench.model, bench.loader, target, adapt)
+    about = {"promise": asdict(found.promise), "family": found.family, "passes": found.passes}
+    return bench.judged(found.config, **about, seconds=time.perf_counter() - begin)
 
 
-def random_curve(drawer: Drawer, split_depth: int | None = None) -> Shape:
-    """Eq. 1 with its own parameters drawn, as one would without knowing what they do to this model."""
-    beta, spread = 10 ** drawer.rng.uniform(-5, 0), 10 ** drawer.rng.uniform(0, 2)
-
-    def distances(d: float) -> list[float | None]:
-        lowest = max(1 - spread * d, -1.0)
-        return [1 - threshold(block, 1 - d, beta, lowest) for block in range(1, drawer.merging + 1)]
-
-    split = drawer.rng.choice([None, drawer.depth])
-    return drawer.shaped(drawer.meeting(distances), split_depth or split, "curve")
+def given(bench: Bench, ramps: tuple[tuple[float, float], ...], goal: float) -> dict[str, Any]:
+    """Of given r's that rise or fall with depth the best, with alternate grouping as ToMe has it."""
+    search, configs, merging = bench.search("static"), [], bench.predictor.merging
+    for first, last in ramps:
+        weights = (first + (last - first) * block / (merging - 1) for block in range(merging))
+        shape = Shape((*weights, None), "static", split_depth=merging + 1)
+        configs.append(search.config((shape, search.foretold(shape, goal))))
+    return bench.judged(min(configs, key=lambda config: bench.meter.mean(config, ("fit",), MANY).change))
 
 
 def cells(shares: list[float]) -> Iterator[dict[str, Any]]:
@@ -121,27 +67,30 @@ def cells(shares: list[float]) -> Iterator[dict[str, Any]]:
 
 def measured(bench: Bench, cell: dict[str, Any], draws: int) -> dict[str, Any]:
     if "min_agreement" in cell:
-        return bench.calibrated(cell["adapt"], Target(min_agreement=cell["min_agreement"]))
+        return calibrated(bench, cell["adapt"], Target(min_agreement=cell["min_agreement"]))
     goal = bench.goal(cell["share"])
     if cell["method"] == "calibrated":
-        return bench.calibrated(cell["adapt"], Target(max_gflops=goal))
+        return calibrated(bench, cell["adapt"], Target(max_gflops=goal))
     if cell["method"] == "curve":
         return bench.judged(bench.best_curve(cell["adapt"], goal, draws))
-    return bench.given(RAMPS[cell["method"]], goal)
+    return given(bench, RAMPS[cell["method"]], goal)
 
 
 def known(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows of a file that this very code and these settings made, as far as they went."""
     if not path.exists():
         return []
-    document = json.loads(path.read_text())
-    made = document["environment"]
-    clean = not made["dirty"] and not environment()["dirty"] and document["settings"] == settings
-    return document["rows"] if clean and _same_code(made["commit"]) else []
+    try:
+        document = json.loads(path.read_text())
+        made, rows = document["environment"], document["rows"]
+        same = not made["dirty"] and document["settings"] == settings and _same_code(made["commit"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"--out {path} is no result of this experiment; give another") from error
+    return rows if same and not environment()["dirty"] else []
 
 
 def _same_code(commit: str) -> bool:
-    command = ["git", "diff", "--quiet", commit, "--", "atm_triton", "benchmarks/digits", "benchmarks/calibration.py"]
+    command = ["git", "diff", "--quiet", commit, "--", "atm_triton", "benchmarks/digits", *OWN_CODE]
     return subprocess.run(command, cwd=Path(__file__).parents[1], stderr=subprocess.DEVNULL).returncode == 0
 
 
@@ -172,10 +121,12 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 def run(args: argparse.Namespace) -> None:
     if min(args.draws, args.images, args.test) < 1:
         raise ValueError("--draws, --images and --test want 1 or more")
+    if not all(0 < share < 1 for share in args.shares):
+        raise ValueError("--shares want numbers between 0 and 1")
     check_file("--out", args.out)
     settings = {"draws": args.draws, "images": args.images, "test": args.test, "shares": args.shares}
     rows = known(args.out, settings)
-    bench = Bench(args.images, args.test)
+    bench = Bench.digits(args.images, args.test)
     for cell in list(cells(args.shares))[len(rows) :]:
         rows.append({**cell, **measured(bench, cell, args.draws)})
         if rank() == 0:

@@ -5,11 +5,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+from benchmarks.bench import RESULTS
 from benchmarks.paper import flops, table1, table2
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-RESULTS = Path(__file__).parent / "results"
 SHOWN = (0.40, 0.50, 0.60, 0.70)  # of the costs that were measured
 
 
@@ -30,18 +30,9 @@ def made_by(*names: str) -> str:
     return "\n".join(lines)
 
 
-def accuracy_table() -> str:
-    return table2.table(load("digits_table2.json")) + "\n\n" + made_by("digits_table2.json", "digits_figure4.json")
-
-
-def stress_table() -> str:
-    return table1.table(load("digits_table1.json")) + "\n\n" + made_by("digits_table1.json")
-
-
-def throughput_table() -> str:
+def throughput_table(*documents: dict[str, Any]) -> str:
     lines = ["| | images/s | speed-up | time(bound) / time | GFLOPs | peak MiB |", "|---|---|---|---|---|---|"]
-    files = ("cpu_bench.json", "cpu_bench_image.json")
-    for case in (case for name in files for case in load(name)["cases"]):
+    for case in (case for document in documents for case in document["cases"]):
         lines.append(f"| **{case['title']}** | | | | | |")
         for row in case["rows"]:
             name = f"{row['name']}, {row['note']}" if row["note"] else row["name"]
@@ -51,11 +42,10 @@ def throughput_table() -> str:
                 f"| {name} | {row['images_per_second']:.1f} ({row['slowest']:.1f} to {row['fastest']:.1f}) "
                 f"| {row['speedup']:.2f} | {row['of_bound']:.3f} | {row['gflops']:.3f} | {row['peak_mib']:.1f} |"
             )
-    return "\n".join(lines) + "\n\n" + made_by(*files)
+    return "\n".join(lines)
 
 
-def invariance_table() -> str:
-    result = load("digits_invariance.json")
+def invariance_table(result: dict[str, Any]) -> str:
     lines = [
         f"| {result['images']} test images, against each alone | merged otherwise | other class | logits differ by |",
         "|---|---|---|---|",
@@ -65,11 +55,11 @@ def invariance_table() -> str:
             f'| `adapt="{row["adapt"]}"`, batches of {row["batch_size"]}, {row["order"]} '
             f"| {row['other_assignments']} | {row['other_predictions']} | {row['logits_differ_by']:.1e} |"
         )
-    return "\n".join(lines) + "\n\n" + made_by("digits_invariance.json")
+    return "\n".join(lines)
 
 
-def adaptivity_table() -> str:
-    rows = [row for row in load("digits_adaptivity.json")["rows"] if row["share"] in SHOWN]
+def adaptivity_table(result: dict[str, Any]) -> str:
+    rows = [row for row in result["rows"] if row["share"] in SHOWN]
     images, unpatched = (rows[0]["overall"][name] for name in ("images", "top1_unpatched"))
     lines = [
         f"| {images} test images; top-1 unpatched {unpatched:.2f} % | saved | top-1 | agreement | KL "
@@ -85,29 +75,25 @@ def adaptivity_table() -> str:
             f'| `adapt="{row["adapt"]}"` | {100 * row["saved"]:.1f} % | {quality["top1"]:.2f} % '
             f"| {quality['agreement']:.2f} % | {quality['kl']:.1e} | {' | '.join(cells or ['', ''])} |"
         )
-    return "\n".join(lines) + "\n\n" + made_by("digits_adaptivity.json")
+    return "\n".join(lines)
 
 
-def flops_table() -> str:
-    return flops.table(load("paper_flops.json")) + "\n\n" + made_by("paper_flops.json")
-
-
-TABLES = {
-    "flops": flops_table,
-    "accuracy": accuracy_table,
-    "stress": stress_table,
-    "throughput": throughput_table,
-    "invariance": invariance_table,
-    "adaptivity": adaptivity_table,
+TABLES = {  # of the files that they come from
+    "flops": (flops.table, ("paper_flops.json",)),
+    "accuracy": (table2.table, ("digits_table2.json",)),
+    "stress": (table1.table, ("digits_table1.json",)),
+    "throughput": (throughput_table, ("cpu_bench.json", "cpu_bench_image.json")),
+    "invariance": (invariance_table, ("digits_invariance.json",)),
+    "adaptivity": (adaptivity_table, ("digits_adaptivity.json",)),
 }
 
 
 def fill(text: str) -> str:
     """``text`` with what stands between ``<!-- NAME -->`` and ``<!-- end -->`` made anew."""
-    for name, table in TABLES.items():
+    for name, (table, files) in TABLES.items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
         if not pattern.search(text):
             raise ValueError(f"README has no place for the table {name!r}")
-        content = table()
+        content = table(*map(load, files)) + "\n\n" + made_by(*files)
         text = pattern.sub(lambda match, content=content: f"{match[1]}{content}\n{match[2]}", text)
     return text

@@ -18,12 +18,7 @@ INTRODUCTION = (
     "Every file of this directory with its table and plot, as far as it has them, and what made it: "
     "by `python -m benchmarks.report`."
 )
-OTHERS = {  # what README shows in full, by the file that it comes from
-    "paper_flops.json": readme.flops_table,
-    "cpu_bench.json": readme.throughput_table,
-    "digits_invariance.json": readme.invariance_table,
-    "digits_adaptivity.json": readme.adaptivity_table,
-}
+OTHERS = {file: table for table, files in readme.TABLES.values() for file in files}  # than the paper's by their name
 
 
 def page(directory: Path) -> str:
@@ -39,7 +34,7 @@ def section(path: Path) -> str:
         made = document["environment"]
         lines = [f"## {_title(path)}", f"`{path.name}`: {_made(made)}", *_table(path, document)]
     except (ValueError, KeyError, TypeError, IndexError, StopIteration) as error:
-        raise ValueError(f"{path}: is no result of this version ({error!r}); delete it, or make it anew") from error
+        raise ValueError(f"{path}: is no result of this version ({error!r}); make it anew") from error
     plot = path.with_suffix(".png")
     return "\n\n".join([*lines, f"![{path.stem}]({plot.name})"] if plot.exists() else lines)
 
@@ -67,7 +62,7 @@ def _table(path: Path, document: dict[str, Any]) -> list[str]:
     if experiment is not None:
         return [experiment.table(document)]
     if path.name in OTHERS:
-        return [OTHERS[path.name]().rpartition("\n\n")[0]]
+        return [OTHERS[path.name](document)]
     return []
 
 

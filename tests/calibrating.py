@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from atm_triton import Target, calibrate, search
+from atm_triton import Target, calibrate, meter, search
 from atm_triton.distributed import rank, start, stop
 from models import images, vit
 
@@ -22,7 +22,7 @@ def main(out, dies=None):
     search.FEW, search.SOME, search.MANY = 8, 16, 24  # fewer than there are: one batch, two and three
     start("cpu")
     if rank() == dies:
-        search.Meter.mean = lambda *_: os._exit(1)
+        meter.Meter.mean = lambda *_: os._exit(1)
     calibration = calibrate(vit(), images(100).split(8), Target(max_gflops=0.0009), progress=False)
     (Path(out) / f"{rank()}.txt").write_text(repr(calibration))
     stop()

@@ -9,12 +9,14 @@ import timm
 import torch
 from tqdm import tqdm
 
-from atm_triton import ATMConfig, Target, apply_patch, calibrate, search
-from atm_triton.calibrate import split_images
+from atm_triton import ATMConfig, Target, apply_patch, calibrate, meter, search
+from atm_triton.calibrate import Promise, split_images
 from atm_triton.cli import main
 from atm_triton.evaluate import evaluate
 from atm_triton.flops import cost, unmerged
-from atm_triton.search import Mean, Meter, Search, hardest, similarities, smoothest
+from atm_triton.meter import Mean, Measured, Meter, hardest, similarities
+from atm_triton.report import calibration_table
+from atm_triton.search import Search, smoothest
 from atm_triton.shapes import Predictor, Shape
 from models import distilled, images, vit
 
@@ -69,7 +71,8 @@ def test_the_goal_is_met_and_the_promise_is_what_an_evaluation_finds(adapt, load
     promise = calibration.promise
     assert promise.gflops == pytest.approx(outcome.overall.gflops) and promise.kl == pytest.approx(outcome.overall.kl)
     assert 100 * promise.agreement == pytest.approx(outcome.overall.agreement) and promise.images == 24
-    assert promise.kl_se > 0 and promise.agreement_se > 0
+    assert (promise.kl_se is None) == (adapt == "batch") and promise.agreement_se > 0  # they are one batch
+    assert (f"KL {promise.kl:.3g} ±" in calibration_table(calibration)) == (adapt != "batch")
 
 
 def test_no_image_is_in_two_parts(loader):
@@ -121,6 +124,8 @@ def test_the_smoother_of_two_that_tie():
     assert smooth.roughness < 1e-20 < rough.roughness
     assert smoothest([(1.0, (rough, 1.0)), (1.015, (smooth, 1.0))])[0] is smooth
     assert smoothest([(1.0, (rough, 1.0)), (1.035, (smooth, 1.0))])[0] is rough
+    gapped = Shape((0.1, None, 0.9, None, 0.2), "image")
+    assert gapped.roughness == rough.roughness
 
 
 @pytest.mark.parametrize("model", [vit(), distilled(), vit(class_token=False, global_pool="avg")])
@@ -231,42 +236,77 @@ def test_a_known_mean_is_not_measured_again(loader):
     assert meter.images == 2 * 24  # without and with merging
 
 
-def test_the_hardest_images_are_those_that_change_most(loader):
+def test_the_hardest_images_are_those_that_change_most(loader, monkeypatch):
+    monkeypatch.setattr(meter, "AT_LEAST", 10)
     parts, _ = split_images(loader, 0)
-    model, config = vit(), ATMConfig(adapt="static", schedule=(6,) * 4)
-    meter = Meter(model, parts, {})
-    kl = meter.measure(config, "fit").kl
-    before, search.AT_LEAST = search.AT_LEAST, 10
-    try:
-        meter.focus([config], ("fit",))
-    finally:
-        search.AT_LEAST = before
-    of_hardest = meter.measure(config, hardest("fit")).kl
-    assert len(of_hardest) == 10 and torch.allclose(of_hardest.sort().values, kl.sort().values[-10:], atol=1e-9)
+    one, other = (ATMConfig(adapt="static", schedule=schedule) for schedule in ((6,) * 4, (9, 0, 0, 0)))
+    measuring = Meter(vit(), parts, {})
+    means = []
+    for config in (one, other):
+        kl = measuring.measure(config, "fit").kl
+        measuring.focus([config], "fit")
+        of_hardest = measuring.measure(config, hardest("fit")).kl
+        assert len(of_hardest) == 10 and torch.allclose(of_hardest.sort().values, kl.sort().values[-10:], atol=1e-9)
+        means.append(measuring.mean(one, (hardest("fit"),)))
+    assert means[0].kl != means[1].kl  # of other images: not what was measured before
 
 
 @pytest.mark.parametrize("adapt", ["batch", "image"])
 def test_the_change_is_told_at_the_cost_of_the_goal(adapt, loader):
-    """A configuration measured at two costs changes as much at a third; of a batch the r of images of chance hold."""
+    """A shape that costs a little more or less than the goal is told the same change there."""
     parts, _ = split_images(loader, 0)
     model = vit()
-    meter = Meter(model, parts, {})
+    measuring = Meter(model, parts, {})
     predictor = Predictor(model, (3, 40, 40), similarities(model, parts["fit"], ATMConfig()), True)
-    searched = Search(meter, predictor, adapt, True, None, 0, tqdm(disable=True))
+    searched = Search(measuring, predictor, adapt, True, None, 0, tqdm(disable=True))
     goal, shape = 0.8 * whole(model), Shape((1.0,) * 4, adapt)
     drawn = searched.sketched([shape], goal)
-    assert searched._slope < 0
-    near, far = (searched.measured(shape, share * goal, drawn[0][1]) for share in (0.98, 1.0))
-    assert near[1][1] > far[1][1] and near[0] > far[0]
-    at_goal = [
-        searched._change(found, searched.meter.mean(searched.config(found), ("fit",)), "fit", goal).change
-        for _, found in (near, far)
-    ]
-    assert at_goal[0] == pytest.approx(at_goal[1], rel=0.1)
-    if adapt == "batch":
-        mean = meter.mean(searched.config(far[1]), ("fit",))
-        schedule = ATMConfig(adapt="static", schedule=tuple(map(round, mean.merged)), **searched.meter.fields)
-        assert mean.merged[-1] == 0 and sum(schedule.schedule) > 0
+    dear, cheap = (searched.measured(shape, share * goal, drawn[0][1])[1] for share in (1.0, 0.97))
+    means = [measuring.mean(searched.config(found), ("choose",)) for found in (dear, cheap)]
+    assert means[0].gflops > means[1].gflops and means[0].change < 0.95 * means[1].change
+    at_goal = [searched.judged(found, goal) for found in (dear, cheap)]
+    assert at_goal[0] == pytest.approx(at_goal[1], rel=0.5 * (means[1].change / means[0].change - 1))
+
+
+def test_images_in_batches_of_hard_ones_merge_as_many_as_among_others(loader):
+    parts, _ = split_images(loader, 0)
+    model = vit()
+    measuring = Meter(model, parts, {})
+    predictor = Predictor(model, (3, 40, 40), similarities(model, parts["fit"], ATMConfig()), True)
+    searched = Search(measuring, predictor, "batch", True, None, 0, tqdm(disable=True))
+    goal = 0.8 * whole(model)
+    ((_, found),) = searched.sketched([Shape((1.0,) * 4, "batch")], goal)
+    mean = measuring.mean(searched.config(found), ("fit",))
+    asked = []
+    measuring.mean = lambda config, part: asked.append(config) or mean
+    searched._hardest(found, mean, goal)
+    (config,) = asked
+    assert config.adapt == "static" and sum(config.schedule) == round(sum(mean.merged)) > 0
+
+
+def test_the_error_of_a_cost_that_batches_share():
+    gflops = torch.tensor([1.0, 1, 1, 3, 3, 3]).double()
+    same = torch.ones(6).double()
+    alone, shared = (Promise.of(Measured(gflops, gflops, same, same), size) for size in (1, 3))
+    assert shared.gflops == alone.gflops == 2
+    assert shared.gflops_se == pytest.approx(1.0) and alone.gflops_se == pytest.approx((6 / 5 / 6) ** 0.5)
+
+
+def test_the_promise_is_of_images_that_nothing_else_saw(loader, small_search, monkeypatch):
+    measure, seen = Meter.measure, []
+    monkeypatch.setattr(
+        Meter, "measure", lambda self, config, part, *more: seen.append(part) or measure(self, config, part, *more)
+    )
+    found(vit(), loader, max_gflops=0.8 * whole(vit()))
+    assert seen.count("promise") == 1 and seen[-1] == "promise" and {"fit", "choose"} < set(seen)
+
+
+def test_a_damaged_file_of_measurements_is_named(tmp_path, loader, small_search):
+    notes = tmp_path / "out.json.partial"
+    for text, message in (("no json\n", "is damaged"), ("{}\n", "holds no measurements")):
+        notes.write_text(text)
+        with pytest.raises(ValueError, match=f"^{notes} {message}.*delete it, or choose another --out$"):
+            calibrate(vit(), loader, Target(max_gflops=0.8 * whole(vit())), notes=notes, progress=False)
 
 
 def test_the_command(tmp_path, small_search, capsys):

@@ -59,6 +59,7 @@ def test_calibration(tmp_path, capsys):
         (invariance.main, ["--images", "0"], "invariance: --images 0 is too few; give 1 or more"),
         (adaptivity.main, ["--images", "0"], "adaptivity: --images and --test want 1 or more"),
         (calibration.main, ["--draws", "0"], "calibration: --draws, --images and --test want 1 or more"),
+        (calibration.main, ["--shares", "2"], "calibration: --shares want numbers between 0 and 1"),
         (calibration.main, ["--out", "/nowhere/out.json"], "calibration: --out /nowhere/out.json: its directory does"),
     ],
 )

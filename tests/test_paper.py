@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,12 +14,13 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from atm_triton import ATMConfig, apply_patch
+from atm_triton.digits.model import IMAGE_CONFIG
 from atm_triton.inputs import digits_config, open_images, open_model
 from atm_triton.operating_points import operating_points
 from atm_triton.shapes import Predictor
 from benchmarks import zoo
 from benchmarks.paper import __main__ as paper
-from benchmarks.paper import figure5, figure6, flops, methods, points, subject, table1, theorem1
+from benchmarks.paper import figure4, figure5, figure6, flops, methods, points, subject, table1, theorem1
 from benchmarks.paper.methods import NEAR, counted, nearest, of_baseline
 from models import images, vit
 
@@ -58,12 +60,13 @@ def test_figure4_measures_every_method_at_one_cost(tmp_path, monkeypatch, capsys
 
     path = tmp_path / "digits_figure4.json"
     path.write_text(json.dumps(found | {"rows": found["rows"][:-1]}))  # as an interrupted run leaves it
-    at_cost, asked = methods.at_cost, []
-    monkeypatch.setattr(methods, "at_cost", lambda *about: asked.append(about[1]) or at_cost(*about))
+    measured_at, asked = figure4.measured_at, []
+    monkeypatch.setattr(figure4, "measured_at", lambda *about: asked.append(about[1]) or measured_at(*about))
     assert run("figure4", tmp_path, *options, "--resume")["rows"] == found["rows"] and asked == ["atm, image"]
     for text, message in (
         (None, "digits_figure4.json was made with another batch_size; leave --resume out, or give another --out"),
         ('{"rows": []}', "digits_figure4.json is no result of this experiment; give another --out"),
+        ('{"settings": [], "rows": []}', "digits_figure4.json was made with another model, another model_kwargs"),
         ('{"rows": [', "digits_figure4.json is no result of this experiment; give another --out"),
     ):
         path.write_text(text or path.read_text())
@@ -110,7 +113,7 @@ def test_table3_splits_at_every_depth(tmp_path):
     assert first["overall"]["kl"] != last["overall"]["kl"]
 
 
-def test_table_a1_batches_anew(tmp_path, monkeypatch):
+def test_table_a1_batches_anew(tmp_path, monkeypatch, capsys):
     rows = run("tableA1", tmp_path, "--limit", "9", "--sizes", "4", "2")["rows"]
     assert [(row["batch_size"], row["adapt"]) for row in rows] == [
         (size, adapt) for size in (2, 4) for adapt in ("batch", "image")
@@ -120,12 +123,10 @@ def test_table_a1_batches_anew(tmp_path, monkeypatch):
     assert rows[1]["overall"]["gflops"] == rows[3]["overall"]["gflops"]
     assert rows[1]["overall"]["kl"] == pytest.approx(rows[3]["overall"]["kl"], abs=1e-9)
 
-    def out_of_memory(*_):
-        raise torch.OutOfMemoryError
-
-    monkeypatch.setattr(subject.Subject, "in_other_batches", out_of_memory)
-    rows = run("tableA1", tmp_path, "--limit", "4", "--sizes", "4")["rows"]
-    assert [row["missing"] for row in rows] == ["out of memory"] * 2
+    monkeypatch.setattr(subject.Subject, "in_other_batches", lambda *_: torch.empty(10**15))
+    rows = run("tableA1", tmp_path, "--limit", "4", "--sizes", "4", "8")["rows"]
+    assert [(row["batch_size"], row["missing"]) for row in rows] == [(4, "out of memory")] * 2
+    assert "batches of 8 and more are left out: there are 4 images" in capsys.readouterr().out
 
 
 def test_the_papers_points_stand_beside_ours(tmp_path, monkeypatch, capsys):
@@ -135,6 +136,9 @@ def test_the_papers_points_stand_beside_ours(tmp_path, monkeypatch, capsys):
     assert found["settings"]["points_of"] == "DeiT-S" and len(found["rows"]) == 2
     assert found["rows"][0]["settings"]["config"]["alpha"] == some[1].alpha == found["rows"][0]["alpha"]
     assert f"| {some[1].gflops:.2f}, {some[1].top1:.2f} % |" in capsys.readouterr().out
+    fine_tuned = [replace(some[1], fine_tuned=True, table="A3")]
+    monkeypatch.setattr(points, "operating_points", lambda: some + fine_tuned)
+    assert [row["table"] for row in run("tableA3", tmp_path, "--limit", "4")["rows"]] == ["A3"]
 
 
 def test_figure2_merges_in_one_block_alone(tmp_path, monkeypatch):
@@ -177,6 +181,8 @@ def test_theorem1_on_random_vectors_and_on_real_merges(tmp_path):
     with torch.inference_mode():
         patched(batch[0])
     assert [row["pairs"] for row in rows[3:]] == [8 * r for r in patched.blocks.last.merged[:-1]]
+    by_image = run("theorem1", tmp_path, "--limit", "8", "--config", str(IMAGE_CONFIG))["rows"]
+    assert sum(row["pairs"] for row in by_image[3:]) > 0
 
 
 def test_an_error_beyond_its_bounds_is_counted(monkeypatch):
@@ -268,6 +274,12 @@ def test_every_method_comes_close_to_the_cost():
         (["figure4", "--data", "somewhere"], "--choose-by DIR: say by which images settings are chosen"),
         (["figure7", "--pictures", "0"], "benchmarks.paper: --pictures wants 1 or more"),
         (["figure7", "--resume"], "--resume: the pictures are made in one go; leave it out"),
+        (["figure7", "--limit", "4", "--blocks", "13"], "--blocks 13 is outside 1 .. 12"),
+        (["table3", "--config", "OTHER"], "other.json was calibrated for deit_tiny_patch16_224, not for digits"),
+        (
+            ["table3", "--data", "tests", "--choose-by", "tests/deeper"],
+            "holds images of --data: choose settings by others",
+        ),
         (["figure2", "--thetas", "2"], "--thetas wants cosine similarities, -1 to 1, each once"),
         (["table1", "--drop", "-1"], "--drop -1 is below 0; say how many points may be lost"),
         (["tableA1", "--sizes", "0"], "--sizes wants each size once, 1 or more"),
@@ -275,13 +287,16 @@ def test_every_method_comes_close_to_the_cost():
             ["tablesA2-A5", "--model", "vit_tiny_patch16_224", "--pretrained", "--config", "none.json"],
             "the paper has no",
         ),
-        (["table3", "--data", "nowhere", "--choose-by", "nowhere"], "directory nowhere does not exist"),
-        (["table3", "--data", "tests", "--choose-by", "tests"], "directory tests holds no"),
+        (["table3", "--data", "nowhere", "--choose-by", "tests"], "directory tests holds no"),
+        (["table3", "--data", "tests", "--choose-by", "nowhere"], "directory nowhere does not exist"),
         (["flops", "--out", "none/here"], "benchmarks.paper: --out none/here/paper_flops.json"),
         (["table9"], "invalid choice: 'table9' (choose from"),
     ],
 )
-def test_bad_input_is_one_line(arguments, message, capsys):
+def test_bad_input_is_one_line(arguments, message, capsys, tmp_path):
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps({"model": "deit_tiny_patch16_224", "config": json.loads(digits_config().to_json())}))
+    arguments = [str(other) if argument == "OTHER" else argument for argument in arguments]
     try:
         code = paper.main(arguments)
     except SystemExit as stopped:

@@ -25,7 +25,7 @@ def test_it_is_written_with_readmes_tables(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(report, "PAGE", tmp_path / "REPORT.md")
     assert report.main() == 0
     written = (tmp_path / "README.md").read_text()
-    assert "stale text" not in written and readme.flops_table() in written
+    assert "stale text" not in written and readme.made_by("paper_flops.json") in written
     assert report.main() == 0
     assert (tmp_path / "README.md").read_text() == written
     assert (tmp_path / "REPORT.md").read_text() == report.page(readme.RESULTS)
@@ -54,3 +54,16 @@ def test_an_experiment_is_found_by_its_name(tmp_path):
     page = report.page(tmp_path)
     assert "## my_model: Pictures of merged tokens" in page and "| image 0, ATM | 0.250 | 7 |" in page
     assert "a processor, torch 2, timm 1, commit 0123456, now" in page and "![" not in page
+
+
+def test_a_table_is_of_the_file_beside_it(tmp_path):
+    document = json.loads((readme.RESULTS / "paper_flops.json").read_text())
+    document["models"][0]["parameters"] = 1_230_000
+    (tmp_path / "paper_flops.json").write_text(json.dumps(document))
+    assert "| 1.23 (5.72) |" in report.page(tmp_path)
+
+
+def test_an_unfinished_file_is_shown_as_far_as_it_goes(tmp_path):
+    document = json.loads((readme.RESULTS / "digits_figure4.json").read_text())
+    (tmp_path / "digits_figure4.json").write_text(json.dumps(document | {"rows": document["rows"][:-1]}))
+    assert report.page(tmp_path).count("not measured yet") == 1

@@ -7,6 +7,7 @@ from typing import Any
 
 from atm_triton.env import check_file, write_result
 from atm_triton.errors import exit_code
+from benchmarks.bench import RESULTS
 from benchmarks.paper import (
     figure2,
     figure4,
@@ -24,13 +25,13 @@ from benchmarks.paper import (
 from benchmarks.paper.rows import Rows
 from benchmarks.paper.subject import Subject
 
-RESULTS = Path(__file__).parents[1] / "results"
 EXPERIMENTS = {  # of a model and its images
     "table1": table1,
     "table2": table2,
     "table3": table3,
     "tableA1": table_a1,
     "tablesA2-A5": points,
+    "tableA3": points,
     "figure2": figure2,
     "figure4": figure4,
     "figure5": figure5,

@@ -73,9 +73,12 @@ def table(result: dict[str, Any]) -> str:
     head = [f"{result['rows'][0]['images']} images: block", *(f"theta {theta:g}: loss (merged)" for theta in thetas)]
     body = []
     for block in sorted({row["block"] for row in result["rows"]}):
-        cells = [by_key[theta, block] for theta in thetas]
-        body.append([str(block), *(f"{cell['loss']:.1e} ({cell['merged']:.1f})" for cell in cells)])
+        body.append([str(block), *(_cell(by_key.get((theta, block))) for theta in thetas)])
     return markdown(head, body)
+
+
+def _cell(row: dict[str, Any] | None) -> str:
+    return "not measured yet" if row is None else f"{row['loss']:.1e} ({row['merged']:.1f})"
 
 
 def plot(result: dict[str, Any], path: Path) -> None:

@@ -46,10 +46,12 @@ def table(result: dict[str, Any]) -> str:
     names = list(dict.fromkeys(row["method"] for row in result["rows"]))
     by_key = {(row["method"], row["share"]): row for row in result["rows"]}
     head = [f"{about(result['rows'])}: top-1, KL at", *(f"-{100 * share:.0f} %" for share in at)]
-    return markdown(head, [[name, *(_cell(by_key[name, share]) for share in at)] for name in names])
+    return markdown(head, [[name, *(_cell(by_key.get((name, share))) for share in at)] for name in names])
 
 
-def _cell(row: dict[str, Any]) -> str:
+def _cell(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return "not measured yet"
     if "missing" in row:
         return row["missing"]
     quality, whole = row["overall"], row["gflops_unpatched"]

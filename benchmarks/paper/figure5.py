@@ -1,6 +1,6 @@
-"""Figure 5: schedules of merging, all with alternate groups: a constant, rising or falling r, one threshold, and
-thresholds that fall with depth.
+"""Figure 5: schedules of merging: a constant, rising or falling r, one threshold, thresholds that fall with depth.
 
+All have alternate groups in every block.
 A rising r grows by one from block to block, a falling one shrinks by one, as in the paper. The thresholds that fall are
 the paper's curve (Eq. 1): at each cost the best of random ones by the KL on the images to choose by, as the paper swept
 its three numbers.
@@ -14,7 +14,7 @@ from benchmarks.paper import figure4
 from benchmarks.paper.methods import (
     Way,
     constant_threshold,
-    measured,
+    measured_at,
     nearest,
     of_baseline,
     of_config,
@@ -55,22 +55,15 @@ def schedule(subject: Subject, name: str, goal: float) -> Way | None:
     return nearest(subject, [of_baseline("tome", r=ramp) for ramp in ramps if any(ramp)], goal)
 
 
+def row(subject: Subject, name: str, share: float) -> dict[str, Any]:
+    """A schedule at a cost, or why there is none."""
+    return measured_at(subject, name, subject.goal(share), schedule)
+
+
 def measure(subject: Subject, rows: Rows, args: argparse.Namespace) -> None:
     for share in args.shares:
         for name in STYLES:
             rows.add({"method": name, "share": share}, lambda name=name, share=share: row(subject, name, share))
-
-
-def row(subject: Subject, name: str, share: float) -> dict[str, Any]:
-    """A schedule at a cost, or why there is none."""
-    goal = subject.goal(share)
-    try:
-        way = schedule(subject, name, goal)
-    except ValueError as error:
-        return {"missing": str(error)}
-    if way is None:
-        return {"missing": f"no setting comes close to {goal:.4g} GFLOPs"}
-    return measured(subject, way, f"{name}, -{share:.0%}")
 
 
 table = figure4.table

@@ -36,6 +36,9 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
 @torch.inference_mode()
 def measure(subject: Subject, rows: Rows, args: argparse.Namespace) -> None:
     """Tokens left and cost of every picture; the pictures go beside the result."""
+    wrong = [block for block in args.blocks if not 1 <= block <= subject.depth]
+    if wrong:
+        raise ValueError(f"--blocks {wrong[0]} is outside 1 .. {subject.depth}")
     goal, (ours, theirs) = subject.goal(SAVED), ("atm, image", "tome")
     ways = {method: at_cost(subject, method, goal) for method in (ours, theirs)}
     if None in ways.values():

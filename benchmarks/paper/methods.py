@@ -114,15 +114,18 @@ def at_cost(subject: Subject, method: str, goal: float) -> Way | None:
     return by_similarity(subject, shape_of(subject, subject.configs[adapt], adapt), goal)
 
 
-def measured_at(subject: Subject, method: str, goal: float) -> dict[str, Any]:
-    """The row of a method at a cost, or why there is none."""
+Finder = Callable[[Subject, str, float], Way | None]
+
+
+def measured_at(subject: Subject, name: str, goal: float, find: Finder = at_cost) -> dict[str, Any]:
+    """The row of what ``find`` finds by a name at a cost, or why there is none."""
     try:
-        way = at_cost(subject, method, goal)
+        way = find(subject, name, goal)
     except ValueError as error:
         return {"missing": str(error)}
     if way is None:
         return {"missing": f"no setting comes close to {goal:.4g} GFLOPs"}
-    return measured(subject, way, f"{method} {way.settings}")
+    return measured(subject, way, f"{name}, {goal:.4g} GFLOPs")
 
 
 def measured(subject: Subject, way: Way, title: str) -> dict[str, Any]:

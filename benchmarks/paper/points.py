@@ -1,7 +1,8 @@
 """Tables A2-A5: every operating point that the paper prints for a model, its figures beside ours.
 
-The paper's points are for its own checkpoints on ImageNet-1k. For the digits those of DeiT-S stand in, which has as
-many tokens and blocks: they show what thresholds do that were chosen for another model.
+Those of Table A3, for checkpoints that were fine-tuned with merging, go by the name tableA3. The paper's points are for
+its own checkpoints on ImageNet-1k. For the digits those of DeiT-S stand in, which has as many tokens and blocks: they
+show what thresholds do that were chosen for another model.
 """
 
 import argparse
@@ -19,15 +20,13 @@ STAND_IN = "deit_small_patch16_224"
 
 
 def arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(add_help=False, parents=[options()])
-    parser.add_argument("--fine-tuned", action="store_true", help="the points of Table A3, for fine-tuned checkpoints")
-    return parser
+    return options()
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
     if not _points(args):
-        raise ValueError(f"--fine-tuned: the paper has no such points for {args.model}")
-    return {"fine_tuned": args.fine_tuned, "points_of": paper_name(_name(args))}
+        raise ValueError(f"{args.name}: the paper has no such points for {args.model}")
+    return {"points_of": paper_name(_name(args))}
 
 
 def _name(args: argparse.Namespace) -> str:
@@ -36,7 +35,8 @@ def _name(args: argparse.Namespace) -> str:
 
 def _points(args: argparse.Namespace) -> list[OperatingPoint]:
     model = paper_name(_name(args))
-    return [point for point in operating_points() if point.model == model and point.fine_tuned == args.fine_tuned]
+    fine_tuned = args.name == "tableA3"
+    return [point for point in operating_points() if point.model == model and point.fine_tuned == fine_tuned]
 
 
 def measure(subject: Subject, rows: Rows, args: argparse.Namespace) -> None:

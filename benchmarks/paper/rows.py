@@ -29,7 +29,7 @@ class Rows:
     def _held(self) -> list[dict[str, Any]]:
         try:
             document = json.loads(self.path.read_text())
-            settings, rows = document["settings"], document["rows"]
+            settings, rows = dict(document["settings"]), list(document["rows"])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"--resume: {self.path} is no result of this experiment; give another --out") from error
         different = [name for name, value in self.settings.items() if settings.get(name) != value]

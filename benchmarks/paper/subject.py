@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Iterable
 from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +11,21 @@ import torch
 from torch import Tensor
 
 from atm_triton import ATMConfig
-from atm_triton.calibrate import split_images
-from atm_triton.evaluate import Evaluation, Patch, evaluate, unpatched_logits
-from atm_triton.inputs import DIGITS, check_device, digits_config, labels_fit, open_images, open_model
+from atm_triton.calibrate import LEAST_IMAGES
+from atm_triton.evaluate import Evaluation, evaluate, unpatched_logits
+from atm_triton.inputs import (
+    DIGITS,
+    check_device,
+    digits_config,
+    labels_fit,
+    open_images,
+    open_model,
+    read_config,
+)
 from atm_triton.options import DTYPES, data_options, model_options
-from atm_triton.patch import settled
-from atm_triton.search import Meter, similarities
-from atm_triton.shapes import Predictor
-from benchmarks.calibration import Bench
+from benchmarks.bench import BATCH_SIZE, Bench
 
 CHOOSE_BY = 512  # images
-BATCH_SIZE = 64
 
 
 def options() -> argparse.ArgumentParser:
@@ -50,34 +55,26 @@ def check_shares(given: list[float]) -> dict[str, Any]:
 
 
 class Subject(Bench):
-    """A model in eval mode with its images. Images that cannot be read are left out, their paths are in ``broken``."""
+    """What the options say. Images that cannot be read are left out, their paths are in ``broken``."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         check_device(args.device)
-        self.data = args.data or DIGITS
+        self.data, self._limit = args.data or DIGITS, args.limit
+        self._opened = {"workers": args.workers, "device": args.device, "lenient": True}
         self.configs = configurations(args)
         model = open_model(args.model, args.checkpoint, args.pretrained, **args.model_kwargs)
         self.model = model.to(args.device, DTYPES[args.dtype])
         for config in self.configs.values():
             config.check_depth(self.depth)
-        self._opened = {"workers": args.workers, "device": args.device, "lenient": True}
-        self._limit, size = args.limit, _batch_size(args)
-        chosen = open_images(
-            self.model, args.choose_by or DIGITS, "calibration", CHOOSE_BY, size, labelled=False, **self._opened
-        )
-        self.loader = list(chosen)
-        self.test = self.in_batches(size)
-        self.labelled = labels_fit(self.test, self.model)
-        self._loaders = [loader for loader in (chosen, self.test) if hasattr(loader, "broken")]
-        if self.data == DIGITS:
-            self.test = list(self.test)
-        self.base = unpatched_logits(self.model, self.test, "unpatched")
-        if not self.base:
-            raise ValueError(f"--data {self.data}: none of its images can be read")
-        parts, _ = split_images(self.loader, seed=0)
-        self.meter = Meter(self.model, parts, {"cls_only_last": True, "backend": "auto"})
-        found = similarities(self.model, parts["fit"], ATMConfig())
-        self.predictor = Predictor(self.model, self.image_shape, found, cls_only_last=True)
+        chosen, size = args.choose_by or DIGITS, batch_size(args)
+        choosing = open_images(self.model, chosen, "calibration", CHOOSE_BY, size, labelled=False, **self._opened)
+        test = self.in_batches(size)
+        loader = list(choosing)
+        if sum(len(batch[0]) for batch in loader) < LEAST_IMAGES:
+            raise ValueError(f"--choose-by {chosen}: give {LEAST_IMAGES} or more images to choose settings by")
+        super().__init__(self.model, loader, list(test) if self.data == DIGITS else test)
+        self.labelled = labels_fit(test, self.model)
+        self._loaders = [opened for opened in (choosing, test) if hasattr(opened, "broken")]
 
     @staticmethod
     def settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -86,8 +83,10 @@ class Subject(Bench):
             raise ValueError(f"{args.model} would have random weights: give --checkpoint FILE or --pretrained")
         if args.data not in (None, DIGITS) and args.choose_by is None:
             raise ValueError("--choose-by DIR: say by which images settings are chosen; others than those of --data")
+        if args.choose_by is not None and _overlap(args.data or DIGITS, args.choose_by):
+            raise ValueError(f"--choose-by {args.choose_by} holds images of --data: choose settings by others")
         about = {name: getattr(args, name) for name in ("model", "model_kwargs", "pretrained", "limit", "dtype")}
-        about |= {"data": args.data or DIGITS, "choose_by": args.choose_by or DIGITS, "batch_size": _batch_size(args)}
+        about |= {"data": args.data or DIGITS, "choose_by": args.choose_by or DIGITS, "batch_size": batch_size(args)}
         about["checkpoint"] = None if args.checkpoint is None else str(args.checkpoint)
         return about | {"configs": {name: asdict(config) for name, config in configurations(args).items()}}
 
@@ -99,14 +98,12 @@ class Subject(Bench):
     def broken(self) -> set[str]:
         return {path for loader in self._loaders for path in loader.broken}
 
-    @property
-    def image_shape(self) -> tuple[int, ...]:
-        return tuple(self.loader[0][0].shape[1:])
-
-    @property
-    def proportional(self) -> bool:
-        """Whether attention knows sizes, where nothing else is said."""
-        return settled(ATMConfig(), self.model).proportional_attention
+    @cached_property
+    def base(self) -> list[Tensor]:
+        logits = unpatched_logits(self.model, self.test)
+        if not logits:
+            raise ValueError(f"--data {self.data}: none of its images can be read")
+        return logits
 
     def in_batches(self, size: int) -> Iterable[tuple[Tensor, Tensor]]:
         """The images to judge by in batches of another size."""
@@ -115,9 +112,6 @@ class Subject(Bench):
     def image(self) -> Tensor:
         """One image [1, C, H, W], to count by."""
         return self.loader[0][0][:1].to(next(self.model.parameters()))
-
-    def outcome(self, how: ATMConfig | Patch, title: str) -> Evaluation:
-        return evaluate(self.model, self.test, how, self.base, self.labelled, title[:40])
 
     def in_other_batches(self, size: int, config: ATMConfig, title: str) -> Evaluation:
         batches = list(self.in_batches(size)) if self.data == DIGITS else self.in_batches(size)
@@ -128,14 +122,22 @@ class Subject(Bench):
         return evaluate(self.model, batches, config, base, self.labelled, title)
 
 
-def _batch_size(args: argparse.Namespace) -> int:
+def batch_size(args: argparse.Namespace) -> int:
     return BATCH_SIZE if args.batch_size is None else args.batch_size
+
+
+def _overlap(data: str, chosen: str) -> bool:
+    """Whether one directory is the other, or lies in it."""
+    if DIGITS in (data, chosen):
+        return False
+    one, other = Path(data).resolve(), Path(chosen).resolve()
+    return one == other or one in other.parents or other in one.parents
 
 
 def configurations(args: argparse.Namespace) -> dict[str, ATMConfig]:
     """ATM's thresholds for either way to adapt."""
     if args.config is not None:
-        given = ATMConfig.from_json(args.config.read_text())
+        given = read_config(args.config, args.model, args.model_kwargs)
         if given.adapt == "static":
             raise ValueError(f"--config {args.config} is a schedule; want thresholds")
         return {adapt: replace(given, adapt=adapt) for adapt in ("batch", "image")}

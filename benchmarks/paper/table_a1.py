@@ -27,7 +27,11 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure(subject: Subject, rows: Rows, args: argparse.Namespace) -> None:
+    images = sum(len(batch) for batch in subject.base)
     for size in sorted(args.sizes):
+        if size > images and size > min(args.sizes):
+            print(f"batches of {size} and more are left out: there are {images} images")
+            break
         for adapt, given in subject.configs.items():
             config = replace(given, adapt=adapt)
             key = {"adapt": adapt, "batch_size": size}
@@ -37,8 +41,10 @@ def measure(subject: Subject, rows: Rows, args: argparse.Namespace) -> None:
 def _outcome(subject: Subject, size: int, config: ATMConfig) -> dict[str, Any]:
     try:
         return subject.in_other_batches(size, config, f"{config.adapt}, batches of {size}").to_dict()
-    except torch.OutOfMemoryError:
-        return {"missing": "out of memory"}
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):  # the latter on a CPU
+            return {"missing": "out of memory"}
+        raise
 
 
 def table(result: dict[str, Any]) -> str:

@@ -1,0 +1,161 @@
+"""Measures configurations beside the unmerged model on parts of some images.
+
+By their GFLOPs, their KL divergence and their *change*: the mean of a power of an image's KL. The mean of the KL itself
+is decided by one image in hundreds and tells little on so few; a lower power needs fewer, but one too low does not see
+those images at all. What was measured is not measured again, also not by a later run that finds the notes of this one.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from atm_triton import ops
+from atm_triton.block import ATMBlock, Tokens
+from atm_triton.config import ATMConfig
+from atm_triton.distributed import in_order, own
+from atm_triton.evaluate import compare, share, unpatched_logits
+from atm_triton.notes import Notes
+from atm_triton.patch import apply_patch, install
+
+HARDEST, AT_LEAST = 8, 64  # one in so many images of a part, or as many as this
+POWER = 2 / 3  # of the KL of an image
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Of a number of images, each float64 [n]: GFLOPs, KL in nats, and whether the predicted class is kept; and the
+    tokens that each block merged [n, L]."""
+
+    gflops: Tensor
+    kl: Tensor
+    agree: Tensor
+    merged: Tensor
+
+
+@dataclass(frozen=True)
+class Mean:
+    """The same on average, agreement in [0, 1]; ``change``: the KL to the power :data:`POWER`."""
+
+    gflops: float
+    kl: float
+    agreement: float
+    change: float
+    merged: tuple[float, ...]
+
+
+class Meter:
+    """Measures configurations beside the unmerged model on parts of the images.
+
+    Args:
+        model: unpatched, in eval mode.
+        parts: by name the batches [B, C, H, W] of a part, the same on every process.
+        fields: of every configuration (``cls_only_last``, ``backend``).
+        notes: where means are kept for a later run; None: nowhere.
+    """
+
+    def __init__(
+        self,
+        model: VisionTransformer,
+        parts: dict[str, list[Tensor]],
+        fields: dict[str, object],
+        notes: Path | None = None,
+    ) -> None:
+        self.fields, self.images = fields, 0
+        self._parts: dict[str, list[Tensor]] = {}
+        self._marks: dict[str, str] = {}  # what tells parts of one name apart
+        self._base: dict[str, list[Tensor]] = {}  # of the batches of this process
+        self._model, self._patched = model, share(model)
+        for name, batches in parts.items():
+            self._add(name, batches)
+        size = max(len(batches[0]) for batches in parts.values())
+        logits = [in_order([x.double().abs().mean().item() for x in batches]) for batches in self._base.values()]
+        self._notes = Notes(notes, [POWER, HARDEST, AT_LEAST, size, *(mean for means in logits for mean in means)])
+
+    def _add(self, part: str, batches: list[Tensor]) -> None:
+        self._parts[part] = batches
+        self._base[part] = unpatched_logits(self._model, [(images, None) for images in own(batches)], title=None)
+        self.images += sum(map(len, batches))
+
+    @torch.inference_mode()
+    def measure(self, config: ATMConfig, part: str, limit: int | None = None) -> Measured:
+        """On the first batches of a part, which hold ``limit`` images or a few more; None: on all."""
+        batches = self._parts[part]
+        counts = accumulate(map(len, batches), initial=0)
+        first = len(batches) if limit is None else min(sum(images < limit for images in counts), len(batches))
+        mine = own(batches[:first])
+        patched = apply_patch(self._patched, config)
+        pairs = zip(mine, self._base[part][: len(mine)], strict=True)
+        every = in_order([compare(patched, *pair, number) for number, pair in enumerate(pairs)])
+        columns = [torch.cat([row[name] for row in every]).double() for name in ("gflops", "kl", "agree", "merged")]
+        self.images += len(columns[0])
+        return Measured(*columns)
+
+    def mean(self, config: ATMConfig, parts: tuple[str, ...], limit: int | None = None) -> Mean:
+        marks = " ".join(part + self._marks.get(part, "") for part in parts)
+        key = f"{marks} {limit} {config.to_json()}"
+        known = self._notes.get(key)
+        if known is None:
+            measured = [self.measure(config, part, limit) for part in parts]
+            gflops, kl, agree, merged = (
+                torch.cat([getattr(m, n) for m in measured]) for n in ("gflops", "kl", "agree", "merged")
+            )
+            known = [column.mean().item() for column in (gflops, kl, agree, kl.clamp(min=0) ** POWER)]
+            known += merged.mean(0).tolist()
+            self._notes.add(key, known)
+        return Mean(*known[:4], tuple(known[4:]))
+
+    def focus(self, configs: list[ATMConfig], part: str) -> None:
+        """From now on there is a part of the :func:`hardest` images of a part: those that these configurations change
+        most."""
+        batches, name = self._parts[part], hardest(part)
+        mark = hashlib.sha256("".join(config.to_json() for config in configs).encode()).hexdigest()
+        chosen = self._notes.get(f"{name} {mark}")
+        if chosen is None:
+            roots = torch.stack([self.measure(config, part).kl.clamp(min=0).sqrt() for config in configs])
+            number = min(roots.shape[1], max(AT_LEAST, roots.shape[1] // HARDEST))
+            chosen = sorted(roots.mean(0).argsort(descending=True, stable=True)[:number].tolist())
+            self._notes.add(f"{name} {mark}", chosen)
+        size = len(batches[0])
+        images = torch.stack([batches[int(i) // size][int(i) % size] for i in chosen])
+        self._add(name, list(images.split(size)))
+        self._marks[name] = f" {mark}"
+
+
+def hardest(part: str) -> str:
+    return f"hardest to {part}"
+
+
+class SimilarityBlock(ATMBlock):
+    """A block that merges nothing and keeps the similarity of every candidate, by alternate grouping."""
+
+    found: list[Tensor]
+
+    def _match(self, keys: Tensor, tokens: Tokens) -> None:
+        similarity, partner, _ = ops.match(keys, None, self.num_prefix_tokens, False, None, self.config.backend)
+        self.found.append(similarity[partner >= 0].view(len(similarity), -1).float().cpu())
+
+
+@torch.inference_mode()
+def similarities(model: VisionTransformer, batches: list[Tensor], config: ATMConfig) -> list[Tensor]:
+    """Of every block the best similarity of each candidate [n, Na] in the unmerged model, of all images."""
+    depth = len(model.blocks)
+
+    def collecting(block: torch.nn.Module, index: int) -> SimilarityBlock:
+        made = SimilarityBlock.of(block, config, index, depth, model.num_prefix_tokens)
+        made.found = []
+        return made
+
+    patched = install(share(model), collecting, config)
+    parameter, rows = next(model.parameters()), []
+    for images in own(batches):
+        for block in patched.blocks:
+            block.found.clear()
+        patched.forward_features(images.to(parameter))
+        rows.append([block.found[0] if block.found else None for block in patched.blocks])
+    blocks = zip(*in_order(rows), strict=True)
+    return [torch.cat(found) for found in blocks if found[0] is not None]

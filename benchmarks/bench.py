@@ -1,0 +1,96 @@
+"""A model with images to choose settings by and images to judge by: what several experiments measure on."""
+
+import random
+from collections.abc import Iterable
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+from tqdm import tqdm
+
+from atm_triton import ATMConfig
+from atm_triton.calibrate import split_images
+from atm_triton.distributed import own, silent
+from atm_triton.evaluate import Evaluation, Patch, evaluate, unpatched_logits
+from atm_triton.inputs import open_images, open_model
+from atm_triton.meter import Meter, similarities
+from atm_triton.patch import settled
+from atm_triton.reference import threshold
+from atm_triton.search import Search, ranked
+from atm_triton.shapes import Drawer, Predictor, Shape
+
+RESULTS = Path(__file__).parent / "results"
+BATCH_SIZE = 64
+KEPT, LAST = 12, 4  # curves measured on the hardest images, and on others to choose by
+
+
+class Bench:
+    """A model in eval mode, batches of images (and anything) to choose settings by, and ``test``, batches of images and
+    labels to judge by."""
+
+    def __init__(self, model: VisionTransformer, loader: list[Any], test: Iterable[tuple[Tensor, Tensor]]) -> None:
+        self.model, self.loader, self.test, self.labelled = model, loader, test, True
+        parts, _ = split_images(loader, seed=0)
+        self.meter = Meter(model, parts, {"cls_only_last": True, "backend": "auto"})
+        found = similarities(model, parts["fit"], ATMConfig())
+        self.predictor = Predictor(model, tuple(parts["fit"][0].shape[1:]), found, cls_only_last=True)
+
+    @classmethod
+    def digits(cls, images: int, test: int) -> "Bench":
+        """The digits model; ``images`` of its calibration split to choose by, ``test`` of its test split to judge."""
+        model = open_model()
+        loader = list(open_images(model, split="calibration", limit=images, batch_size=BATCH_SIZE))
+        judged = own(list(open_images(model, split="test", limit=test, batch_size=BATCH_SIZE)))
+        return cls(model, loader, judged)
+
+    @cached_property
+    def base(self) -> list[Tensor]:
+        """The unpatched model's logits of the images to judge by."""
+        return unpatched_logits(self.model, self.test)
+
+    @property
+    def proportional(self) -> bool:
+        """Whether attention knows sizes, where nothing else is said."""
+        return settled(ATMConfig(), self.model).proportional_attention
+
+    def goal(self, share: float) -> float:
+        """GFLOPs that save this share of the MACs; they count norms too, which are no MACs."""
+        return (1 - share) * self.predictor.unmerged
+
+    def outcome(self, how: ATMConfig | Patch, title: str | None = None) -> Evaluation:
+        """On the images to judge by."""
+        return evaluate(self.model, self.test, how, self.base, self.labelled, title)
+
+    def judged(self, config: ATMConfig, **about: Any) -> dict[str, Any]:
+        """A row of the outcome."""
+        return {**about, "config": asdict(config), **self.outcome(config).to_dict()}
+
+    def search(self, adapt: str) -> Search:
+        return Search(self.meter, self.predictor, adapt, self.proportional, None, 0, tqdm(disable=True))
+
+    def best_curve(self, adapt: str, goal: float, draws: int, split_depth: int | None = None) -> ATMConfig:
+        """Of random curves of the paper the one with the least change; the fewer are left, the more images decide.
+        ``split_depth``: of all of them; None: drawn too."""
+        search = self.search(adapt)
+        drawer = Drawer(self.predictor, adapt, self.proportional, None, random.Random(1), goal)
+        bar = tqdm(range(draws), desc=f"curves, {adapt}", unit="curve", disable=silent(""))
+        drawn = search.sketched((random_curve(drawer, split_depth) for _ in bar), goal)
+        fitted = ranked([search.measured(found[0], goal, found) for _, found in drawn[:KEPT]])
+        best = min((found for _, found in fitted[:LAST]), key=lambda found: search.judged(found, goal))
+        return search.config(search.settled(best, goal))
+
+
+def random_curve(drawer: Drawer, split_depth: int | None = None) -> Shape:
+    """Eq. 1 with its own parameters drawn, as one would without knowing what they do to this model."""
+    beta, spread = 10 ** drawer.rng.uniform(-5, 0), 10 ** drawer.rng.uniform(0, 2)
+
+    def distances(d: float) -> list[float | None]:
+        lowest = max(1 - spread * d, -1.0)
+        return [1 - threshold(block, 1 - d, beta, lowest) for block in range(1, drawer.merging + 1)]
+
+    split = drawer.rng.choice([None, drawer.depth])
+    split = split if split_depth is None else split_depth
+    return drawer.shaped(drawer.meeting(distances), split, "curve")
