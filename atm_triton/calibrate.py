@@ -6,7 +6,7 @@ are fitted to, three choose among what fits, and two, which neither saw, measure
 
 import math
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,10 @@ class Target:
 @dataclass(frozen=True)
 class Promise:
     """Measured on ``images`` images that the search did not see: means, each with its standard error. ``agreement`` in
-    [0, 1]. With one r a batch the errors of cost and KL are those of the batches' means; None of a single batch."""
+    [0, 1]. With one r a batch the errors of cost and KL are those of the batches' means; None of a single batch.
+
+    The KL is decided by few images, and where those are missing among so few, their spread seems small too: its
+    error comes from the spread of all images, those that the search saw with them, unless that is less."""
 
     images: int
     gflops: float
@@ -78,18 +81,24 @@ class Promise:
     agreement_se: float
 
     @classmethod
-    def of(cls, measured: Measured, batch_size: int = 1) -> "Promise":
-        """``batch_size``: of the images that share what they merge."""
+    def of(cls, measured: Measured, batch_size: int = 1, seen: Sequence[Measured] = ()) -> "Promise":
+        """``batch_size``: of the images that share what they merge; ``seen``: what was measured on other images."""
         n = len(measured.kl)
         kept = measured.agree.sum().item()
         rate = (kept + 1) / (n + 2)  # all of some images is not all of all
         values = {"agreement": kept / n, "agreement_se": (rate * (1 - rate) / n) ** 0.5}
         for name in ("gflops", "kl"):
-            column = getattr(measured, name)
-            means = torch.stack([batch.mean() for batch in column.split(batch_size)])
-            error = (means.std(correction=1) / len(means) ** 0.5).item() if len(means) > 1 else None
-            values |= {name: column.mean().item(), f"{name}_se": error}
+            own, *others = (_batch_means(getattr(part, name), batch_size) for part in (measured, *seen))
+            spread = own.std(correction=1) if len(own) > 1 else None
+            if others and spread is not None:
+                spread = max(spread, torch.cat([own, *others]).std(correction=1))
+            error = None if spread is None else (spread / len(own) ** 0.5).item()
+            values |= {name: getattr(measured, name).mean().item(), f"{name}_se": error}
         return cls(images=n, **values)
+
+
+def _batch_means(column: Tensor, batch_size: int) -> Tensor:
+    return torch.stack([batch.mean() for batch in column.split(batch_size)])
 
 
 @dataclass(frozen=True)
@@ -160,7 +169,8 @@ def calibrate(
         shape, scale = _found(search, target)
     config = search.config((shape, scale))
     shared = len(parts["promise"][0]) if adapt == "batch" else 1
-    promise = Promise.of(meter.measure(config, "promise"), shared)
+    seen = [meter.measure(config, part) for part in SEEN]
+    promise = Promise.of(meter.measure(config, "promise"), shared, seen)
     passes = meter.images + sum(map(len, parts["fit"]))
     return Calibration(config, target, number, promise, predictor.unmerged, shape.family, passes, seed)
 
@@ -168,7 +178,7 @@ def calibrate(
 def split_images(loader: Iterable, seed: int) -> tuple[dict[str, list[Tensor]], int]:
     """The images, in an order of chance, as batches of each part; and how many there are."""
     batches = [batch[0] if isinstance(batch, (tuple, list)) else batch for batch in loader]
-    size = len(batches[0]) if batches else 0
+    size = max(map(len, batches), default=0)  # the first may be smaller, where images could not be read
     number = sum(map(len, batches))
     if number < LEAST_IMAGES:
         raise ValueError(f"{number} images are too few to calibrate on; give {LEAST_IMAGES} or more")

@@ -25,6 +25,7 @@ from atm_triton.inputs import (
     DIGITS,
     TRANSFORM,
     check_device,
+    check_weights,
     data_config,
     digits_config,
     labels_fit,
@@ -130,9 +131,8 @@ def _counted_case(args: argparse.Namespace) -> Case:
 
 def run_eval(args: argparse.Namespace) -> dict[str, Any]:
     """Accuracy, agreement, divergence and cost of merging, in all and by difficulty."""
+    check_weights(args.model, args.checkpoint, args.pretrained)
     model, data = _model(args), args.data or DIGITS
-    if args.model != DIGITS and args.checkpoint is None and not args.pretrained:
-        raise ValueError(f"{args.model} would have random weights: give --checkpoint FILE or --pretrained")
     config = _config(args, model)
     batch_size = 64 if args.batch_size is None else args.batch_size
     loader = open_images(model, data, args.split, args.limit, batch_size, args.workers, args.device, dealt=True)
@@ -158,21 +158,24 @@ def run_calibrate(args: argparse.Namespace) -> dict[str, Any]:
     """Thresholds for a model from images without labels: the least change at a cost, or the least cost at a change."""
     target = Target(args.max_gflops, args.max_kl, args.min_agreement)
     check_file("--out", args.out)
-    if args.model != DIGITS and args.checkpoint is None and not args.pretrained:
-        raise ValueError(f"{args.model} would have random weights: give --checkpoint FILE or --pretrained")
+    check_weights(args.model, args.checkpoint, args.pretrained)
     model, data = _model(args), args.data or DIGITS
     size = 64 if args.batch_size is None else args.batch_size
-    loader = open_images(model, data, args.split, args.images, size, args.workers, args.device, labelled=False)
+    loader = open_images(model, data, args.split, args.images, size, args.workers, args.device, False, lenient=True)
     _say_logits(model)
+    batches = list(loader)
+    broken = sorted(getattr(loader, "broken", ()))
+    if broken:
+        print(report.left_out(broken))
     transform = {name: data_config(model)[name] for name in TRANSFORM}
     weights = "pretrained" if args.checkpoint is None else args.checkpoint.name
     about = {"model": args.model, "model_kwargs": args.model_kwargs, "weights": weights, "data": data}
     about |= {"transform": transform, "batch_size": size, "dtype": args.dtype}
-    about |= {"split": args.split if data == DIGITS else None}
+    about |= {"split": args.split if data == DIGITS else None, "not_read": broken}
     notes = Path(f"{args.out}.partial")
     options = {"max_merging_blocks": args.max_merging_blocks, "backend": args.backend, "seed": args.seed}
     begin = time.perf_counter()
-    found = calibrate(model, loader, target, args.adapt, **options, notes=notes)
+    found = calibrate(model, batches, target, args.adapt, **options, notes=notes)
     about["seconds"] = time.perf_counter() - begin
     source = f"atm-triton calibrate, {args.model} on {found.images} images of {data}"
     document = found.to_dict()

@@ -8,7 +8,8 @@ from atm_triton.distributed import failed
 
 
 def exit_code(program: str, run: Callable[[], Any]) -> int:
-    """0 when ``run`` is done; 2, and "``program``: what was wrong", on a ValueError, TypeError or OSError."""
+    """0 when ``run`` is done; 2, and "``program``: what was wrong", on a ValueError, TypeError or OSError; 130, as a
+    shell has it, on Ctrl-C."""
     try:
         run()
     except (ValueError, TypeError, OSError) as error:
@@ -16,6 +17,9 @@ def exit_code(program: str, run: Callable[[], Any]) -> int:
         if failed(line):
             print(f"{program}: {line}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -46,11 +46,9 @@ def open_model(
     own = {"pretrained", "checkpoint_path", "features_only"} & model_kwargs.keys()
     if own:
         raise ValueError(f"model argument {own.pop()}: give a checkpoint, or ask for pretrained weights, by itself")
+    _check_name(name)
     if name == DIGITS:
         name, pretrained = digits_model.NAME, checkpoint is None
-    if not timm.is_model(name.split(".")[0]):
-        close = ", ".join(get_close_matches(name, [DIGITS, *timm.list_models()], n=3))
-        raise ValueError(f"model {name!r} is unknown to timm" + (f"; did you mean {close}?" if close else ""))
     try:
         model = timm.create_model(name, pretrained=pretrained, **model_kwargs)
     except Exception as error:  # an unknown tag, no network, no such file; an argument that some layer takes amiss
@@ -60,6 +58,19 @@ def open_model(
     if checkpoint is not None:
         load_checkpoint(model, checkpoint)
     return model.eval()
+
+
+def check_weights(name: str, checkpoint: Path | None, pretrained: bool) -> None:
+    """Refuse a model by name that is unknown, or whose weights would be random."""
+    _check_name(name)
+    if name != DIGITS and checkpoint is None and not pretrained:
+        raise ValueError(f"{name} would have random weights: give --checkpoint FILE or --pretrained")
+
+
+def _check_name(name: str) -> None:
+    if name != DIGITS and not timm.is_model(name.split(".")[0]):
+        close = ", ".join(get_close_matches(name, [DIGITS, *timm.list_models()], n=3))
+        raise ValueError(f"model {name!r} is unknown to timm" + (f"; did you mean {close}?" if close else ""))
 
 
 def data_config(model: VisionTransformer) -> dict[str, Any]:

@@ -79,6 +79,11 @@ def calibration_table(found: Calibration) -> str:
     )
 
 
+def left_out(broken: list[str]) -> str:
+    """Which images were not read."""
+    return f"{len(broken)} images could not be read and were left out: {', '.join(broken)}"
+
+
 def check_plot(path: Path | None, option: str = "--plot") -> None:
     """Fail before an hour's run rather than after it."""
     if path is None:

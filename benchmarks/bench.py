@@ -33,10 +33,6 @@ class Bench:
 
     def __init__(self, model: VisionTransformer, loader: list[Any], test: Iterable[tuple[Tensor, Tensor]]) -> None:
         self.model, self.loader, self.test, self.labelled = model, loader, test, True
-        parts, _ = split_images(loader, seed=0)
-        self.meter = Meter(model, parts, {"cls_only_last": True, "backend": "auto"})
-        found = similarities(model, parts["fit"], ATMConfig())
-        self.predictor = Predictor(model, tuple(parts["fit"][0].shape[1:]), found, cls_only_last=True)
 
     @classmethod
     def digits(cls, images: int, test: int) -> "Bench":
@@ -50,6 +46,20 @@ class Bench:
     def base(self) -> list[Tensor]:
         """The unpatched model's logits of the images to judge by."""
         return unpatched_logits(self.model, self.test)
+
+    @cached_property
+    def parts(self) -> dict[str, list[Tensor]]:
+        """The images to choose by as :func:`atm_triton.calibrate` takes them apart."""
+        return split_images(self.loader, seed=0)[0]
+
+    @cached_property
+    def meter(self) -> Meter:
+        return Meter(self.model, self.parts, {"cls_only_last": True, "backend": "auto"})
+
+    @cached_property
+    def predictor(self) -> Predictor:
+        fit = self.parts["fit"]
+        return Predictor(self.model, tuple(fit[0].shape[1:]), similarities(self.model, fit, ATMConfig()), True)
 
     @property
     def proportional(self) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from atm_triton import ATMConfig, Target, apply_patch, calibrate, meter, search
@@ -292,6 +293,17 @@ def test_the_error_of_a_cost_that_batches_share():
     assert shared.gflops_se == pytest.approx(1.0) and alone.gflops_se == pytest.approx((6 / 5 / 6) ** 0.5)
 
 
+def test_the_error_knows_of_hard_images_that_were_seen():
+    even, same = torch.tensor([1.0, 1.0, 1.0, 1.2]).double(), torch.ones(4).double()
+    few = Measured(same, even, same, same)
+    hard = Measured(same, torch.tensor([1.0, 1, 1, 9]).double(), same, same)
+    alone, together, reversed_ = Promise.of(few), Promise.of(few, seen=[hard]), Promise.of(hard, seen=[few])
+    assert alone.kl == together.kl == pytest.approx(1.05)
+    assert alone.kl_se == pytest.approx(0.1 / 4**0.5)
+    assert together.kl_se == pytest.approx(torch.cat([few.kl, hard.kl]).std().item() / 4**0.5)
+    assert reversed_.kl_se == Promise.of(hard).kl_se
+
+
 def test_the_promise_is_of_images_that_nothing_else_saw(loader, small_search, monkeypatch):
     measure, seen = Meter.measure, []
     monkeypatch.setattr(
@@ -323,6 +335,20 @@ def test_the_command(tmp_path, small_search, capsys):
     out.write_text(json.dumps(document | {"model": "deit_tiny_patch16_224"}))
     assert main(["eval", "--config", str(out), "--limit", "20"]) == 2
     assert "was calibrated for deit_tiny_patch16_224, not for digits; calibrate anew" in capsys.readouterr().err
+
+
+def test_a_broken_image_is_left_out_and_named(tmp_path, small_search, capsys):
+    for number in range(70):
+        pixels = torch.randint(0, 255, (112, 112), dtype=torch.uint8).numpy()
+        Image.fromarray(pixels).save(tmp_path / f"{number:02}.png")
+    broken = tmp_path / "03.png"
+    broken.write_bytes(b"no image")
+    out = tmp_path / "found.json"
+    options = ["--data", str(tmp_path), "--batch-size", "16", "--workers", "0", "--out", str(out)]
+    assert main(["calibrate", "--max-gflops", "0.25", *options]) == 0
+    assert f"1 images could not be read and were left out: {broken}\n" in capsys.readouterr().out
+    document = json.loads(out.read_text())
+    assert document["images"] == 69 and document["not_read"] == [str(broken)]
 
 
 def bad(*arguments):

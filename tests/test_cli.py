@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from atm_triton import ATMConfig, apply_patch
 from atm_triton.cli import main
+from atm_triton.errors import exit_code
 from atm_triton.evaluate import evaluate
 from atm_triton.inputs import digits_config, open_images, open_model
 
@@ -286,6 +287,14 @@ def test_bad_files(tmp_path, folder, capsys):
     for workers in ("0", "2"):
         error = failing(["--checkpoint", good, "--data", str(folder), "--workers", workers], capsys)
         assert error.startswith("atm-triton: ") and "broken.jpg is no readable image" in error
+
+
+def test_ctrl_c_is_one_line(capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    assert exit_code("program", interrupted) == 130
+    assert capsys.readouterr().err == "program: interrupted\n"
 
 
 def test_broken_weights(tmp_path, capsys):

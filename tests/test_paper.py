@@ -1,5 +1,6 @@
 """The paper's tables and figures, and the page of models, in the small."""
 
+import argparse
 import json
 import re
 import shlex
@@ -59,10 +60,13 @@ def test_figure4_measures_every_method_at_one_cost(tmp_path, monkeypatch, capsys
     assert "| atm, image |" in capsys.readouterr().out
 
     path = tmp_path / "digits_figure4.json"
-    path.write_text(json.dumps(found | {"rows": found["rows"][:-1]}))  # as an interrupted run leaves it
+    partial = tmp_path / "digits_figure4.json.partial"
+    assert not partial.exists()
+    partial.write_text(json.dumps(found | {"rows": found["rows"][:-1]}))  # as an interrupted run leaves it
     measured_at, asked = figure4.measured_at, []
     monkeypatch.setattr(figure4, "measured_at", lambda *about: asked.append(about[1]) or measured_at(*about))
     assert run("figure4", tmp_path, *options, "--resume")["rows"] == found["rows"] and asked == ["atm, image"]
+    assert not partial.exists() and json.loads(path.read_text())["rows"] == found["rows"]
     for text, message in (
         (None, "digits_figure4.json was made with another batch_size; leave --resume out, or give another --out"),
         ('{"rows": []}', "digits_figure4.json is no result of this experiment; give another --out"),
@@ -72,6 +76,50 @@ def test_figure4_measures_every_method_at_one_cost(tmp_path, monkeypatch, capsys
         path.write_text(text or path.read_text())
         assert paper.main(["figure4", *options, "--out", str(tmp_path), "--resume", "--batch-size", "4"]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_an_interrupted_run_leaves_the_last_result_as_it_was(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "digits_figure4.json"
+    path.write_text("whole")
+    measured_at = figure4.measured_at
+
+    def interrupted(of, method, goal):
+        if method == "evit":
+            raise KeyboardInterrupt
+        return measured_at(of, method, goal)
+
+    monkeypatch.setattr(figure4, "measured_at", interrupted)
+    monkeypatch.setattr(figure4, "STYLES", dict.fromkeys(("tome", "evit"), ""))
+    options = ["figure4", "--workers", "0", "--limit", "4", "--shares", "0.4", "--out", str(tmp_path)]
+    assert paper.main(options) == 130 and path.read_text() == "whole"
+    assert capsys.readouterr().err.splitlines()[-1] == "benchmarks.paper: interrupted"
+    (row,) = json.loads((tmp_path / "digits_figure4.json.partial").read_text())["rows"]
+    assert row["method"] == "tome"
+
+
+def test_each_way_to_adapt_has_a_file_of_thresholds(tmp_path, capsys):
+    files = {}
+    for adapt, theta in (("batch", 0.9), ("image", 0.8), ("static", 0.7)):
+        files[adapt] = tmp_path / f"{adapt}.json"
+        how = {"schedule": (1,) * 12} if adapt == "static" else {"alpha": theta, "theta_min": 0.5}
+        files[adapt].write_text(ATMConfig(adapt=adapt, **how).to_json())
+    parsed = argparse.ArgumentParser(parents=[subject.options()])
+
+    def alphas(*given):
+        found = subject.configurations(parsed.parse_args(["--config", *(str(files[name]) for name in given)]))
+        assert all(config.adapt == adapt for adapt, config in found.items())
+        return {adapt: config.alpha for adapt, config in found.items()}
+
+    assert alphas("image", "batch") == {"batch": 0.9, "image": 0.8} and alphas("image") == {"batch": 0.8, "image": 0.8}
+    for given, message in (
+        (("image", "image"), "--config: got files for image, image; want one, or one for batch and one for image"),
+        (("image", "batch", "batch"), "--config: got files for image, batch, batch; want one, or one for batch and"),
+        (("static",), "static.json is a schedule; want thresholds"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            alphas(*given)
+    found = subject.configurations(argparse.ArgumentParser(parents=[subject.options(config=False)]).parse_args([]))
+    assert found == {}
 
 
 def test_a_cost_that_a_method_cannot_have_is_said(tmp_path, capsys):
@@ -133,9 +181,13 @@ def test_the_papers_points_stand_beside_ours(tmp_path, monkeypatch, capsys):
     some = [p for p in operating_points() if p.model == "DeiT-S" and not p.fine_tuned][:3]
     monkeypatch.setattr(points, "operating_points", lambda: some)
     found = run("tablesA2-A5", tmp_path, "--limit", "8")
-    assert found["settings"]["points_of"] == "DeiT-S" and len(found["rows"]) == 2
-    assert found["rows"][0]["settings"]["config"]["alpha"] == some[1].alpha == found["rows"][0]["alpha"]
-    assert f"| {some[1].gflops:.2f}, {some[1].top1:.2f} % |" in capsys.readouterr().out
+    assert found["settings"]["points_of"] == "DeiT-S" and len(found["rows"]) == 3
+    whole, first, _ = found["rows"]
+    assert first["settings"]["config"]["alpha"] == some[1].alpha == first["alpha"]
+    assert whole["alpha"] is None and whole["overall"]["kl"] == pytest.approx(0, abs=1e-9)
+    printed = capsys.readouterr().out
+    assert f"| no merging (A2) | {some[0].gflops:.2f}, {some[0].top1:.2f} % |" in printed
+    assert f"| {some[1].gflops:.2f}, {some[1].top1:.2f} % |" in printed
     fine_tuned = [replace(some[1], fine_tuned=True, table="A3")]
     monkeypatch.setattr(points, "operating_points", lambda: some + fine_tuned)
     assert [row["table"] for row in run("tableA3", tmp_path, "--limit", "4")["rows"]] == ["A3"]
@@ -277,18 +329,19 @@ def test_every_method_comes_close_to_the_cost():
         (["figure7", "--limit", "4", "--blocks", "13"], "--blocks 13 is outside 1 .. 12"),
         (["table3", "--config", "OTHER"], "other.json was calibrated for deit_tiny_patch16_224, not for digits"),
         (
-            ["table3", "--data", "tests", "--choose-by", "tests/deeper"],
+            ["figure5", "--data", "tests", "--choose-by", "tests/deeper"],
             "holds images of --data: choose settings by others",
         ),
         (["figure2", "--thetas", "2"], "--thetas wants cosine similarities, -1 to 1, each once"),
         (["table1", "--drop", "-1"], "--drop -1 is below 0; say how many points may be lost"),
         (["tableA1", "--sizes", "0"], "--sizes wants each size once, 1 or more"),
         (
-            ["tablesA2-A5", "--model", "vit_tiny_patch16_224", "--pretrained", "--config", "none.json"],
+            ["tablesA2-A5", "--model", "vit_tiny_patch16_224", "--pretrained"],
             "the paper has no",
         ),
-        (["table3", "--data", "nowhere", "--choose-by", "tests"], "directory tests holds no"),
-        (["table3", "--data", "tests", "--choose-by", "nowhere"], "directory nowhere does not exist"),
+        (["figure5", "--data", "nowhere", "--choose-by", "tests"], "directory nowhere does not exist"),
+        (["figure5", "--data", "tests", "--choose-by", "nowhere"], "directory tests holds no"),
+        (["figure2", "--model", "deit_tiny_patch16"], "model 'deit_tiny_patch16' is unknown to timm; did you mean"),
         (["flops", "--out", "none/here"], "benchmarks.paper: --out none/here/paper_flops.json"),
         (["table9"], "invalid choice: 'table9' (choose from"),
     ],

@@ -7,6 +7,7 @@ from typing import Any
 
 from atm_triton.env import check_file, write_result
 from atm_triton.errors import exit_code
+from atm_triton.report import left_out
 from benchmarks.bench import RESULTS
 from benchmarks.paper import (
     figure2,
@@ -55,13 +56,12 @@ def run(args: argparse.Namespace) -> None:
     rows = Rows(out, {**Subject.settings(args), **settings}, args.resume)
     subject = Subject(args)
     args.experiment.measure(subject, rows, args)
-    result = rows.result() | {"not_read": sorted(subject.broken)}
+    result = rows.finish(not_read=sorted(subject.broken))
     print(args.experiment.table(result))
-    write_result(out, result)
     if hasattr(args.experiment, "plot"):
         args.experiment.plot(result, out.with_suffix(".png"))
     if subject.broken:
-        print(f"{len(subject.broken)} images could not be read and were left out: {', '.join(sorted(subject.broken))}")
+        print(left_out(sorted(subject.broken)))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
-from tqdm import tqdm
 
 from atm_triton import ATMConfig, apply_patch
 from atm_triton.evaluate import share
@@ -25,7 +24,7 @@ THETAS = (0.8, 0.85, 0.9, 0.95)
 
 
 def arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(add_help=False, parents=[options()])
+    parser = argparse.ArgumentParser(add_help=False, parents=[options(choosing=False, config=False)])
     parser.add_argument("--thetas", type=float, nargs="+", default=list(THETAS), help="thresholds (0.8 to 0.95)")
     return parser
 
@@ -37,13 +36,12 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure(subject: Subject, rows: Rows, args: argparse.Namespace) -> None:
-    original, merging = [_read(subject.model, images) for images, _ in subject.test], subject.predictor.merging
-    bar = tqdm(total=merging * len(args.thetas), desc="figure2", unit="block")
+    original, merging = [_read(subject.model, images) for images, _ in subject.test], subject.merging
+    rows.expect(merging * len(args.thetas))
     for theta in args.thetas:
         for block in range(1, merging + 1):
             key = {"theta": theta, "block": block}
             rows.add(key, lambda key=key: _loss(subject, original, **key))
-            bar.update()
 
 
 @torch.inference_mode()

@@ -34,6 +34,7 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure(subject: Subject, rows: Rows, args: argparse.Namespace) -> None:
+    rows.expect(len(args.shares) * len(STYLES))
     for share in args.shares:
         for method in STYLES:
             key = {"method": method, "share": share}
@@ -72,11 +73,11 @@ def draw(rows: list[dict[str, Any]], styles: dict[str, str], path: Path) -> None
         for method, style in styles.items():
             of_method = [row["overall"] for row in rows if row["method"] == method and "overall" in row]
             of_method.sort(key=lambda quality: quality["gflops"])
-            if all(quality[name] is not None for quality in of_method):
+            if of_method and all(quality[name] is not None for quality in of_method):
                 at = [quality["gflops"] for quality in of_method]
                 panel.plot(at, [q[name] for q in of_method], style, label=method, markersize=4)
         panel.set_xlabel("GFLOPs an image")
         panel.set_ylabel(label)
     panels[2].set_yscale("log")
-    panels[0].legend(fontsize=7)
+    panels[2].legend(fontsize=6)
     figure.savefig(path, dpi=150)

@@ -34,7 +34,7 @@ STYLES = {
 
 
 def arguments() -> argparse.ArgumentParser:
-    return shares(SHARES)
+    return shares(SHARES, config=False)
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
 def schedule(subject: Subject, name: str, goal: float) -> Way | None:
     """The way of this name at a cost; None if it cannot be there."""
     if name == "constant threshold":
-        return constant_threshold(subject, goal)
+        return constant_threshold(subject, "batch", goal)
     if name == "layer-dependent thresholds":
         return of_config(subject.best_curve("batch", goal, DRAWS, split_depth=subject.depth))
     slope = {"constant r": 0, "increasing r": 1, "decreasing r": -1}[name]
@@ -61,6 +61,7 @@ def row(subject: Subject, name: str, share: float) -> dict[str, Any]:
 
 
 def measure(subject: Subject, rows: Rows, args: argparse.Namespace) -> None:
+    rows.expect(len(args.shares) * len(STYLES))
     for share in args.shares:
         for name in STYLES:
             rows.add({"method": name, "share": share}, lambda name=name, share=share: row(subject, name, share))

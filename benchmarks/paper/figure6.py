@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from benchmarks.paper import figure4, figure5
-from benchmarks.paper.cells import about, markdown
+from benchmarks.paper.cells import about, markdown, saved
 from benchmarks.paper.rows import Rows
 from benchmarks.paper.subject import Subject, shares
 
@@ -19,10 +19,11 @@ settings = figure4.settings
 
 
 def arguments() -> argparse.ArgumentParser:
-    return shares(SHARES)
+    return shares(SHARES, config=False)
 
 
 def measure(subject: Subject, rows: Rows, args: argparse.Namespace) -> None:
+    rows.expect(len(args.shares) * len(COMPARED))
     for share in args.shares:
         for name in COMPARED:
             rows.add({"method": name, "share": share}, lambda name=name, share=share: _row(subject, name, share))
@@ -38,14 +39,15 @@ def _row(subject: Subject, name: str, share: float) -> dict[str, Any]:
 def table(result: dict[str, Any]) -> str:
     """In Markdown."""
     blocks = range(1, max(len(row.get("merged", ())) for row in result["rows"]) + 1)
-    head = [f"{about(result['rows'])}: tokens merged in block", "GFLOPs", *map(str, blocks)]
+    head = [f"{about(result['rows'])}: tokens merged in block", "GFLOPs", "saved", *map(str, blocks)]
     body = []
     for row in result["rows"]:
         first = f"{row['method']}, -{100 * row['share']:.0f} %"
         if "missing" in row:
-            body.append([first, row["missing"], *[""] * len(blocks)])
+            body.append([first, row["missing"], *[""] * (len(blocks) + 1)])
         else:
-            body.append([first, f"{row['overall']['gflops']:.3f}", *(f"{r:.1f}" for r in row["merged"])])
+            figures = [f"{row['overall']['gflops']:.3f}", saved(row)]
+            body.append([first, *figures, *(f"{r:.1f}" for r in row["merged"])])
     return markdown(head, body)
 
 

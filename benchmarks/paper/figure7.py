@@ -7,8 +7,10 @@ import argparse
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from atm_triton.evaluate import share
+from atm_triton.flops import cost_of_each
 from atm_triton.visualize import Picture, draw, picture
 from benchmarks.paper.cells import markdown
 from benchmarks.paper.methods import at_cost
@@ -44,17 +46,21 @@ def measure(subject: Subject, rows: Rows, args: argparse.Namespace) -> None:
     if None in ways.values():
         raise ValueError(f"ATM and ToMe do not both come close to {goal:.4g} GFLOPs with these thresholds")
     models = {method: way.patch(share(subject.model)) for method, way in ways.items()}
-    kept = torch.cat([_tokens(models[ours], images) for images, _ in subject.test])
+    bar = tqdm(subject.test, desc="tokens left", unit="batch", disable=None)
+    kept = torch.cat([_tokens(models[ours], images) for images, _ in bar])
     order = kept.argsort(stable=True)
     chosen = [int(order[round((len(order) - 1) * at)]) for at in torch.linspace(0.02, 0.98, args.pictures).tolist()]
     images = _numbered(subject, set(chosen))
+    rows.expect(len(chosen) * len(models))
     names = {ours: "ATM", theirs: f"ToMe, r = {ways[theirs].settings['r']}"}
     pictures: list[Picture] = []
     for number in chosen:
         for method, model in models.items():
             shown = picture(model, images[number], tuple(args.blocks), f"image {number}, {names[method]}")
             pictures.append(shown)
-            rows.add({"title": shown.title}, lambda shown=shown: {"gflops": shown.gflops, "left": shown.left})
+            all_last = cost_of_each(model, model.blocks.last.all_served).paper_gflops
+            about = {"gflops": shown.gflops, "gflops_all_tokens_last": float(all_last), "left": shown.left}
+            rows.add({"title": shown.title}, lambda about=about: about)
     draw(pictures, rows.path.with_suffix(".png"))
 
 
@@ -75,5 +81,14 @@ def _tokens(model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
 
 def table(result: dict[str, Any]) -> str:
     """In Markdown."""
-    head = ["tokens left", "GFLOPs", *(f"after block {block}" for block in result["settings"]["blocks"])]
-    return markdown(head, [[r["title"], f"{r['gflops']:.3f}", *map(str, r["left"])] for r in result["rows"]])
+    head = [
+        "tokens left",
+        "GFLOPs",
+        "all tokens last",
+        *(f"after block {block}" for block in result["settings"]["blocks"]),
+    ]
+    body = []
+    for row in result["rows"]:
+        costs = [f"{row[name]:.3f}" for name in ("gflops", "gflops_all_tokens_last")]
+        body.append([row["title"], *costs, *map(str, row["left"])])
+    return markdown(head, body)

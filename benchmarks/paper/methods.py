@@ -21,12 +21,16 @@ from benchmarks.baselines import baseline
 from benchmarks.paper.subject import Subject
 
 NEAR = 0.03  # of the unmerged model's cost: a method that comes no nearer is left out
-STYLES = {
+STYLES = {  # a colour for each method; those with several published settings stand with each of them
     "tome": "C1s--",
-    "threshold": "C2v--",
+    "tome, rising": "C1^:",
+    "tome, falling": "C1v:",
+    "threshold, batch": "C2v--",
+    "threshold, image": "C2v-",
     "evit, fused": "C3^--",
     "evit": "C3^:",
     "mctf": "C4D--",
+    "mctf, fast": "C4D:",
     "pitome": "C5P--",
     "atm, batch": "C0o--",
     "atm, image": "C0o-",
@@ -83,13 +87,13 @@ def shape_of(subject: Subject, config: ATMConfig, adapt: str) -> Shape:
     return Shape(weights, adapt, config.split_depth, subject.proportional if knows_sizes is None else knows_sizes)
 
 
-def constant_threshold(subject: Subject, goal: float) -> Way | None:
-    shape = Shape((1.0,) * subject.depth, "batch", subject.depth, subject.proportional)
+def constant_threshold(subject: Subject, adapt: str, goal: float) -> Way | None:
+    shape = Shape((1.0,) * subject.depth, adapt, subject.depth, subject.proportional)
     found = by_similarity(subject, shape, goal)
     if found is None:
         return None
     thetas = [theta for theta in found.settings["config"]["thresholds"] if theta is not None]
-    return of_baseline("threshold", theta=thetas[0])
+    return of_baseline("threshold", theta=thetas[0], adapt=adapt)
 
 
 def at_cost(subject: Subject, method: str, goal: float) -> Way | None:
@@ -98,19 +102,24 @@ def at_cost(subject: Subject, method: str, goal: float) -> Way | None:
     Raises:
         ValueError: the model has nothing that the method goes by.
     """
+    every_r = range(1, subject.predictor.N)
     ratios, rates = ([1 - step / steps for step in range(1, last)] for steps, last in ((400, 201), (200, 200)))
+    quarters = tuple(subject.depth * quarter // 4 for quarter in (1, 2, 3))  # of twelve blocks 3, 6, 9
     candidates: dict[str, Callable[[], list[Way]]] = {
-        "tome": lambda: [of_baseline("tome", r=r) for r in range(1, subject.predictor.N)],
+        "tome": lambda: [of_baseline("tome", r=r) for r in every_r],
+        "tome, rising": lambda: [of_baseline("tome", r=(r, 1.0)) for r in every_r],
+        "tome, falling": lambda: [of_baseline("tome", r=(r, -1.0)) for r in every_r],
         "evit, fused": lambda: [of_baseline("evit", keep_rate=rate) for rate in rates],
         "evit": lambda: [of_baseline("evit", keep_rate=rate, fuse_token=False) for rate in rates],
-        "mctf": lambda: [of_baseline("mctf", r=r) for r in range(1, subject.predictor.N)],
+        "mctf": lambda: [of_baseline("mctf", r=r) for r in every_r],
+        "mctf, fast": lambda: [of_baseline("mctf", r=1 - ratio, blocks=quarters) for ratio in ratios],
         "pitome": lambda: [of_baseline("pitome", ratio=ratio) for ratio in ratios],
     }
     if method in candidates:
         return nearest(subject, candidates[method](), goal)
-    if method == "threshold":
-        return constant_threshold(subject, goal)
-    adapt = method.removeprefix("atm, ")
+    name, _, adapt = method.partition(", ")
+    if name == "threshold":
+        return constant_threshold(subject, adapt, goal)
     return by_similarity(subject, shape_of(subject, subject.configs[adapt], adapt), goal)
 
 

@@ -20,7 +20,7 @@ STAND_IN = "deit_small_patch16_224"
 
 
 def arguments() -> argparse.ArgumentParser:
-    return options()
+    return options(choosing=False, config=False)
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -40,12 +40,13 @@ def _points(args: argparse.Namespace) -> list[OperatingPoint]:
 
 
 def measure(subject: Subject, rows: Rows, args: argparse.Namespace) -> None:
-    for point in _points(args):
-        if point.alpha is None:
-            continue
+    points = _points(args)
+    rows.expect(len(points))
+    for point in points:
         thresholds = {"alpha": point.alpha, "beta": point.beta, "theta_min": point.theta_min}
-        config = ATMConfig(**thresholds)
-        title = ", ".join(f"{name} {value}" for name, value in thresholds.items())
+        nothing = ATMConfig(adapt="static", schedule=(0,) * subject.depth)
+        config = nothing if point.alpha is None else ATMConfig(**thresholds)
+        title = ", ".join(f"{name} {value}" for name, value in thresholds.items() if value is not None) or "no merging"
         key = {"table": point.table, **thresholds, "paper_gflops": point.gflops, "paper_top1": point.top1}
         rows.add(key, lambda config=config, title=title: measured(subject, of_config(config), title))
 
@@ -63,7 +64,9 @@ def table(result: dict[str, Any]) -> str:
     body = []
     for row in result["rows"]:
         quality = row["overall"]
-        curve = f"{row['alpha']}, {row['beta']}, {row['theta_min']} ({row['table']})"
+        merging = row["alpha"] is not None
+        curve = f"{row['alpha']}, {row['beta']}, {row['theta_min']}" if merging else "no merging"
+        curve += f" ({row['table']})"
         printed = f"{row['paper_gflops']:.2f}, {row['paper_top1']:.2f} %"
         body.append([curve, printed, f"{quality['gflops']:.3f}", saved(row), drop(row), f"{quality['kl']:.1e}"])
     return markdown(head, body)

@@ -1,6 +1,7 @@
 """What an experiment measures: a model, images to choose settings by, and images to judge by."""
 
 import argparse
+import hashlib
 from collections.abc import Iterable
 from dataclasses import asdict, replace
 from functools import cached_property
@@ -16,6 +17,7 @@ from atm_triton.evaluate import Evaluation, evaluate, unpatched_logits
 from atm_triton.inputs import (
     DIGITS,
     check_device,
+    check_weights,
     digits_config,
     labels_fit,
     open_images,
@@ -23,25 +25,31 @@ from atm_triton.inputs import (
     read_config,
 )
 from atm_triton.options import DTYPES, data_options, model_options
+from atm_triton.transformer import leading_tokens
 from benchmarks.bench import BATCH_SIZE, Bench
 
 CHOOSE_BY = 512  # images
 
 
-def options() -> argparse.ArgumentParser:
-    """The options of every experiment that runs a model."""
+def options(choosing: bool = True, config: bool = True) -> argparse.ArgumentParser:
+    """The options of an experiment that runs a model. ``choosing``: whether it chooses settings; ``config``: whether it
+    measures ATM with thresholds that it is given."""
     parser = argparse.ArgumentParser(add_help=False, parents=[model_options(), data_options()])
     parser.add_argument("--limit", type=int, help="judge by so many images, spread over all of them")
-    parser.add_argument("--choose-by", help="a directory of images to choose settings by (the digits: their own split)")
-    parser.add_argument("--config", type=Path, help='ATM\'s thresholds, of "atm-triton calibrate"')
+    if choosing:
+        text = "a directory of images to choose settings by (the digits: their own split)"
+        parser.add_argument("--choose-by", help=text)
+    if config:
+        text = 'ATM\'s thresholds, of "atm-triton calibrate"; a second file: for the other way to adapt'
+        parser.add_argument("--config", type=Path, nargs="+", metavar="FILE", help=text)
     parser.add_argument("--workers", type=int, default=2, help="processes that load images")
     parser.add_argument("--resume", action="store_true", help="go on with what --out holds of the same run")
     return parser
 
 
-def shares(default: tuple[float, ...]) -> argparse.ArgumentParser:
-    """The option of an experiment that compares at given costs."""
-    parser = argparse.ArgumentParser(add_help=False, parents=[options()])
+def shares(default: tuple[float, ...], config: bool = True) -> argparse.ArgumentParser:
+    """The options of an experiment that compares at given costs."""
+    parser = argparse.ArgumentParser(add_help=False, parents=[options(config=config)])
     parser.add_argument("--shares", type=float, nargs="+", default=list(default), help="of the FLOPs to save")
     return parser
 
@@ -66,28 +74,36 @@ class Subject(Bench):
         self.model = model.to(args.device, DTYPES[args.dtype])
         for config in self.configs.values():
             config.check_depth(self.depth)
-        chosen, size = args.choose_by or DIGITS, batch_size(args)
-        choosing = open_images(self.model, chosen, "calibration", CHOOSE_BY, size, labelled=False, **self._opened)
-        test = self.in_batches(size)
-        loader = list(choosing)
-        if sum(len(batch[0]) for batch in loader) < LEAST_IMAGES:
-            raise ValueError(f"--choose-by {chosen}: give {LEAST_IMAGES} or more images to choose settings by")
+        test, loader = self.in_batches(batch_size(args)), []
+        self._loaders = [test]
+        if hasattr(args, "choose_by"):
+            loader = self._to_choose_by(args.choose_by or DIGITS, batch_size(args))
         super().__init__(self.model, loader, list(test) if self.data == DIGITS else test)
         self.labelled = labels_fit(test, self.model)
-        self._loaders = [opened for opened in (choosing, test) if hasattr(opened, "broken")]
+
+    def _to_choose_by(self, chosen: str, size: int) -> list[Any]:
+        opened = open_images(self.model, chosen, "calibration", CHOOSE_BY, size, labelled=False, **self._opened)
+        loader = list(opened)
+        if sum(len(batch[0]) for batch in loader) < LEAST_IMAGES:
+            raise ValueError(f"--choose-by {chosen}: give {LEAST_IMAGES} or more images to choose settings by")
+        self._loaders.append(opened)
+        return loader
 
     @staticmethod
     def settings(args: argparse.Namespace) -> dict[str, Any]:
         """What tells a run from another; refuses what cannot be meant."""
-        if args.model != DIGITS and args.checkpoint is None and not args.pretrained:
-            raise ValueError(f"{args.model} would have random weights: give --checkpoint FILE or --pretrained")
-        if args.data not in (None, DIGITS) and args.choose_by is None:
-            raise ValueError("--choose-by DIR: say by which images settings are chosen; others than those of --data")
-        if args.choose_by is not None and _overlap(args.data or DIGITS, args.choose_by):
-            raise ValueError(f"--choose-by {args.choose_by} holds images of --data: choose settings by others")
-        about = {name: getattr(args, name) for name in ("model", "model_kwargs", "pretrained", "limit", "dtype")}
-        about |= {"data": args.data or DIGITS, "choose_by": args.choose_by or DIGITS, "batch_size": batch_size(args)}
+        check_weights(args.model, args.checkpoint, args.pretrained)
+        names = ("model", "model_kwargs", "pretrained", "limit", "dtype", "device")
+        about = {name: getattr(args, name) for name in names}
+        about |= {"data": args.data or DIGITS, "batch_size": batch_size(args)}
+        if hasattr(args, "choose_by"):
+            _check_choosing(args.data or DIGITS, args.choose_by)
+            about["choose_by"] = args.choose_by or DIGITS
         about["checkpoint"] = None if args.checkpoint is None else str(args.checkpoint)
+        if (
+            args.checkpoint is not None and args.checkpoint.is_file()
+        ):  # one that is missing is refused when it is opened
+            about["checkpoint_sha256"] = hashlib.sha256(args.checkpoint.read_bytes()).hexdigest()
         return about | {"configs": {name: asdict(config) for name, config in configurations(args).items()}}
 
     @property
@@ -95,8 +111,13 @@ class Subject(Bench):
         return len(self.model.blocks)
 
     @property
+    def merging(self) -> int:
+        """Blocks that may merge: the last does not where it serves the leading tokens alone."""
+        return self.depth - (leading_tokens(self.model) is not None)
+
+    @property
     def broken(self) -> set[str]:
-        return {path for loader in self._loaders for path in loader.broken}
+        return {path for loader in self._loaders for path in getattr(loader, "broken", ())}
 
     @cached_property
     def base(self) -> list[Tensor]:
@@ -126,6 +147,13 @@ def batch_size(args: argparse.Namespace) -> int:
     return BATCH_SIZE if args.batch_size is None else args.batch_size
 
 
+def _check_choosing(data: str, chosen: str | None) -> None:
+    if data != DIGITS and chosen is None:
+        raise ValueError("--choose-by DIR: say by which images settings are chosen; others than those of --data")
+    if chosen is not None and _overlap(data, chosen):
+        raise ValueError(f"--choose-by {chosen} holds images of --data: choose settings by others")
+
+
 def _overlap(data: str, chosen: str) -> bool:
     """Whether one directory is the other, or lies in it."""
     if DIGITS in (data, chosen):
@@ -135,12 +163,25 @@ def _overlap(data: str, chosen: str) -> bool:
 
 
 def configurations(args: argparse.Namespace) -> dict[str, ATMConfig]:
-    """ATM's thresholds for either way to adapt."""
-    if args.config is not None:
-        given = read_config(args.config, args.model, args.model_kwargs)
-        if given.adapt == "static":
-            raise ValueError(f"--config {args.config} is a schedule; want thresholds")
-        return {adapt: replace(given, adapt=adapt) for adapt in ("batch", "image")}
+    """ATM's thresholds for either way to adapt; none where an experiment is not given any."""
+    files = getattr(args, "config", ())
+    if files:
+        return _read(files, args)
+    if files is not None:
+        return {}
     if args.model != DIGITS:
         raise ValueError(f"--config FILE: say ATM's thresholds for {args.model}; atm-triton calibrate finds them")
     return {adapt: digits_config(adapt) for adapt in ("batch", "image")}
+
+
+def _read(files: list[Path], args: argparse.Namespace) -> dict[str, ATMConfig]:
+    """A file serves both ways to adapt, or of two each its own."""
+    given = [read_config(file, args.model, args.model_kwargs) for file in files]
+    for file, config in zip(files, given, strict=True):
+        if config.adapt == "static":
+            raise ValueError(f"--config {file} is a schedule; want thresholds")
+    found = {config.adapt: config for config in given}
+    if len(files) > 2 or len(found) < len(files):
+        ways = ", ".join(config.adapt for config in given)
+        raise ValueError(f"--config: got files for {ways}; want one, or one for batch and one for image")
+    return {adapt: found.get(adapt, replace(given[0], adapt=adapt)) for adapt in ("batch", "image")}

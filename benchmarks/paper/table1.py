@@ -31,6 +31,7 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
 def measure(subject: Subject, rows: Rows, args: argparse.Namespace) -> None:
     if not subject.labelled:
         raise ValueError(f"--data {subject.data}: top-1 needs one folder for each class of the model")
+    rows.expect(len(STYLES) * STEPS)
     for method in STYLES:
         low, high = 0.0, MOST
         for _ in range(STEPS):

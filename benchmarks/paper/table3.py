@@ -14,7 +14,7 @@ from benchmarks.paper.subject import Subject, options
 
 
 def arguments() -> argparse.ArgumentParser:
-    return options()
+    return options(choosing=False)
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -22,6 +22,7 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure(subject: Subject, rows: Rows, args: argparse.Namespace) -> None:
+    rows.expect(len(subject.configs) * (subject.depth + 1))
     for adapt, given in subject.configs.items():
         for split in range(subject.depth + 1):
             config = replace(given, adapt=adapt, split_depth=split)

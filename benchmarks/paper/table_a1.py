@@ -15,7 +15,7 @@ SIZES = tuple(2**power for power in range(11))
 
 
 def arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(add_help=False, parents=[options()])
+    parser = argparse.ArgumentParser(add_help=False, parents=[options(choosing=False)])
     parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES), help="of a batch (1 to 1024)")
     return parser
 
@@ -28,6 +28,7 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
 
 def measure(subject: Subject, rows: Rows, args: argparse.Namespace) -> None:
     images = sum(len(batch) for batch in subject.base)
+    rows.expect(len(args.sizes) * len(subject.configs))
     for size in sorted(args.sizes):
         if size > images and size > min(args.sizes):
             print(f"batches of {size} and more are left out: there are {images} images")

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 from atm_triton import ATMConfig, ops
 from atm_triton.block import ATMBlock, Tokens
@@ -28,7 +29,7 @@ SLACK = 1e-9  # of float64, in the ratio of an error to its bound
 
 
 def arguments() -> argparse.ArgumentParser:
-    return options()
+    return options(choosing=False)
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -83,10 +84,11 @@ class PairBlock(ATMBlock):
 
 
 def measure(subject: Subject, rows: Rows, args: argparse.Namespace) -> None:
+    rows.expect(len(DIMENSIONS) + subject.merging)
     for dimension in DIMENSIONS:
         rows.add({"vectors": "random", "dimension": dimension}, lambda dimension=dimension: drawn(dimension))
     of_blocks = cache(lambda: merged(subject, subject.configs["batch"]))
-    for block in range(subject.predictor.merging):
+    for block in range(subject.merging):
         rows.add({"vectors": "merged", "block": block + 1}, lambda block=block: of_blocks()[block])
 
 
@@ -110,8 +112,8 @@ def merged(subject: Subject, config: ATMConfig) -> list[dict[str, Any]]:
         return made
 
     model = install(model, collecting, config)
-    parts: list[list[dict[str, Any]]] = [[] for _ in range(subject.predictor.merging)]
-    for images, _ in subject.test:
+    parts: list[list[dict[str, Any]]] = [[] for _ in range(subject.merging)]
+    for images, _ in tqdm(subject.test, desc="merge", unit="batch", disable=None):
         model(images.to(next(model.parameters())))
         for part, block in zip(parts, model.blocks, strict=False):
             part += [bounds(*pairs) for pairs in block.pairs]
