@@ -4,7 +4,7 @@ import argparse
 import json
 import re
 import shlex
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from atm_triton import ATMConfig, apply_patch
-from atm_triton.digits.model import IMAGE_CONFIG
+from atm_triton.digits.model import CONFIG, IMAGE_CONFIG
 from atm_triton.inputs import digits_config, open_images, open_model
 from atm_triton.operating_points import operating_points
 from atm_triton.shapes import Predictor
@@ -23,6 +23,7 @@ from benchmarks import zoo
 from benchmarks.paper import __main__ as paper
 from benchmarks.paper import figure4, figure5, figure6, flops, methods, points, subject, table1, theorem1
 from benchmarks.paper.methods import NEAR, counted, nearest, of_baseline
+from benchmarks.paper.thresholds import Thresholds, of_digits
 from models import images, vit
 
 
@@ -97,29 +98,34 @@ def test_an_interrupted_run_leaves_the_last_result_as_it_was(tmp_path, monkeypat
     assert row["method"] == "tome"
 
 
-def test_each_way_to_adapt_has_a_file_of_thresholds(tmp_path, capsys):
-    files = {}
-    for adapt, theta in (("batch", 0.9), ("image", 0.8), ("static", 0.7)):
-        files[adapt] = tmp_path / f"{adapt}.json"
-        how = {"schedule": (1,) * 12} if adapt == "static" else {"alpha": theta, "theta_min": 0.5}
-        files[adapt].write_text(ATMConfig(adapt=adapt, **how).to_json())
+def test_the_thresholds_of_the_nearest_cost_are_taken(tmp_path):
+    def file(name, adapt, alpha, gflops):
+        path = tmp_path / f"{name}.json"
+        config = asdict(ATMConfig(alpha=alpha, theta_min=0.5, adapt=adapt))
+        path.write_text(json.dumps({"config": config} | ({} if gflops is None else {"promise": {"gflops": gflops}})))
+        return str(path)
+
+    cheap, dear = file("cheap", "image", 0.8, 0.1), file("dear", "image", 0.9, 0.3)
+    other, plain = file("other", "batch", 0.7, 0.3), file("plain", "image", 0.6, None)
     parsed = argparse.ArgumentParser(parents=[subject.options()])
 
-    def alphas(*given):
-        found = subject.configurations(parsed.parse_args(["--config", *(str(files[name]) for name in given)]))
-        assert all(config.adapt == adapt for adapt, config in found.items())
-        return {adapt: config.alpha for adapt, config in found.items()}
+    def near(adapt, gflops, *files):
+        config = Thresholds(parsed.parse_args(["--config", *files])).near(adapt, gflops)
+        assert config.adapt == adapt
+        return config.alpha
 
-    assert alphas("image", "batch") == {"batch": 0.9, "image": 0.8} and alphas("image") == {"batch": 0.8, "image": 0.8}
-    for given, message in (
-        (("image", "image"), "--config: got files for image, image; want one, or one for batch and one for image"),
-        (("image", "batch", "batch"), "--config: got files for image, batch, batch; want one, or one for batch and"),
-        (("static",), "static.json is a schedule; want thresholds"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            alphas(*given)
-    found = subject.configurations(argparse.ArgumentParser(parents=[subject.options(config=False)]).parse_args([]))
-    assert found == {}
+    assert near("image", 0.19, cheap, dear) == 0.8 and near("image", 0.21, cheap, dear) == 0.9
+    assert near("batch", 0.1, cheap, dear) == 0.8 and near("batch", 0.1, cheap, dear, other) == 0.7
+    assert near("image", 0.1, plain) == near("batch", 0.5, plain) == 0.6
+    with pytest.raises(ValueError, match="plain.json promises no cost; give it alone, or files of atm-tri"):
+        near("image", 0.1, plain, cheap)
+    schedule = tmp_path / "schedule.json"
+    schedule.write_text(ATMConfig(adapt="static", schedule=(1,) * 12).to_json())
+    with pytest.raises(ValueError, match="schedule.json is a schedule; want thresholds"):
+        near("image", 0.1, str(schedule))
+    schedule.write_text('{"rows": [{}]}')
+    with pytest.raises(ValueError, match="is no result of benchmarks.calibration; make it anew, or give --config"):
+        of_digits(schedule)
 
 
 def test_a_cost_that_a_method_cannot_have_is_said(tmp_path, capsys):
@@ -223,7 +229,7 @@ def test_figures_5_and_6_compare_schedules_at_one_cost(tmp_path, monkeypatch):
 
 
 def test_theorem1_on_random_vectors_and_on_real_merges(tmp_path):
-    rows = run("theorem1", tmp_path, "--limit", "8")["rows"]
+    rows = run("theorem1", tmp_path, "--limit", "8", "--config", str(CONFIG))["rows"]
     assert [row["vectors"] for row in rows] == ["random"] * 3 + ["merged"] * 11
     assert all(row["outside"] == 0 for row in rows)
     for row in rows[:3]:

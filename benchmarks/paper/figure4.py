@@ -2,8 +2,9 @@
 
 At each share of the model's FLOPs every method takes the setting whose cost comes closest, all with the last block for
 the class token alone; beside it stands the cost with a last block that computes all its tokens and merges none. Neither
-changes a logit, but for MCTF, which fuses before attention. ATM's thresholds are those of --config (the digits: the
-shipped ones), scaled to the cost; no method sees a label. The products of the matching are in no cost.
+changes a logit, but for MCTF, which fuses before attention. ATM's thresholds are those of --config (the digits: of
+``python -m benchmarks.calibration``), of the nearest cost and scaled to this one; no method sees a label. The products
+of the matching are in no cost.
 """
 
 import argparse

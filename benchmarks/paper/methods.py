@@ -2,7 +2,7 @@
 
 Each method has one number that sets its cost; it is bisected. Where the cost hangs on shapes alone one image tells it;
 where it hangs on similarities, the images to choose by do. Labels are not used. The rest of a method is as published,
-or for ATM as it was calibrated, which is more search than the others get.
+or for ATM as it was calibrated for the nearest cost, which is more search than the others get.
 """
 
 from collections.abc import Callable
@@ -79,12 +79,12 @@ def by_similarity(subject: Subject, shape: Shape, goal: float) -> Way | None:
     return None if met is None else of_config(search.config((shape, met[0])))
 
 
-def shape_of(subject: Subject, config: ATMConfig, adapt: str) -> Shape:
-    """The shape of thresholds, for either way to adapt."""
+def shape_of(subject: Subject, config: ATMConfig) -> Shape:
+    """The shape of thresholds."""
     thetas = [config.theta(block, subject.depth) for block in range(1, subject.depth + 1)]
     weights = tuple(None if theta is None else 1 - theta for theta in thetas)
-    knows_sizes = config.proportional_attention
-    return Shape(weights, adapt, config.split_depth, subject.proportional if knows_sizes is None else knows_sizes)
+    knows_sizes = subject.proportional if config.proportional_attention is None else config.proportional_attention
+    return Shape(weights, config.adapt, config.split_depth, knows_sizes)
 
 
 def constant_threshold(subject: Subject, adapt: str, goal: float) -> Way | None:
@@ -120,7 +120,7 @@ def at_cost(subject: Subject, method: str, goal: float) -> Way | None:
     name, _, adapt = method.partition(", ")
     if name == "threshold":
         return constant_threshold(subject, adapt, goal)
-    return by_similarity(subject, shape_of(subject, subject.configs[adapt], adapt), goal)
+    return by_similarity(subject, shape_of(subject, subject.thresholds.near(adapt, goal)), goal)
 
 
 Finder = Callable[[Subject, str, float], Way | None]

@@ -3,7 +3,6 @@
 import argparse
 import hashlib
 from collections.abc import Iterable
-from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,21 +13,23 @@ from torch import Tensor
 from atm_triton import ATMConfig
 from atm_triton.calibrate import LEAST_IMAGES
 from atm_triton.evaluate import Evaluation, evaluate, unpatched_logits
+from atm_triton.flops import cost, unmerged
 from atm_triton.inputs import (
     DIGITS,
     check_device,
     check_weights,
-    digits_config,
+    data_config,
     labels_fit,
     open_images,
     open_model,
-    read_config,
 )
 from atm_triton.options import DTYPES, data_options, model_options
 from atm_triton.transformer import leading_tokens
 from benchmarks.bench import BATCH_SIZE, Bench
+from benchmarks.paper.thresholds import Thresholds
 
 CHOOSE_BY = 512  # images
+USUAL = 0.45  # of the FLOPs saved
 
 
 def options(choosing: bool = True, config: bool = True) -> argparse.ArgumentParser:
@@ -40,7 +41,7 @@ def options(choosing: bool = True, config: bool = True) -> argparse.ArgumentPars
         text = "a directory of images to choose settings by (the digits: their own split)"
         parser.add_argument("--choose-by", help=text)
     if config:
-        text = 'ATM\'s thresholds, of "atm-triton calibrate"; a second file: for the other way to adapt'
+        text = 'ATM\'s thresholds, of "atm-triton calibrate"; of several files the nearest in cost'
         parser.add_argument("--config", type=Path, nargs="+", metavar="FILE", help=text)
     parser.add_argument("--workers", type=int, default=2, help="processes that load images")
     parser.add_argument("--resume", action="store_true", help="go on with what --out holds of the same run")
@@ -69,11 +70,11 @@ class Subject(Bench):
         check_device(args.device)
         self.data, self._limit = args.data or DIGITS, args.limit
         self._opened = {"workers": args.workers, "device": args.device, "lenient": True}
-        self.configs = configurations(args)
+        self.thresholds = Thresholds(args) if hasattr(args, "config") else None
         model = open_model(args.model, args.checkpoint, args.pretrained, **args.model_kwargs)
         self.model = model.to(args.device, DTYPES[args.dtype])
-        for config in self.configs.values():
-            config.check_depth(self.depth)
+        if self.thresholds is not None:
+            self.thresholds.check_depth(self.depth)
         test, loader = self.in_batches(batch_size(args)), []
         self._loaders = [test]
         if hasattr(args, "choose_by"):
@@ -100,11 +101,9 @@ class Subject(Bench):
             _check_choosing(args.data or DIGITS, args.choose_by)
             about["choose_by"] = args.choose_by or DIGITS
         about["checkpoint"] = None if args.checkpoint is None else str(args.checkpoint)
-        if (
-            args.checkpoint is not None and args.checkpoint.is_file()
-        ):  # one that is missing is refused when it is opened
+        if args.checkpoint is not None and args.checkpoint.is_file():  # what is missing is refused later
             about["checkpoint_sha256"] = hashlib.sha256(args.checkpoint.read_bytes()).hexdigest()
-        return about | {"configs": {name: asdict(config) for name, config in configurations(args).items()}}
+        return about | ({"thresholds": Thresholds(args).to_list()} if hasattr(args, "config") else {})
 
     @property
     def depth(self) -> int:
@@ -114,6 +113,13 @@ class Subject(Bench):
     def merging(self) -> int:
         """Blocks that may merge: the last does not where it serves the leading tokens alone."""
         return self.depth - (leading_tokens(self.model) is not None)
+
+    @property
+    def configs(self) -> dict[str, ATMConfig]:
+        """For an experiment that compares no costs: for either way to adapt the thresholds nearest to a usual cost."""
+        shape = data_config(self.model)["input_size"]
+        usual = (1 - USUAL) * cost(self.model, unmerged(self.model, shape)).paper_gflops
+        return {adapt: self.thresholds.near(adapt, usual) for adapt in ("batch", "image")}
 
     @property
     def broken(self) -> set[str]:
@@ -160,28 +166,3 @@ def _overlap(data: str, chosen: str) -> bool:
         return False
     one, other = Path(data).resolve(), Path(chosen).resolve()
     return one == other or one in other.parents or other in one.parents
-
-
-def configurations(args: argparse.Namespace) -> dict[str, ATMConfig]:
-    """ATM's thresholds for either way to adapt; none where an experiment is not given any."""
-    files = getattr(args, "config", ())
-    if files:
-        return _read(files, args)
-    if files is not None:
-        return {}
-    if args.model != DIGITS:
-        raise ValueError(f"--config FILE: say ATM's thresholds for {args.model}; atm-triton calibrate finds them")
-    return {adapt: digits_config(adapt) for adapt in ("batch", "image")}
-
-
-def _read(files: list[Path], args: argparse.Namespace) -> dict[str, ATMConfig]:
-    """A file serves both ways to adapt, or of two each its own."""
-    given = [read_config(file, args.model, args.model_kwargs) for file in files]
-    for file, config in zip(files, given, strict=True):
-        if config.adapt == "static":
-            raise ValueError(f"--config {file} is a schedule; want thresholds")
-    found = {config.adapt: config for config in given}
-    if len(files) > 2 or len(found) < len(files):
-        ways = ", ".join(config.adapt for config in given)
-        raise ValueError(f"--config: got files for {ways}; want one, or one for batch and one for image")
-    return {adapt: found.get(adapt, replace(given[0], adapt=adapt)) for adapt in ("batch", "image")}

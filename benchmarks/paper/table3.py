@@ -22,10 +22,11 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure(subject: Subject, rows: Rows, args: argparse.Namespace) -> None:
-    rows.expect(len(subject.configs) * (subject.depth + 1))
-    for adapt, given in subject.configs.items():
+    configs = subject.configs
+    rows.expect(len(configs) * (subject.depth + 1))
+    for adapt, given in configs.items():
         for split in range(subject.depth + 1):
-            config = replace(given, adapt=adapt, split_depth=split)
+            config = replace(given, split_depth=split)
             title = f"{adapt}, splitting depth {split}"
             rows.add(
                 {"adapt": adapt, "split_depth": split},

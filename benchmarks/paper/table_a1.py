@@ -1,7 +1,6 @@
 """Table A1: the batch size, from 1 to 1024, for one r a batch and for every image by its own count."""
 
 import argparse
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,15 +27,15 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
 
 def measure(subject: Subject, rows: Rows, args: argparse.Namespace) -> None:
     images = sum(len(batch) for batch in subject.base)
-    rows.expect(len(args.sizes) * len(subject.configs))
+    configs = subject.configs
+    rows.expect(len(args.sizes) * len(configs))
     for size in sorted(args.sizes):
         if size > images and size > min(args.sizes):
             print(f"batches of {size} and more are left out: there are {images} images")
             break
-        for adapt, given in subject.configs.items():
-            config = replace(given, adapt=adapt)
+        for adapt, given in configs.items():
             key = {"adapt": adapt, "batch_size": size}
-            rows.add(key, lambda config=config, size=size: _outcome(subject, size, config))
+            rows.add(key, lambda given=given, size=size: _outcome(subject, size, given))
 
 
 def _outcome(subject: Subject, size: int, config: ATMConfig) -> dict[str, Any]:
