@@ -49,10 +49,10 @@ def test_an_experiment_is_found_by_its_name(tmp_path):
         "cpu": "a processor",
     }
     document = {"environment": about | {"gpu": None, "utc": "now"}, "settings": {"blocks": [3]}, "rows": []}
-    document["rows"].append({"title": "image 0, ATM", "gflops": 0.25, "left": [7]})
+    document["rows"].append({"title": "image 0, ATM", "gflops": 0.25, "gflops_all_tokens_last": 0.26, "left": [7]})
     (tmp_path / "my_model_figure7.json").write_text(json.dumps(document))
     page = report.page(tmp_path)
-    assert "## my_model: Pictures of merged tokens" in page and "| image 0, ATM | 0.250 | 7 |" in page
+    assert "## my_model: Pictures of merged tokens" in page and "| image 0, ATM | 0.250 | 0.260 | 7 |" in page
     assert "a processor, torch 2, timm 1, commit 0123456, now" in page and "![" not in page
 
 
