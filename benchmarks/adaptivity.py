@@ -1,12 +1,14 @@
 """One r a batch, or every image its own: ``python -m benchmarks.adaptivity``, on the digits.
 
-At eight costs: the shipped thresholds of both ways to adapt, with all distances from 1 scaled until the calibration
-split costs as much, and a static copy, the r of each block that images of their own counts have on average. Judged on
-the test split, also on the tenth of the images that keep the fewest tokens and on the tenth that keeps the most.
+At eight costs: thresholds calibrated for either way to adapt at the nearest of four, with all distances from 1 scaled
+until the calibration split costs as much, and a static copy, the r of each block that images of their own counts have
+on average. Judged on the test split, also on the tenth of the images that keep the fewest tokens and on the tenth that
+keeps the most.
 """
 
 import argparse
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,24 +17,20 @@ from atm_triton import ATMConfig
 from atm_triton.env import check_file, write_result
 from atm_triton.errors import exit_code
 from atm_triton.evaluate import evaluate
-from atm_triton.inputs import digits_config
-from atm_triton.shapes import Shape
 from benchmarks.bench import RESULTS, Bench
+from benchmarks.paper.methods import scaled
+from benchmarks.paper.thresholds import Thresholds
 
 SHARES = (0.30, 0.40, 0.45, 0.50, 0.55, 0.60, 0.65, 0.70)
-PARTS = ("fit", "choose", "promise")
 
 
-def scaled(bench: Bench, adapt: str, share: float) -> ATMConfig:
-    """The shipped thresholds, scaled until the calibration images save this share."""
-    shipped, depth = digits_config(adapt), len(bench.model.blocks)
-    thetas = [shipped.theta(block, depth) for block in range(1, depth)]
-    weights = (*(None if theta is None else 1 - theta for theta in thetas), None)
-    search = bench.search(adapt)
-    met = search.meet(Shape(weights, adapt, shipped.split_depth), bench.goal(share), None, None, PARTS)
-    if met is None:
+def at_share(bench: Bench, adapt: str, share: float) -> ATMConfig:
+    """Thresholds with which the calibration images save this share."""
+    goal = bench.goal(share)
+    found = scaled(bench, Thresholds.of_digits().near(adapt, goal), goal)
+    if found is None:
         raise ValueError(f"{share:.0%} cannot be saved by these thresholds")
-    return search.config((Shape(weights, adapt, shipped.split_depth), met[0]))
+    return found
 
 
 def static_copy(bench: Bench, config: ATMConfig) -> ATMConfig:
@@ -40,14 +38,14 @@ def static_copy(bench: Bench, config: ATMConfig) -> ATMConfig:
     tokens = evaluate(bench.model, bench.loader, config, title=None).tokens
     left = [round(mean) for mean in tokens]
     schedule = (*(before - after for before, after in pairwise(left)), 0)
-    return ATMConfig(adapt="static", schedule=schedule, split_depth=config.split_depth)
+    return replace(config, adapt="static", thresholds=None, schedule=schedule)
 
 
 def measure(bench: Bench) -> list[dict[str, Any]]:
     rows = []
     for share in SHARES:
-        image = scaled(bench, "image", share)
-        for config in (image, scaled(bench, "batch", share), static_copy(bench, image)):
+        image = at_share(bench, "image", share)
+        for config in (image, at_share(bench, "batch", share), static_copy(bench, image)):
             rows.append(bench.judged(config, adapt=config.adapt, share=share))
             quality = rows[-1]["overall"]
             print(f"{share:.0%} {config.adapt}: saved {rows[-1]['saved']:.3f}, {quality['top1']:.2f} %", flush=True)

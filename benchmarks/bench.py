@@ -62,6 +62,10 @@ class Bench:
         return Predictor(self.model, tuple(fit[0].shape[1:]), similarities(self.model, fit, ATMConfig()), True)
 
     @property
+    def depth(self) -> int:
+        return len(self.model.blocks)
+
+    @property
     def proportional(self) -> bool:
         """Whether attention knows sizes, where nothing else is said."""
         return settled(ATMConfig(), self.model).proportional_attention

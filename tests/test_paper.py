@@ -23,7 +23,7 @@ from benchmarks import zoo
 from benchmarks.paper import __main__ as paper
 from benchmarks.paper import figure4, figure5, figure6, flops, methods, points, subject, table1, theorem1
 from benchmarks.paper.methods import NEAR, counted, nearest, of_baseline
-from benchmarks.paper.thresholds import Thresholds, of_digits
+from benchmarks.paper.thresholds import Thresholds
 from models import images, vit
 
 
@@ -110,7 +110,7 @@ def test_the_thresholds_of_the_nearest_cost_are_taken(tmp_path):
     parsed = argparse.ArgumentParser(parents=[subject.options()])
 
     def near(adapt, gflops, *files):
-        config = Thresholds(parsed.parse_args(["--config", *files])).near(adapt, gflops)
+        config = Thresholds.asked(parsed.parse_args(["--config", *files])).near(adapt, gflops)
         assert config.adapt == adapt
         return config.alpha
 
@@ -125,7 +125,7 @@ def test_the_thresholds_of_the_nearest_cost_are_taken(tmp_path):
         near("image", 0.1, str(schedule))
     schedule.write_text('{"rows": [{}]}')
     with pytest.raises(ValueError, match="is no result of benchmarks.calibration; make it anew, or give --config"):
-        of_digits(schedule)
+        Thresholds.of_digits(schedule)
 
 
 def test_a_cost_that_a_method_cannot_have_is_said(tmp_path, capsys):

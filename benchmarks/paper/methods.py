@@ -18,6 +18,7 @@ from atm_triton.search import SEEN
 from atm_triton.shapes import Shape
 from atm_triton.summary import summary
 from benchmarks.baselines import baseline
+from benchmarks.bench import Bench
 from benchmarks.paper.subject import Subject
 
 NEAR = 0.03  # of the unmerged model's cost: a method that comes no nearer is left out
@@ -72,28 +73,25 @@ def counted(subject: Subject, way: Way) -> float:
     return summary(model).paper_gflops
 
 
-def by_similarity(subject: Subject, shape: Shape, goal: float) -> Way | None:
+def at_scale(bench: Bench, shape: Shape, goal: float) -> ATMConfig | None:
     """Thresholds of a shape, scaled until the images to choose by cost ``goal``; None if none do."""
-    search = subject.search(shape.adapt)
+    search = bench.search(shape.adapt)
     met = search.meet(shape, goal, None, None, SEEN)
-    return None if met is None else of_config(search.config((shape, met[0])))
+    return None if met is None else search.config((shape, met[0]))
 
 
-def shape_of(subject: Subject, config: ATMConfig) -> Shape:
-    """The shape of thresholds."""
-    thetas = [config.theta(block, subject.depth) for block in range(1, subject.depth + 1)]
+def scaled(bench: Bench, config: ATMConfig, goal: float) -> ATMConfig | None:
+    """Thresholds with their distances from 1 scaled until the images to choose by cost ``goal``; None if none do."""
+    thetas = [config.theta(block, bench.depth) for block in range(1, bench.depth + 1)]
     weights = tuple(None if theta is None else 1 - theta for theta in thetas)
-    knows_sizes = subject.proportional if config.proportional_attention is None else config.proportional_attention
-    return Shape(weights, config.adapt, config.split_depth, knows_sizes)
+    knows_sizes = bench.proportional if config.proportional_attention is None else config.proportional_attention
+    return at_scale(bench, Shape(weights, config.adapt, config.split_depth, knows_sizes), goal)
 
 
 def constant_threshold(subject: Subject, adapt: str, goal: float) -> Way | None:
     shape = Shape((1.0,) * subject.depth, adapt, subject.depth, subject.proportional)
-    found = by_similarity(subject, shape, goal)
-    if found is None:
-        return None
-    thetas = [theta for theta in found.settings["config"]["thresholds"] if theta is not None]
-    return of_baseline("threshold", theta=thetas[0], adapt=adapt)
+    found = at_scale(subject, shape, goal)
+    return None if found is None else of_baseline("threshold", theta=found.thresholds[0], adapt=adapt)
 
 
 def at_cost(subject: Subject, method: str, goal: float) -> Way | None:
@@ -120,7 +118,8 @@ def at_cost(subject: Subject, method: str, goal: float) -> Way | None:
     name, _, adapt = method.partition(", ")
     if name == "threshold":
         return constant_threshold(subject, adapt, goal)
-    return by_similarity(subject, shape_of(subject, subject.thresholds.near(adapt, goal)), goal)
+    found = scaled(subject, subject.thresholds.near(adapt, goal), goal)
+    return None if found is None else of_config(found)
 
 
 Finder = Callable[[Subject, str, float], Way | None]

@@ -70,7 +70,7 @@ class Subject(Bench):
         check_device(args.device)
         self.data, self._limit = args.data or DIGITS, args.limit
         self._opened = {"workers": args.workers, "device": args.device, "lenient": True}
-        self.thresholds = Thresholds(args) if hasattr(args, "config") else None
+        self.thresholds = Thresholds.asked(args) if hasattr(args, "config") else None
         model = open_model(args.model, args.checkpoint, args.pretrained, **args.model_kwargs)
         self.model = model.to(args.device, DTYPES[args.dtype])
         if self.thresholds is not None:
@@ -103,11 +103,7 @@ class Subject(Bench):
         about["checkpoint"] = None if args.checkpoint is None else str(args.checkpoint)
         if args.checkpoint is not None and args.checkpoint.is_file():  # what is missing is refused later
             about["checkpoint_sha256"] = hashlib.sha256(args.checkpoint.read_bytes()).hexdigest()
-        return about | ({"thresholds": Thresholds(args).to_list()} if hasattr(args, "config") else {})
-
-    @property
-    def depth(self) -> int:
-        return len(self.model.blocks)
+        return about | ({"thresholds": Thresholds.asked(args).to_list()} if hasattr(args, "config") else {})
 
     @property
     def merging(self) -> int:

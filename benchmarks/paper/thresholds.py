@@ -22,24 +22,42 @@ class Calibrated:
     gflops: float | None
 
 
+@dataclass(frozen=True)
 class Thresholds:
-    """What --config says, or without it the digits' calibrations at several costs.
+    """Calibrations of one model, at one cost or several."""
 
-    Raises:
-        ValueError, OSError: files that hold no thresholds for this model, or none where they must be given.
-    """
+    given: list[Calibrated]
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        if args.config:
-            self.given = [_of_file(path, args) for path in args.config]
-        elif args.model == DIGITS:
-            self.given = of_digits(OF_DIGITS)
-        else:
-            raise ValueError(f"--config FILE: say ATM's thresholds for {args.model}; atm-triton calibrate finds them")
-        silent = [number for number, one in enumerate(self.given) if one.gflops is None]
-        if silent and len(self.given) > 1:
-            name = args.config[silent[0]]
-            raise ValueError(f"--config {name} promises no cost; give it alone, or files of atm-triton calibrate")
+    @classmethod
+    def asked(cls, args: argparse.Namespace) -> "Thresholds":
+        """What --config says, or without it the digits' own.
+
+        Raises:
+            ValueError, OSError: files that hold no thresholds for this model, or none where they must be given.
+        """
+        if not args.config:
+            if args.model != DIGITS:
+                raise ValueError(
+                    f"--config FILE: say ATM's thresholds for {args.model}; atm-triton calibrate finds them"
+                )
+            return cls.of_digits()
+        given = [_of_file(path, args) for path in args.config]
+        for path, one in zip(args.config, given, strict=True):
+            if one.gflops is None and len(given) > 1:
+                raise ValueError(f"--config {path} promises no cost; give it alone, or files of atm-triton calibrate")
+        return cls(given)
+
+    @classmethod
+    def of_digits(cls, path: Path = OF_DIGITS) -> "Thresholds":
+        """What ``python -m benchmarks.calibration`` found."""
+        try:
+            rows = [row for row in json.loads(path.read_text())["rows"] if row["method"] == "calibrated"]
+            rows = [row for row in rows if row["adapt"] != "static" and "share" in row]
+            return cls([Calibrated(ATMConfig.from_json(json.dumps(row)), row["promise"]["gflops"]) for row in rows])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path} is no result of benchmarks.calibration; make it anew, or give --config"
+            ) from error
 
     def near(self, adapt: str, gflops: float) -> ATMConfig:
         """Those calibrated for a way to adapt, or if there are none for the other, at the nearest cost."""
@@ -60,13 +78,3 @@ def _of_file(path: Path, args: argparse.Namespace) -> Calibrated:
     if config.adapt == "static":
         raise ValueError(f"--config {path} is a schedule; want thresholds")
     return Calibrated(config, json.loads(path.read_text()).get("promise", {}).get("gflops"))
-
-
-def of_digits(path: Path) -> list[Calibrated]:
-    """Of a result of ``python -m benchmarks.calibration``."""
-    try:
-        rows = json.loads(path.read_text())["rows"]
-        wanted = [row for row in rows if row["method"] == "calibrated" and row["adapt"] != "static" and "share" in row]
-        return [Calibrated(ATMConfig.from_json(json.dumps(row)), row["promise"]["gflops"]) for row in wanted]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no result of benchmarks.calibration; make it anew, or give --config") from error
