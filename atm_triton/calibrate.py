@@ -63,6 +63,16 @@ class Target:
             return mean.kl <= self.max_kl
         return mean.agreement >= self.min_agreement
 
+    def doubt(self, promise: "Promise") -> str | None:
+        """Why a limit to the change may not hold on other images; None: it should, or none was asked for."""
+        if self.max_kl is not None and promise.kl > self.max_kl:
+            return f"KL {promise.kl:.3g} is above {self.max_kl:g}"
+        if self.min_agreement is not None and promise.agreement < self.min_agreement:
+            return f"agreement {promise.agreement:.4g} is below {self.min_agreement:g}"
+        if self.min_agreement is not None and promise.agreement_se > 1 - self.min_agreement > 0:
+            return f"agreement is known to {promise.agreement_se:.2g} on {promise.images} images"
+        return None
+
 
 @dataclass(frozen=True)
 class Promise:
@@ -158,13 +168,13 @@ def calibrate(
     parts, number = split_images(loader, seed)
     settings = {"cls_only_last": cls_only_last, "backend": backend}
     begin = settled(ATMConfig(proportional_attention=proportional_attention), model)
-    meter = Meter(model, parts, settings, notes)
-    found = similarities(model, parts["fit"], ATMConfig(**settings))
-    predictor = Predictor(model, tuple(parts["fit"][0].shape[1:]), found, cls_only_last)
-    _check_reachable(target, predictor, max_merging_blocks)
-    with tqdm(
-        total=searching.shapes(), desc="calibrate", unit="shape", disable=silent("" if progress else None)
-    ) as bar:
+    hidden = silent("" if progress else None)
+    with tqdm(total=searching.shapes(), desc="calibrate", unit="shape", disable=hidden) as bar:
+        bar.set_postfix_str("the unmerged model")
+        meter = Meter(model, parts, settings, notes)
+        found = similarities(model, parts["fit"], ATMConfig(**settings))
+        predictor = Predictor(model, tuple(parts["fit"][0].shape[1:]), found, cls_only_last)
+        _check_reachable(target, predictor, max_merging_blocks)
         search = Search(meter, predictor, adapt, begin.proportional_attention, max_merging_blocks, seed, bar)
         shape, scale = _found(search, target)
     config = search.config((shape, scale))
@@ -210,7 +220,7 @@ def _check_reachable(target: Target, predictor: Predictor, max_merging_blocks: i
 
 def _found(search: Search, target: Target) -> Found:
     """The chosen shape and scale. A target that limits the change first gets its cost from a plain shape; in the end
-    the scale is set on all images that the search may see."""
+    the scale is set on many of the images that the search may see."""
     if target.max_gflops is not None:
         return search.settled(search.run(target.max_gflops), target.max_gflops)
     predictor = search.predictor

@@ -190,6 +190,7 @@ def run_calibrate(args: argparse.Namespace) -> dict[str, Any]:
 def run_visualize(args: argparse.Namespace) -> dict[str, Any]:
     """Pictures of merged tokens, block by block: each region in its mean colour, with its outline."""
     report.check_plot(args.out, "--out")
+    check_weights(args.model, args.checkpoint, args.pretrained)
     model = _model(args)
     apply_patch(model, _config(args, model))
     depth = len(model.blocks)

@@ -7,6 +7,10 @@ from typing import Any
 from atm_triton.distributed import failed
 
 
+class UnreachableError(ValueError):
+    """A model cannot have what is asked for: a cost, or a method that goes by what it lacks."""
+
+
 def exit_code(program: str, run: Callable[[], Any]) -> int:
     """0 when ``run`` is done; 2, and "``program``: what was wrong", on a ValueError, TypeError or OSError; 130, as a
     shell has it, on Ctrl-C."""

@@ -98,8 +98,8 @@ def read_config(path: Path, model: str, model_kwargs: dict[str, Any]) -> ATMConf
     Raises:
         OSError: no such file; ValueError: it holds none, or one that was calibrated for another model.
     """
-    text = path.read_text()
     try:
+        text = path.read_text()
         config = ATMConfig.from_json(text)
     except (ValueError, TypeError) as error:
         raise ValueError(f"--config {path}: {error}") from error

@@ -66,6 +66,7 @@ def calibration_table(found: Calibration) -> str:
     of_r = "r" if config.thresholds is None else "threshold"
     whole = found.unmerged_gflops
     saved = 100 * (1 - promise.gflops / whole)
+    doubt = found.target.doubt(promise)
     cost_error, kl_error = ("" if se is None else f" ± {se:.2g}" for se in (promise.gflops_se, promise.kl_se))
     return "\n".join(
         [
@@ -75,21 +76,29 @@ def calibration_table(found: Calibration) -> str:
             f"  KL {promise.kl:.3g}{kl_error}",
             f"  agreement {100 * promise.agreement:.2f} ± {100 * promise.agreement_se:.2f} %",
             f"{found.passes} passes of an image through the model, {found.images} images",
+            *([f"the target is not sure to hold: {doubt}; ask for more, or give more images"] if doubt else []),
         ]
     )
 
 
 def left_out(broken: list[str]) -> str:
     """Which images were not read."""
-    return f"{len(broken)} images could not be read and were left out: {', '.join(broken)}"
+    what = (
+        "1 image could not be read and was" if len(broken) == 1 else f"{len(broken)} images could not be read and were"
+    )
+    return f"{what} left out: {', '.join(broken)}"
+
+
+def need_matplotlib() -> None:
+    if find_spec("matplotlib") is None:
+        raise ValueError("plots need matplotlib: pip install 'atm-triton[paper]'")
 
 
 def check_plot(path: Path | None, option: str = "--plot") -> None:
     """Fail before an hour's run rather than after it."""
     if path is None:
         return
-    if find_spec("matplotlib") is None:
-        raise ValueError("plots need matplotlib: pip install 'atm-triton[paper]'")
+    need_matplotlib()
     check_file(option, path)
     if path.suffix not in (".png", ".pdf", ".svg"):
         raise ValueError(f"{option} {path}: want a name that ends in .png, .pdf or .svg")

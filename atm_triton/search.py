@@ -16,6 +16,7 @@ from itertools import accumulate, pairwise
 from tqdm import tqdm
 
 from atm_triton.config import ATMConfig
+from atm_triton.errors import UnreachableError
 from atm_triton.meter import Mean, Meter, hardest
 from atm_triton.shapes import Drawer, Predictor, Shape
 
@@ -135,7 +136,7 @@ class Search:
                 drawn.append((met[1].change, (shape, met[0])))
             self.bar.update()
         if not drawn:
-            raise ValueError(f"no draw costs {goal:.4g} GFLOPs; take another target, or more images")
+            raise UnreachableError(f"no draw costs {goal:.4g} GFLOPs; take another target, or more images")
         drawn = ranked(drawn)
         self._slope = 0.0
         pilots = [found for _, found in drawn[:PILOTS]]

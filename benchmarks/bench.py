@@ -14,6 +14,7 @@ from tqdm import tqdm
 from atm_triton import ATMConfig
 from atm_triton.calibrate import split_images
 from atm_triton.distributed import own, silent
+from atm_triton.errors import UnreachableError
 from atm_triton.evaluate import Evaluation, Patch, evaluate, unpatched_logits
 from atm_triton.inputs import open_images, open_model
 from atm_triton.meter import Meter, similarities
@@ -93,6 +94,8 @@ class Bench:
         bar = tqdm(range(draws), desc=f"curves, {adapt}", unit="curve", disable=silent(""))
         drawn = search.sketched((random_curve(drawer, split_depth) for _ in bar), goal)
         fitted = ranked([search.measured(found[0], goal, found) for _, found in drawn[:KEPT]])
+        if not fitted:
+            raise UnreachableError(f"none of {draws} curves costs {goal:.4g} GFLOPs")
         best = min((found for _, found in fitted[:LAST]), key=lambda found: search.judged(found, goal))
         return search.config(search.settled(best, goal))
 

@@ -2,8 +2,8 @@
 
 For each share of the MACs and each way to adapt: :func:`atm_triton.calibrate`, and the best of 200 random curves of the
 paper on the same images; and of given r's the constant one (ToMe), the best increasing and the best decreasing one. All
-are judged on the test split. What lies in the result file from the same code is not measured again; under torchrun
-the images are dealt out.
+are judged on the test split. What the same code has measured is not measured again, nor what --keep names; under
+torchrun the images are dealt out.
 """
 
 import argparse
@@ -30,10 +30,11 @@ SHARES = (0.62, 0.55, 0.45, 0.30)  # what is hardest to meet first
 ADAPT = ("image", "batch", "static")
 AGREEMENT = 0.995
 OWN_CODE = ("benchmarks/bench.py", "benchmarks/calibration.py")
-RAMPS = {  # r of the first and of the last block, up to a factor
-    "ToMe": ((1, 1),),  # constant, give or take the one token that meets the cost
-    "increasing": ((0, 2), (0.5, 1.5)),
-    "decreasing": ((2, 0), (1.5, 0.5)),
+SLOPES = (0.25, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10)  # with 1, r goes from 0 to twice its mean; beyond, blocks have none
+RAMPS = {
+    "ToMe": (0,),  # constant, give or take the one token that meets the cost
+    "increasing": SLOPES,
+    "decreasing": tuple(-slope for slope in SLOPES),
 }
 
 
@@ -44,11 +45,11 @@ def calibrated(bench: Bench, adapt: str, target: Target) -> dict[str, Any]:
     return bench.judged(found.config, **about, seconds=time.perf_counter() - begin)
 
 
-def given(bench: Bench, ramps: tuple[tuple[float, float], ...], goal: float) -> dict[str, Any]:
+def given(bench: Bench, slopes: tuple[float, ...], goal: float) -> dict[str, Any]:
     """Of given r's that rise or fall with depth the best, with alternate grouping as ToMe has it."""
     search, configs, merging = bench.search("static"), [], bench.predictor.merging
-    for first, last in ramps:
-        weights = (first + (last - first) * block / (merging - 1) for block in range(merging))
+    for slope in slopes:
+        weights = (max(1 + slope * (2 * block / (merging - 1) - 1), 0) for block in range(merging))
         shape = Shape((*weights, None), "static", split_depth=merging + 1)
         configs.append(search.config((shape, search.foretold(shape, goal))))
     return bench.judged(min(configs, key=lambda config: bench.meter.mean(config, ("fit",), MANY).change))
@@ -76,17 +77,23 @@ def measured(bench: Bench, cell: dict[str, Any], draws: int) -> dict[str, Any]:
     return given(bench, RAMPS[cell["method"]], goal)
 
 
-def known(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of a file that this very code and these settings made, as far as they went."""
+def known(path: Path, settings: dict[str, Any], keep: list[str]) -> list[dict[str, Any]]:
+    """The rows of a file that this very code made, as far as it went; by other code those of the methods in ``keep``.
+    Each says by which commit."""
     if not path.exists():
         return []
     try:
         document = json.loads(path.read_text())
         made, rows = document["environment"], document["rows"]
-        same = not made["dirty"] and document["settings"] == settings and _same_code(made["commit"])
+        same, clean = document["settings"] == settings, not made["dirty"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"--out {path} is no result of this experiment; give another") from error
-    return rows if same and not environment()["dirty"] else []
+    if not same:
+        raise ValueError(f"--out {path} is of other settings; give another, or delete it")
+    if not clean or environment()["dirty"]:
+        return []
+    rows = rows if _same_code(made["commit"]) else [row for row in rows if row["method"] in keep]
+    return [{"commit": made["commit"]} | row for row in rows]
 
 
 def _same_code(commit: str) -> bool:
@@ -124,16 +131,24 @@ def run(args: argparse.Namespace) -> None:
     if not all(0 < share < 1 for share in args.shares):
         raise ValueError("--shares want numbers between 0 and 1")
     check_file("--out", args.out)
+    start("cpu")
     settings = {"draws": args.draws, "images": args.images, "test": args.test, "shares": args.shares}
-    rows = known(args.out, settings)
-    bench = Bench.digits(args.images, args.test)
-    for cell in list(cells(args.shares))[len(rows) :]:
-        rows.append({**cell, **measured(bench, cell, args.draws)})
+    partial = args.out.with_name(f"{args.out.name}.partial")
+    before = known(partial if partial.exists() else args.out, settings, args.keep)
+    bench, rows = Bench.digits(args.images, args.test), []
+    for cell in cells(args.shares):
+        found = [row for row in before if {name: row.get(name) for name in cell} == cell]
+        if found:
+            rows.append(found[0])
+            continue
+        rows.append({"commit": environment()["commit"], **cell, **measured(bench, cell, args.draws)})
         if rank() == 0:
-            write_result(args.out, {"settings": settings, "rows": rows})
+            write_result(partial, {"settings": settings, "rows": rows + [row for row in before if row not in rows]})
             quality = rows[-1]["overall"]
             print(*cell.values(), f"{quality['gflops']:.4f} GFLOPs, KL {quality['kl']:.2e}", flush=True)
     if rank() == 0:
+        write_result(args.out, {"settings": settings, "rows": rows})
+        partial.unlink(missing_ok=True)
         plot(rows, args.out.with_suffix(".png"))
 
 
@@ -143,9 +158,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--test", type=int, default=6000, help="test images (6000)")
     parser.add_argument("--draws", type=int, default=200, help="random curves for each cell (200)")
     parser.add_argument("--shares", type=float, nargs="+", default=list(SHARES), help="of the MACs to save")
+    methods = ["calibrated", "curve", *RAMPS]
+    text = "methods whose rows stay as they are, also by older code"
+    parser.add_argument("--keep", nargs="+", default=[], choices=methods, metavar="METHOD", help=text)
     parser.add_argument("--out", type=Path, default=RESULTS / "digits_calibration.json")
     args = parser.parse_args(argv)
-    start("cpu")
     try:
         return exit_code("calibration", lambda: run(args))
     finally:

@@ -7,6 +7,7 @@ from typing import Any
 
 from benchmarks.bench import RESULTS
 from benchmarks.paper import flops, table1, table2
+from benchmarks.paper.cells import saved
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -88,7 +89,7 @@ def calibration_table(result: dict[str, Any]) -> str:
     """Each target and way to adapt: what was calibrated, and what else costs as much."""
     rows = {(row["method"], row.get("share"), row["adapt"]): row for row in result["rows"]}
     others = [
-        ("curve", "best of 200 curves"),
+        ("curve", f"best of {result['settings']['draws']} curves"),
         ("ToMe", "constant r"),
         ("increasing", "rising r"),
         ("decreasing", "falling r"),
@@ -124,9 +125,10 @@ def beside_the_curve(result: dict[str, Any]) -> list[float]:
 def _outcome(row: dict[str, Any]) -> str:
     quality, promise = row["overall"], row["promise"]
     agreement = f"{100 * promise['agreement']:.2f} ± {100 * promise['agreement_se']:.2f} %"
+    error = "" if promise["kl_se"] is None else f" ± {promise['kl_se']:.0e}"
     return (
-        f"{100 * row['saved']:.1f} % | {quality['top1']:.2f} % | {quality['agreement']:.2f} % ({agreement}) "
-        f"| {_kl(row)} ({promise['kl']:.1e} ± {promise['kl_se']:.0e})"
+        f"{saved(row)} | {quality['top1']:.2f} % | {quality['agreement']:.2f} % ({agreement}) "
+        f"| {_kl(row)} ({promise['kl']:.1e}{error})"
     )
 
 

@@ -379,9 +379,18 @@ BAD = [
     ("tomme", {}, "method 'tomme' is unknown; choose one of tome, threshold, evit, mctf, pitome; did you mean tome?"),
     ("evit", {"ratio": 0.5}, "evit has no setting 'ratio'; it has cls_only_last, keep_rate, blocks, fuse_token"),
     ("evit", {"keep_rate": 0}, "evit: keep_rate=0; want a share above 0"),
+    ("evit", {"keep_rate": "x"}, "evit: keep_rate='x'; want a share above 0"),
+    ("evit", {"fuse_token": "no"}, "evit: fuse_token='no'; want True or False"),
+    ("evit", {"blocks": 3}, "evit: blocks=3; want different blocks, counted from 0"),
+    ("evit", {"blocks": (-1,)}, r"evit: blocks=\(-1,\); want different blocks, counted from 0"),
+    ("evit", {"blocks": (1, 30)}, r"blocks=\(1, 30\): the model has 4, counted from 0; give blocks below 4"),
+    ("mctf", {"tau_sim": float("nan")}, "mctf: tau_sim=nan; want a number, 0 or more"),
+    ("mctf", {"r": float("inf")}, "mctf: r=inf; want a whole number of tokens, or a share below 1"),
+    ("mctf", {"r": None}, "mctf: r=None; want a whole number of tokens, or a share below 1"),
+    ("tome", {"r": (8, "up")}, "tome: r=.*; want whole numbers from 0"),
     ("pitome", {"ratio": 0.4}, "pitome: ratio=0.4; want a share from 0.5 to 1"),
     ("mctf", {"r": 1.5}, "mctf: r=1.5; want a whole number of tokens, or a share below 1"),
-    ("mctf", {"tau_info": -1}, "mctf: tau_sim, tau_info and tau_size want 0 or more"),
+    ("mctf", {"tau_info": -1}, "mctf: tau_info=-1; want a number, 0 or more"),
     ("tome", {"r": -1}, "tome: r=-1; want whole numbers from 0"),
     ("tome", {"r": (4, 2)}, r"tome: r=\(4, 2\); want whole numbers from 0, or \(r, inflect\)"),
     ("threshold", {"theta": 2}, "threshold: theta=2; want a cosine similarity"),
@@ -407,6 +416,10 @@ def test_no_model_but_a_vit_is_reduced():
 def test_the_list_names_all_settings(capsys):
     runpy.run_module("benchmarks.baselines.__main__", run_name="__main__")
     listed = capsys.readouterr().out
-    for line in ("evit       keep_rate=0.7, blocks=(3, 6, 9), fuse_token=True, cls_only_last=False", "mctf       r=16"):
+    for line in (
+        "    keep_rate=0.7, blocks=(3, 6, 9), fuse_token=True, cls_only_last=False",
+        "mctf: Fuses tokens",
+        "(3, 6, 9).",
+    ):
         assert line in listed
     assert all(name in listed for name in BASELINES)

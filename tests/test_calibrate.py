@@ -304,6 +304,15 @@ def test_the_error_knows_of_hard_images_that_were_seen():
     assert reversed_.kl_se == Promise.of(hard).kl_se
 
 
+def test_a_target_that_may_not_hold_is_doubted():
+    promise = Promise(100, 1.0, 0.1, 0.02, 0.01, 0.99, 0.02)
+    assert Target(max_gflops=1).doubt(promise) is None and Target(max_kl=0.03).doubt(promise) is None
+    assert Target(max_kl=0.01).doubt(promise) == "KL 0.02 is above 0.01"
+    assert Target(min_agreement=0.995).doubt(promise) == "agreement 0.99 is below 0.995"
+    assert Target(min_agreement=0.985).doubt(promise) == "agreement is known to 0.02 on 100 images"
+    assert Target(min_agreement=0.9).doubt(promise) is None
+
+
 def test_the_promise_is_of_images_that_nothing_else_saw(loader, small_search, monkeypatch):
     measure, seen = Meter.measure, []
     monkeypatch.setattr(
@@ -346,7 +355,7 @@ def test_a_broken_image_is_left_out_and_named(tmp_path, small_search, capsys):
     out = tmp_path / "found.json"
     options = ["--data", str(tmp_path), "--batch-size", "16", "--workers", "0", "--out", str(out)]
     assert main(["calibrate", "--max-gflops", "0.25", *options]) == 0
-    assert f"1 images could not be read and were left out: {broken}\n" in capsys.readouterr().out
+    assert f"1 image could not be read and was left out: {broken}\n" in capsys.readouterr().out
     document = json.loads(out.read_text())
     assert document["images"] == 69 and document["not_read"] == [str(broken)]
 

@@ -53,6 +53,28 @@ def test_calibration(tmp_path, capsys):
     assert len(capsys.readouterr().out.splitlines()) == len(rows)
 
 
+def test_what_the_calibration_benchmark_keeps(tmp_path, monkeypatch):
+    def rows_by(commit, *methods):
+        rows = [{"method": method} for method in methods]
+        made = {"commit": commit, "dirty": False}
+        (tmp_path / "out.json").write_text(json.dumps({"environment": made, "settings": {"draws": 4}, "rows": rows}))
+
+    def kept(*keep, draws=4):
+        return calibration.known(tmp_path / "out.json", {"draws": draws}, list(keep))
+
+    monkeypatch.setattr(calibration, "environment", lambda: {"dirty": False})
+    monkeypatch.setattr(calibration, "_same_code", lambda commit: commit == "now")
+    assert kept() == []
+    rows_by("now", "ToMe", "curve")
+    assert kept() == [{"commit": "now", "method": "ToMe"}, {"commit": "now", "method": "curve"}]
+    rows_by("then", "ToMe", "curve")
+    assert kept() == [] and kept("curve") == [{"commit": "then", "method": "curve"}]
+    with pytest.raises(ValueError, match="out.json is of other settings; give another, or delete it"):
+        kept(draws=5)
+    monkeypatch.setattr(calibration, "environment", lambda: {"dirty": True})
+    assert kept("curve") == []
+
+
 @pytest.mark.parametrize(
     ("main", "options", "message"),
     [

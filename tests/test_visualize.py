@@ -5,8 +5,10 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from atm_triton import ATMConfig, apply_patch, summary
 from atm_triton.cli import main
@@ -87,7 +89,10 @@ def test_the_command_draws_any_image(tmp_path, photo, capsys):
     assert out.stat().st_size > 10_000 and "out.png written" in capsys.readouterr().out
     (first, second) = json.loads(told.read_text())["pictures"]
     assert first["blocks"] == [3, 6, 9, 12] and first["left"] == second["left"] and first["image"] == "photo.jpg"
-    arguments = ["--model", "deit_tiny_patch16_224", "--schedule", *["8"] * 12, "--blocks", "2", "11"]
+    weights = tmp_path / "weights.safetensors"
+    save_file(timm.create_model("deit_tiny_patch16_224").state_dict(), weights)
+    arguments = ["--model", "deit_tiny_patch16_224", "--checkpoint", str(weights)]
+    arguments += ["--schedule", *["8"] * 12, "--blocks", "2", "11"]
     assert main(["visualize", str(photo), "--out", str(out), "--json", str(told), *arguments]) == 0
     assert json.loads(told.read_text())["pictures"][0]["left"] == [180, 108]
 

@@ -4,4 +4,6 @@ from benchmarks.baselines import BASELINES
 
 if __name__ == "__main__":
     for name, method in BASELINES.items():
-        print(f"{name:10} {method.settings()}\n{'':10} {method.__doc__.splitlines()[0]}\n")
+        what = " ".join(method.__doc__.split("\n\n")[0].split())
+        settings = method.__doc__.partition("Args:")[2].strip()
+        print(f"{name}: {what}\n    {method.settings()}\n    " + " ".join(settings.split()) + "\n")

@@ -1,5 +1,6 @@
 """What the methods share: a block that reduces its tokens after attention, by whatever map a method fills."""
 
+import math
 from dataclasses import dataclass, fields
 from typing import ClassVar, NamedTuple
 
@@ -45,6 +46,8 @@ class Baseline:
     def apply(self, model: VisionTransformer) -> VisionTransformer:
         depth = len(check_model(model))
         self.check(model)
+        if any(block >= depth for block in getattr(self, "blocks", None) or ()):
+            raise ValueError(f"blocks={self.blocks}: the model has {depth}, counted from 0; give blocks below {depth}")
         config = ATMConfig(
             adapt="static",
             schedule=(0,) * depth,
@@ -100,6 +103,18 @@ class ReducingBlock(ATMBlock):
 
     def matching_macs(self, N: int) -> int:
         return self.baseline.matching_macs(self, N)
+
+
+def is_number(value: object) -> bool:
+    """Whether it is a finite number, and no truth value."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def check_blocks(name: str, blocks: object) -> None:
+    """Refuse what is no list of different blocks, counted from 0."""
+    good = isinstance(blocks, (tuple, list)) and all(type(block) is int and block >= 0 for block in blocks)
+    if not good or len(set(blocks)) < len(blocks):
+        raise ValueError(f"{name}: blocks={blocks!r}; want different blocks, counted from 0")
 
 
 def sums(x: Tensor, assignment: Tensor, M: int) -> Tensor:

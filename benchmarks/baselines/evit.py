@@ -8,8 +8,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from atm_triton.block import Tokens
+from atm_triton.errors import UnreachableError
 from atm_triton.transformer import leading_tokens
-from benchmarks.baselines.base import Baseline, Plan, ReducingBlock, by_value, places
+from benchmarks.baselines.base import Baseline, Plan, ReducingBlock, by_value, check_blocks, is_number, places
 
 
 @dataclass(frozen=True)
@@ -30,14 +31,21 @@ class EViT(Baseline):
     fuse_token: bool = True
 
     def __post_init__(self) -> None:
-        if not 0 < self.keep_rate <= 1:
+        if not (is_number(self.keep_rate) and 0 < self.keep_rate <= 1):
             raise ValueError(f"evit: keep_rate={self.keep_rate!r}; want a share above 0, at most 1")
+        if not isinstance(self.fuse_token, bool):
+            raise ValueError(f"evit: fuse_token={self.fuse_token!r}; want True or False")
+        check_blocks("evit", self.blocks)
 
     def check(self, model: VisionTransformer) -> None:
         if not model.has_class_token:
-            raise ValueError(f"evit ranks tokens by the class token's attention; this {type(model).__name__} has none")
+            raise UnreachableError(
+                f"evit ranks tokens by the class token's attention; this {type(model).__name__} has none"
+            )
         if leading_tokens(model) is None:
-            raise ValueError(f"evit drops patch tokens; this {type(model).__name__} makes its logits of all of them")
+            raise UnreachableError(
+                f"evit drops patch tokens; this {type(model).__name__} makes its logits of all of them"
+            )
 
     def plan(self, block: ReducingBlock, q: Tensor, k: Tensor, tokens: Tokens) -> Plan | None:
         B, _, N, d = k.shape

@@ -9,7 +9,16 @@ from torch import Tensor, nn
 
 from atm_triton.block import Step, Tokens
 from atm_triton.flops import block_macs
-from benchmarks.baselines.base import Baseline, Plan, ReducingBlock, by_value, places, sums
+from benchmarks.baselines.base import (
+    Baseline,
+    Plan,
+    ReducingBlock,
+    by_value,
+    check_blocks,
+    is_number,
+    places,
+    sums,
+)
 
 LEAST = 10  # tokens that are always left
 
@@ -35,10 +44,14 @@ class MCTF(Baseline):
     proportional_attention: ClassVar[bool | None] = True
 
     def __post_init__(self) -> None:
-        if self.r < 0 or (self.r >= 1 and self.r != int(self.r)):
+        if not is_number(self.r) or self.r < 0 or (self.r >= 1 and self.r != int(self.r)):
             raise ValueError(f"mctf: r={self.r!r}; want a whole number of tokens, or a share below 1")
-        if min(self.tau_sim, self.tau_info, self.tau_size) < 0:
-            raise ValueError("mctf: tau_sim, tau_info and tau_size want 0 or more")
+        for name in ("tau_sim", "tau_info", "tau_size"):
+            value = getattr(self, name)
+            if not is_number(value) or value < 0:
+                raise ValueError(f"mctf: {name}={value!r}; want a number, 0 or more")
+        if self.blocks is not None:
+            check_blocks("mctf", self.blocks)
 
     def block_class(self) -> type[ReducingBlock]:
         return MCTFBlock

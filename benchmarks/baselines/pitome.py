@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from atm_triton.block import Tokens
-from benchmarks.baselines.base import Baseline, Plan, ReducingBlock, by_value, places
+from benchmarks.baselines.base import Baseline, Plan, ReducingBlock, by_value, is_number, places
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class PiToMe(Baseline):
     ratio: float = 0.9125
 
     def __post_init__(self) -> None:
-        if not 0.5 <= self.ratio <= 1:
+        if not (is_number(self.ratio) and 0.5 <= self.ratio <= 1):
             raise ValueError(f"pitome: ratio={self.ratio!r}; want a share from 0.5 to 1")
 
     def plan(self, block: ReducingBlock, q: Tensor, k: Tensor, tokens: Tokens) -> Plan | None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from timm.models.vision_transformer import VisionTransformer
 
 from atm_triton import ATMConfig, apply_patch
-from benchmarks.baselines.base import Baseline
+from benchmarks.baselines.base import Baseline, is_number
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Threshold(Baseline):
     def __post_init__(self) -> None:
         if self.adapt not in ("batch", "image"):
             raise ValueError(f"threshold: adapt={self.adapt!r}; want batch or image")
-        if not -1 <= self.theta <= 1:
+        if not (is_number(self.theta) and -1 <= self.theta <= 1):
             raise ValueError(f"threshold: theta={self.theta!r}; want a cosine similarity, -1 to 1")
 
     def apply(self, model: VisionTransformer) -> VisionTransformer:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from timm.models.vision_transformer import VisionTransformer
 
 from atm_triton import ATMConfig, apply_patch
-from benchmarks.baselines.base import Baseline
+from benchmarks.baselines.base import Baseline, is_number
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class ToMe(Baseline):
     def __post_init__(self) -> None:
         kind = "whole numbers from 0, or (r, inflect) with inflect from -1 to 1"
         if isinstance(self.r, tuple):
-            good = len(self.r) == 2 and _whole(self.r[0]) and -1 <= self.r[1] <= 1
+            good = len(self.r) == 2 and _whole(self.r[0]) and is_number(self.r[1]) and -1 <= self.r[1] <= 1
         else:
             good = all(map(_whole, self.r if isinstance(self.r, list) else [self.r]))
         if not good:

@@ -7,7 +7,7 @@ from typing import Any
 
 from atm_triton.env import check_file, write_result
 from atm_triton.errors import exit_code
-from atm_triton.report import left_out
+from atm_triton.report import left_out, need_matplotlib
 from benchmarks.bench import RESULTS
 from benchmarks.paper import (
     figure2,
@@ -53,15 +53,17 @@ def run(args: argparse.Namespace) -> None:
     out = args.out / f"{args.model}_{args.name}.json"
     check_file("--out", out)
     settings = args.experiment.settings(args)
+    need_matplotlib()
     rows = Rows(out, {**Subject.settings(args), **settings}, args.resume)
     subject = Subject(args)
+    rows.broken = lambda: subject.broken
     args.experiment.measure(subject, rows, args)
-    result = rows.finish(not_read=sorted(subject.broken))
+    result = rows.finish()
     print(args.experiment.table(result))
     if hasattr(args.experiment, "plot"):
         args.experiment.plot(result, out.with_suffix(".png"))
-    if subject.broken:
-        print(left_out(sorted(subject.broken)))
+    if result["not_read"]:
+        print(left_out(result["not_read"]))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,7 +1,8 @@
 """Figure 2: how much of the final class token is lost if one block alone merges, by block and threshold.
 
 The loss is the cosine distance between what the head reads (the class token, or the mean of the patch tokens where a
-model pools) with and without merging, for every image by its own count.
+model pools) with and without merging, for every image by its own count. Groups are alternate in every block: tokens
+that have not merged have no sizes to tell them apart.
 """
 
 import argparse
@@ -10,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
@@ -36,7 +36,7 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure(subject: Subject, rows: Rows, args: argparse.Namespace) -> None:
-    original, merging = [_read(subject.model, images) for images, _ in subject.test], subject.merging
+    original, merging = [_read(subject.model, images) for images in subject.images()], subject.merging
     rows.expect(merging * len(args.thetas))
     for theta in args.thetas:
         for block in range(1, merging + 1):
@@ -53,9 +53,11 @@ def _read(model: VisionTransformer, images: Tensor) -> Tensor:
 
 def _loss(subject: Subject, original: list[Tensor], theta: float, block: int) -> dict[str, Any]:
     thresholds = tuple(theta if number == block else None for number in range(1, subject.depth + 1))
-    model = apply_patch(share(subject.model), ATMConfig(adapt="image", thresholds=thresholds))
+    model = apply_patch(
+        share(subject.model), ATMConfig(adapt="image", thresholds=thresholds, split_depth=subject.depth)
+    )
     lost, merged = [], []
-    for (images, _), before in zip(subject.test, original, strict=True):
+    for images, before in zip(subject.images(), original, strict=True):
         lost.append(1 - F.cosine_similarity(_read(model, images), before))
         record = model.blocks.last
         merged.append(torch.as_tensor(record.merged[block - 1]).double().expand(len(images)).cpu())
@@ -81,6 +83,8 @@ def _cell(row: dict[str, Any] | None) -> str:
 
 def plot(result: dict[str, Any], path: Path) -> None:
     """A line for each threshold, and bars for their mean."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(5.5, 3.6), layout="constrained")
     panel = figure.subplots()
     blocks = sorted({row["block"] for row in result["rows"]})

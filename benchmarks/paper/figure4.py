@@ -11,8 +11,6 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
 from benchmarks.paper.cells import about, markdown, percent
 from benchmarks.paper.methods import STYLES, measured_at
 from benchmarks.paper.rows import Rows
@@ -68,7 +66,9 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
 def draw(rows: list[dict[str, Any]], styles: dict[str, str], path: Path) -> None:
     """A line for each method in each of :data:`PANELS`."""
-    figure = Figure(figsize=(12, 3.8), layout="constrained")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13.5, 3.8), layout="constrained")
     panels = figure.subplots(1, 3)
     for panel, (name, label) in zip(panels, PANELS, strict=True):
         for method, style in styles.items():
@@ -80,5 +80,5 @@ def draw(rows: list[dict[str, Any]], styles: dict[str, str], path: Path) -> None
         panel.set_xlabel("GFLOPs an image")
         panel.set_ylabel(label)
     panels[2].set_yscale("log")
-    panels[2].legend(fontsize=6)
+    figure.legend(*panels[2].get_legend_handles_labels(), fontsize=7, loc="outside right center")
     figure.savefig(path, dpi=150)

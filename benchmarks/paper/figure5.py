@@ -1,9 +1,8 @@
 """Figure 5: schedules of merging: a constant, rising or falling r, one threshold, thresholds that fall with depth.
 
-All have alternate groups in every block.
-A rising r grows by one from block to block, a falling one shrinks by one, as in the paper. The thresholds that fall are
-the paper's curve (Eq. 1): at each cost the best of random ones by the KL on the images to choose by, as the paper swept
-its three numbers.
+All have alternate groups in every block. A rising r grows by one from block to block, a falling one shrinks by one, as
+in the paper. The thresholds that fall are the paper's curve (Eq. 1): at each cost the best of some random ones by the
+change of the images to choose by, as the paper swept its three numbers.
 """
 
 import argparse
@@ -38,7 +37,7 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
-    return check_shares(args.shares)
+    return check_shares(args.shares) | {"draws": DRAWS}
 
 
 def schedule(subject: Subject, name: str, goal: float) -> Way | None:

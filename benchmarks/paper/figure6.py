@@ -5,9 +5,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
-from benchmarks.paper import figure4, figure5
+from benchmarks.paper import figure5
 from benchmarks.paper.cells import about, markdown, saved
 from benchmarks.paper.rows import Rows
 from benchmarks.paper.subject import Subject, shares
@@ -15,7 +13,7 @@ from benchmarks.paper.subject import Subject, shares
 SHARES = (0.33,)  # as in the paper
 COMPARED = ("constant r", "constant threshold", "layer-dependent thresholds")
 
-settings = figure4.settings
+settings = figure5.settings
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -53,6 +51,8 @@ def table(result: dict[str, Any]) -> str:
 
 def plot(result: dict[str, Any], path: Path) -> None:
     """Bars for each block, a panel for each cost."""
+    from matplotlib.figure import Figure
+
     costs = sorted({row["share"] for row in result["rows"]})
     figure = Figure(figsize=(6 * len(costs), 3.4), layout="constrained")
     for panel, share in zip(figure.subplots(1, len(costs), squeeze=False)[0], costs, strict=True):

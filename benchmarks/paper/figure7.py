@@ -46,8 +46,10 @@ def measure(subject: Subject, rows: Rows, args: argparse.Namespace) -> None:
     if None in ways.values():
         raise ValueError(f"ATM and ToMe do not both come close to {goal:.4g} GFLOPs with these thresholds")
     models = {method: way.patch(share(subject.model)) for method, way in ways.items()}
-    bar = tqdm(subject.test, desc="tokens left", unit="batch", disable=None)
-    kept = torch.cat([_tokens(models[ours], images) for images, _ in bar])
+    bar = tqdm(subject.images(), desc="tokens left", unit="batch", disable=None)
+    kept = torch.cat([_tokens(models[ours], images) for images in bar])
+    if args.pictures > len(kept):
+        raise ValueError(f"--pictures {args.pictures} is more than there are images, {len(kept)}; give fewer")
     order = kept.argsort(stable=True)
     chosen = [int(order[round((len(order) - 1) * at)]) for at in torch.linspace(0.02, 0.98, args.pictures).tolist()]
     images = _numbered(subject, set(chosen))
@@ -67,7 +69,7 @@ def measure(subject: Subject, rows: Rows, args: argparse.Namespace) -> None:
 def _numbered(subject: Subject, wanted: set[int]) -> dict[int, torch.Tensor]:
     """Images [C, H, W] by their place among those to judge by."""
     found, first = {}, 0
-    for images, _ in subject.test:
+    for images in subject.images():
         found |= {number: images[number - first] for number in wanted if first <= number < first + len(images)}
         first += len(images)
     return found

@@ -13,6 +13,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from atm_triton import ATMConfig, apply_patch
+from atm_triton.errors import UnreachableError
 from atm_triton.evaluate import Patch, share
 from atm_triton.search import SEEN
 from atm_triton.shapes import Shape
@@ -54,15 +55,15 @@ def of_config(config: ATMConfig) -> Way:
     return Way({"config": asdict(config)}, lambda model: apply_patch(model, config))
 
 
-def nearest(subject: Subject, ways: list[Way], goal: float) -> Way | None:
-    """The way among ``ways``, from the dearest to the cheapest, whose cost comes closest to ``goal``; None if none is
-    near. Their costs hang on the shape of an image alone."""
+def nearest(subject: Subject, ways: list[Way], goal: float, within: float = NEAR) -> Way | None:
+    """The way among ``ways``, from the dearest to the cheapest, whose cost comes closest to ``goal``; None if it is
+    farther than this share of the unmerged model's. Their costs hang on the shape of an image alone."""
     first, last = 0, len(ways) - 1
     while last - first > 1:
         middle = (first + last) // 2
         first, last = (middle, last) if counted(subject, ways[middle]) > goal else (first, middle)
     off, way = min(((abs(counted(subject, way) - goal), way) for way in (ways[first], ways[last])), key=lambda p: p[0])
-    return way if off <= NEAR * subject.predictor.unmerged else None
+    return way if off <= within * subject.predictor.unmerged else None
 
 
 @torch.inference_mode()
@@ -94,31 +95,35 @@ def constant_threshold(subject: Subject, adapt: str, goal: float) -> Way | None:
     return None if found is None else of_baseline("threshold", theta=found.thresholds[0], adapt=adapt)
 
 
-def at_cost(subject: Subject, method: str, goal: float) -> Way | None:
-    """A method of :data:`STYLES` at ``goal`` GFLOPs; None if it cannot be there.
+def at_cost(subject: Subject, method: str, goal: float, within: float = NEAR) -> Way | None:
+    """A method of :data:`STYLES` at ``goal`` GFLOPs, or ``within`` this share of the unmerged model's where settings
+    come in steps; None if it cannot be there.
 
     Raises:
-        ValueError: the model has nothing that the method goes by.
+        UnreachableError: the model has nothing that the method goes by.
     """
     every_r = range(1, subject.predictor.N)
     ratios, rates = ([1 - step / steps for step in range(1, last)] for steps, last in ((400, 201), (200, 200)))
-    quarters = tuple(subject.depth * quarter // 4 for quarter in (1, 2, 3))  # of twelve blocks 3, 6, 9
+    quarters = sorted({subject.depth * quarter // 4 for quarter in (1, 2, 3)})  # of twelve blocks 3, 6, 9, as published
     candidates: dict[str, Callable[[], list[Way]]] = {
         "tome": lambda: [of_baseline("tome", r=r) for r in every_r],
         "tome, rising": lambda: [of_baseline("tome", r=(r, 1.0)) for r in every_r],
         "tome, falling": lambda: [of_baseline("tome", r=(r, -1.0)) for r in every_r],
-        "evit, fused": lambda: [of_baseline("evit", keep_rate=rate) for rate in rates],
-        "evit": lambda: [of_baseline("evit", keep_rate=rate, fuse_token=False) for rate in rates],
+        "evit, fused": lambda: [of_baseline("evit", keep_rate=rate, blocks=quarters) for rate in rates],
+        "evit": lambda: [of_baseline("evit", keep_rate=rate, blocks=quarters, fuse_token=False) for rate in rates],
         "mctf": lambda: [of_baseline("mctf", r=r) for r in every_r],
         "mctf, fast": lambda: [of_baseline("mctf", r=1 - ratio, blocks=quarters) for ratio in ratios],
         "pitome": lambda: [of_baseline("pitome", ratio=ratio) for ratio in ratios],
     }
     if method in candidates:
-        return nearest(subject, candidates[method](), goal)
+        return nearest(subject, candidates[method](), goal, within)
     name, _, adapt = method.partition(", ")
     if name == "threshold":
         return constant_threshold(subject, adapt, goal)
-    found = scaled(subject, subject.thresholds.near(adapt, goal), goal)
+    config = subject.thresholds.near(adapt, goal)
+    if config is None:
+        raise UnreachableError(f'no thresholds are calibrated for adapt="{adapt}"; give them by --config')
+    found = scaled(subject, config, goal)
     return None if found is None else of_config(found)
 
 
@@ -129,7 +134,7 @@ def measured_at(subject: Subject, name: str, goal: float, find: Finder = at_cost
     """The row of what ``find`` finds by a name at a cost, or why there is none."""
     try:
         way = find(subject, name, goal)
-    except ValueError as error:
+    except UnreachableError as error:
         return {"missing": str(error)}
     if way is None:
         return {"missing": f"no setting comes close to {goal:.4g} GFLOPs"}

@@ -12,24 +12,34 @@ from atm_triton.env import environment, write_result
 SAME = ("commit", "dirty", "atm_triton", "torch", "cpu", "gpu")  # of the environment, in every row of a file
 
 
+FREE = ("device", "thresholds")  # what a result may be measured anew with
+
+
 class Rows:
     """Of one experiment. Each row begins with its key: what tells it from the others. A bar counts them.
 
     Args:
         path: of the JSON file, which stays as it is until :meth:`finish`; meanwhile rows go to PATH.partial.
-        settings: what all rows have in common; a file of others is not gone on with.
+        settings: what all rows have in common; a file of others is not gone on with, and not replaced but where
+            FREE alone differ.
         resume: whether the rows that PATH.partial holds, or else the file, are kept.
 
     Raises:
-        ValueError: to resume a file that is of other settings, or another commit, or no result at all.
+        ValueError: to resume a file of other settings, or another commit, or no result at all; to begin anew where one
+            of other settings lies, or what an interrupted run has left.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any], resume: bool) -> None:
         self.path, self.partial = path, path.with_name(f"{path.name}.partial")
         own = environment()
         self.settings = json.loads(json.dumps(settings | {name: own[name] for name in SAME}))
-        held = next((file for file in (self.partial, path) if resume and file.exists()), None)
-        self.rows = [] if held is None else self._held(held)
+        self.rows, self._broken = [], set()
+        self.broken: Callable[[], set[str]] = set  # paths of images that could not be read
+        held = next((file for file in (self.partial, path) if file.exists()), None)
+        if resume and held is not None:
+            self._go_on(held)
+        elif held is not None:
+            self._check_replaced(held)
         self.bar = tqdm(desc=path.stem, unit="row", disable=None)
 
     def expect(self, number: int) -> None:
@@ -37,10 +47,10 @@ class Rows:
         self.bar.total = number
         self.bar.refresh()
 
-    def _held(self, path: Path) -> list[dict[str, Any]]:
+    def _go_on(self, path: Path) -> None:
         try:
             document = json.loads(path.read_text())
-            settings, rows = dict(document["settings"]), list(document["rows"])
+            settings, rows, broken = dict(document["settings"]), list(document["rows"]), set(document["not_read"])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"--resume: {path} is no result of this experiment; give another --out") from error
         different = [name for name, value in self.settings.items() if settings.get(name) != value]
@@ -49,26 +59,40 @@ class Rows:
                 f"--resume: {path} was made with another {', another '.join(different)}; leave --resume out, or "
                 "give another --out"
             )
-        return rows
+        self.rows, self._broken = rows, broken
+
+    def _check_replaced(self, path: Path) -> None:
+        if path == self.partial:
+            raise ValueError(f"{path} is of a run that was interrupted; go on with --resume, or delete it")
+        try:
+            settings = dict(json.loads(path.read_text())["settings"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is no result of this experiment; give another --out, or delete it") from error
+        names = self.settings.keys() & settings.keys() - {*SAME, *FREE}
+        different = sorted(name for name in names if settings[name] != self.settings[name])
+        if different:
+            raise ValueError(
+                f"{path} is a result with another {', another '.join(different)}; give another --out, or delete it"
+            )
 
     def add(self, key: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The row of ``key``, measured unless it is at hand."""
         self.bar.set_postfix(key)
-        self.bar.update()
         wanted = json.loads(json.dumps(key))
         known = [row for row in self.rows if {name: row.get(name) for name in wanted} == wanted]
-        if known:
-            return known[0]
-        self.rows.append({**key, **measure()})
-        write_result(self.partial, self.result())
-        return self.rows[-1]
+        if not known:
+            self.rows.append({**key, **measure()})
+            write_result(self.partial, self.result())
+        self.bar.update()
+        return known[0] if known else self.rows[-1]
 
-    def finish(self, **about: Any) -> dict[str, Any]:
+    def finish(self) -> dict[str, Any]:
         """The whole result, written to its file."""
         self.bar.close()
-        write_result(self.path, self.result() | about)
+        write_result(self.path, self.result())
         self.partial.unlink(missing_ok=True)
-        return self.result() | about
+        return self.result()
 
     def result(self) -> dict[str, Any]:
-        return {"settings": self.settings, "rows": self.rows}
+        """``not_read``: images left out, also those that an interrupted run has met."""
+        return {"settings": self.settings, "not_read": sorted(self._broken | self.broken()), "rows": self.rows}

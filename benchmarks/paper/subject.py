@@ -2,7 +2,7 @@
 
 import argparse
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -115,7 +115,7 @@ class Subject(Bench):
         """For an experiment that compares no costs: for either way to adapt the thresholds nearest to a usual cost."""
         shape = data_config(self.model)["input_size"]
         usual = (1 - USUAL) * cost(self.model, unmerged(self.model, shape)).paper_gflops
-        return {adapt: self.thresholds.near(adapt, usual) for adapt in ("batch", "image")}
+        return {adapt: self.thresholds.of_either(adapt, usual) for adapt in ("batch", "image")}
 
     @property
     def broken(self) -> set[str]:
@@ -127,6 +127,15 @@ class Subject(Bench):
         if not logits:
             raise ValueError(f"--data {self.data}: none of its images can be read")
         return logits
+
+    def images(self) -> Iterator[Tensor]:
+        """Batches of the images to judge by."""
+        number = 0
+        for images, _ in self.test:
+            number += len(images)
+            yield images
+        if number == 0:
+            raise ValueError(f"--data {self.data}: none of its images can be read")
 
     def in_batches(self, size: int) -> Iterable[tuple[Tensor, Tensor]]:
         """The images to judge by in batches of another size."""

@@ -113,7 +113,7 @@ def merged(subject: Subject, config: ATMConfig) -> list[dict[str, Any]]:
 
     model = install(model, collecting, config)
     parts: list[list[dict[str, Any]]] = [[] for _ in range(subject.merging)]
-    for images, _ in tqdm(subject.test, desc="merge", unit="batch", disable=None):
+    for images in tqdm(subject.images(), desc="merge", unit="batch", disable=None):
         model(images.to(next(model.parameters())))
         for part, block in zip(parts, model.blocks, strict=False):
             part += [bounds(*pairs) for pairs in block.pairs]

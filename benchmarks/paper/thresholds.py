@@ -53,17 +53,23 @@ class Thresholds:
         try:
             rows = [row for row in json.loads(path.read_text())["rows"] if row["method"] == "calibrated"]
             rows = [row for row in rows if row["adapt"] != "static" and "share" in row]
+            if {row["adapt"] for row in rows} != {"batch", "image"}:
+                raise ValueError("rows are missing")
             return cls([Calibrated(ATMConfig.from_json(json.dumps(row)), row["promise"]["gflops"]) for row in rows])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{path} is no result of benchmarks.calibration; make it anew, or give --config"
             ) from error
 
-    def near(self, adapt: str, gflops: float) -> ATMConfig:
-        """Those calibrated for a way to adapt, or if there are none for the other, at the nearest cost."""
-        own = [one for one in self.given if one.config.adapt == adapt] or self.given
-        nearest = min(own, key=lambda one: abs((one.gflops or gflops) - gflops))
-        return replace(nearest.config, adapt=adapt)
+    def near(self, adapt: str, gflops: float) -> ATMConfig | None:
+        """Those calibrated for a way to adapt at the nearest cost; None if there are none for it."""
+        own = [one for one in self.given if one.config.adapt == adapt]
+        return min(own, key=lambda one: abs((one.gflops or gflops) - gflops)).config if own else None
+
+    def of_either(self, adapt: str, gflops: float) -> ATMConfig:
+        """The same, or if there are none for it those for the other way to adapt."""
+        other = "batch" if adapt == "image" else "image"
+        return self.near(adapt, gflops) or replace(self.near(other, gflops), adapt=adapt)
 
     def check_depth(self, depth: int) -> None:
         for one in self.given:
@@ -77,4 +83,5 @@ def _of_file(path: Path, args: argparse.Namespace) -> Calibrated:
     config = read_config(path, args.model, args.model_kwargs)
     if config.adapt == "static":
         raise ValueError(f"--config {path} is a schedule; want thresholds")
-    return Calibrated(config, json.loads(path.read_text()).get("promise", {}).get("gflops"))
+    promise = json.loads(path.read_text()).get("promise") or {}
+    return Calibrated(config, promise.get("gflops"))
