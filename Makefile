@@ -9,7 +9,7 @@ export OPENBLAS_NUM_THREADS := 1
 .PHONY: test bench microbench gpu lint format clean
 
 test: lint
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 8 --dist worksteal
 
 bench: $(VENV)/installed
 	$(BIN)/atm-triton bench

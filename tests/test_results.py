@@ -1,9 +1,13 @@
 """The result files in the repository hold what the project claims."""
 
 import json
+import math
+
+import pytest
 
 from atm_triton.digits.model import CONFIG, IMAGE_CONFIG
-from benchmarks.readme import RESULTS
+from benchmarks.calibration import RAMPS
+from benchmarks.readme import RESULTS, beside_the_curve
 
 
 def result(name):
@@ -48,6 +52,38 @@ def test_what_ships_was_calibrated_for_what_it_saves():
         assert "atm_triton calibrate" in document["environment"]["command"] and document["images"] >= 6144
         assert 1 - promise["gflops"] / document["unmerged_gflops"] > least and promise["agreement"] > 0.99
         assert document["seconds"] < 8 * 60  # two cores
+
+
+def test_calibrated_thresholds_are_as_good_as_the_best_of_many_curves():
+    found = result("digits_calibration.json")
+    ratios = beside_the_curve(found)
+    assert len(ratios) == 12 and found["settings"]["draws"] >= 200
+    assert sum(ratio <= 1 for ratio in ratios) >= 10 and max(ratios) <= 1.1
+    kl = {(row["method"], row.get("share"), row["adapt"]): row["overall"]["kl"] for row in found["rows"]}
+    for share in found["settings"]["shares"]:
+        assert kl["calibrated", share, "static"] < min(kl[r, share, "static"] for r in RAMPS)
+
+
+def test_calibrations_keep_their_promises():
+    agreement, *rows = (row for row in result("digits_calibration.json")["rows"] if row["method"] == "calibrated")
+    assert agreement["min_agreement"] == 0.995 and agreement["saved"] >= 0.55
+    for row in (agreement, *rows):
+        quality, promise = row["overall"], row["promise"]
+        assert quality["images"] >= 6000 and row["seconds"] < 8 * 60  # two cores
+        if "share" in row:
+            assert 1 - row["saved"] == pytest.approx(1 - row["share"], rel=0.02)
+        shares = (quality["agreement"] / 100 * quality["images"] + 1) / (quality["images"] + 2)
+        errors = {"kl": quality["kl_se"], "agreement": (shares * (1 - shares) / quality["images"]) ** 0.5}
+        seen = {"kl": quality["kl"], "agreement": quality["agreement"] / 100}
+        for name, error in errors.items():
+            assert abs(promise[name] - seen[name]) <= 2 * math.hypot(error, promise[f"{name}_se"]), (row["adapt"], name)
+    assert seen_agreement(agreement) >= 0.995
+
+
+def seen_agreement(row):
+    """Of the test images, and two standard errors more."""
+    share, images = row["overall"]["agreement"] / 100, row["overall"]["images"]
+    return share + 2 * (share * (1 - share) / images) ** 0.5
 
 
 def test_merging_reaches_the_bound_on_a_cpu():
