@@ -85,7 +85,12 @@ def accuracy_table(result: dict[str, Any]) -> str:
     return table2.table(result | {"rows": [row for row in result["rows"] if row["share"] == AT]})
 
 
-def calibration_table(result: dict[str, Any]) -> str:
+def calibration_table(*documents: dict[str, Any]) -> str:
+    """Of the benchmark its table, of a single calibration what it took."""
+    return "\n\n".join(_targets(document) if "rows" in document else _effort(document) for document in documents)
+
+
+def _targets(result: dict[str, Any]) -> str:
     """Each target and way to adapt: what was calibrated, and what else costs as much."""
     rows = {(row["method"], row.get("share"), row["adapt"]): row for row in result["rows"]}
     others = [
@@ -108,12 +113,20 @@ def calibration_table(result: dict[str, Any]) -> str:
         beside = [rows.get((method, share, adapt)) if share is not None else None for method, _ in others]
         lines.append(f'| {target} | `"{adapt}"` | {_outcome(row)} | {" | ".join(map(_kl, beside))} |')
     ratios = beside_the_curve(result)
+    calibrated = [row for row in result["rows"] if row["method"] == "calibrated"]
+    passes, seconds = ([row[name] for row in calibrated] for name in ("passes", "seconds"))
     lines += [
         "",
         f"In {sum(ratio <= 1 for ratio in ratios)} of {len(ratios)} cells the calibrated KL is at or below that of the "
-        f"best curve, in the others at most {100 * max([1, *ratios]) - 100:.0f} % above.",
+        f"best curve, in the others at most {100 * max([1, *ratios]) - 100:.0f} % above. A calibration "
+        f"took {min(passes):,} to {max(passes):,} passes of an image through the model, {min(seconds):.0f} to {max(seconds):.0f} seconds.",
     ]
     return "\n".join(lines)
+
+
+def _effort(result: dict[str, Any]) -> str:
+    many = f"On {result['images']} images it takes {result['passes']:,} passes"
+    return f"{many}, of a model of any size with as many tokens and blocks as DeiT-S."
 
 
 def beside_the_curve(result: dict[str, Any]) -> list[float]:
@@ -140,7 +153,7 @@ TABLES = {  # of the files that they come from
     "flops": (flops.table, ("paper_flops.json",)),
     "accuracy": (accuracy_table, ("digits_table2.json",)),
     "stress": (table1.table, ("digits_table1.json",)),
-    "calibration": (calibration_table, ("digits_calibration.json",)),
+    "calibration": (calibration_table, ("digits_calibration.json", "digits_calibrate_512.json")),
     "throughput": (throughput_table, ("cpu_bench.json", "cpu_bench_image.json")),
     "invariance": (invariance_table, ("digits_invariance.json",)),
     "adaptivity": (adaptivity_table, ("digits_adaptivity.json",)),
