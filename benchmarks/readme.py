@@ -119,7 +119,8 @@ def _targets(result: dict[str, Any]) -> str:
         "",
         f"In {sum(ratio <= 1 for ratio in ratios)} of {len(ratios)} cells the calibrated KL is at or below that of the "
         f"best curve, in the others at most {100 * max([1, *ratios]) - 100:.0f} % above. A calibration "
-        f"took {min(passes):,} to {max(passes):,} passes of an image through the model, {min(seconds):.0f} to {max(seconds):.0f} seconds.",
+        f"took {min(passes):,} to {max(passes):,} passes of an image through the model, "
+        f"{min(seconds):.0f} to {max(seconds):.0f} seconds.",
     ]
     return "\n".join(lines)
 
