@@ -79,8 +79,8 @@ class Promise:
     """Measured on ``images`` images that the search did not see: means, each with its standard error. ``agreement`` in
     [0, 1]. With one r a batch the errors of cost and KL are those of the batches' means; None of a single batch.
 
-    The KL is decided by few images, and where those are missing among so few, their spread seems small too: its
-    error comes from the spread of all images, those that the search saw with them, unless that is less."""
+    The KL is decided by few images, and where those are missing among so few, their spread seems small too: errors of
+    cost and KL come from the spread of all images, those that the search saw with them, unless that is less."""
 
     images: int
     gflops: float

@@ -161,7 +161,8 @@ def run_calibrate(args: argparse.Namespace) -> dict[str, Any]:
     check_weights(args.model, args.checkpoint, args.pretrained)
     model, data = _model(args), args.data or DIGITS
     size = 64 if args.batch_size is None else args.batch_size
-    loader = open_images(model, data, args.split, args.images, size, args.workers, args.device, False, lenient=True)
+    reading = {"workers": args.workers, "device": args.device, "labelled": False, "lenient": True}
+    loader = open_images(model, data, args.split, args.images, size, **reading)
     _say_logits(model)
     batches = list(loader)
     broken = sorted(getattr(loader, "broken", ()))

@@ -90,6 +90,7 @@ def left_out(broken: list[str]) -> str:
 
 
 def need_matplotlib() -> None:
+    """Raise ValueError where plots cannot be drawn: before an hour's run rather than after it."""
     if find_spec("matplotlib") is None:
         raise ValueError("plots need matplotlib: pip install 'atm-triton[paper]'")
 

@@ -126,8 +126,8 @@ def _targets(result: dict[str, Any]) -> str:
 
 
 def _effort(result: dict[str, Any]) -> str:
-    many = f"On {result['images']} images it takes {result['passes']:,} passes"
-    return f"{many}, of a model of any size with as many tokens and blocks as DeiT-S."
+    many = f"On {result['images']} images it took {result['passes']:,} passes"
+    return f"{many}; the digits model has as many tokens and blocks as DeiT-S."
 
 
 def beside_the_curve(result: dict[str, Any]) -> list[float]:

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from atm_triton import ATMConfig, apply_patch
+from atm_triton import ATMConfig, apply_patch, report
 from atm_triton.digits.model import CONFIG, IMAGE_CONFIG
 from atm_triton.inputs import digits_config, open_images, open_model
 from atm_triton.operating_points import operating_points
@@ -23,6 +23,7 @@ from benchmarks import zoo
 from benchmarks.paper import __main__ as paper
 from benchmarks.paper import figure4, figure5, figure6, flops, methods, points, subject, table1, theorem1
 from benchmarks.paper.methods import NEAR, counted, nearest, of_baseline
+from benchmarks.paper.rows import Rows
 from benchmarks.paper.thresholds import Thresholds
 from models import images, vit
 
@@ -110,6 +111,22 @@ def test_an_interrupted_run_leaves_the_last_result_as_it_was(tmp_path, monkeypat
     ):
         path.write_text(text)
         assert paper.main(options) == 2 and message in capsys.readouterr().err and path.read_text() == text
+
+
+def test_a_resumed_run_still_names_the_broken_images(tmp_path):
+    first = Rows(tmp_path / "out.json", {}, resume=False)
+    first.broken = lambda: {"a.jpg"}
+    first.add({"block": 1}, dict)
+    again = Rows(tmp_path / "out.json", {}, resume=True)
+    again.broken = lambda: {"b.jpg"}
+    assert again.add({"block": 1}, lambda: {"measured": "twice"}) == {"block": 1}
+    assert again.finish()["not_read"] == ["a.jpg", "b.jpg"]
+
+
+def test_plots_without_matplotlib_are_refused_before_the_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(report, "find_spec", lambda name: None)
+    assert paper.main(["figure2", "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == "benchmarks.paper: plots need matplotlib: pip install 'atm-triton[paper]'\n"
 
 
 def test_the_thresholds_of_the_nearest_cost_are_taken(tmp_path):

@@ -124,17 +124,19 @@ class Subject(Bench):
     @cached_property
     def base(self) -> list[Tensor]:
         logits = unpatched_logits(self.model, self.test)
-        if not logits:
-            raise ValueError(f"--data {self.data}: none of its images can be read")
+        self._check_read(len(logits))
         return logits
 
     def images(self) -> Iterator[Tensor]:
         """Batches of the images to judge by."""
         number = 0
         for images, _ in self.test:
-            number += len(images)
+            number += 1
             yield images
-        if number == 0:
+        self._check_read(number)
+
+    def _check_read(self, batches: int) -> None:
+        if batches == 0:
             raise ValueError(f"--data {self.data}: none of its images can be read")
 
     def in_batches(self, size: int) -> Iterable[tuple[Tensor, Tensor]]:

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -75,7 +74,7 @@ class Thresholds:
         for one in self.given:
             one.config.check_depth(depth)
 
-    def to_list(self) -> Sequence[dict[str, Any]]:
+    def to_list(self) -> list[dict[str, Any]]:
         return [asdict(one) for one in self.given]
 
 
