@@ -22,11 +22,13 @@ def small(name, dtype=torch.float32, **changes):
 
 
 def spread(model):
-    """The model with weights wide enough that blocks differ, in eval mode."""
+    """The model with weights wide enough that blocks differ and biases, which timm begins at 0, in eval mode."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("weight") and parameter.dim() == 2:
                 parameter.normal_(std=1.5 * parameter.shape[1] ** -0.5)
+            elif name.endswith("bias"):
+                parameter.normal_(std=0.2)
             elif name in ("cls_token", "dist_token", "reg_token", "pos_embed") and parameter.requires_grad:
                 parameter.normal_(std=0.5)
     return model.eval()
