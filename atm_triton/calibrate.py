@@ -69,7 +69,7 @@ class Target:
             return f"KL {promise.kl:.3g} is above {self.max_kl:g}"
         if self.min_agreement is not None and promise.agreement < self.min_agreement:
             return f"agreement {promise.agreement:.4g} is below {self.min_agreement:g}"
-        if self.min_agreement is not None and promise.agreement_se > 1 - self.min_agreement > 0:
+        if self.min_agreement is not None and promise.agreement_se > 1 - self.min_agreement:
             return f"agreement is known to {promise.agreement_se:.2g} on {promise.images} images"
         return None
 
@@ -166,6 +166,8 @@ def calibrate(
     if max_merging_blocks is not None and max_merging_blocks < 1:
         raise ValueError(f"max_merging_blocks={max_merging_blocks} is too small; give 1 or more")
     parts, number = split_images(loader, seed)
+    shape = tuple(parts["fit"][0].shape[1:])
+    _check_reachable(target, Predictor(model, shape, [], cls_only_last), max_merging_blocks)
     settings = {"cls_only_last": cls_only_last, "backend": backend}
     begin = settled(ATMConfig(proportional_attention=proportional_attention), model)
     hidden = silent("" if progress else None)
@@ -173,21 +175,24 @@ def calibrate(
         bar.set_postfix_str("the unmerged model")
         meter = Meter(model, parts, settings, notes)
         found = similarities(model, parts["fit"], ATMConfig(**settings))
-        predictor = Predictor(model, tuple(parts["fit"][0].shape[1:]), found, cls_only_last)
-        _check_reachable(target, predictor, max_merging_blocks)
+        predictor = Predictor(model, shape, found, cls_only_last)
         search = Search(meter, predictor, adapt, begin.proportional_attention, max_merging_blocks, seed, bar)
-        shape, scale = _found(search, target)
-    config = search.config((shape, scale))
+        chosen, scale = _found(search, target)
+    config = search.config((chosen, scale))
     shared = len(parts["promise"][0]) if adapt == "batch" else 1
     seen = [meter.measure(config, part) for part in SEEN]
     promise = Promise.of(meter.measure(config, "promise"), shared, seen)
     passes = meter.images + sum(map(len, parts["fit"]))
-    return Calibration(config, target, number, promise, predictor.unmerged, shape.family, passes, seed)
+    return Calibration(config, target, number, promise, predictor.unmerged, chosen.family, passes, seed)
 
 
 def split_images(loader: Iterable, seed: int) -> tuple[dict[str, list[Tensor]], int]:
     """The images, in an order of chance, as batches of each part; and how many there are."""
     batches = [batch[0] if isinstance(batch, (tuple, list)) else batch for batch in loader]
+    for batch in batches:
+        if not isinstance(batch, Tensor) or batch.dim() != 4 or not batch.is_floating_point():
+            got = f"{batch.dtype} {list(batch.shape)}" if isinstance(batch, Tensor) else type(batch).__name__
+            raise TypeError(f"loader: got {got}; want batches of images [B, C, H, W] in floats, as it takes them")
     size = max(map(len, batches), default=0)  # the first may be smaller, where images could not be read
     number = sum(map(len, batches))
     if number < LEAST_IMAGES:
@@ -210,12 +215,19 @@ def _check_reachable(target: Target, predictor: Predictor, max_merging_blocks: i
     lowest = predictor.lowest(max_merging_blocks)
     if target.max_gflops < lowest:
         raise ValueError(
-            f"max_gflops={target.max_gflops:g} is below {lowest:.4g}, the lowest that merging can reach here"
+            f"max_gflops={target.max_gflops:g} is below {_rounded_up(lowest)}, the lowest that merging can reach here; "
+            "ask for more"
         )
     if target.max_gflops >= predictor.highest:
         raise ValueError(
             f"max_gflops={target.max_gflops:g}: the model costs {predictor.highest:.4g} without merging; ask for less"
         )
+
+
+def _rounded_up(number: float) -> str:
+    """Four digits that are not below the number."""
+    unit = 10 ** (math.floor(math.log10(number)) - 3)
+    return f"{math.ceil(number / unit) * unit:.4g}"
 
 
 def _found(search: Search, target: Target) -> Found:

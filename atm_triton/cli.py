@@ -26,6 +26,7 @@ from atm_triton.inputs import (
     TRANSFORM,
     check_device,
     check_weights,
+    checksum,
     data_config,
     digits_config,
     labels_fit,
@@ -162,6 +163,7 @@ def run_calibrate(args: argparse.Namespace) -> dict[str, Any]:
     model, data = _model(args), args.data or DIGITS
     size = 64 if args.batch_size is None else args.batch_size
     reading = {"workers": args.workers, "device": args.device, "labelled": False, "lenient": True}
+    begin = time.perf_counter()
     loader = open_images(model, data, args.split, args.images, size, **reading)
     _say_logits(model)
     batches = list(loader)
@@ -171,11 +173,11 @@ def run_calibrate(args: argparse.Namespace) -> dict[str, Any]:
     transform = {name: data_config(model)[name] for name in TRANSFORM}
     weights = "pretrained" if args.checkpoint is None else args.checkpoint.name
     about = {"model": args.model, "model_kwargs": args.model_kwargs, "weights": weights, "data": data}
+    about |= {"checkpoint_sha256": checksum(args.checkpoint)}
     about |= {"transform": transform, "batch_size": size, "dtype": args.dtype}
     about |= {"split": args.split if data == DIGITS else None, "not_read": broken}
     notes = Path(f"{args.out}.partial")
     options = {"max_merging_blocks": args.max_merging_blocks, "backend": args.backend, "seed": args.seed}
-    begin = time.perf_counter()
     found = calibrate(model, batches, target, args.adapt, **options, notes=notes)
     about["seconds"] = time.perf_counter() - begin
     source = f"atm-triton calibrate, {args.model} on {found.images} images of {data}"
@@ -245,7 +247,7 @@ def _config(args: argparse.Namespace, model: VisionTransformer, default: ATMConf
     """What the options say: a file, a preset of the paper or a schedule, or else ``default``, the digits' own (if no
     option of the paper's curve is given) or the paper's for DeiT-S; and single fields over that."""
     if args.config is not None:
-        config = read_config(args.config, args.model, args.model_kwargs)
+        config = read_config(args.config, args.model, args.model_kwargs, args.checkpoint)
     elif args.max_gflops is not None or args.top1_drop is not None:
         config = ATMConfig.preset(args.model, args.max_gflops, args.top1_drop)
     elif args.schedule is not None:

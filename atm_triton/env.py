@@ -38,7 +38,7 @@ def check_file(option: str, path: Path) -> None:
         raise FileNotFoundError(f"{option} {path}: its directory does not exist")
     if path.is_dir():
         raise IsADirectoryError(f"{option} {path} is a directory; name a file in it")
-    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+    if not all(os.access(p, os.W_OK) for p in (path.absolute().parent, path) if p.exists()):  # it is written beside it
         raise PermissionError(f"{option} {path} cannot be written; choose another")
 
 

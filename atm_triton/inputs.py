@@ -1,5 +1,6 @@
 """Models and images by name: the digits that come with the package, or timm's models and folders of images."""
 
+import hashlib
 import json
 from collections.abc import Iterator
 from difflib import get_close_matches
@@ -92,23 +93,33 @@ def digits_config(adapt: str = "batch") -> ATMConfig:
     return ATMConfig.from_json(path.read_text())
 
 
-def read_config(path: Path, model: str, model_kwargs: dict[str, Any]) -> ATMConfig:
-    """The configuration in a JSON file of :class:`ATMConfig`'s, or of a result that holds one, for a model by name.
+def read_config(path: Path, model: str, model_kwargs: dict[str, Any], checkpoint: Path | None) -> ATMConfig:
+    """The configuration in a JSON file of :class:`ATMConfig`'s, or of a result that holds one, for a model by name with
+    the weights of a file, or with its own.
 
     Raises:
         OSError: no such file; ValueError: it holds none, or one that was calibrated for another model.
     """
+    if not path.is_file():
+        raise FileNotFoundError(f"--config {path} is no file; atm-triton calibrate makes one")
     try:
         text = path.read_text()
         config = ATMConfig.from_json(text)
     except (ValueError, TypeError) as error:
         raise ValueError(f"--config {path}: {error}") from error
     document = json.loads(text)
-    made = document.get("model"), document.get("model_kwargs", {})
+    made = document.get("model"), document.get("model_kwargs") or {}
     if made[0] is not None and made != (model, model_kwargs):
         of, here = (f"{name} {kwargs or ''}".strip() for name, kwargs in (made, (model, model_kwargs)))
         raise ValueError(f"--config {path} was calibrated for {of}, not for {here}; calibrate anew")
+    if "checkpoint_sha256" in document and document["checkpoint_sha256"] != checksum(checkpoint):
+        raise ValueError(f"--config {path} was calibrated for other weights, {document.get('weights')}; calibrate anew")
     return config
+
+
+def checksum(checkpoint: Path | None) -> str | None:
+    """What tells a file of weights from others; None for a model's own."""
+    return None if checkpoint is None else hashlib.sha256(checkpoint.read_bytes()).hexdigest()
 
 
 class DigitImages(Dataset):
@@ -219,7 +230,7 @@ def open_images(
         mine = Subset(digits, own_images(len(digits), batch_size)) if dealt else digits
         return DataLoader(mine, batch_size=batch_size)
     if not Path(data).is_dir():
-        raise FileNotFoundError(f"directory {data} does not exist")
+        raise FileNotFoundError(f"directory {data} " + ("is a file" if Path(data).exists() else "does not exist"))
     dataset = (_folders if labelled else _anywhere)(data, config["input_size"][0])
     if limit is not None and limit < len(dataset.samples):
         every = len(dataset.samples) / limit

@@ -92,5 +92,8 @@ def paper_name(name: str) -> str:
     found = names.get(name) or names.get(name.lower()) or (names.get(base) if base in PAPER_NAMES else None)
     if found is None:
         known = ", ".join(f"{ours} ({paper})" for ours, paper in PAPER_NAMES.items())
-        raise ValueError(f"the paper has no operating points for {name!r}; it has them for {known}")
+        raise ValueError(
+            f"the paper has no operating points for {name!r}; it has them for {known}; atm-triton calibrate finds "
+            "thresholds for any model"
+        )
     return found

@@ -105,14 +105,14 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Accuracy and KL against GFLOPs: a colour for each method, a line for each way to adapt."""
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     accuracy, change = figure.subplots(1, 2)
-    lines = {"image": "-", "batch": "--", "static": ":"}
+    lines = {"image": "o-", "batch": "s--", "static": "^:"}
     for method, colour in (("calibrated", "C0"), ("curve", "C1"), ("ToMe", "C2")):
         for adapt, line in lines.items():
             chosen = [r["overall"] for r in rows if r["method"] == method and r["adapt"] == adapt and "share" in r]
             chosen.sort(key=lambda quality: quality["gflops"])
             for panel, name in ((accuracy, "top1"), (change, "kl")):
                 at = [quality["gflops"] for quality in chosen], [quality[name] for quality in chosen]
-                panel.plot(*at, line, marker=".", color=colour, label=f"{method}, {adapt}" if chosen else None)
+                panel.plot(*at, line, markersize=4, color=colour, label=f"{method}, {adapt}" if chosen else None)
     accuracy.axhline(rows[0]["overall"]["top1_unpatched"], color="0.8", linewidth=1, zorder=0)
     accuracy.set_ylabel("top-1, %; the unpatched model's in grey")
     change.set_ylabel("KL(unpatched || merged), nats")
@@ -121,7 +121,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         panel.set_xlabel("GFLOPs an image")
     images = rows[0]["overall"]["images"]
     accuracy.set_title(f"digits, {images} test images, batches of {BATCH_SIZE}, no training", fontsize=9)
-    change.legend(fontsize=7)
+    figure.legend(*change.get_legend_handles_labels(), loc="outside right", fontsize=7, handlelength=4)
     figure.savefig(path, dpi=150)
 
 

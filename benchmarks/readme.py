@@ -126,7 +126,8 @@ def _targets(result: dict[str, Any]) -> str:
 
 
 def _effort(result: dict[str, Any]) -> str:
-    many = f"On {result['images']} images it took {result['passes']:,} passes"
+    asked = f"--max-gflops {result['target']['max_gflops']:g}` with `--adapt {result['config']['adapt']}"
+    many = f"On {result['images']} images `{asked}` took {result['passes']:,} passes"
     return f"{many}; the digits model has as many tokens and blocks as DeiT-S."
 
 

@@ -1,4 +1,4 @@
-"""What one of several processes does in test_distributed.py: ``torchrun tests/calibrating.py OUT [DIES]``.
+"""What one of several processes does in test_distributed.py: ``torchrun tests/calibrating.py OUT ADAPT [DIES]``.
 
 It calibrates a small model and writes what it found. The rank that DIES does so without a word in the midst of it.
 """
@@ -14,7 +14,7 @@ from atm_triton.distributed import rank, start, stop
 from models import images, vit
 
 
-def main(out, dies=None):
+def main(out, adapt, dies=None):
     torch.manual_seed(0)
     torch.set_num_threads(1)
     search.DRAWS, search.KEPT, search.STEPS, search.FINALISTS = 6, 2, 3, 2
@@ -23,10 +23,10 @@ def main(out, dies=None):
     start("cpu")
     if rank() == dies:
         meter.Meter.mean = lambda *_: os._exit(1)
-    calibration = calibrate(vit(), images(100).split(8), Target(max_gflops=0.0009), progress=False)
+    calibration = calibrate(vit(), images(100).split(8), Target(max_gflops=0.0009), adapt, progress=False)
     (Path(out) / f"{rank()}.txt").write_text(repr(calibration))
     stop()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], *map(int, sys.argv[2:]))
+    main(*sys.argv[1:3], *map(int, sys.argv[3:]))

@@ -6,6 +6,8 @@ import runpy
 import pytest
 import timm
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from atm_triton import ATMConfig, apply_patch, remove_patch, summary
 from atm_triton.block import Tokens
@@ -327,19 +329,27 @@ def test_a_method_runs_in_every_kind_of_model_and_is_taken_away_again(name, make
 
 @pytest.mark.parametrize("name", ["evit", "mctf", "pitome", "tome"])
 def test_the_last_block_for_the_class_token_alone_changes_no_logit(name):
-    """Also where that block would reduce tokens after its attention; MCTF, which fuses before, must not there."""
-    settings = {
-        "evit": {"blocks": (0, 3)},
-        "mctf": {"r": 3, "blocks": (0, 1, 2)},
-        "pitome": {"ratio": 0.8},
-        "tome": {"r": 3},
-    }
+    """Also where that block would reduce tokens after its attention, or as MCTF before it."""
+    settings = {"evit": {"blocks": (0, 3)}, "mctf": {"r": 3}, "pitome": {"ratio": 0.8}, "tome": {"r": 3}}
     model, x = vit(dtype=torch.float64), images(dtype=torch.float64)
     whole = apply_baseline(model, name, **settings[name])(x)
     costs = summary(model).macs
     alone = apply_baseline(model, name, cls_only_last=True, **settings[name])(x)
     torch.testing.assert_close(alone, whole, rtol=0, atol=1e-12)
     assert summary(model).macs < costs
+    torch.testing.assert_close(model.forward_head(model.forward_features(x)), whole, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("more", [{}, {"qk_norm": True}])
+def test_mctf_costs_what_torch_counts(more):
+    model, x = vit(**more), images(1)
+    for alone in (False, True):
+        apply_baseline(model, "mctf", r=3, cls_only_last=alone)
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(x)
+        lengths = model.blocks.last.tokens[1:]  # of the blocks that fuse; the class token is in neither group
+        similarities = sum(len(range(2, N, 2)) * len(range(1, N, 2)) for N in lengths)
+        assert summary(model).macs == counter.get_total_flops() // 2 - similarities * model.embed_dim
 
 
 def test_tome_and_one_threshold_are_the_engines():

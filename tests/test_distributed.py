@@ -75,15 +75,16 @@ def test_a_process_without_a_batch():
     assert line[1] == "5"
 
 
-def test_calibrate_gives_the_configuration_of_one_process(tmp_path):
+@pytest.mark.parametrize(("adapt", "more"), [("image", [2, 3]), ("batch", [2]), ("static", [3])])
+def test_calibrate_gives_the_configuration_of_one_process(adapt, more, tmp_path):
     found = {}
-    for processes in (1, 2, 3):
+    for processes in (1, *more):
         (tmp_path / str(processes)).mkdir()
-        done = torchrun(processes, HERE / "calibrating.py", tmp_path / str(processes))
+        done = torchrun(processes, HERE / "calibrating.py", tmp_path / str(processes), adapt)
         assert done.returncode == 0, done.stderr
         found[processes] = {path.read_text() for path in (tmp_path / str(processes)).glob("*.txt")}
         assert len(list((tmp_path / str(processes)).glob("*.txt"))) == processes
-    assert len(found[1]) == 1 and found[1] == found[2] == found[3]
+    assert len(found[1]) == 1 and all(found[1] == found[processes] for processes in more)
 
 
 def test_bad_input_is_one_line():
@@ -93,6 +94,6 @@ def test_bad_input_is_one_line():
 
 
 def test_a_rank_that_dies_is_named(tmp_path):
-    done = torchrun(3, HERE / "calibrating.py", tmp_path, 1)
+    done = torchrun(3, HERE / "calibrating.py", tmp_path, "image", 1)
     assert done.returncode != 0 and not list(tmp_path.iterdir())
     assert lines_of_ours(done) == ["atm-triton: rank 1 has died: the run is ended"]

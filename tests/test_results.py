@@ -64,6 +64,18 @@ def test_calibrated_thresholds_are_as_good_as_the_best_of_many_curves():
         assert kl["calibrated", share, "static"] < min(kl[r, share, "static"] for r in RAMPS)
 
 
+def test_what_stands_beside_costs_as_much():
+    rows = [row for row in result("digits_calibration.json")["rows"] if "share" in row]
+    assert len({row["method"] for row in rows}) == 5
+    for row in rows:
+        assert 1 - row["saved"] == pytest.approx(1 - row["share"], rel=0.02), (row["method"], row["adapt"])
+
+
+def test_passes_of_few_images_are_stated():
+    found = result("digits_calibrate_512.json")
+    assert found["images"] == 512 and 20_000 < found["passes"] < 50_000
+
+
 def test_calibrations_keep_their_promises():
     agreement, *rows = (row for row in result("digits_calibration.json")["rows"] if row["method"] == "calibrated")
     assert agreement["min_agreement"] == 0.995 and agreement["saved"] >= 0.55

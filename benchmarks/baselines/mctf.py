@@ -98,16 +98,28 @@ class MCTF(Baseline):
 
 
 class MCTFBlock(ReducingBlock):
-    """timm's block with tokens fused before the values are made."""
+    """timm's block with tokens fused before the values are made. In a last block that serves the leading tokens alone
+    too: what those attend to is fused."""
 
     baseline: MCTF
 
     def step(self, tokens: Tokens, merges: bool = True) -> Step:
-        N = tokens.x.shape[1]
-        r = self.baseline.count(self, N) if merges else 0
+        r = self.baseline.count(self, tokens.x.shape[1])
         if r == 0:
             return super().step(tokens, merges=False)
-        attention = self._map(tokens)
+        tokens, attention, assignment = self._fuse(tokens, r)
+        return Step(self._served(tokens, attention, tokens.x.shape[1]), assignment)
+
+    def step_leading(self, tokens: Tokens, rows: int) -> Step:
+        r = self.baseline.count(self, tokens.x.shape[1])
+        if r == 0:
+            return super().step_leading(tokens, rows)
+        tokens, attention, assignment = self._fuse(tokens, r)
+        return Step(self._served(tokens, attention, rows), assignment)
+
+    def _fuse(self, tokens: Tokens, r: int) -> tuple[Tokens, Tensor, Tensor]:
+        """The fused tokens, the map that goes with them, and the assignment of those that came."""
+        N, attention = tokens.x.shape[1], self._map(tokens)
         received = attention.mean(dim=(1, 2))
         scores = self.baseline.scores(tokens.x, received, tokens.size, self.num_prefix_tokens)
         plan = self.baseline.fused(scores, N, r, self.num_prefix_tokens)
@@ -115,9 +127,13 @@ class MCTFBlock(ReducingBlock):
         total = sums(weight, plan.assignment, plan.M)
         weight = weight / total.gather(1, plan.assignment.long())
         tokens = self.reduced(tokens, plan._replace(weights=weight))
-        x = tokens.x + self.drop_path1(self.ls1(self._attend_by(_fused_map(attention, plan, weight), tokens.x)))
-        x = self._feed_forward(x, self.norm2(x), None)
-        return Step(tokens._replace(x=x), plan.assignment)
+        return tokens, _fused_map(attention, plan, weight), plan.assignment
+
+    def _served(self, tokens: Tokens, attention: Tensor, rows: int) -> Tokens:
+        """The first ``rows`` of the fused tokens after attention and MLP."""
+        x = tokens.x[:, :rows]
+        x = x + self.drop_path1(self.ls1(self._attend_by(attention[:, :, :rows], tokens.x)))
+        return Tokens(self._feed_forward(x, self.norm2(x), None), tokens.size[:, :rows])
 
     def _map(self, tokens: Tokens) -> Tensor:
         """The attention map [B, H, N, N] of all tokens, from queries and keys alone."""
@@ -130,20 +146,23 @@ class MCTFBlock(ReducingBlock):
         return scores.softmax(dim=-1)
 
     def _attend_by(self, attention: Tensor, x: Tensor) -> Tensor:
-        """The rest of timm's ``Attention`` on fused tokens [B, M, C], given their map."""
+        """The rest of timm's ``Attention`` on fused tokens [B, M, C], given the first rows of their map."""
         attn, y = self.attn, self.norm1(x)
         (v,) = self._heads(_part(attn.qkv, slice(2 * attn.attn_dim, None), y))
         attended = attn.norm((attn.attn_drop(attention.to(v.dtype)) @ v).transpose(1, 2).flatten(2))
         if attn.gate is not None:
-            attended = attended * attn.gate(y).sigmoid()
+            attended = attended * attn.gate(y[:, : attended.shape[1]]).sigmoid()
         return attn.proj_drop(attn.proj(attended))
 
     def macs(self, tokens: int, queries: int, rows: int) -> int:
-        """Queries, keys and their products of the tokens that enter, everything else of those that leave."""
-        if queries != tokens:  # the last block for the leading tokens alone, which fuses none
+        """Queries, keys and their products of the tokens that enter, values of the M that are left, everything else of
+        those that leave: the M, or the leading ones."""
+        M = tokens - self.baseline.count(self, tokens)
+        if M == tokens:
             return block_macs(self, tokens, queries, rows)
+        leave = M if queries == tokens else queries
         A, D = self.attn.attn_dim, self.attn.qkv.in_features
-        return block_macs(self, rows, rows, rows) + (tokens - rows) * 2 * D * A + (tokens**2 - rows**2) * A
+        return block_macs(self, M, leave, leave) + (2 * tokens - M - leave) * D * A + (tokens**2 - leave * M) * A
 
 
 def _groups(N: int, num_prefix: int) -> tuple[slice, slice]:

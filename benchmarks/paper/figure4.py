@@ -1,8 +1,8 @@
 """Accuracy against FLOPs, all methods: ATM ("batch" and "image") beside ToMe, one threshold, EViT, MCTF and PiToMe.
 
 At each share of the model's FLOPs every method takes the setting whose cost comes closest, all with the last block for
-the class token alone; beside it stands the cost with a last block that computes all its tokens and merges none. Neither
-changes a logit, but for MCTF, which fuses before attention. ATM's thresholds are those of --config (the digits: of
+the class token alone; beside it stands the cost with a last block that computes all its tokens and merges none (MCTF
+fuses there before attention). Neither changes a logit. ATM's thresholds are those of --config (the digits: of
 ``python -m benchmarks.calibration``), of the nearest cost and scaled to this one; no method sees a label. The products
 of the matching are in no cost.
 """

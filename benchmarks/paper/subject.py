@@ -1,7 +1,6 @@
 """What an experiment measures: a model, images to choose settings by, and images to judge by."""
 
 import argparse
-import hashlib
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +17,7 @@ from atm_triton.inputs import (
     DIGITS,
     check_device,
     check_weights,
+    checksum,
     data_config,
     labels_fit,
     open_images,
@@ -102,7 +102,7 @@ class Subject(Bench):
             about["choose_by"] = args.choose_by or DIGITS
         about["checkpoint"] = None if args.checkpoint is None else str(args.checkpoint)
         if args.checkpoint is not None and args.checkpoint.is_file():  # what is missing is refused later
-            about["checkpoint_sha256"] = hashlib.sha256(args.checkpoint.read_bytes()).hexdigest()
+            about["checkpoint_sha256"] = checksum(args.checkpoint)
         return about | ({"thresholds": Thresholds.asked(args).to_list()} if hasattr(args, "config") else {})
 
     @property

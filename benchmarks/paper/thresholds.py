@@ -79,7 +79,7 @@ class Thresholds:
 
 
 def _of_file(path: Path, args: argparse.Namespace) -> Calibrated:
-    config = read_config(path, args.model, args.model_kwargs)
+    config = read_config(path, args.model, args.model_kwargs, args.checkpoint)
     if config.adapt == "static":
         raise ValueError(f"--config {path} is a schedule; want thresholds")
     promise = json.loads(path.read_text()).get("promise") or {}
