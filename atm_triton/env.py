@@ -35,7 +35,7 @@ def environment() -> dict[str, Any]:
 def check_file(option: str, path: Path) -> None:
     """Refuse a path that nothing can be written to."""
     if not path.absolute().parent.is_dir():
-        raise FileNotFoundError(f"{option} {path}: its directory does not exist")
+        raise FileNotFoundError(f"{option} {path}: its directory does not exist; make it, or choose another")
     if path.is_dir():
         raise IsADirectoryError(f"{option} {path} is a directory; name a file in it")
     if not all(os.access(p, os.W_OK) for p in (path.absolute().parent, path) if p.exists()):  # it is written beside it

@@ -272,7 +272,7 @@ def _folders(data: str, channels: int) -> "NamedImages":
     try:
         dataset = NamedImages(data, channels)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"directory {data} holds no folders of images: {error}") from error
+        raise FileNotFoundError(f"directory {data} holds no folders of images, one a class: {error}") from error
     return dataset
 
 

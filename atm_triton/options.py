@@ -10,6 +10,7 @@ import torch
 from timm.utils import ParseKwargs
 
 from atm_triton.config import ADAPT, BACKENDS
+from atm_triton.errors import Parser
 from atm_triton.inputs import DIGITS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -28,7 +29,7 @@ class _Arguments(ParseKwargs):
 
 def parser(commands: dict[str, Callable[[argparse.Namespace], Any]]) -> argparse.ArgumentParser:
     """Of ``commands`` by name; a docstring is a command's help, and what it is becomes ``run``."""
-    made = argparse.ArgumentParser(prog="atm-triton", description="Adaptive token merging for Vision Transformers.")
+    made = Parser(prog="atm-triton", description="Adaptive token merging for Vision Transformers.")
     subparsers = made.add_subparsers(dest="command", required=True)
     model, data, merging, out = model_options(), data_options(), _merging(), _out()
     parents = {

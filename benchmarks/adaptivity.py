@@ -15,7 +15,7 @@ from typing import Any
 
 from atm_triton import ATMConfig
 from atm_triton.env import check_file, write_result
-from atm_triton.errors import exit_code
+from atm_triton.errors import Parser, exit_code
 from atm_triton.evaluate import evaluate
 from benchmarks.bench import RESULTS, Bench
 from benchmarks.paper.methods import scaled
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=1024, help="calibration images (1024)")
     parser.add_argument("--test", type=int, default=4000, help="test images (4000)")
     parser.add_argument("--out", type=Path, default=RESULTS / "digits_adaptivity.json")

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from atm_triton import Target, calibrate
 from atm_triton.distributed import rank, start, stop
 from atm_triton.env import check_file, environment, write_result
-from atm_triton.errors import exit_code
+from atm_triton.errors import Parser, exit_code
 from atm_triton.search import MANY
 from atm_triton.shapes import Shape
 from benchmarks.bench import BATCH_SIZE, RESULTS, Bench
@@ -153,7 +153,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=6144, help="calibration images (6144)")
     parser.add_argument("--test", type=int, default=6000, help="test images (6000)")
     parser.add_argument("--draws", type=int, default=200, help="random curves for each cell (200)")

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from atm_triton import ATMBlock, ATMConfig
 from atm_triton.block import Step, Tokens
 from atm_triton.env import check_file, write_result
-from atm_triton.errors import exit_code
+from atm_triton.errors import Parser, exit_code
 from atm_triton.evaluate import share
 from atm_triton.inputs import check_device, digits_config, open_images, open_model
 from atm_triton.patch import install
@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=1000, help="test images (1000)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--out", type=Path, default=RESULT)

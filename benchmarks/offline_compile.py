@@ -36,7 +36,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from atm_triton.env import check_file, write_result
-from atm_triton.errors import exit_code
+from atm_triton.errors import Parser, exit_code
 from atm_triton.kernels import assign, attention, match, merge, unmerge
 
 RESULT = Path(__file__).parent / "results" / "offline_compile.json"
@@ -305,7 +305,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, default=RESULT, help="the figures")
     parser.add_argument("--full", action="store_true", help="all dtypes, packed or not, heads together or apart: hours")
     parser.add_argument("--once", action="store_true", help="every choice of tiles, warps and stages once: minutes")

@@ -16,6 +16,8 @@ SHOWN = (0.40, 0.50, 0.60, 0.70)  # of the costs that were measured
 
 
 def load(name: str) -> dict[str, Any]:
+    if not (RESULTS / name).is_file():
+        raise FileNotFoundError(f"{RESULTS / name} is missing, README has a table of it; measure it, or check it out")
     return json.loads((RESULTS / name).read_text())
 
 

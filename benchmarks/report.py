@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from atm_triton.errors import exit_code
+from atm_triton.errors import Parser, exit_code
 from benchmarks import readme
 from benchmarks.paper.__main__ import EXPERIMENTS
 
@@ -33,7 +33,7 @@ def section(path: Path) -> str:
         document = json.loads(path.read_text())
         made = document["environment"]
         lines = [f"## {_title(path)}", f"`{path.name}`: {_made(made)}", *_table(path, document)]
-    except (ValueError, KeyError, TypeError, IndexError, StopIteration) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, StopIteration) as error:
         raise ValueError(f"{path}: is no result of this version ({error!r}); make it anew") from error
     plot = path.with_suffix(".png")
     return "\n\n".join([*lines, f"![{path.stem}]({plot.name})"] if plot.exists() else lines)
@@ -73,7 +73,8 @@ def run() -> None:
     print(f"{readme.RESULTS / PAGE} and the tables of {readme.README} written")
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
+    Parser(prog="python -m benchmarks.report", description=__doc__.split(": ")[0]).parse_args(argv)
     return exit_code("benchmarks.report", run)
 
 

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from atm_triton import ATMConfig, apply_patch, report
+from atm_triton import ATMConfig, apply_patch, cli, report
 from atm_triton.digits.model import CONFIG, IMAGE_CONFIG
 from atm_triton.inputs import digits_config, open_images, open_model
 from atm_triton.operating_points import operating_points
@@ -25,6 +25,7 @@ from benchmarks.paper import figure4, figure5, figure6, flops, methods, points, 
 from benchmarks.paper.methods import NEAR, counted, nearest, of_baseline
 from benchmarks.paper.rows import Rows
 from benchmarks.paper.thresholds import Thresholds
+from benchmarks.readme import README
 from models import images, vit
 
 
@@ -79,6 +80,7 @@ def test_figure4_measures_every_method_at_one_cost(tmp_path, monkeypatch, capsys
             "digits_figure4.json was made with another model, another model_kwargs",
         ),
         ('{"rows": [', "digits_figure4.json is no result of this experiment; give another --out"),
+        (json.dumps(found | {"rows": ["x"]}), "digits_figure4.json is no result of this experiment; give another"),
     ):
         path.write_text(text or path.read_text())
         assert paper.main(["figure4", *options, "--out", str(tmp_path), "--resume", "--batch-size", "4"]) == 2
@@ -86,8 +88,11 @@ def test_figure4_measures_every_method_at_one_cost(tmp_path, monkeypatch, capsys
 
 
 def test_an_interrupted_run_leaves_the_last_result_as_it_was(tmp_path, monkeypatch, capsys):
+    options = ["figure4", "--workers", "0", "--limit", "4", "--shares", "0.4", "--out", str(tmp_path)]
+    monkeypatch.setattr(figure4, "STYLES", {"tome": ""})
+    assert paper.main(options) == 0
     path = tmp_path / "digits_figure4.json"
-    path.write_text('{"settings": {}}')
+    before = path.read_text()
     measured_at = figure4.measured_at
 
     def interrupted(of, method, goal):
@@ -97,8 +102,8 @@ def test_an_interrupted_run_leaves_the_last_result_as_it_was(tmp_path, monkeypat
 
     monkeypatch.setattr(figure4, "measured_at", interrupted)
     monkeypatch.setattr(figure4, "STYLES", dict.fromkeys(("tome", "evit"), ""))
-    options = ["figure4", "--workers", "0", "--limit", "4", "--shares", "0.4", "--out", str(tmp_path)]
-    assert paper.main(options) == 130 and path.read_text() == '{"settings": {}}'
+    capsys.readouterr()
+    assert paper.main(options) == 130 and path.read_text() == before
     assert capsys.readouterr().err.splitlines()[-1] == "benchmarks.paper: interrupted"
     (row,) = json.loads((tmp_path / "digits_figure4.json.partial").read_text())["rows"]
     assert row["method"] == "tome"
@@ -106,7 +111,8 @@ def test_an_interrupted_run_leaves_the_last_result_as_it_was(tmp_path, monkeypat
     assert "partial is of a run that was interrupted; go on with --resume, or delete it" in capsys.readouterr().err
     (tmp_path / "digits_figure4.json.partial").unlink()
     for text, message in (
-        ('{"settings": {"limit": null, "device": "cuda"}}', "is a result with another limit; give another --out, or"),
+        (before.replace('"limit": 4', '"limit": 5'), "is a result with another limit; give another --out, or delete"),
+        (before.replace('"limit": 4,', ""), "is a result with another limit; give another --out, or delete it"),
         ("whole", "digits_figure4.json is no result of this experiment; give another --out, or delete it"),
     ):
         path.write_text(text)
@@ -324,7 +330,7 @@ def imagenet(tmp_path_factory):
 
 def test_the_line_for_imagenet_in_readme(imagenet, monkeypatch, capsys):
     """Word for word; what is added makes it short."""
-    text = (Path(__file__).parents[1] / "README.md").read_text()
+    text = README.read_text()
     (line,) = re.findall(r"^python -m benchmarks.paper figure4 --model .*$", text, re.MULTILINE)
     monkeypatch.chdir(imagenet)
     arguments = shlex.split(line, comments=True)[3:]
@@ -338,6 +344,58 @@ def test_the_line_for_imagenet_in_readme(imagenet, monkeypatch, capsys):
     assert found["not_read"] == [str(Path("imagenet/val/n00000250/image.jpg"))]
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == "1 image could not be read and was left out: imagenet/val/n00000250/image.jpg"
+
+
+@pytest.fixture(scope="module")
+def narrow(imagenet):
+    """A model of as many tokens, blocks and classes, soon run: what names it, and its weights, on a command line."""
+    torch.manual_seed(0)
+    model = timm.create_model("deit_tiny_patch16_224", embed_dim=24, num_heads=1)
+    save_file(model.state_dict(), imagenet / "narrow.safetensors")
+    options = ["--model", "deit_tiny_patch16_224", "--model-kwargs", "embed_dim=24", "num_heads=1"]
+    return [*options, "--checkpoint", "narrow.safetensors", "--data", "imagenet/val", "--limit", "4", "--workers", "0"]
+
+
+CHOOSE, CONFIG_FILE = ["--choose-by", "imagenet/train"], ["--config", "mine.json"]
+ON_DIRECTORIES = {
+    "table1": [*CHOOSE, *CONFIG_FILE],
+    "table2": [*CHOOSE, *CONFIG_FILE, "--shares", "0.3"],
+    "table3": CONFIG_FILE,
+    "tableA1": [*CONFIG_FILE, "--sizes", "2"],
+    "tablesA2-A5": [],
+    "tableA3": [],
+    "figure2": ["--thetas", "0.9"],
+    "figure5": [*CHOOSE, "--shares", "0.3"],
+    "figure6": CHOOSE,
+    "figure7": [*CHOOSE, *CONFIG_FILE, "--pictures", "2", "--share", "0.3"],
+    "theorem1": CONFIG_FILE,
+}
+
+
+@pytest.mark.parametrize("name", ON_DIRECTORIES)
+def test_an_experiment_runs_on_directories(name, imagenet, narrow, monkeypatch, capsys):
+    monkeypatch.chdir(imagenet)
+    monkeypatch.setattr(figure5, "DRAWS", 2)
+    monkeypatch.setattr(table1, "STYLES", {"tome": "", "atm, image": ""})
+    some = [p for p in operating_points() if p.model == "DeiT-T"]
+    monkeypatch.setattr(points, "operating_points", lambda: [*some[:2], *(p for p in some if p.fine_tuned)][:4])
+    assert paper.main([name, *narrow, *ON_DIRECTORIES[name], "--out", "."]) == 0
+    found = json.loads(Path(f"deit_tiny_patch16_224_{name}.json").read_text())
+    assert found["not_read"] == ["imagenet/val/n00000250/image.jpg"]
+    measured = [row for row in found["rows"] if "missing" not in row]
+    assert measured and all(row["overall"]["images"] == 3 for row in measured if "overall" in row)
+    assert "left out: imagenet/val/n00000250/image.jpg" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_the_other_line_for_imagenet_in_readme(imagenet, monkeypatch, capsys):
+    """Word for word but for the path; weights are not downloaded here."""
+    (line,) = re.findall(r"`atm-triton (eval --model deit_small_patch16_224 --pretrained .*?)`", README.read_text())
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained=False, **more: create(name, **more))
+    monkeypatch.chdir(imagenet)
+    arguments = shlex.split(line.replace("imagenet/val", "imagenet/train"))
+    assert cli.main([*arguments, "--limit", "2", "--workers", "0"]) == 0
+    assert "of the MACs saved" in capsys.readouterr().out
 
 
 def test_every_method_comes_close_to_the_cost():
@@ -375,7 +433,10 @@ def test_every_method_comes_close_to_the_cost():
         ),
         (["figure4", "--data", "somewhere"], "--choose-by DIR: say by which images settings are chosen"),
         (["figure7", "--pictures", "0"], "benchmarks.paper: --pictures wants 1 or more"),
-        (["figure7", "--resume"], "--resume: the pictures are made in one go; leave it out"),
+        (["figure7", "--share", "1"], "benchmarks.paper: --share 1 is out of range; want one between 0 and 1"),
+        (["figure7", "--limit", "4", "--share", "0.97"], "give another --share"),
+        (["figure4", "--limit", "x"], "figure4: argument --limit: invalid int value: 'x'"),
+        (["flops", "--data", "digits"], "unrecognized arguments: --data digits"),
         (["figure7", "--limit", "4", "--blocks", "13"], "--blocks 13 is outside 1 .. 12"),
         (["table3", "--config", "OTHER"], "other.json was calibrated for deit_tiny_patch16_224, not for digits"),
         (
@@ -414,7 +475,7 @@ def test_bad_input_is_one_line(arguments, message, capsys, tmp_path):
     except SystemExit as stopped:
         code = stopped.code
     error = capsys.readouterr().err.strip().splitlines()
-    assert code == 2 and message in error[-1] and len(error) <= 2
+    assert code == 2 and message in error[-1] and len([line for line in error if "%|" not in line]) == 1
 
 
 def test_the_page_of_models_names_them_all():

@@ -23,20 +23,33 @@ def test_it_is_written_with_readmes_tables(tmp_path, monkeypatch, capsys):
         "".join(f"<!-- {name} -->\nstale text\n<!-- end -->\n" for name in readme.TABLES)
     )
     monkeypatch.setattr(report, "PAGE", tmp_path / "REPORT.md")
-    assert report.main() == 0
+    assert report.main([]) == 0
     written = (tmp_path / "README.md").read_text()
     assert "stale text" not in written and readme.made_by("paper_flops.json") in written
-    assert report.main() == 0
+    assert report.main([]) == 0
     assert (tmp_path / "README.md").read_text() == written
     assert (tmp_path / "REPORT.md").read_text() == report.page(readme.RESULTS)
 
 
-@pytest.mark.parametrize("text", ['{"rows": []}', "[]", "{", '{"environment": {"commit": "x"}}'])
+@pytest.mark.parametrize("text", ['{"rows": []}', "[]", "{", '{"environment": {"commit": "x"}}', "ROW"])
 def test_a_file_of_another_version_is_named(text, tmp_path):
     path = tmp_path / f"digits_{next(iter(EXPERIMENTS))}.json"
-    path.write_text(text)
+    made = json.loads((readme.RESULTS / "digits_table1.json").read_text())
+    path.write_text(json.dumps(made | {"rows": ["x"]}) if text == "ROW" else text)
     with pytest.raises(ValueError, match=f"^{path}: is no result of this version"):
         report.page(tmp_path)
+
+
+def test_it_takes_no_options(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        report.main(["--out", "elsewhere"])
+    assert capsys.readouterr().err.startswith("python -m benchmarks.report: unrecognized arguments: --out elsewhere;")
+
+
+def test_a_table_without_its_file_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    with pytest.raises(FileNotFoundError, match="paper_flops.json is missing, README has a table of it; measure it"):
+        readme.load("paper_flops.json")
 
 
 def test_an_experiment_is_found_by_its_name(tmp_path):

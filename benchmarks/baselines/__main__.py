@@ -1,8 +1,10 @@
 """``python -m benchmarks.baselines``: the methods with their settings."""
 
+from atm_triton.errors import Parser
 from benchmarks.baselines import BASELINES
 
 if __name__ == "__main__":
+    Parser(prog="python -m benchmarks.baselines", description=__doc__.partition(": ")[2]).parse_args()
     for name, method in BASELINES.items():
         what = " ".join(method.__doc__.split("\n\n")[0].split())
         settings = method.__doc__.partition("Args:")[2].strip()

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from atm_triton.digits.model import CHECKPOINT, vit_digits_patch8_112
 from atm_triton.digits.render import CANVAS, Digits, render
 from atm_triton.env import check_file, write_result
-from atm_triton.errors import exit_code
+from atm_triton.errors import Parser, exit_code
 from atm_triton.inputs import check_device
 
 STAGES = ((40, 48, 2600), (64, 32, 2400), (CANVAS, 32, 1700))  # side in px, batch size, steps
@@ -148,7 +148,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=CHECKPOINT, help="the checkpoint to write (safetensors)")
     parser.add_argument("--json", type=Path, default=RESULT, help="the log and the accuracy")
     parser.add_argument("--seed", type=int, default=0)

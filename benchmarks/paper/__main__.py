@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from atm_triton.env import check_file, write_result
-from atm_triton.errors import exit_code
+from atm_triton.errors import Parser, exit_code
 from atm_triton.report import left_out, need_matplotlib
 from benchmarks.bench import RESULTS
 from benchmarks.paper import (
@@ -54,6 +54,7 @@ def run(args: argparse.Namespace) -> None:
     check_file("--out", out)
     settings = args.experiment.settings(args)
     need_matplotlib()
+    check_file("--out", out.with_suffix(".png"))
     rows = Rows(out, {**Subject.settings(args), **settings}, args.resume)
     subject = Subject(args)
     rows.broken = lambda: subject.broken
@@ -67,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.paper", description=__doc__.split(": ")[1])
+    parser = Parser(prog="python -m benchmarks.paper", description=__doc__.split(": ")[1])
     names = parser.add_subparsers(dest="name", required=True, metavar="NAME")
     _add(names, "flops", flops, [])
     for name, experiment in EXPERIMENTS.items():

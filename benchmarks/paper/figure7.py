@@ -1,6 +1,7 @@
 """Pictures of merged tokens, block by block, from easy to hard images: ATM beside ToMe at equal FLOPs.
 
-Easy is an image that keeps few tokens by its own count. Merged patches have their mean colour and one outline.
+Easy is an image that keeps few tokens by its own count. Merged patches have their mean colour and one outline. The
+pictures are made in one go: a run that goes on draws them all.
 """
 
 import argparse
@@ -23,6 +24,7 @@ SAVED = 0.5
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False, parents=[options()])
     parser.add_argument("--pictures", type=int, default=4, help="images shown, from easy to hard (4)")
+    parser.add_argument("--share", type=float, default=SAVED, help="of the FLOPs to save (0.5)")
     parser.add_argument("--blocks", type=int, nargs="+", default=[2, 4, 6, 8, 11], help="after which (2 4 6 8 11)")
     return parser
 
@@ -30,9 +32,9 @@ def arguments() -> argparse.ArgumentParser:
 def settings(args: argparse.Namespace) -> dict[str, Any]:
     if args.pictures < 1:
         raise ValueError("--pictures wants 1 or more")
-    if args.resume:
-        raise ValueError("--resume: the pictures are made in one go; leave it out")
-    return {"saved": SAVED, "pictures": args.pictures, "blocks": args.blocks}
+    if not 0 < args.share < 1:
+        raise ValueError(f"--share {args.share:g} is out of range; want one between 0 and 1")
+    return {"saved": args.share, "pictures": args.pictures, "blocks": args.blocks}
 
 
 @torch.inference_mode()
@@ -41,10 +43,11 @@ def measure(subject: Subject, rows: Rows, args: argparse.Namespace) -> None:
     wrong = [block for block in args.blocks if not 1 <= block <= subject.depth]
     if wrong:
         raise ValueError(f"--blocks {wrong[0]} is outside 1 .. {subject.depth}")
-    goal, (ours, theirs) = subject.goal(SAVED), ("atm, image", "tome")
+    goal, (ours, theirs) = subject.goal(args.share), ("atm, image", "tome")
     ways = {method: at_cost(subject, method, goal) for method in (ours, theirs)}
-    if None in ways.values():
-        raise ValueError(f"ATM and ToMe do not both come close to {goal:.4g} GFLOPs with these thresholds")
+    for method, way in ways.items():
+        if way is None:
+            raise ValueError(f"{method}: no setting comes close to {goal:.4g} GFLOPs; give another --share")
     models = {method: way.patch(share(subject.model)) for method, way in ways.items()}
     bar = tqdm(subject.images(), desc="tokens left", unit="batch", disable=None)
     kept = torch.cat([_tokens(models[ours], images) for images in bar])
@@ -56,14 +59,16 @@ def measure(subject: Subject, rows: Rows, args: argparse.Namespace) -> None:
     rows.expect(len(chosen) * len(models))
     names = {ours: "ATM", theirs: f"ToMe, r = {ways[theirs].settings['r']}"}
     pictures: list[Picture] = []
+    about: list[dict[str, Any]] = []
     for number in chosen:
         for method, model in models.items():
             shown = picture(model, images[number], tuple(args.blocks), f"image {number}, {names[method]}")
             pictures.append(shown)
             all_last = cost_of_each(model, model.blocks.last.all_served).paper_gflops
-            about = {"gflops": shown.gflops, "gflops_all_tokens_last": float(all_last), "left": shown.left}
-            rows.add({"title": shown.title}, lambda about=about: about)
+            about.append({"gflops": shown.gflops, "gflops_all_tokens_last": float(all_last), "left": shown.left})
     draw(pictures, rows.path.with_suffix(".png"))
+    for shown, row in zip(pictures, about, strict=True):
+        rows.add({"title": shown.title}, lambda row=row: row)
 
 
 def _numbered(subject: Subject, wanted: set[int]) -> dict[int, torch.Tensor]:

@@ -50,7 +50,8 @@ class Rows:
     def _go_on(self, path: Path) -> None:
         try:
             document = json.loads(path.read_text())
-            settings, rows, broken = dict(document["settings"]), list(document["rows"]), set(document["not_read"])
+            settings, broken = dict(document["settings"]), set(document["not_read"])
+            rows = [dict(row) for row in document["rows"]]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"--resume: {path} is no result of this experiment; give another --out") from error
         different = [name for name, value in self.settings.items() if settings.get(name) != value]
@@ -68,8 +69,8 @@ class Rows:
             settings = dict(json.loads(path.read_text())["settings"])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is no result of this experiment; give another --out, or delete it") from error
-        names = self.settings.keys() & settings.keys() - {*SAME, *FREE}
-        different = sorted(name for name in names if settings[name] != self.settings[name])
+        names = self.settings.keys() - {*SAME, *FREE}
+        different = sorted(name for name in names if name not in settings or settings[name] != self.settings[name])
         if different:
             raise ValueError(
                 f"{path} is a result with another {', another '.join(different)}; give another --out, or delete it"
