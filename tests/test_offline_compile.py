@@ -63,7 +63,7 @@ for name, warps in (("gfx942", 16), ("sm_90", 32)):
     ("options", "message"),
     [
         (["--jobs", "0"], "offline_compile: --jobs 0 is too small; give 1 or more\n"),
-        (["--json", "no/where.json"], "offline_compile: --json no/where.json: its directory does not exist; make it, or choose another\n"),
+        (["--json", "."], "offline_compile: --json . is a directory; name a file in it\n"),
     ],
 )
 def test_bad_input(options, message):
