@@ -19,6 +19,7 @@ from tqdm import tqdm
 from atm_triton import search as searching
 from atm_triton.config import ADAPT, ATMConfig
 from atm_triton.distributed import silent
+from atm_triton.flops import unmerged
 from atm_triton.meter import Mean, Measured, Meter, similarities
 from atm_triton.patch import check_model, settled
 from atm_triton.search import MANY, SEEN, Found, Search
@@ -158,7 +159,8 @@ def calibrate(
         progress: show a bar.
 
     Raises:
-        ValueError: a target that cannot be reached, too few images; TypeError: a model that cannot be merged.
+        ValueError: a target that cannot be reached, too few images, or of another shape than the model's; TypeError: a
+            model that cannot be merged, or batches of anything but float images.
     """
     check_model(model)
     if adapt not in ADAPT:
@@ -167,7 +169,9 @@ def calibrate(
         raise ValueError(f"max_merging_blocks={max_merging_blocks} is too small; give 1 or more")
     parts, number = split_images(loader, seed)
     shape = tuple(parts["fit"][0].shape[1:])
-    _check_reachable(target, Predictor(model, shape, [], cls_only_last), max_merging_blocks)
+    _check_fits(model, shape)
+    if target.max_gflops is not None:
+        _check_reachable(target.max_gflops, Predictor(model, shape, [], cls_only_last), max_merging_blocks)
     settings = {"cls_only_last": cls_only_last, "backend": backend}
     begin = settled(ATMConfig(proportional_attention=proportional_attention), model)
     hidden = silent("" if progress else None)
@@ -209,18 +213,24 @@ def split_images(loader: Iterable, seed: int) -> tuple[dict[str, list[Tensor]], 
     return parts, number
 
 
-def _check_reachable(target: Target, predictor: Predictor, max_merging_blocks: int | None) -> None:
-    if target.max_gflops is None:
-        return
+def _check_fits(model: VisionTransformer, shape: tuple[int, ...]) -> None:
+    try:
+        unmerged(model, shape)
+    except (RuntimeError, AssertionError) as error:
+        why = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"images {list(shape)} are not what the model takes: {why}; give others") from error
+
+
+def _check_reachable(max_gflops: float, predictor: Predictor, max_merging_blocks: int | None) -> None:
     lowest = predictor.lowest(max_merging_blocks)
-    if target.max_gflops < lowest:
+    if max_gflops < lowest:
         raise ValueError(
-            f"max_gflops={target.max_gflops:g} is below {_rounded_up(lowest)}, the lowest that merging can reach here; "
+            f"max_gflops={max_gflops:g} is below {_rounded_up(lowest)}, the lowest that merging can reach here; "
             "ask for more"
         )
-    if target.max_gflops >= predictor.highest:
+    if max_gflops >= predictor.highest:
         raise ValueError(
-            f"max_gflops={target.max_gflops:g}: the model costs {predictor.highest:.4g} without merging; ask for less"
+            f"max_gflops={max_gflops:g}: the model costs {predictor.highest:.4g} without merging; ask for less"
         )
 
 

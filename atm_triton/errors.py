@@ -1,6 +1,7 @@
 """Bad input at the command line: one line on standard error and exit code 2."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -15,24 +16,23 @@ class UnreachableError(ValueError):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's, whose errors are one line too."""
+    """argparse's, whose errors are one line too, of several processes from one."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}; {self.prog} --help says what there is\n")
+        line = f"{self.prog}: {message}; {self.prog} --help says what there is\n"
+        self.exit(2, None if int(os.environ.get("RANK", 0)) else line)
 
 
 def exit_code(program: str, run: Callable[[], Any]) -> int:
-    """0 when ``run`` is done; 2, and "``program``: what was wrong", on a ValueError, TypeError or OSError; 130, as a
-    shell has it, on Ctrl-C."""
+    """0 when ``run`` is done; 2, and "``program``: what was wrong", on a ValueError, TypeError or OSError, or where a
+    GPU's memory is too small; 130, as a shell has it, on Ctrl-C."""
     try:
         run()
-    except (ValueError, TypeError, OSError) as error:
-        line = _one_line(error)
+    except (ValueError, TypeError, OSError, torch.OutOfMemoryError) as error:
+        full = isinstance(error, torch.OutOfMemoryError)
+        line = "out of memory on the GPU; give smaller batches" if full else _one_line(error)
         if failed(line):
             print(f"{program}: {line}", file=sys.stderr)
-        return 2
-    except torch.OutOfMemoryError:
-        print(f"{program}: out of memory on the GPU; give a smaller --batch-size", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)

@@ -119,7 +119,11 @@ def read_config(path: Path, model: str, model_kwargs: dict[str, Any], checkpoint
 
 def checksum(checkpoint: Path | None) -> str | None:
     """What tells a file of weights from others; None for a model's own."""
-    return None if checkpoint is None else hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+    if checkpoint is None:
+        return None
+    if not checkpoint.is_file():
+        raise FileNotFoundError(f"checkpoint {checkpoint} is no file")
+    return hashlib.sha256(checkpoint.read_bytes()).hexdigest()
 
 
 class DigitImages(Dataset):
@@ -230,7 +234,7 @@ def open_images(
         mine = Subset(digits, own_images(len(digits), batch_size)) if dealt else digits
         return DataLoader(mine, batch_size=batch_size)
     if not Path(data).is_dir():
-        raise FileNotFoundError(f"directory {data} " + ("is a file" if Path(data).exists() else "does not exist"))
+        raise FileNotFoundError(f"directory {data} " + ("is a file" if Path(data).is_file() else "does not exist"))
     dataset = (_folders if labelled else _anywhere)(data, config["input_size"][0])
     if limit is not None and limit < len(dataset.samples):
         every = len(dataset.samples) / limit

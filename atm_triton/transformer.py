@@ -43,7 +43,8 @@ class Record:
 
     @property
     def all_served(self) -> "Record":
-        """The same with a last block that computes all its tokens and merges none: it gives the same logits."""
+        """The same with a last block that computes all its tokens and merges none, but for one that fuses before its
+        attention: it gives the same logits."""
         return self if self.leading is None else replace(self, leading=None, rows=(*self.rows[:-1], self.tokens[-1]))
 
     @property

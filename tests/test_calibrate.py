@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from tqdm import tqdm
 
 from atm_triton import ATMConfig, Target, apply_patch, calibrate, meter, search
@@ -15,6 +16,7 @@ from atm_triton.calibrate import Promise, split_images
 from atm_triton.cli import main
 from atm_triton.evaluate import evaluate
 from atm_triton.flops import cost, unmerged
+from atm_triton.inputs import checksum, open_model
 from atm_triton.meter import Mean, Measured, Meter, hardest, similarities
 from atm_triton.report import calibration_table
 from atm_triton.search import Search, smoothest
@@ -203,6 +205,9 @@ def test_bad_input(loader):
         calibrate(model, [torch.zeros(64, 3, 40, 40, dtype=torch.uint8)], target)
     with pytest.raises(TypeError, match="^loader: got dict; want batches of images"):
         calibrate(model, [{"images": images(64)}], target)
+    for shape in ((64, 1, 40, 40), (64, 3, 44, 40)):
+        with pytest.raises(ValueError, match=r"^images \[.*, 40\] are not what the model takes: .*; give others"):
+            calibrate(model, [torch.zeros(shape)], target)
 
 
 class StoppedError(Exception):
@@ -337,6 +342,11 @@ def test_a_damaged_file_of_measurements_is_named(tmp_path, loader, small_search)
             calibrate(vit(), loader, Target(max_gflops=0.8 * whole(vit())), notes=notes, progress=False)
 
 
+def randomised(model):
+    torch.nn.init.normal_(model.head.weight)
+    return model
+
+
 def test_the_command(tmp_path, small_search, capsys):
     out = tmp_path / "digits.json"
     arguments = ["--images", "64", "--adapt", "image", "--out", str(out)]
@@ -351,9 +361,15 @@ def test_the_command(tmp_path, small_search, capsys):
     out.write_text(json.dumps(document | {"model": "deit_tiny_patch16_224"}))
     assert main(["eval", "--config", str(out), "--limit", "20"]) == 2
     assert "was calibrated for deit_tiny_patch16_224, not for digits; calibrate anew" in capsys.readouterr().err
-    out.write_text(json.dumps(document | {"weights": "mine.pth", "checkpoint_sha256": "0" * 64}))
-    assert main(["eval", "--config", str(out), "--limit", "20"]) == 2
-    assert "was calibrated for other weights, mine.pth; calibrate anew" in capsys.readouterr().err
+    weights = {name: tmp_path / f"{name}.safetensors" for name in ("mine", "other")}
+    for path in weights.values():
+        save_file(randomised(open_model()).state_dict(), path)
+    out.write_text(json.dumps(document | {"weights": "mine", "checkpoint_sha256": checksum(weights["mine"])}))
+    for path, code in ((weights["mine"], 0), (weights["other"], 2)):
+        assert main(["eval", "--config", str(out), "--limit", "4", "--checkpoint", str(path)]) == code
+    assert main(["eval", "--config", str(out), "--limit", "4"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("was calibrated for other weights, mine; calibrate anew") == 2
 
 
 def test_a_broken_image_is_left_out_and_named(tmp_path, small_search, capsys):

@@ -204,6 +204,7 @@ TINY = ("--model", "deit_tiny_patch16_224")
         bad("eval", *TINY, "--pretrained", "model 'deit_tiny_patch16_224' cannot be made"),
         bad("eval", *TINY, "deit_tiny_patch16_224 would have random weights: give --checkpoint FILE or --pretrained"),
         bad("eval", "--checkpoint", "missing.safetensors", "checkpoint missing.safetensors is no file"),
+        bad("eval", "--checkpoint", "missing.pth", "--config", "pyproject.toml", "checkpoint missing.pth is no file"),
         bad("eval", "--data", "missing", "directory missing does not exist"),
         bad("eval", "--batch-size", "0", "batch size 0 is too small; give 1 or more"),
         bad("eval", "--limit", "0", "limit 0 is too small"),
@@ -253,6 +254,21 @@ def test_a_command_line_that_is_none(arguments, capsys):
         main(arguments)
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.startswith("atm-triton") and error.count("\n") == 1 and "--help" in error
+
+
+def test_an_error_of_the_command_line_is_one_process_to_say(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit, match="2"):
+        main(["eval", "--limit", "x"])
+    assert capsys.readouterr().err == ""
+
+
+def test_too_little_memory_is_one_line(capsys):
+    def run():
+        raise torch.OutOfMemoryError("CUDA out of memory\nand much more")
+
+    assert exit_code("eval", run) == 2
+    assert capsys.readouterr().err == "eval: out of memory on the GPU; give smaller batches\n"
 
 
 def test_a_model_argument_without_a_value_is_refused(capsys):

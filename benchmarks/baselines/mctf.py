@@ -98,8 +98,8 @@ class MCTF(Baseline):
 
 
 class MCTFBlock(ReducingBlock):
-    """timm's block with tokens fused before the values are made. In a last block that serves the leading tokens alone
-    too: what those attend to is fused."""
+    """timm's block with tokens fused before the values are made; also in a last block that serves the leading tokens
+    alone, or is not to merge: what those attend to is fused."""
 
     baseline: MCTF
 
