@@ -123,8 +123,18 @@ def _targets(result: dict[str, Any]) -> str:
         f"best curve, in the others at most {100 * max([1, *ratios]) - 100:.0f} % above. A calibration "
         f"took {min(passes):,} to {max(passes):,} passes of an image through the model, "
         f"{min(seconds):.0f} to {max(seconds):.0f} seconds.",
+        *_commits(result["rows"]),
     ]
     return "\n".join(lines)
+
+
+def _commits(rows: list[dict[str, Any]]) -> list[str]:
+    """Of rows that were kept from another commit, which is whose; nothing where all are of one."""
+    by_commit: dict[str, dict[str, None]] = {}
+    for row in rows:
+        by_commit.setdefault(row["commit"][:7], {})[row["method"]] = None
+    whose = "; ".join(f"{', '.join(methods)} {commit}" for commit, methods in by_commit.items())
+    return ["", f"The rows are of the commits: {whose}."] if len(by_commit) > 1 else []
 
 
 def _effort(result: dict[str, Any]) -> str:

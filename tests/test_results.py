@@ -7,6 +7,7 @@ import pytest
 
 from atm_triton.digits.model import CONFIG, IMAGE_CONFIG
 from benchmarks.calibration import RAMPS
+from benchmarks.paper import table1
 from benchmarks.paper.methods import STYLES
 from benchmarks.readme import RESULTS, beside_the_curve
 
@@ -48,6 +49,14 @@ def test_atm_keeps_the_accuracy_and_changes_least():
             for name in ("atm, batch", "atm, image"):
                 quality = found[name]["overall"]
                 assert quality["top1"] >= quality["top1_unpatched"] - 0.1 and quality["agreement"] > 99.5
+
+
+def test_atm_saves_most_without_a_drop():
+    best = table1.best(result("digits_table1.json"))
+    assert set(best) == set(STYLES)
+    saved = {name: 0 if row is None else row["saved"] for name, row in best.items()}
+    atm, batch = saved.pop("atm, image"), saved.pop("atm, batch")
+    assert atm > 0.7 and atm > batch > max(saved.values()) and best["atm, image"]["overall"]["images"] >= 2000
 
 
 def test_what_ships_was_calibrated_for_what_it_saves():
