@@ -1,6 +1,7 @@
 """Calibration: what it finds, promises and refuses, and that it goes on where it was interrupted."""
 
 import json
+import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from atm_triton.inputs import checksum, open_model
 from atm_triton.meter import Mean, Measured, Meter, hardest, similarities
 from atm_triton.report import calibration_table
 from atm_triton.search import Search, smoothest
-from atm_triton.shapes import Predictor, Shape
+from atm_triton.shapes import Drawer, Predictor, Shape
 from models import distilled, images, vit
 
 SMALL = {"DRAWS": 12, "KEPT": 3, "STEPS": 4, "FINALISTS": 2, "CURVES": 1, "BENDS": 2}
@@ -410,3 +411,15 @@ def test_bad_input_of_the_command(arguments, message, tmp_path, capsys, monkeypa
     error = capsys.readouterr().err.splitlines()
     assert len(error) == 1 and error[0].startswith("atm-triton: ") and message in error[0], error
     assert not list(tmp_path.iterdir())  # nor what would stand in the way of a better try
+
+
+def test_grouping_and_attention_are_drawn_too(loader):
+    model = vit()
+    predictor = Predictor(model, (3, 40, 40), similarities(model, [batch for batch, _ in loader], ATMConfig()), True)
+    drawer = Drawer(predictor, "image", True, None, random.Random(0), 0.8 * whole(model))
+    shapes = [drawer.draw(number) for number in range(20)]
+    assert {shape.split_depth for shape in shapes} == {None, 4}
+    assert {shape.family for shape in shapes} == {"curve", "free"}
+    changed = [drawer.changed(shapes[0]) for _ in range(200)]
+    assert {shape.split_depth for shape in changed} == {None, 4, 1}
+    assert {shape.proportional_attention for shape in changed} == {True, False}
