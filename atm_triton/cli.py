@@ -140,6 +140,7 @@ def run_eval(args: argparse.Namespace) -> dict[str, Any]:
     labelled = labels_fit(loader, model)
     outcome = evaluate(model, loader, config, labelled=labelled)
     print(f"{args.model} on {data}, batch {batch_size}, {_where(args)}")
+    print(f'adapt="{config.adapt}"' + (f"; {config.source}" if config.source else ""))
     _say_logits(model)
     if not labelled:
         print("no top-1: it needs one folder for each class of the model")

@@ -61,7 +61,8 @@ def model_options() -> argparse.ArgumentParser:
 
 def data_options() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(add_help=False)
-    options.add_argument("--data", help="digits, or a directory with one folder of images a class")
+    text = "digits, or a directory with one folder of images a class (to calibrate: with images anywhere)"
+    options.add_argument("--data", help=text)
     options.add_argument("--batch-size", type=int, help="images a batch (64; 8 for random images)")
     return options
 

@@ -54,7 +54,7 @@ def _line(name: str, quality: Quality) -> str:
 
     return (
         f"{name:10} {quality.images:7d} {figure(quality.top1, 7, 2)} {figure(quality.top1_unpatched, 7, 2)} "
-        f"{quality.agreement:8.2f} {quality.kl:9.5f} {quality.gflops:7.3f} {figure(quality.own_tokens, 10, 1)}"
+        f"{quality.agreement:8.2f} {quality.kl:9.1e} {quality.gflops:7.3f} {figure(quality.own_tokens, 10, 1)}"
     )
 
 
