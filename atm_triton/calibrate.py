@@ -196,7 +196,7 @@ def split_images(loader: Iterable, seed: int) -> tuple[dict[str, list[Tensor]], 
     for batch in batches:
         if not isinstance(batch, Tensor) or batch.dim() != 4 or not batch.is_floating_point():
             got = f"{batch.dtype} {list(batch.shape)}" if isinstance(batch, Tensor) else type(batch).__name__
-            raise TypeError(f"loader: got {got}; want batches of images [B, C, H, W] in floats, as it takes them")
+            raise TypeError(f"loader: got {got}; want batches of images [B, C, H, W], normalised floats")
     size = max(map(len, batches), default=0)  # the first may be smaller, where images could not be read
     number = sum(map(len, batches))
     if number < LEAST_IMAGES:
@@ -218,7 +218,7 @@ def _check_fits(model: VisionTransformer, shape: tuple[int, ...]) -> None:
         unmerged(model, shape)
     except (RuntimeError, AssertionError) as error:
         why = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"images {list(shape)} are not what the model takes: {why}; give others") from error
+        raise ValueError(f"images {list(shape)} are not as the model's: {why}; give its channels and size") from error
 
 
 def _check_reachable(max_gflops: float, predictor: Predictor, max_merging_blocks: int | None) -> None:

@@ -16,10 +16,10 @@ from timm.models.vision_transformer import VisionTransformer
 
 from atm_triton import report
 from atm_triton.calibrate import Target, calibrate
+from atm_triton.command import exit_code
 from atm_triton.config import ATMConfig
 from atm_triton.distributed import rank, start, stop
 from atm_triton.env import check_file, environment, write_result
-from atm_triton.errors import exit_code
 from atm_triton.evaluate import evaluate
 from atm_triton.inputs import (
     DIGITS,

@@ -234,7 +234,8 @@ def open_images(
         mine = Subset(digits, own_images(len(digits), batch_size)) if dealt else digits
         return DataLoader(mine, batch_size=batch_size)
     if not Path(data).is_dir():
-        raise FileNotFoundError(f"directory {data} " + ("is a file" if Path(data).is_file() else "does not exist"))
+        why = "is a file; name the one that it lies in" if Path(data).is_file() else "does not exist"
+        raise FileNotFoundError(f"directory {data} {why}")
     dataset = (_folders if labelled else _anywhere)(data, config["input_size"][0])
     if limit is not None and limit < len(dataset.samples):
         every = len(dataset.samples) / limit

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from atm_triton import ATMConfig
+from atm_triton.command import Parser, exit_code
 from atm_triton.env import check_file, write_result
-from atm_triton.errors import Parser, exit_code
 from atm_triton.evaluate import evaluate
 from benchmarks.bench import RESULTS, Bench
 from benchmarks.paper.methods import scaled

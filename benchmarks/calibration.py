@@ -19,9 +19,9 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from atm_triton import Target, calibrate
+from atm_triton.command import Parser, exit_code
 from atm_triton.distributed import rank, start, stop
 from atm_triton.env import check_file, environment, write_result
-from atm_triton.errors import Parser, exit_code
 from atm_triton.search import MANY
 from atm_triton.shapes import Shape
 from benchmarks.bench import BATCH_SIZE, RESULTS, Bench

@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from atm_triton import ATMBlock, ATMConfig
 from atm_triton.block import Step, Tokens
+from atm_triton.command import Parser, exit_code
 from atm_triton.env import check_file, write_result
-from atm_triton.errors import Parser, exit_code
 from atm_triton.evaluate import share
 from atm_triton.inputs import check_device, digits_config, open_images, open_model
 from atm_triton.patch import install

@@ -35,8 +35,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from atm_triton.command import Parser, exit_code
 from atm_triton.env import check_file, write_result
-from atm_triton.errors import Parser, exit_code
 from atm_triton.kernels import assign, attention, match, merge, unmerge
 
 RESULT = Path(__file__).parent / "results" / "offline_compile.json"

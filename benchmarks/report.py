@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from atm_triton.errors import Parser, exit_code
+from atm_triton.command import Parser, exit_code
 from benchmarks import readme
 from benchmarks.paper.__main__ import EXPERIMENTS
 

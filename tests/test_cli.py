@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from atm_triton import ATMConfig, apply_patch
 from atm_triton.cli import main
-from atm_triton.errors import exit_code
+from atm_triton.command import exit_code
 from atm_triton.evaluate import evaluate
 from atm_triton.inputs import digits_config, open_images, open_model
 

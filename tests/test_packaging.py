@@ -85,7 +85,7 @@ def test_no_import_runs_upward():
         {"patch", "flops"},
         {"summary", "evaluate", "shapes"},
         {"inputs", "throughput", "meter"},
-        {"search"},
+        {"search", "command"},
         {"calibrate", "options", "visualize"},
         {"report"},
         {"cli"},

@@ -38,9 +38,7 @@ def test_atm_keeps_the_accuracy_and_changes_least():
     assert len(by_share) == 5 and {row["method"] for row in rows} == set(STYLES) and len(rows) == 5 * len(STYLES)
     for share, found in by_share.items():
         kl = {name: row["overall"]["kl"] for name, row in found.items()}
-        assert min(kl, key=kl.get) == "atm, image" and 2 * kl["atm, image"] < kl["threshold, image"], share
-        if share in (0.3, 0.4):
-            assert kl["mctf, fast"] < kl["atm, batch"], "README says so"
+        assert min(kl, key=kl.get) == "atm, image" and 2 < kl["threshold, image"] / kl["atm, image"] < 12, share
         others = {name for name in kl if name.startswith(("tome", "evit", "pitome"))}
         assert all(kl["atm, batch"] < kl[name] for name in others), share
         for row in found.values():
@@ -87,7 +85,8 @@ def test_what_stands_beside_costs_as_much():
 
 def test_passes_of_few_images_are_stated():
     found = result("digits_calibrate_512.json")
-    assert found["images"] == 512 and 20_000 < found["passes"] < 50_000
+    assert found["images"] == 512 < found["passes"] and found["config"]["adapt"] == "image"
+    assert found["target"]["max_gflops"] == pytest.approx(0.55 * found["unmerged_gflops"], rel=0.01)
 
 
 def test_calibrations_keep_their_promises():
@@ -96,8 +95,6 @@ def test_calibrations_keep_their_promises():
     for row in (agreement, *rows):
         quality, promise = row["overall"], row["promise"]
         assert quality["images"] >= 6000 and row["seconds"] < 8 * 60  # two cores
-        if "share" in row:
-            assert 1 - row["saved"] == pytest.approx(1 - row["share"], rel=0.02)
         shares = (quality["agreement"] / 100 * quality["images"] + 1) / (quality["images"] + 2)
         errors = {"kl": quality["kl_se"], "agreement": (shares * (1 - shares) / quality["images"]) ** 0.5}
         seen = {"kl": quality["kl"], "agreement": quality["agreement"] / 100}

@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from atm_triton.command import Parser, exit_code
 from atm_triton.env import check_file, write_result
-from atm_triton.errors import Parser, exit_code
 from atm_triton.report import left_out, need_matplotlib
 from benchmarks.bench import RESULTS
 from benchmarks.paper import (
