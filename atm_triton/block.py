@@ -11,41 +11,25 @@ from torch import Tensor, nn
 
 from atm_triton import ops
 from atm_triton.config import ATMConfig
-from atm_triton.reference import largest_r, of_tokens
-
-
-class Tokens(NamedTuple):
-    """The tokens between two blocks: ``x`` [B, N, C], their ``size`` [B, N] (None: all ones) and its ``log2_size``,
-    where the kernels made it; or ``x`` [T, C] and ``size`` [T] of images that lie as ``packing`` says."""
-
-    x: Tensor
-    size: Tensor | None = None
-    log2_size: Tensor | None = None
-    packing: ops.Packing | None = None
+from atm_triton.packed import Assignment, Images, Packed
+from atm_triton.reference import batch_r, largest_r, of_tokens
 
 
 class Step(NamedTuple):
-    """What a block did: the ``tokens`` that leave it, the ``assignment`` [B, N], packed [T], of those that entered
-    (None: nothing merged, the order is as before), and ``counts`` [B], each image's own number of candidates (None
-    where no threshold is at work)."""
+    """What a block did: the ``tokens`` that leave it, the ``slots`` [T] that those that entered went to (None: nothing
+    merged, the order is as before), and ``counts`` [B], each image's own number of candidates (None where no threshold
+    is at work)."""
 
-    tokens: Tokens
-    assignment: Tensor | None = None
+    tokens: Packed
+    slots: Tensor | None = None
     counts: Tensor | None = None
-
-
-def first_tokens(x: Tensor, rows: int, packing: ops.Packing | None) -> Tensor:
-    """The first ``rows`` tokens of every image, dense [B, rows, ...], of [B, N, ...] or packed [T, ...]."""
-    if packing is None:
-        return x[:, :rows]
-    return x[packing.cu_seqlens[:-1].unsqueeze(1) + torch.arange(rows, device=x.device)]
 
 
 class ATMBlock(Block):
     """timm's ``Block`` that merges tokens after attention: ``block(x, size) -> (x, size)``.
 
-    With ``adapt="image"`` it is ``block(x, size, packing) -> (x, size, packing)``: each image merges by its own count,
-    and after the first merge images of different lengths lie one after the other, x [T, C], as ``packing`` tells.
+    With ``adapt="image"`` each image merges by its own count, images of different lengths lie one after the other, and
+    it is ``block(x, size)`` or ``block(packed) -> packed``, a :class:`~atm_triton.packed.Packed`.
 
     Args:
         dim, num_heads, **block_kwargs: as timm's ``Block``.
@@ -100,143 +84,171 @@ class ATMBlock(Block):
         self.r = None if config.schedule is None else config.schedule[block_index]
         self.theta = None if config.adapt == "static" else config.theta(block_index + 1, depth)
 
-    def forward(
-        self, x: Tensor, size: Tensor | None = None, packing: ops.Packing | None = None
-    ) -> tuple[Tensor, Tensor | None] | tuple[Tensor, Tensor | None, ops.Packing | None]:
+    def forward(self, x: Tensor | Packed, size: Tensor | None = None) -> tuple[Tensor, Tensor | None] | Packed:
         """Attention, merge and MLP.
 
         Args:
-            x: tokens [B, N, C], or packed [T, C].
-            size: [B, N] float32, packed [T], the patches that each token stands for; None: one each.
-            packing: how packed images lie, from the block before; None: they are dense.
+            x: tokens [B, N, C], or what a block with ``adapt="image"`` returned.
+            size: [B, N] float32, the patches that each token stands for; None: one each.
 
         Returns:
-            x [B, M, C] with M <= N, and its sizes [B, M]; None while nothing has merged. With ``adapt="image"`` also
-            the packing, None while nothing has merged.
+            x [B, M, C] with M <= N, and its sizes [B, M]; None while nothing has merged. With ``adapt="image"`` all of
+            it as Packed.
 
         Raises:
-            ValueError: packed images where one r is to hold for the batch.
+            ValueError: images of different lengths where one r is to hold for the batch.
         """
-        if packing is not None and self.config.adapt != "image":
+        packed = x if isinstance(x, Packed) else Packed.of(x, size)
+        if not packed.images.equal and self.config.adapt != "image":
             raise ValueError(f'packed images in a block with adapt={self.config.adapt!r}; want adapt="image"')
-        tokens = self.step(Tokens(x, size, None, packing)).tokens
-        return (tokens.x, tokens.size, tokens.packing) if self.config.adapt == "image" else (tokens.x, tokens.size)
+        tokens = self.step(packed).tokens
+        if self.config.adapt == "image":
+            return tokens
+        size = None if tokens.sizes is None else tokens.images.shaped(tokens.sizes)
+        return tokens.images.shaped(tokens.x), size
 
-    def step(self, tokens: Tokens, merges: bool = True) -> Step:
-        """:meth:`forward` with its assignment and counts; ``merges=False`` leaves every token as it is."""
-        x, packing = tokens.x, tokens.packing
-        y = self.norm1(x)
-        q, k, v = self._heads(self.attn.qkv(y))
+    def step(self, tokens: Packed, merges: bool = True) -> Step:
+        """:meth:`forward` with its slots and counts; ``merges=False`` leaves every token as it is."""
+        images = tokens.images
+        y = self.norm1(images.shaped(tokens.x))
+        q, k, v = self.heads(self.attn.qkv(y))
         q, k = self.attn.q_norm(q), self.attn.k_norm(k)
-        found = self._match(k, tokens) if merges else None
-        read = None if found is None or found.counts is None else ops.CountRead(found.counts)
+        found = self.match(k, tokens) if merges else None
+        r = None if found is None else self.r_of(found.counts, images)
+        copy = None if r is None or self.given_r(images) is not None else ops.to_host(r)
         attended = self._attend(y, q, k, v, tokens)
         del y, q, k, v  # their memory is wanted again
-        counts = None if read is None else read.counts
-        plan = None if found is None else self._plan(found, read, x.shape[-2], packing)
-        if plan is None:
-            x = x + self._drop_path(self.drop_path1, self.ls1(attended), packing)
+        assignment = None if r is None else self.assign(found, r, copy, images)
+        if assignment is None:
+            x = images.shaped(tokens.x) + self._drop_path(self.drop_path1, self.ls1(attended), images)
             del attended
-            return Step(tokens._replace(x=self._feed_forward(x, self.norm2(x), packing)), None, counts)
-        tokens, y = self._merge(tokens, attended, *plan)
-        del x, attended
-        tokens = tokens._replace(x=self._feed_forward(tokens.x, y, tokens.packing))
-        return Step(tokens, plan[0], counts)
+            y = self.norm2(x)
+        else:
+            tokens, y = self.merge(tokens, attended, assignment)
+            del attended
+            images = tokens.images
+            x = images.shaped(tokens.x)
+        x = x + self._drop_path(self.drop_path2, self.ls2(self.mlp(y)), images)
+        counts, slots = None if found is None else found.counts, None if assignment is None else assignment.slots
+        return Step(tokens._replace(x=rows(x)), slots, counts)
 
-    def step_leading(self, tokens: Tokens, rows: int) -> Step:
-        """The last block of a model that classifies from its first ``rows`` tokens (Appendix A): those tokens alone,
-        dense [B, rows, C], from one query, projection and MLP row each."""
-        y = self.norm1(tokens.x)
-        size = None if tokens.size is None else first_tokens(tokens.size, rows, tokens.packing)
-        x = first_tokens(tokens.x, rows, tokens.packing)
-        x = x + self.drop_path1(self.ls1(self._attend_leading(y, tokens, rows)))
-        return Step(Tokens(self._feed_forward(x, self.norm2(x), None), size))
+    def step_leading(self, tokens: Packed, n: int, y: Tensor | None = None) -> Step:
+        """The last block of a model that classifies from its first ``n`` tokens (Appendix A): those tokens alone, from
+        one query, projection and MLP row each. ``y``: the norm of all tokens, if it is at hand."""
+        images = tokens.images
+        y = self.norm1(images.shaped(tokens.x)) if y is None else y
+        size = None if tokens.sizes is None else images.first(tokens.sizes, n).flatten()
+        x = images.first(tokens.x, n)
+        x = x + self.drop_path1(self.ls1(self._attend_leading(y, tokens, n)))
+        x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        return Step(Packed.of(x, size))
 
-    def _attend_leading(self, y: Tensor, tokens: Tokens, rows: int) -> Tensor:
+    def _attend_leading(self, y: Tensor, tokens: Packed, n: int) -> Tensor:
         A, qkv = self.attn.attn_dim, self.attn.qkv
         bias_q, bias_kv = (None, None) if qkv.bias is None else (qkv.bias[:A], qkv.bias[A:])
-        asking = first_tokens(y, rows, tokens.packing)
-        (q,) = self._heads(F.linear(asking, qkv.weight[:A], bias_q))
-        k, v = self._heads(F.linear(y, qkv.weight[A:], bias_kv))
-        return self._attend(asking, self.attn.q_norm(q), self.attn.k_norm(k), v, tokens)
+        asking = tokens.images.first(rows(y), n)
+        (q,) = self.heads(F.linear(asking, qkv.weight[:A], bias_q))
+        k, v = self.heads(F.linear(y, qkv.weight[A:], bias_kv))
+        queries = Images.of(len(asking), n, y.device)
+        return self._attend(asking, self.attn.q_norm(q), self.attn.k_norm(k), v, tokens, queries)
 
-    def _heads(self, projected: Tensor) -> tuple[Tensor, ...]:
-        """[B, N, n H d] to n tensors [B, H, N, d] that share its memory; [T, n H d] to [H, T, d]."""
-        heads = projected.unflatten(-1, (-1, self.attn.num_heads, self.attn.head_dim))
-        return heads.movedim(-3, 0).transpose(-3, -2).unbind(0)
+    def heads(self, projected: Tensor) -> tuple[Tensor, ...]:
+        """[..., n H d] to n tensors [H, T, d] that share its memory."""
+        each = projected.view(-1, projected.shape[-1] // self.attn.attn_dim, self.attn.num_heads, self.attn.head_dim)
+        return each.permute(1, 2, 0, 3).unbind(0)
 
-    def _feed_forward(self, x: Tensor, y: Tensor, packing: ops.Packing | None) -> Tensor:
-        """x and what the MLP makes of its norm ``y``."""
-        return x + self._drop_path(self.drop_path2, self.ls2(self.mlp(y)), packing)
-
-    def _drop_path(self, drop_path: nn.Module, x: Tensor, packing: ops.Packing | None) -> Tensor:
-        """Drops whole images, also where they are packed."""
-        if packing is None or not self.training or isinstance(drop_path, nn.Identity):
+    def _drop_path(self, drop_path: nn.Module, x: Tensor, images: Images) -> Tensor:
+        """Drops whole images, also where their lengths differ."""
+        if images.equal or not self.training or isinstance(drop_path, nn.Identity):
             return drop_path(x)
-        of_images = drop_path(x.new_ones(len(packing.cu_seqlens) - 1, 1))
-        return x * of_tokens(of_images, packing.cu_seqlens, len(x))
+        return x * of_tokens(drop_path(x.new_ones(images.B, 1)), images, len(x))
 
-    def _r(self, N: int) -> int | None:
-        """The r of N tokens, where no count is to say it; else None."""
+    def given_r(self, images: Images) -> int | None:
+        """The r of each image, where no count is to say it; else None."""
         if self.r is None:
             return 0 if self.theta is None else None
-        return min(self.r, largest_r(N, self.num_prefix_tokens))
+        return min(self.r, largest_r(images.N, self.num_prefix_tokens))
 
-    def _match(self, keys: Tensor, tokens: Tokens) -> ops.Match | None:
+    def r_of(self, counts: Tensor | None, images: Images) -> Tensor:
+        """The r of each image, int64 [B], on the device: where the three ways to adapt differ."""
+        if self.config.adapt == "static":
+            device = images.cu_seqlens.device
+            return torch.full((images.B,), self.given_r(images), dtype=torch.int64, device=device)
+        return batch_r(counts) if self.config.adapt == "batch" else counts
+
+    def match(self, keys: Tensor, tokens: Packed) -> ops.Match | None:
         """Partners by the keys that attention uses (after ``k_norm``); None where r is known to be 0."""
-        if self._r(keys.shape[-2]) == 0:
+        if self.given_r(tokens.images) == 0:
             return None
-        options = (self.num_prefix_tokens, self.by_size, self.theta, self.config.backend, tokens.packing)
-        return ops.match(keys, tokens.size, *options)
+        options = (self.num_prefix_tokens, self.by_size, self.theta, self.config.backend)
+        return ops.match(keys, tokens.sizes, tokens.images, *options)
 
-    def _plan(
-        self, found: ops.Match, read: ops.CountRead | None, N: int, packing: ops.Packing | None
-    ) -> tuple[Tensor, ops.Lists | None, int | ops.Packing] | None:
-        """Which tokens merge, as an assignment with its lists, and the length of the images after it; None if none do.
-        Where r hangs on counts, they are waited for here: attention has given them time."""
-        P, backend = self.num_prefix_tokens, self.config.backend
-        if self.config.adapt == "image":
-            if not torch.compiler.is_compiling() and not read.on_host().any():
+    def assign(self, found: ops.Match, r: Tensor, copy: ops.HostCopy | None, images: Images) -> Assignment | None:
+        """Which tokens merge; None if none do. Where r hangs on counts, the host waits for it here: attention has given
+        it time."""
+        T, one_r = found.partner.shape[0], self.config.adapt != "image"
+        if copy is None:
+            T -= images.B * self.given_r(images)
+        elif one_r or not torch.compiler.is_compiling():
+            removed = int(ops.read(copy).sum())
+            if removed == 0:
                 return None
-            return ops.assign_each(found.similarity, found.partner, self.theta, read, P, backend, packing)
-        r = self._r(N) if read is None else read.batch_r()
-        if r == 0:
-            return None
-        return *ops.assign(found.similarity, found.partner, r, P, self.by_size, backend), N - r
+            T -= removed
+        else:
+            T = None
+        return ops.assign(found, r, images, self.num_prefix_tokens, T, one_r, self.config.backend)
 
-    def _merge(
-        self, tokens: Tokens, attended: Tensor, assignment: Tensor, lists: ops.Lists | None, M: int | ops.Packing
-    ) -> tuple[Tokens, Tensor]:
+    def merge(self, tokens: Packed, attended: Tensor, assignment: Assignment) -> tuple[Packed, Tensor]:
         """The residual sum of x and ``attended``, merged, and its norm for the MLP."""
-        x, size, _, packing = tokens
-        after = M if isinstance(M, ops.Packing) else None
-        if lists is not None and self._fuses(x, attended):
-            scale = self.ls1
-            gamma = scale.gamma_like(x) if hasattr(scale, "gamma_like") else getattr(scale, "gamma", None)
-            merged, y = ops.add_merge_norm(x, attended, gamma, size, assignment, lists, M, self.norm2, packing)
-            return Tokens(*merged, after), y
-        x = x + self._drop_path(self.drop_path1, self.ls1(attended), packing)
-        del attended
-        merged = ops.merge(x, size, assignment, M, self.config.backend, lists, packing)
-        return Tokens(*merged, after), self.norm2(merged.x)
+        images = tokens.images
+        if assignment.tokens is not None and self._fuses(tokens.x, attended):
+            gamma = scale_of(self.ls1, tokens.x)
+            merged, y = ops.add_merge_norm(tokens, rows(attended), gamma, assignment, self.norm2)
+            return merged, merged.images.shaped(y)
+        x = images.shaped(tokens.x) + self._drop_path(self.drop_path1, self.ls1(attended), images)
+        merged = ops.merge(tokens._replace(x=rows(x)), assignment, self.config.backend)
+        return merged, self.norm2(merged.images.shaped(merged.x))
 
     def _fuses(self, x: Tensor, attended: Tensor) -> bool:
         """Whether residual sum, merge and norm are what one kernel computes: no gradient, and plain modules."""
-        if any(map(ops.needs_grad, (x, attended, *self.norm2.parameters(), *self.ls1.parameters()))):
-            return False
+        if torch.is_grad_enabled():
+            parameters = (*self.norm2.parameters(), *self.ls1.parameters())
+            if any(tensor.requires_grad for tensor in (x, attended, *parameters)):
+                return False
         drops = self.training and not isinstance(self.drop_path1, nn.Identity)
-        scales = type(self.ls1) in (nn.Identity, LayerScale) or hasattr(self.ls1, "gamma_like")
-        plain = type(self.norm2) in (nn.LayerNorm, LayerNorm) and scales
-        hooked = any(m._forward_hooks or m._forward_pre_hooks for m in (self.ls1, self.drop_path1, self.norm2))
-        return plain and not drops and not hooked
+        hooked = self.drop_path1._forward_hooks or self.drop_path1._forward_pre_hooks
+        return is_plain(self.ls1, self.norm2) and not drops and not hooked
 
-    def _attend(self, y: Tensor, q: Tensor, k: Tensor, v: Tensor, tokens: Tokens) -> Tensor:
-        """The rest of timm's ``Attention`` for the queries of the normalised tokens ``y`` [..., Nq, C]."""
-        attn = self.attn
-        n = None if self.config.proportional_attention is False else tokens.size
+    def _attend(
+        self, y: Tensor, q: Tensor, k: Tensor, v: Tensor, tokens: Packed, queries: Images | None = None
+    ) -> Tensor:
+        """The rest of timm's ``Attention`` for the queries of the normalised tokens ``y`` [..., C]; ``queries``: where
+        they lie, None: as the tokens."""
+        return self.attn.proj_drop(self.attn.proj(self.mix(y, q, k, v, tokens, queries)))
+
+    def mix(self, y: Tensor, q: Tensor, k: Tensor, v: Tensor, tokens: Packed, queries: Images | None = None) -> Tensor:
+        """What comes before the projection."""
+        attn, images = self.attn, tokens.images
+        n = None if self.config.proportional_attention is False else tokens.sizes
         dropout_p = attn.attn_drop.p if self.training else 0.0
-        options = (dropout_p, attn.fused_attn, self.config.backend, tokens.log2_size, tokens.packing)
-        x = attn.norm(ops.attention(q, k, v, n, *options).transpose(-3, -2).flatten(-2))
-        if attn.gate is not None:
-            x = x * attn.gate(y).sigmoid()
-        return attn.proj_drop(attn.proj(x))
+        options = (dropout_p, attn.fused_attn, self.config.backend, tokens.log2_sizes)
+        mixed = ops.attention(q, k, v, n, images, queries, *options).transpose(0, 1).flatten(1)
+        x = attn.norm((images if queries is None else queries).shaped(mixed))
+        return x if attn.gate is None else x * attn.gate(y).sigmoid()
+
+
+def is_plain(scale: nn.Module, norm: nn.Module) -> bool:
+    """Whether the residual sum through ``scale`` and its ``norm`` are what one kernel computes."""
+    scales = type(scale) in (nn.Identity, LayerScale) or hasattr(scale, "gamma_like")
+    hooked = any(m._forward_hooks or m._forward_pre_hooks for m in (scale, norm))
+    return type(norm) in (nn.LayerNorm, LayerNorm) and scales and not hooked
+
+
+def scale_of(scale: nn.Module, x: Tensor) -> Tensor | None:
+    """The factor [C] of a plain LayerScale; None: there is none."""
+    return scale.gamma_like(x) if hasattr(scale, "gamma_like") else getattr(scale, "gamma", None)
+
+
+def rows(x: Tensor) -> Tensor:
+    """[B, N, C] or [T, C] to [T, C]."""
+    return x.flatten(0, -2)

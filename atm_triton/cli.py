@@ -38,8 +38,8 @@ from atm_triton.inputs import (
 from atm_triton.ops import explain
 from atm_triton.options import DTYPES, parser
 from atm_triton.patch import apply_patch, settled
+from atm_triton.record import Record
 from atm_triton.throughput import keep_freed_memory, measure
-from atm_triton.transformer import Record
 from atm_triton.visualize import draw, picture
 
 DEIT = "deit_small_patch16_224"

@@ -39,6 +39,7 @@ class ATMConfig:
             that token only (Appendix A); it changes no logit. False: the last block merges as every other.
         backend: "auto" takes the Triton kernels where they can run and the plain-torch reference elsewhere; "triton"
             and "reference" insist.
+        engine: run inference on a GPU by CUDA graphs (:mod:`atm_triton.engine`) wherever that can be; False: never.
         source: where the values come from, for people to read.
 
     Raises:
@@ -59,6 +60,7 @@ class ATMConfig:
     proportional_attention: bool | None = None
     cls_only_last: bool = True
     backend: str = "auto"
+    engine: bool = True
     source: str = ""
 
     def __post_init__(self) -> None:
@@ -69,7 +71,7 @@ class ATMConfig:
         if self.split_depth is not None:
             object.__setattr__(self, "split_depth", _count("split_depth", self.split_depth))
         self._check_adapt()
-        for name, unset in (("proportional_attention", True), ("cls_only_last", False)):
+        for name, unset in (("proportional_attention", True), ("cls_only_last", False), ("engine", False)):
             value = getattr(self, name)
             if not isinstance(value, bool) and not (unset and value is None):
                 raise TypeError(f"{name}={value!r} is no bool; give True or False")

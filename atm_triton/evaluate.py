@@ -15,7 +15,7 @@ from atm_triton.config import ATMConfig
 from atm_triton.distributed import in_order, silent
 from atm_triton.flops import cost, cost_of_each, unmerged
 from atm_triton.patch import apply_patch
-from atm_triton.transformer import Number, Record
+from atm_triton.record import Number, Record
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 Patch = Callable[[VisionTransformer], VisionTransformer]

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from atm_triton.record import Number, Record
 from atm_triton.reference import largest_r
-from atm_triton.transformer import Number, Record, leading_tokens
+from atm_triton.transformer import leading_tokens
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,12 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from atm_triton import ops
-from atm_triton.block import ATMBlock, Tokens
+from atm_triton.block import ATMBlock
 from atm_triton.config import ATMConfig
 from atm_triton.distributed import in_order, own
 from atm_triton.evaluate import compare, share, unpatched_logits
 from atm_triton.notes import Notes
+from atm_triton.packed import Packed
 from atm_triton.patch import apply_patch, install
 
 HARDEST, AT_LEAST = 8, 64  # one in so many images of a part, or as many as this
@@ -135,9 +136,10 @@ class SimilarityBlock(ATMBlock):
 
     found: list[Tensor]
 
-    def _match(self, keys: Tensor, tokens: Tokens) -> None:
-        similarity, partner, _ = ops.match(keys, None, self.num_prefix_tokens, False, None, self.config.backend)
-        self.found.append(similarity[partner >= 0].view(len(similarity), -1).float().cpu())
+    def match(self, keys: Tensor, tokens: Packed) -> None:
+        options = (self.num_prefix_tokens, False, None, self.config.backend)
+        similarity, partner, _ = ops.match(keys, None, tokens.images, *options)
+        self.found.append(similarity[partner >= 0].view(tokens.images.B, -1).float().cpu())
 
 
 @torch.inference_mode()

@@ -1,66 +1,40 @@
 """The operations of a merge step, each computed by the backend that the configuration asks for.
 
-Checks and dispatch only: the formulas are in ``reference.py``. Tokens are dense, [B, N, C] with sizes [B, N] and keys
-[B, H, N, d], or packed, [T, C] with sizes [T] and keys [H, T, d], and a :class:`Packing` that tells the images apart.
-``sizes`` float32 may be None wherever every token still stands for one patch.
+Checks and dispatch; the formulas are in ``reference.py``. Tokens are rows [T, C] of images that lie as ``images`` says,
+keys [H, T, d]. ``sizes`` float32 [T] may be None wherever every token still stands for one patch.
+
+What a compiler or autograd goes through are the operations ``torch.ops.atm_triton``, one function each for both
+devices, at the end of this file: the Triton kernels on CUDA; on the CPU the reference, or the kernels where Triton's
+interpreter is on.
 """
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib.util import find_spec
-from typing import Any, NamedTuple, Self
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.library import Library, infer_schema, register_autograd, register_fake
 
-from atm_triton import library, reference
+from atm_triton import reference
 from atm_triton.kernels.choice import KERNEL, attention_choice
+from atm_triton.packed import Assignment, Images, Packed
 
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 KERNEL_PREFIX, KERNEL_CHANNELS = 16, 128  # protected tokens, and channels of a head, that the kernels can take
 
 
-class Packing(NamedTuple):
-    """Images of different lengths, one after the other. ``cu_seqlens`` int32 [B + 1], on the device: the row where each
-    begins and, at the end, the number of rows; ``longest``: no image has more tokens (those of the dense batch that it
-    comes from, lest what a kernel chooses by it hang on the other images); ``lengths`` int64 [B], on the host: the
-    tokens of each, None where a graph was traced."""
-
-    cu_seqlens: Tensor
-    longest: int
-    lengths: Tensor | None
-
-    @classmethod
-    def of(cls, lengths: Tensor, device: torch.device | None = None) -> Self:
-        """Of images with these ``lengths``, int64 [B] on the host, on a device."""
-        cu_seqlens = reference.new_cu_seqlens(torch.zeros_like(lengths), lengths)
-        return cls(cu_seqlens.to(device), int(lengths.max()) if len(lengths) else 0, lengths)
-
-
 class Match(NamedTuple):
-    """``similarity`` [B, N] float32 or above and ``partner`` [B, N] int32 as :func:`reference.match` gives them, packed
-    [T]; ``counts`` [B] int64: the candidates at or above theta, None where no theta was given."""
+    """``similarity`` [T] float32 or above and ``partner`` [T] int32 as :func:`reference.match` gives them; ``counts``
+    [B] int64: the candidates at or above theta, None where no theta was given."""
 
     similarity: Tensor
     partner: Tensor
     counts: Tensor | None
-
-
-class Lists(NamedTuple):
-    """An assignment the other way round, for the kernels: ``tokens`` and ``spans`` as :func:`reference.lists`."""
-
-    tokens: Tensor
-    spans: Tensor
-
-
-class Merged(NamedTuple):
-    """Merged tokens ``x`` [B, M, C], their ``sizes`` [B, M] float32, packed [T', C] and [T'], and the ``log2_sizes``
-    that the attention kernel reads, None by the reference."""
-
-    x: Tensor
-    sizes: Tensor
-    log2_sizes: Tensor | None
 
 
 @cache
@@ -88,7 +62,7 @@ def _obstacle(device: str, dtype: torch.dtype) -> str | None:
         return f"the kernels take float16, bfloat16 or float32, not {str(dtype).removeprefix('torch.')}"
     if find_spec("triton") is None:
         return "Triton is not installed; install triton (Linux)"
-    if device == "cpu" and not library.interpreting():
+    if device == "cpu" and not interpreting():
         return "tensors are on the CPU; move them to a GPU, or set TRITON_INTERPRET=1 before Python starts"
     if device not in ("cpu", "cuda"):
         return f"there are no kernels for {device}; move the tensors to a CUDA device"
@@ -101,9 +75,9 @@ def runs_kernels(backend: str, x: Tensor) -> bool:
 
 
 def _traced(x: Tensor) -> bool:
-    """Whether a compiler sees the CPU's tensors. Of packed images it is shown the operations, which are the reference
-    there: shapes in that hang on numbers that only a run knows."""
-    return torch.compiler.is_compiling() and x.device.type == "cpu" and not library.interpreting()
+    """Whether a compiler sees the CPU's tensors. Of images whose lengths differ it is shown the operations, which are
+    the reference there: shapes in that hang on numbers that only a run knows."""
+    return torch.compiler.is_compiling() and x.device.type == "cpu" and not interpreting()
 
 
 def _fits_kernels(backend: str, x: Tensor, num_prefix: int = 0) -> bool:
@@ -122,18 +96,19 @@ def _takes_kernels(backend: str, device: str, dtype: torch.dtype) -> bool:
     return explain(backend, device, dtype)[0] == "triton"
 
 
-def _call(name: str, *arguments: Any) -> Any:
-    """The operation ``name`` of ``library.py``: in eager inference past torch's dispatcher, which costs as much as a
-    launch; under tracing or autograd through it."""
-    if torch.compiler.is_compiling() or any(map(_needs_dispatch, arguments)):
-        return getattr(torch.ops.atm_triton, name).default(*arguments)
-    return getattr(library, name)(*arguments)
+_PLAIN = frozenset((Tensor, nn.Parameter, int, float, bool, type(None)))
 
 
-def _needs_dispatch(argument: Any) -> bool:
-    if not isinstance(argument, Tensor):
-        return False
-    return type(argument) not in (Tensor, nn.Parameter) or needs_grad(argument)
+def _call(run: Callable[..., Any], *arguments: Any) -> Any:
+    """An operation: in eager inference past torch's dispatcher, which costs as much as a launch; under tracing, under
+    autograd and for tensors of other classes through it."""
+    if torch.compiler.is_compiling() or not _PLAIN.issuperset(map(type, arguments)) or _any_needs_grad(arguments):
+        return getattr(torch.ops.atm_triton, _name(run)).default(*arguments)
+    return run(*arguments)
+
+
+def _any_needs_grad(arguments: tuple[Any, ...]) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments)
 
 
 def needs_grad(x: Tensor) -> bool:
@@ -143,17 +118,17 @@ def needs_grad(x: Tensor) -> bool:
 def match(
     keys: Tensor,
     sizes: Tensor | None,
+    images: Images,
     num_prefix: int,
     by_size: bool,
     theta: float | None = None,
     backend: str = "auto",
-    packing: Packing | None = None,
 ) -> Match:
     """Each token's most similar partner, and each image's number of candidates (Sections 3.1 to 3.3).
 
     Args:
-        keys: [B, H, N, d], the keys of the block's attention, packed [H, T, d]; no gradient flows through the choice.
-        num_prefix: the protected tokens at the start of the sequence.
+        keys: [H, T, d], the keys of the block's attention; no gradient flows through the choice.
+        num_prefix: the protected tokens at the start of each image.
         by_size: size-distinctive instead of alternate grouping.
         theta: count the candidates at or above this cosine similarity.
 
@@ -161,213 +136,145 @@ def match(
         ValueError, TypeError: arguments of another shape, dtype or device; theta outside -1 .. 1; "triton" with more
             protected tokens (16) or channels a head (128) than the kernels take, where "auto" takes the reference.
     """
-    _check_dims("keys", keys, packing, "[B, H, N, d]", "[H, T, d]")
-    _check_sizes(sizes, _tokens_of(keys), keys)
+    _check(keys.dim() == 3, "keys", keys, "[H, T, d]")
+    _check_images("keys", keys, images)
+    _check_sizes(sizes, keys.shape[1], keys)
     _check_prefix(num_prefix)
     if theta is not None and not -1 <= theta <= 1:
         raise ValueError(f"theta={theta} is outside -1 .. 1, the cosine similarities")
     keys = keys.detach()
-    if _fits_kernels(backend, keys, num_prefix) or (packing is not None and _traced(keys)):
-        bound = 2.0 if theta is None else theta  # nothing is as similar as that
-        images = _cu_seqlens(packing), _longest(packing, 0)
-        similarity, partner, counts = _call("match", keys, sizes, num_prefix, by_size, bound, *images)
-        return Match(similarity, partner, None if theta is None else counts)
+    bound = 2.0 if theta is None else theta  # nothing is as similar as that
+    if _fits_kernels(backend, keys, num_prefix) or (_traced(keys) and not images.equal):
+        found = _call(_match, keys, sizes, images.cu_seqlens, num_prefix, by_size, bound, images.N)
+        return Match(*found[:2], None if theta is None else found[2])
     with torch.no_grad(), _without_autocast(keys.device.type):  # 16-bit cosines would flip decisions
-        if packing is not None:
-            similarity, partner = reference.match_packed(keys, sizes, num_prefix, by_size, packing.cu_seqlens)
-            counts = None if theta is None else reference.count(similarity, theta, packing.cu_seqlens)
-            return Match(similarity, partner, counts)
-        B, _, N, _ = keys.shape
-        groups = reference.group(sizes, B, N, num_prefix, by_size, keys.device)
-        similarity, partner = reference.match(keys, *groups)
-        return Match(similarity, partner, None if theta is None else reference.count(similarity, theta))
+        similarity, partner = reference.match(keys, sizes, num_prefix, by_size, images)
+        return Match(similarity, partner, None if theta is None else reference.count(similarity, theta, images))
 
 
-class CountRead:
-    """Each image's ``counts``, int64 [B], on their way to the host. Queue other work, then ask: only the copy is waited
-    for."""
+HostCopy = tuple[Tensor, torch.cuda.Event | None]
 
-    def __init__(self, counts: Tensor) -> None:
-        self.counts, self._on_host, self._copied = counts, counts, None
-        if counts.is_cuda and not torch.compiler.is_compiling():
-            self._on_host = counts.to("cpu", non_blocking=True)  # to pinned memory
-            self._copied = torch.cuda.current_stream(counts.device).record_event()
 
-    def on_host(self) -> Tensor:
-        if self._copied is not None:
-            self._copied.synchronize()
-        return self._on_host
+def to_host(r: Tensor) -> HostCopy:
+    """``r`` on its way to the host. Queue other work, then :func:`read` it: only the copy is waited for."""
+    if not r.is_cuda or torch.compiler.is_compiling():
+        return r, None
+    on_host = r.to("cpu", non_blocking=True)  # to pinned memory
+    return on_host, torch.cuda.current_stream(r.device).record_event()
 
-    def batch_r(self) -> int:
-        """The one r of the batch (Section 3.4)."""
-        return reference.batch_r(self.on_host())
+
+def read(copy: HostCopy) -> Tensor:
+    on_host, copied = copy
+    if copied is not None:
+        copied.synchronize()
+    return on_host
 
 
 def assign(
-    similarity: Tensor, partner: Tensor, r: int, num_prefix: int, by_size: bool, backend: str = "auto"
-) -> tuple[Tensor, Lists | None]:
-    """The assignment [B, N] int32 in which the ``r`` most similar tokens of each image join their partners, and the
-    lists that :func:`merge` by the kernels wants (None by the reference).
-
-    Args:
-        similarity, partner: [B, N], from :func:`match` with the same ``num_prefix`` and ``by_size``.
-        r: 0 .. the number of tokens in A; 0 where there is one token for both groups.
-
-    Raises:
-        ValueError, TypeError: arguments of another shape, dtype or device; another r.
-    """
-    _check(similarity.shape == partner.shape and partner.dim() == 2, "partner", partner, "[B, N], as similarity")
-    _check_match(similarity, partner, num_prefix)
-    N = partner.shape[1]
-    most = reference.group_a_size(N, num_prefix, by_size)
-    if not 0 <= r <= most:
-        raise ValueError(f"r={r} is outside 0 .. {most}, the tokens in A: {N} tokens, {num_prefix} of them protected")
-    if runs_kernels(backend, similarity):
-        assignment, *lists = _call("assign", similarity, partner, r, num_prefix)
-        return assignment, Lists(*lists)
-    return reference.assign(similarity, partner, r, num_prefix), None
-
-
-def assign_each(
-    similarity: Tensor,
-    partner: Tensor,
-    theta: float,
-    read: CountRead,
+    found: Match,
+    r: Tensor,
+    images: Images,
     num_prefix: int,
+    T: int | None,
+    one_r: bool,
     backend: str = "auto",
-    packing: Packing | None = None,
-) -> tuple[Tensor, Lists | None, Packing]:
-    """:func:`assign` where every image merges all its candidates (Section 3.2); with how the merged images lie.
+) -> Assignment:
+    """The assignment in which the most similar tokens of each image join their partners, ``r`` of each.
 
     Args:
-        similarity, partner: [B, N], packed [T], from :func:`match` with the same arguments.
-        read: of the counts of that match.
+        found: from :func:`match` with the same ``images`` and ``num_prefix``.
+        r: int64 [B], from 0 to the number of tokens in A.
+        T: how many rows are left; None under a compiler, whose graph reads it from the device.
+        one_r: r is the same for all images, so that those of one length stay so.
 
     Raises:
         ValueError, TypeError: arguments of another shape, dtype or device.
     """
-    _check_dims("partner", partner, packing, "[B, N]", "[T]")
-    _check(similarity.shape == partner.shape, "similarity", similarity, "the shape of partner")
-    _check_match(similarity, partner, num_prefix)
-    counts, cu_seqlens, most = read.counts, _cu_seqlens(packing), _longest(packing, partner.shape[-1])
-    _check(counts.shape == (len(partner) if packing is None else len(cu_seqlens) - 1,), "counts", counts, "[B]")
-    operates = runs_kernels(backend, similarity) or _traced(partner)
-    lengths, slots = None, -1  # traced: the operation reads how many tokens are left
-    if not (operates and torch.compiler.is_compiling()):
-        lengths = (most if packing is None else packing.lengths) - read.on_host()
-        slots = int(lengths.sum())
-    if operates:
-        arguments = (similarity, partner, counts, theta, num_prefix, cu_seqlens, most, slots)
-        assignment, *lists, begin = _call("assign_each", *arguments)
-        return assignment, Lists(*lists), Packing(begin, most, lengths)
-    assignment = reference.assign_each(similarity, partner, theta, num_prefix, cu_seqlens)
-    begin = reference.new_cu_seqlens(counts, most if packing is None else cu_seqlens.diff())
-    return assignment, None, Packing(begin, most, lengths)
+    similarity, partner, _ = found
+    _check(similarity.dim() == 1 and similarity.shape == partner.shape, "partner", partner, "[T], as similarity")
+    _check(r.shape == (images.B,), "r", r, lambda: f"[{images.B}], one for each image")
+    _check_prefix(num_prefix)
+    if similarity.dtype != torch.float64:  # which the reference makes of float64 keys
+        _check_dtype("similarity", similarity, torch.float32)
+    _check_dtype("partner", partner, torch.int32)
+    _check_dtype("r", r, torch.int64)
+    _check_device("partner", partner, similarity, "similarity")
+    _check_device("r", r, similarity, "similarity")
+    if T is not None and not 0 <= T <= partner.shape[0]:
+        raise ValueError(f"T={T} is outside 0 .. {partner.shape[0]}, the rows that there are")
+    equal = one_r and images.equal
+    if runs_kernels(backend, similarity) or (_traced(partner) and not equal):
+        left = -1 if T is None else T
+        slots, tokens, spans, begin = _call(_assign, *found[:2], r, images.cu_seqlens, num_prefix, images.N, left)
+        T = spans.shape[0]
+    else:
+        (slots, begin), tokens, spans = reference.assign(similarity, partner, r, num_prefix, images), None, None
+    N = T // images.B if equal and images.B else images.N
+    return Assignment(slots, T, Images(begin, N, equal), tokens, spans)
 
 
-def merge(
-    x: Tensor,
-    sizes: Tensor | None,
-    assignment: Tensor,
-    M: int | Packing,
-    backend: str = "auto",
-    lists: Lists | None = None,
-    packing: Packing | None = None,
-) -> Merged:
-    """Size-weighted means of the tokens of each slot (Definition 2): x [B, N, C] to [B, M, C].
-
-    Args:
-        x: or packed [T, C], by ``packing``.
-        assignment: int32, a slot for each token, 0 .. M - 1 in its image; any other number drops the token.
-        M: the tokens of a merged image, and the result is [B, M, C], or a Packing, and it is [T', C].
-        lists: those of ``assignment`` if they are at hand.
+def merge(tokens: Packed, assignment: Assignment, backend: str = "auto") -> Packed:
+    """Size-weighted means of the tokens of each slot (Definition 2).
 
     Raises:
         ValueError, TypeError: arguments of another shape, dtype or device.
     """
-    _check_dims("x", x, packing, "[B, N, C]", "[T, C]")
-    _check_assignment(assignment, x.shape[:-1], x)
-    _check_sizes(sizes, x.shape[:-1], x)
-    _check_slots(M, lists, _images(x, packing))
-    if lists is None and not runs_kernels(backend, x):
-        slots = M.cu_seqlens if isinstance(M, Packing) else M
-        return Merged(*reference.merge(x, sizes, assignment, slots, _cu_seqlens(packing)), None)
-    images = _cu_seqlens(packing), _cu_seqlens(M), max(_longest(packing, x.shape[-2]), _longest(M, 0))
-    slots = M if not isinstance(M, Packing) else int(M.lengths.sum()) if lists is None else lists.spans.shape[0]
-    tokens, spans = _call("lists", assignment, slots, *images) if lists is None else lists
-    return Merged(*_call("merge", x, sizes, assignment, tokens, spans, slots, *images))
+    x, sizes, *_ = tokens
+    _check_tokens(tokens, assignment)
+    slots, T, images, order, spans = assignment
+    if order is None and not runs_kernels(backend, x):
+        return Packed(*reference.merge(x, sizes, slots, T), images)
+    order, spans = reference.lists(slots, T) if order is None else (order, spans)
+    merged, *of_sizes = _call(_merge, x, sizes, slots, order, spans, images.cu_seqlens)
+    return Packed(merged, of_sizes[0], images, of_sizes[1])
 
 
 def add_merge_norm(
-    x: Tensor,
-    attended: Tensor,
-    gamma: Tensor | None,
-    sizes: Tensor | None,
-    assignment: Tensor,
-    lists: Lists,
-    M: int | Packing,
-    norm: nn.LayerNorm,
-    packing: Packing | None = None,
-) -> tuple[Merged, Tensor]:
+    tokens: Packed, attended: Tensor, gamma: Tensor | None, assignment: Assignment, norm: nn.LayerNorm
+) -> tuple[Packed, Tensor]:
     """What a block does between attention and MLP, in one pass over memory by the kernels: x + gamma * attended,
-    merged, and the LayerNorm of that; shapes as :func:`merge`, without a derivative.
+    merged, and the LayerNorm of that [T', C], without a derivative.
 
     Args:
-        attended: as x, what attention adds to it; gamma: [C], the LayerScale, None for 1; norm: over C channels.
-        lists: of ``assignment``, from :func:`assign` by the kernels.
-
+        attended: [T, C], what attention adds to x; gamma: [C], the LayerScale, None for 1; norm: over C channels.
     Raises:
         ValueError, TypeError: arguments of another shape, dtype or device.
     """
-    C = x.shape[-1]
-    _check_dims("x", x, packing, "[B, N, C]", "[T, C]")
-    _check(attended.shape == x.shape, "attended", attended, "the shape of x")
-    _check_device("attended", attended, x)
-    _check_assignment(assignment, x.shape[:-1], x)
-    _check_sizes(sizes, x.shape[:-1], x)
-    _check_slots(M, lists, _images(x, packing))
-    for name, vector in (("gamma", gamma), ("norm.weight", norm.weight), ("norm.bias", norm.bias)):
-        if vector is not None:
-            _check(vector.shape == (C,), name, vector, lambda: f"[{C}], one for each channel of x")
-            _check_device(name, vector, x)
-    if norm.normalized_shape != (C,):
-        raise ValueError(f"norm is over {list(norm.normalized_shape)}; want [{C}], the channels of x")
-    slots = lists.spans.shape[0] if isinstance(M, Packing) else M
-    arguments = (x, attended, gamma, sizes, assignment, *lists, norm.weight, norm.bias, norm.eps, slots)
+    x, sizes, *_ = tokens
+    _check_tokens(tokens, assignment)
+    _check_residual(x, attended, gamma, norm)
+    slots, T, images, order, spans = assignment
+    order, spans = reference.lists(slots, T) if order is None else (order, spans)
+    arguments = (x, attended, gamma, sizes, slots, order, spans, images.cu_seqlens, norm.weight, norm.bias, norm.eps)
     with torch.no_grad():
-        merged, normed, *of_sizes = _call("add_merge_norm", *arguments, _cu_seqlens(packing), _cu_seqlens(M))
-    return Merged(merged, *of_sizes), normed
+        merged, normed, *of_sizes = _call(_add_merge_norm, *arguments)
+    return Packed(merged, of_sizes[0], images, of_sizes[1]), normed
 
 
-def unmerge(
-    x: Tensor,
-    assignment: Tensor,
-    backend: str = "auto",
-    x_packing: Packing | None = None,
-    packing: Packing | None = None,
-) -> Tensor:
-    """Give every token the value of its slot, 0 to a dropped one: x [B, M, C], assignment [B, N] int32 to [B, N, C].
+def add_norm(
+    x: Tensor, attended: Tensor, gamma: Tensor | None, norm: nn.LayerNorm, out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """x + gamma * attended [T, C], written to ``out`` if that is given, and its LayerNorm, in one pass over memory by
+    the kernels; arguments as of :func:`add_merge_norm`."""
+    _check_residual(x, attended, gamma, norm)
+    with device_of(x):
+        return _kernels().add_norm(x, attended, gamma, (norm.weight, norm.bias, norm.eps), out)
 
-    Args:
-        x_packing: of x, if that is packed [T', C]; packing: of the assignment and the result, if they are packed.
+
+def unmerge(x: Tensor, slots: Tensor, backend: str = "auto") -> Tensor:
+    """Give every token the value of its slot, 0 to a dropped one: x [T', C], slots [T] int32 to [T, C].
 
     Raises:
         ValueError, TypeError: arguments of another shape, dtype or device.
     """
-    _check_dims("x", x, x_packing, "[B, M, C]", "[T, C]")
-    tokens = (_images(x, x_packing), assignment.shape[-1])
-    _check_assignment(assignment, tokens[packing is not None :], x)
-    _check_images("x", tokens[0], _images(assignment, packing))
-    images = _cu_seqlens(packing), _cu_seqlens(x_packing)
-    if runs_kernels(backend, x) or (x_packing is not None and _traced(x)):
-        longest = max(_longest(packing, assignment.shape[-1]), _longest(x_packing, 0))
-        return _call("unmerge", x, assignment, *images, longest)
-    return reference.unmerge(x, assignment, *images)
+    _check(x.dim() == 2, "x", x, "[T, C]")
+    _check_slots(slots, slots.shape[:1], x)
+    if runs_kernels(backend, x) or _traced(x):
+        return _call(_unmerge, x, slots)
+    return reference.unmerge(x, slots)
 
 
-def compose(first: Tensor, second: Tensor, packing: Packing | None = None) -> Tensor:
-    """Two merge steps as one (:func:`reference.compose`); ``packing``: of the images after the first."""
-    return reference.compose(first, second, _cu_seqlens(packing))
+compose = reference.compose
 
 
 def attention(
@@ -375,78 +282,62 @@ def attention(
     k: Tensor,
     v: Tensor,
     sizes: Tensor | None,
+    images: Images,
+    queries: Images | None = None,
     dropout_p: float = 0.0,
     fused: bool = True,
     backend: str = "auto",
     log2_sizes: Tensor | None = None,
-    packing: Packing | None = None,
 ) -> Tensor:
-    """softmax(q k^T d^-0.5 + log sizes) v (Appendix A): q [B, H, Nq, d], k and v [B, H, N, d], sizes [B, N] float32.
+    """softmax(q k^T d^-0.5 + log sizes) v (Appendix A): q [H, Tq, d], k and v [H, T, d], sizes [T] float32.
 
     Under autocast q, k and v take its dtype, as in torch's own attention; log n stays in float32. In inference the
     kernel computes what :func:`atm_triton.kernels.choice.attention_choice` leaves it; torch's own attention the rest,
     and all with a gradient or dropout.
 
     Args:
-        k, v: or packed [H, T, d], and so is q, or that of the first Nq tokens of each image, [B, H, Nq, d].
+        queries: where the queries of the images lie; None: as the keys.
         fused: by torch's scaled_dot_product_attention, where the kernel does not compute it.
         log2_sizes: of ``sizes``, if they are at hand.
 
     Raises:
         ValueError, TypeError: arguments of another shape, dtype or device; "triton" with more channels a head than 128.
     """
-    _check_dims("k", k, packing, "[B, H, N, d]", "[H, T, d]")
-    _check_queries(q, k, packing)
+    queries = images if queries is None else queries
+    _check(k.dim() == 3, "k", k, "[H, T, d]")
+    H, T, d = k.shape
+    _check(q.dim() == 3 and (q.shape[0], q.shape[2]) == (H, d), "q", q, lambda: f"[{H}, Tq, {d}], to go with k")
     _check(v.shape == k.shape, "v", v, "the shape of k")
+    _check_images("k", k, images)
+    _check_images("q", q, queries)
     _check_device("k", k, q, "q")
     _check_device("v", v, q, "q")
-    _check_sizes(sizes, _tokens_of(k), k)
-    _check_sizes(log2_sizes, _tokens_of(k), k, "log2_sizes")
+    _check_sizes(sizes, T, k)
+    _check_sizes(log2_sizes, T, k, "log2_sizes")
     device = q.device.type
-    if _autocasts(device):
-        dtype = torch.get_autocast_dtype(device)
+    if (dtype := autocast_dtype(device)) is not None:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     _check_dtype("k", k, q.dtype)
     _check_dtype("v", v, q.dtype)
     trains = dropout_p > 0 or any(map(needs_grad, (q, k, v)))
-    kind = (q.dtype, q.shape[-1], _longest(packing, k.shape[-2]), packing is not None, sizes is not None)
-    fitting = not trains and attention_choice(*kind) == KERNEL
-    if fitting and (_fits_kernels(backend, q) or (packing is not None and _traced(q))):
+    equal = images.equal and queries.equal
+    fitting = not trains and attention_choice(q.dtype, d, images.N, not equal, sizes is not None) == KERNEL
+    if fitting and (_fits_kernels(backend, q) or (_traced(q) and not equal)):
         log2_sizes = None if sizes is None else sizes.log2() if log2_sizes is None else log2_sizes
-        return _call("attention", q, k, v, log2_sizes, _cu_seqlens(packing), _longest(packing, 0))
+        return _call(_attention, q, k, v, log2_sizes, queries.cu_seqlens, images.cu_seqlens, queries.N, images.N)
     if sizes is not None and device == "cuda" and q.element_size() < 4:
         fused = False  # torch's CUDA kernels want a bias in the dtype of q, which would round log n
     with _without_autocast(device):
-        if packing is None:
-            return reference.attention(q, k, v, sizes, dropout_p=dropout_p, fused=fused)
-        where = {"cu_seqlens": packing.cu_seqlens, "lengths": packing.lengths}
-        return reference.attention_packed(q, k, v, sizes, dropout_p=dropout_p, fused=fused, **where)
+        return reference.attention(q, k, v, sizes, images, queries, dropout_p=dropout_p, fused=fused)
 
 
 def _without_autocast(device: str) -> AbstractContextManager:
-    return torch.autocast(device, enabled=False) if _autocasts(device) else nullcontext()
+    return torch.autocast(device, enabled=False) if autocast_dtype(device) else nullcontext()
 
 
-def _autocasts(device: str) -> bool:
-    return device != "meta" and torch.is_autocast_enabled(device)
-
-
-def _cu_seqlens(images: Packing | int | None) -> Tensor | None:
-    return images.cu_seqlens if isinstance(images, Packing) else None
-
-
-def _longest(images: Packing | int | None, dense: int) -> int:
-    return images.longest if isinstance(images, Packing) else dense
-
-
-def _tokens_of(heads: Tensor) -> tuple[int, ...]:
-    """[B, H, N, d] to (B, N), packed [H, T, d] to (T,)."""
-    return (*heads.shape[:-3], heads.shape[-2])
-
-
-def _check_dims(name: str, tensor: Tensor, packing: Packing | None, dense: str, packed: str) -> None:
-    want = dense if packing is None else packed
-    _check(tensor.dim() == want.count(",") + 1, name, tensor, want)
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """What autocast casts to on a kind of device; None: it is off."""
+    return torch.get_autocast_dtype(device) if device != "meta" and torch.is_autocast_enabled(device) else None
 
 
 def _check(holds: bool, name: str, tensor: Tensor, want: str | Callable[[], str]) -> None:
@@ -460,63 +351,282 @@ def _check_dtype(name: str, tensor: Tensor, want: torch.dtype) -> None:
         raise TypeError(f"{name} has dtype {tensor.dtype}; want {want}: {name}.to({want})")
 
 
+def _check_images(name: str, heads: Tensor, images: Images) -> None:
+    """Whether there are as many tokens as equal images have; of others only the device knows."""
+    B, N, T = images.B, images.N, heads.shape[1]
+    if images.equal and B * N != T:
+        raise ValueError(f"{name} has {T} tokens, {B} images of {N} tokens have {B * N}; want the same number")
+
+
 def _check_prefix(num_prefix: int) -> None:
     if num_prefix < 0:
         raise ValueError(f"num_prefix={num_prefix} is below 0; want the number of protected tokens, 0 or more")
 
 
-def _check_match(similarity: Tensor, partner: Tensor, num_prefix: int) -> None:
-    _check_prefix(num_prefix)
-    if similarity.dtype != torch.float64:  # which the reference makes of float64 keys
-        _check_dtype("similarity", similarity, torch.float32)
-    _check_dtype("partner", partner, torch.int32)
-    _check_device("partner", partner, similarity, "similarity")
+def _check_tokens(tokens: Packed, assignment: Assignment) -> None:
+    x, sizes, *_ = tokens
+    _check(x.dim() == 2, "x", x, "[T, C]")
+    _check_slots(assignment.slots, x.shape[:1], x)
+    _check_sizes(sizes, x.shape[0], x)
+    if assignment.T < 0:
+        raise ValueError(f"T={assignment.T} is below 0; want the number of slots")
 
 
-def _check_queries(q: Tensor, k: Tensor, packing: Packing | None) -> None:
-    """``q`` as ``k`` but for the number of tokens; where k is packed, as k in all, or dense."""
-    *images, H, N, d = k.shape
-    if packing is not None and q.dim() == 3:
-        return _check(q.shape == k.shape, "q", q, lambda: f"{[H, N, d]}, the shape of k")
-    B = images[0] if packing is None else packing.cu_seqlens.shape[0] - 1
-    fits = q.dim() == 4 and (q.shape[0], q.shape[1], q.shape[3]) == (B, H, d)
-    return _check(fits, "q", q, lambda: f"[{B}, {H}, Nq, {d}], to go with k")
+def _check_residual(x: Tensor, attended: Tensor, gamma: Tensor | None, norm: nn.LayerNorm) -> None:
+    C = x.shape[-1]
+    _check(attended.shape == x.shape, "attended", attended, "the shape of x")
+    _check_device("attended", attended, x)
+    for name, vector in (("gamma", gamma), ("norm.weight", norm.weight), ("norm.bias", norm.bias)):
+        if vector is not None:
+            _check(vector.shape == (C,), name, vector, lambda: f"[{C}], one for each channel of x")
+            _check_device(name, vector, x)
+    if norm.normalized_shape != (C,):
+        raise ValueError(f"norm is over {list(norm.normalized_shape)}; want [{C}], the channels of x")
 
 
-def _check_slots(M: int | Packing, lists: Lists | None, images: int) -> None:
-    """``M`` and the ``lists`` that are to have as many slots."""
-    if isinstance(M, Packing):
-        return _check_images("M", M.cu_seqlens.shape[0] - 1, images)
-    if M < 0:
-        raise ValueError(f"M={M} is below 0; want the number of slots of an image")
-    if lists is not None:
-        slots = lists.spans
-        _check(len(slots) == images * M, "lists.spans", slots, lambda: f"[{images * M}, 2]: M={M} of each image")
-
-
-def _check_images(name: str, images: int, want: int) -> None:
-    if images != want:
-        raise ValueError(f"{name} is of {images} images, the tokens of {want}; want the same number")
-
-
-def _images(tokens: Tensor, packing: Packing | None) -> int:
-    return tokens.shape[0] if packing is None else packing.cu_seqlens.shape[0] - 1
-
-
-def _check_sizes(sizes: Tensor | None, shape: tuple[int, ...], like: Tensor, name: str = "sizes") -> None:
+def _check_sizes(sizes: Tensor | None, T: int, like: Tensor, name: str = "sizes") -> None:
     if sizes is None:
         return
-    _check(sizes.shape == shape, name, sizes, lambda: f"{list(shape)}, one for each token")
+    _check(sizes.shape == (T,), name, sizes, lambda: f"[{T}], one for each token")
     _check_dtype(name, sizes, torch.float32)
     _check_device(name, sizes, like)
 
 
-def _check_assignment(assignment: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
-    _check(assignment.shape == shape, "assignment", assignment, lambda: f"{list(shape)}, one for each token")
-    _check_dtype("assignment", assignment, torch.int32)
-    _check_device("assignment", assignment, like)
+def _check_slots(slots: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
+    _check(slots.shape == shape, "slots", slots, lambda: f"{list(shape)}, one for each token")
+    _check_dtype("slots", slots, torch.int32)
+    _check_device("slots", slots, like)
 
 
 def _check_device(name: str, tensor: Tensor, like: Tensor, others: str = "the tokens") -> None:
     if tensor.device != like.device:
         raise ValueError(f"{name} is on {tensor.device}, {others} on {like.device}; move one of them")
+
+
+# The operations as torch sees them. Arguments are taken as they come: the functions above have checked them.
+
+_library = Library("atm_triton", "DEF")  # the operations live as long as it does
+
+
+@torch.compiler.assume_constant_result  # a compiler would trace what @cache wraps, and cannot
+def interpreting() -> bool:
+    """Whether Triton runs its kernels by its interpreter (TRITON_INTERPRET=1 before Python starts)."""
+    try:
+        import triton
+    except ImportError:
+        return False
+    return bool(triton.knobs.runtime.interpret)
+
+
+@cache
+def _kernels() -> SimpleNamespace:
+    from atm_triton.kernels import assign, attention, match, merge, unmerge  # where they run, Triton is there
+
+    launchers = (match.match, assign.assign, merge.merge, merge.add_norm, unmerge.unmerge, attention.attention)
+    return SimpleNamespace(**{launcher.__name__: launcher for launcher in launchers})
+
+
+def _on_kernels(x: Tensor) -> bool:
+    return x.is_cuda or interpreting()
+
+
+def device_of(x: Tensor) -> AbstractContextManager:
+    """Triton launches on the current device, which need not be that of the tensors."""
+    if x.is_cuda and x.device.index != torch.cuda.current_device():
+        return torch.cuda.device(x.device)
+    return nullcontext()
+
+
+def _images(cu_seqlens: Tensor, N: int) -> Images:
+    """For the reference, on the CPU, where it costs nothing to see whether all images have N tokens."""
+    return Images(cu_seqlens, N, bool((cu_seqlens.diff() == N).all()))
+
+
+def _name(run: Callable[..., Any]) -> str:
+    return run.__name__.removeprefix("_")
+
+
+def operation(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a function, less its leading underscore, an operation ``torch.ops.atm_triton`` on CUDA and on the CPU."""
+    _library.define(_name(run) + infer_schema(run, mutates_args=()))
+    for device in ("CUDA", "CPU"):  # a compiler that meets an operation outside a graph must not look into it
+        _library.impl(_name(run), torch.compiler.disable(run), device)
+    return run
+
+
+def fake(run: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Make a function the shapes-only form of the operation ``run``."""
+    return register_fake(f"atm_triton::{_name(run)}", lib=_library)
+
+
+@operation
+def _match(
+    keys: Tensor, sizes: Tensor | None, cu_seqlens: Tensor, num_prefix: int, by_size: bool, theta: float, N: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """similarity float32 and partner int32 [T], counts int64 [B]."""
+    if _on_kernels(keys):
+        with device_of(keys):
+            return _kernels().match(keys, sizes, cu_seqlens, num_prefix, by_size, theta, N)
+    images = _images(cu_seqlens, N)
+    similarity, partner = reference.match(keys, sizes, num_prefix, by_size, images)
+    return similarity, partner, reference.count(similarity, theta, images)
+
+
+@fake(_match)
+def _(keys: Tensor, sizes: Any, cu_seqlens: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    T, B = keys.shape[1], cu_seqlens.shape[0] - 1
+    similarity = keys.new_empty(T, dtype=torch.promote_types(keys.dtype, torch.float32))
+    return similarity, keys.new_empty(T, dtype=torch.int32), keys.new_empty(B, dtype=torch.int64)
+
+
+@operation
+def _assign(
+    similarity: Tensor, partner: Tensor, r: Tensor, cu_seqlens: Tensor, num_prefix: int, N: int, T: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """slots and tokens int32 [T], spans int32 [T', 2], cu_seqlens int32 [B + 1] of the merged images. ``T``: T'; -1:
+    read it here, from the device."""
+    T = partner.shape[0] - int(r.sum()) if T < 0 else T
+    if _on_kernels(partner):
+        with device_of(partner):
+            return _kernels().assign(similarity, partner, r, cu_seqlens, num_prefix, N, T)
+    slots, begin = reference.assign(similarity, partner, r, num_prefix, _images(cu_seqlens, N))
+    return slots, *reference.lists(slots, T), begin
+
+
+@fake(_assign)
+def _(
+    similarity: Tensor, partner: Tensor, r: Tensor, cu_seqlens: Tensor, num_prefix: int, N: int, T: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    T = torch.library.get_ctx().new_dynamic_size() if T < 0 else T
+    return *(torch.empty_like(partner) for _ in range(2)), partner.new_empty((T, 2)), torch.empty_like(cu_seqlens)
+
+
+@operation
+def _merge(
+    x: Tensor, sizes: Tensor | None, slots: Tensor, tokens: Tensor, spans: Tensor, cu_seqlens: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Merged x [T', C], its sizes float32 [T'] and their log2; ``cu_seqlens``: of the merged images."""
+    if _on_kernels(x):
+        with device_of(x):
+            merged, _, *of_sizes = _kernels().merge(x, sizes, tokens, spans, cu_seqlens)
+        return merged, *of_sizes
+    merged, new_sizes = reference.merge(x, sizes, slots, spans.shape[0])
+    return merged, new_sizes, new_sizes.log2()
+
+
+@fake(_merge)
+def _(x: Tensor, sizes: Any, slots: Any, tokens: Any, spans: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    merged_sizes = x.new_empty(spans.shape[0], dtype=torch.float32)
+    return x.new_empty((spans.shape[0], x.shape[1])), merged_sizes, torch.empty_like(merged_sizes)
+
+
+def _keep_for_merge(ctx: Any, inputs: tuple, output: tuple) -> None:
+    x, sizes, slots, *_ = inputs
+    ctx.dtype = x.dtype
+    ctx.save_for_backward(sizes, slots, output[1])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _merge_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple:
+    """d x'[slot] / d x_i = n_i / n'[slot]: a gather."""
+    sizes, slots, merged_sizes = ctx.saved_tensors
+    of_token = torch.ops.atm_triton.unmerge(grad / merged_sizes.unsqueeze(-1), slots)
+    if sizes is not None:
+        of_token = of_token * sizes.unsqueeze(-1)
+    return of_token.to(ctx.dtype), *[None] * 5
+
+
+register_autograd("atm_triton::merge", _merge_backward, setup_context=_keep_for_merge, lib=_library)
+
+
+@operation
+def _add_merge_norm(
+    x: Tensor,
+    attended: Tensor,
+    gamma: Tensor | None,
+    sizes: Tensor | None,
+    slots: Tensor,
+    tokens: Tensor,
+    spans: Tensor,
+    cu_seqlens: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x + gamma * attended, merged as by :func:`_merge`; its LayerNorm; its sizes float32; their log2."""
+    if _on_kernels(x):
+        with device_of(x):
+            return _kernels().merge(x, sizes, tokens, spans, cu_seqlens, attended, gamma, (weight, bias, eps))
+    update = attended.float() if gamma is None else attended.float() * gamma.float()
+    merged, new_sizes = reference.merge(x.float() + update, sizes, slots, spans.shape[0])
+    merged = merged.to(x.dtype)
+    affine = (None if parameter is None else parameter.float() for parameter in (weight, bias))
+    normed = F.layer_norm(merged.float(), x.shape[1:], *affine, eps)
+    return merged, normed.to(x.dtype), new_sizes, new_sizes.log2()
+
+
+@fake(_add_merge_norm)
+def _(
+    x: Tensor, attended: Any, gamma: Any, sizes: Any, slots: Any, tokens: Any, spans: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    merged = x.new_empty((spans.shape[0], x.shape[1]))
+    merged_sizes = x.new_empty(spans.shape[0], dtype=torch.float32)
+    return merged, torch.empty_like(merged), merged_sizes, torch.empty_like(merged_sizes)
+
+
+@operation
+def _unmerge(x: Tensor, slots: Tensor) -> Tensor:
+    """x [T', C] and slots int32 [T] to [T, C]."""
+    if _on_kernels(x):
+        with device_of(x):
+            return _kernels().unmerge(x, slots)
+    return reference.unmerge(x, slots)
+
+
+@fake(_unmerge)
+def _(x: Tensor, slots: Tensor) -> Tensor:
+    return x.new_empty((slots.shape[0], x.shape[1]))
+
+
+def _keep_for_unmerge(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    x, slots = inputs
+    ctx.T = x.shape[0]
+    ctx.save_for_backward(slots)
+
+
+def _unmerge_backward(ctx: Any, grad: Tensor) -> tuple:
+    """A slot sums what its tokens got: the mean over its tokens, times their number."""
+    (slots,) = ctx.saved_tensors
+    end = slots.new_full((1,), ctx.T)  # of all slots as one image
+    mean, number, _ = torch.ops.atm_triton.merge(grad.contiguous(), None, slots, *reference.lists(slots, ctx.T), end)
+    return (mean * number.unsqueeze(-1)).to(grad.dtype), None
+
+
+register_autograd("atm_triton::unmerge", _unmerge_backward, setup_context=_keep_for_unmerge, lib=_library)
+
+
+@operation
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log2_sizes: Tensor | None,
+    q_cu_seqlens: Tensor,
+    cu_seqlens: Tensor,
+    Nq: int,
+    N: int,
+) -> Tensor:
+    """[H, Tq, d], in memory [Tq, H, d]; without a derivative."""
+    scale = q.shape[-1] ** -0.5
+    if _on_kernels(q):
+        with device_of(q):
+            return _kernels().attention(q, k, v, log2_sizes, q_cu_seqlens, cu_seqlens, Nq, N, scale)
+    sizes = None if log2_sizes is None else log2_sizes.exp2()
+    out = reference.attention(q, k, v, sizes, _images(cu_seqlens, N), _images(q_cu_seqlens, Nq), scale)
+    return out.transpose(0, 1).contiguous().transpose(0, 1)
+
+
+@fake(_attention)
+def _(q: Tensor, *_: Any) -> Tensor:
+    H, Tq, d = q.shape
+    return q.new_empty((Tq, H, d)).transpose(0, 1)

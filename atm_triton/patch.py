@@ -9,6 +9,7 @@ from torch import nn
 
 from atm_triton.block import ATMBlock
 from atm_triton.config import ATMConfig
+from atm_triton.engine import Engine
 from atm_triton.transformer import ATMBlocks, MergingTransformer, merging_class
 
 _NO_GAP = "it has no point between attention and MLP where tokens could merge"
@@ -83,6 +84,7 @@ def install(model: VisionTransformer, make: Callable[[Block, int], nn.Module], c
     blocks = ATMBlocks([make(block, index) for index, block in enumerate(model.blocks)], model.blocks, config)
     blocks.training = model.blocks.training
     model.blocks = blocks
+    blocks.engine = Engine(model)
     model.__class__ = merging_class(type(model))
     return model
 

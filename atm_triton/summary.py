@@ -6,7 +6,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from atm_triton.flops import Cost, cost, mean, unmerged
-from atm_triton.transformer import MergingTransformer, Record
+from atm_triton.record import Record
+from atm_triton.transformer import MergingTransformer
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Summary:
     record: Record
     cost: Cost
     unmerged: Cost
+    way: str  # how the pass ran
     logits: str = ""  # what the logits are, where a model has several answers
 
     @property
@@ -66,6 +68,7 @@ class Summary:
             f"{self.paper_gflops:.2f} GFLOPs an image ({self.macs:.4e} MACs) of {self.unmerged.paper_gflops:.2f}: "
             f"{100 * self.saved:.1f} % of the MACs saved"
         )
+        lines.append(f"run by: {self.way}")
         return "\n".join([*lines, *([f"logits: {self.logits}"] if self.logits else [])])
 
 
@@ -85,4 +88,5 @@ def summary(model: VisionTransformer) -> Summary:
     if record is None:
         raise ValueError("the patched model has not run all its blocks yet: call it first")
     whole = cost(model, unmerged(model, record.image_shape))
-    return Summary(record, cost(model, record), whole, getattr(model, "logits_are", ""))
+    way = f"engine, {model.engine}" if record.way == "engine" else record.way
+    return Summary(record, cost(model, record), whole, way, getattr(model, "logits_are", ""))

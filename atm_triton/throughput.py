@@ -26,14 +26,15 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
-from atm_triton.block import ATMBlock, Step, Tokens
+from atm_triton.block import ATMBlock, Step
 from atm_triton.config import ATMConfig
 from atm_triton.evaluate import check_finite, share
 from atm_triton.flops import Cost, cost, mean, planned, unmerged
-from atm_triton.ops import Match, Packing
+from atm_triton.ops import Match
+from atm_triton.packed import Images, Packed
 from atm_triton.patch import apply_patch, install
+from atm_triton.record import Record
 from atm_triton.reference import batch_r, of_tokens
-from atm_triton.transformer import Record
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
 UNPATCHED, BOUND, TOME, ATM, ONE_R = "timm", "free-merge bound", "ToMe", "ATM", "one r a batch"
@@ -52,22 +53,24 @@ class Variant:
 
 
 class FreeMergeBlock(ATMBlock):
-    """A block whose merge is a slice: as many tokens go on as ``keep`` says, whichever come first. Of packed images the
-    first rows of all: what they hold means nothing, but an image has as many."""
+    """A block whose merge is a slice: as many tokens go on as ``left`` says, whichever come first. Of images that
+    differ the first rows of all: what they hold means nothing, but an image has as many."""
 
-    keep: int | Packing
+    left: Images
+    rows: int
 
-    def step(self, tokens: Tokens, merges: bool = True) -> Step:
-        y = self.norm1(tokens.x)
-        if tokens.packing is None:
+    def step(self, tokens: Packed, merges: bool = True) -> Step:
+        images = tokens.images
+        y = self.norm1(images.shaped(tokens.x))
+        if images.equal:
             attended = self.attn(y)
         else:
-            q, k, v = self._heads(self.attn.qkv(y))
+            q, k, v = self.heads(self.attn.qkv(y))
             attended = self._attend(y, self.attn.q_norm(q), self.attn.k_norm(k), v, tokens)
-        x = tokens.x + self.drop_path1(self.ls1(attended))
-        packing = self.keep if isinstance(self.keep, Packing) else None
-        x = x[:, : self.keep] if packing is None else x.flatten(end_dim=-2)[: int(packing.lengths.sum())]
-        return Step(Tokens(x + self.drop_path2(self.ls2(self.mlp(self.norm2(x)))), packing=packing))
+        x = images.shaped(tokens.x) + self.drop_path1(self.ls1(attended))
+        x = x[:, : self.left.N] if self.left.equal else x.flatten(end_dim=-2)[: self.rows]
+        x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        return Step(Packed(x.flatten(end_dim=-2), None, self.left))
 
 
 class CountedBlock(ATMBlock):
@@ -76,16 +79,13 @@ class CountedBlock(ATMBlock):
 
     counts: Tensor
 
-    def _match(self, keys: Tensor, tokens: Tokens) -> Match | None:
-        found = super()._match(keys, tokens)
-        in_a, cu_seqlens = found.partner >= 0, tokens.packing and tokens.packing.cu_seqlens
-        before = in_a.cumsum(dim=-1)
-        if cu_seqlens is None:
-            chosen = before <= self.counts.unsqueeze(1)
-        else:
-            most = self.counts + F.pad(before, (1, 0))[cu_seqlens[:-1].long()]
-            chosen = before <= of_tokens(most, cu_seqlens, len(before))
-        return found._replace(similarity=torch.where(in_a & chosen, 1.0, -math.inf), counts=self.counts)
+    def match(self, keys: Tensor, tokens: Packed) -> Match | None:
+        found, images = super().match(keys, tokens), tokens.images
+        in_a = found.partner >= 0
+        before = F.pad(in_a.cumsum(dim=0), (1, 0))
+        most = of_tokens(self.counts + before[images.cu_seqlens[:-1].long()], images, len(in_a))
+        chosen = in_a & (before[1:] <= most)
+        return found._replace(similarity=torch.where(chosen, 1.0, -math.inf), counts=self.counts)
 
 
 def free_merge_bound(model: VisionTransformer, record: Record, config: ATMConfig) -> VisionTransformer:
@@ -93,8 +93,10 @@ def free_merge_bound(model: VisionTransformer, record: Record, config: ATMConfig
 
     def slicing(block: Any, index: int) -> FreeMergeBlock:
         bound = FreeMergeBlock.of(block, config, index, len(record.rows), model.num_prefix_tokens)
-        rows = record.rows[index]
-        bound.keep = Packing.of(rows, next(block.parameters()).device) if isinstance(rows, Tensor) else rows
+        device, kept = next(block.parameters()).device, record.rows[index]
+        differ = isinstance(kept, Tensor)
+        bound.left = Images.of_lengths(kept.to(device)) if differ else Images.of(record.batch, kept, device)
+        bound.rows = int(kept.sum()) if differ else record.batch * kept
         return bound
 
     return install(share(model), slicing, config)
@@ -117,7 +119,8 @@ def counted(model: VisionTransformer, record: Record, config: ATMConfig) -> Visi
     def counting(block: Any, index: int) -> ATMBlock:
         kind = ATMBlock if record.counts[index] is None else CountedBlock
         merging = kind.of(block, config, index, len(record.rows), model.num_prefix_tokens)
-        merging.counts = record.counts[index]
+        if isinstance(merging, CountedBlock):
+            merging.counts = record.counts[index].to(next(block.parameters()).device)
         return merging
 
     return install(share(model), counting, config)
@@ -163,7 +166,7 @@ def _one_r(model: VisionTransformer, batches: list[Tensor], config: ATMConfig, r
     """All images of a batch merge as many tokens as they do on average in ``records``, where each merges its own."""
     models, merged = [], []
     for record, batch in zip(records, batches, strict=True):
-        r = tuple(0 if counts is None else batch_r(counts) for counts in record.counts)
+        r = tuple(0 if counts is None else int(batch_r(counts)[0]) for counts in record.counts)
         models.append(apply_patch(share(model), replace(config, adapt="static", schedule=r, thresholds=None)))
         models[-1](batch)
         merged.append(models[-1].blocks.last)

@@ -5,7 +5,6 @@ Nothing is kept between calls but a finished :class:`Record` of the last one, so
 
 import functools
 from collections.abc import Container
-from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -16,59 +15,21 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from atm_triton import ops
-from atm_triton.block import ATMBlock, Tokens, first_tokens
+from atm_triton.block import ATMBlock
 from atm_triton.config import ATMConfig
-
-Number = int | Tensor  # of every image the same, or int64 [B], each image its own
-
-
-@dataclass(frozen=True)
-class Record:
-    """What a forward pass did. ``leading``: how many tokens the last block served alone, None where it served all;
-    ``tokens``: the tokens of an image that enter each block; ``rows``: those that its MLP sees; ``counts``: each
-    block's [B] candidates, None without a theta; ``matched``: whether a block looked for partners at all."""
-
-    batch: int
-    image_shape: tuple[int, ...]
-    leading: int | None
-    tokens: tuple[Number, ...]
-    rows: tuple[Number, ...]
-    counts: tuple[Tensor | None, ...]
-    matched: tuple[bool, ...]
-
-    @property
-    def queries(self) -> tuple[Number, ...]:
-        """The tokens whose attention each block computes."""
-        return self.tokens if self.leading is None else (*self.tokens[:-1], self.leading)
-
-    @property
-    def all_served(self) -> "Record":
-        """The same with a last block that computes all its tokens and merges none, but for one that fuses before its
-        attention: it gives the same logits."""
-        return self if self.leading is None else replace(self, leading=None, rows=(*self.rows[:-1], self.tokens[-1]))
-
-    @property
-    def merged(self) -> tuple[Number, ...]:
-        """The tokens of an image that each block merges."""
-        r = tuple(before - after for before, after in zip(self.tokens, self.rows, strict=True))
-        return r if self.leading is None else (*r[:-1], 0)
-
-
-def number_of(tokens: Tokens) -> Number:
-    """The tokens of an image."""
-    packing = tokens.packing
-    if packing is None:
-        return tokens.x.shape[1]
-    return packing.cu_seqlens.diff().long() if packing.lengths is None else packing.lengths
+from atm_triton.engine import Engine
+from atm_triton.packed import Images, Packed
+from atm_triton.record import Record, number_of
 
 
 class Run(NamedTuple):
-    """The merged ``tokens`` after the last block run, the ``traces``: where the N tokens that entered the first block
-    are after each block, [B, N] int32, -1: dropped (None: nothing has merged, or nobody wants it), and the unmerged
-    tokens [B, N, C] after each block asked for."""
+    """The merged ``tokens`` after the last block run, the ``traces``: where the rows that entered the first block are
+    after each block, int32 [B N] (None: nothing has merged, or nobody wants it), with the ``images`` that they are then
+    of, and the unmerged tokens [B, N, C] after each block asked for."""
 
-    tokens: Tokens
+    tokens: Packed
     traces: list[Tensor | None]
+    images: list[Images]
     collected: list[Tensor]
 
 
@@ -80,6 +41,7 @@ class ATMBlocks(nn.Sequential):
         self.original = (original,)  # in a tuple: not a submodule, its parameters are already here
         self.config = config
         self.last: Record | None = None
+        self.engine: Engine | None = None  # once the blocks are in their model
 
     def run(
         self,
@@ -90,6 +52,7 @@ class ATMBlocks(nn.Sequential):
         checkpointing: bool = False,
         collect: Container[int] = (),
         stop: int | None = None,
+        refusal: str = "features of single blocks are asked for",
     ) -> Run:
         """Run the blocks on tokens [B, N, C].
 
@@ -99,36 +62,40 @@ class ATMBlocks(nn.Sequential):
             checkpointing: recompute each block in the backward pass.
             collect: the blocks, from 0, after which to keep the unmerged tokens.
             stop: the number of blocks to run, None for all.
+            refusal: why the engine does not run, for the record.
         """
-        now, trace, traces, collected = Tokens(x), None, [], []
-        tokens, rows, counts, matched = [], [], [], []
+        now, trace = Packed.of(x), None
+        traces, collected, tokens, rows, counts, matched = [], [], [], [], [], []
         for index, block in enumerate(list(self)[:stop]):
             serves_leading = leading is not None and index == len(self) - 1
             alone = serves_leading and not dense
-            tokens.append(number_of(now))
+            tokens.append(now.images)
             call, option = (block.step_leading, leading) if alone else (block.step, not serves_leading)
-            before = now.packing
             if checkpointing:
-                now, assignment, count = checkpoint(call, now, option, use_reentrant=False)
+                now, slots, count = checkpoint(call, now, option, use_reentrant=False)
             else:
-                now, assignment, count = call(now, option)
-            if assignment is not None and dense:
-                trace = assignment if trace is None else ops.compose(trace, assignment, before)
+                now, slots, count = call(now, option)
+            if slots is not None and dense:
+                trace = slots if trace is None else ops.compose(trace, slots)
             traces.append(trace)
             if index in collect:
-                collected.append(self.unmerge(now, trace))
-            rows.append(number_of(now))
+                collected.append(self.unmerge(now, trace, len(x)))
+            rows.append(now.images)
             counts.append(count)
-            matched.append(assignment is not None or count is not None)
-        whole = len(tokens) == len(self)
+            matched.append(slots is not None or count is not None)
+        numbers = {id(images): number_of(images) for images in (*tokens, *rows)}
+        before, after = ([numbers[id(images)] for images in of] for of in (tokens, rows))
         served = None if dense else leading
-        record = Record(len(x), image_shape, served, *map(tuple, (tokens, rows, counts, matched)))
-        self.last = record if whole else None
-        return Run(now, traces, collected)
+        record = Record(
+            len(x), image_shape, served, *map(tuple, (before, after, counts, matched)), f"blocks: {refusal}"
+        )
+        self.last = record if len(tokens) == len(self) else None
+        return Run(now, traces, rows, collected)
 
-    def unmerge(self, tokens: Tokens, trace: Tensor | None) -> Tensor:
-        """All N tokens, dense, of those that are left."""
-        return tokens.x if trace is None else ops.unmerge(tokens.x, trace, self.config.backend, tokens.packing)
+    def unmerge(self, tokens: Packed, trace: Tensor | None, B: int) -> Tensor:
+        """All N tokens of the B images, [B, N, C], of those that are left."""
+        x = tokens.x if trace is None else ops.unmerge(tokens.x, trace, self.config.backend)
+        return x.unflatten(0, (B, -1) if B else (B, tokens.images.N))
 
     def forward(self, x: Tensor) -> Tensor:
         raise TypeError("the blocks of a patched model pass sizes along: call the model, or remove_patch first")
@@ -158,17 +125,39 @@ class MergingTransformer:
     blocks: ATMBlocks
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        read = leading_tokens(self)
-        if read is None:  # pools over patch tokens: of all N, so a merged token counts by its size
-            return self.forward_head(self.forward_features(x, attn_mask, is_causal))
         _refuse_mask(attn_mask, is_causal)
-        tokens = self._run(x, self._leading(), dense=False).tokens
-        return self.forward_head(self.norm(first_tokens(tokens.x, read, tokens.packing)))
+        # a head that pools over patch tokens reads all N, so that a merged one counts by its size
+        return self._output(x, dense=leading_tokens(self) is None, head=True)
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         _refuse_mask(attn_mask, is_causal)
-        run = self._run(x, self._leading(), dense=True)
-        return self._features(run)
+        return self._output(x, dense=True, head=False)
+
+    def _output(self, images: Tensor, dense: bool, head: bool) -> Tensor:
+        """By the engine, or by the blocks where it refuses: logits, or all N normalised tokens; ``dense``: from all."""
+        done = self.engine.run(images, self._leading(), dense, head)
+        if not isinstance(done, str):
+            out, self.blocks.last = done
+            return out
+        run = self._run(images, self._leading(), dense, refusal=done)
+        return self.finish(run.tokens, run.traces[-1], len(images), dense, head)
+
+    @property
+    def engine(self) -> Engine:
+        return self.blocks.engine
+
+    def stem(self, images: Tensor) -> Tensor:
+        """Images [B, C, H, W] to the tokens [B, N, C] that enter the first block."""
+        return self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(images))))
+
+    def finish(self, tokens: Packed, trace: Tensor | None, B: int, dense: bool, head: bool) -> Tensor:
+        """What comes after the last block: the norm of the tokens that the classifier reads, or of all N; the head."""
+        if dense:
+            x = self.norm(tokens.images.shaped(tokens.x)).flatten(0, -2)
+            x = self.blocks.unmerge(tokens._replace(x=x), trace, B)
+        else:
+            x = self.norm(tokens.images.first(tokens.x, leading_tokens(self)))
+        return self.forward_head(x) if head else x
 
     def forward_intermediates(
         self,
@@ -196,7 +185,8 @@ class MergingTransformer:
             H, W = self.patch_embed.dynamic_feat_size(x.shape[-2:])
             features = [f.transpose(1, 2).reshape(len(x), -1, H, W).contiguous() for f in features]
         with_prefix = return_prefix_tokens and P > 0
-        final = None if intermediates_only else self._features(run)
+        options = (run.traces[-1], len(x), True, False)
+        final = None if intermediates_only else self.finish(run.tokens, *options)
         if output_dict:
             result = {"image_intermediates": features}
             if with_prefix:
@@ -207,23 +197,24 @@ class MergingTransformer:
         return features if intermediates_only else (final, features)
 
     def traces(self, x: Tensor) -> list[Tensor | None]:
-        """Where the tokens of images [B, C, H, W] are after each block: :attr:`Run.traces`."""
-        return self._run(x, self._leading(), dense=True).traces
+        """Which token of its image each of the N tokens of images [B, C, H, W] is after each block: int32 [B, N], -1:
+        dropped; None: nothing has merged."""
+        run = self._run(x, self._leading(), dense=True)
+        traces = [None if trace is None else trace.unflatten(0, (len(x), -1)) for trace in run.traces]
+        return [
+            None if trace is None else torch.where(trace < 0, -1, trace - images.cu_seqlens[:-1].unsqueeze(1))
+            for trace, images in zip(traces, run.images, strict=True)
+        ]
 
     def prune_intermediate_layers(self, *args: Any, **kwargs: Any) -> None:
         raise ValueError("thresholds belong to a model's depth: remove_patch first, prune, then apply_patch again")
-
-    def _features(self, run: Run) -> Tensor:
-        return self.blocks.unmerge(run.tokens._replace(x=self.norm(run.tokens.x)), run.traces[-1])
 
     def _leading(self) -> int | None:
         return leading_tokens(self) if self.blocks.config.cls_only_last else None
 
     def _run(self, images: Tensor, leading: int | None, dense: bool, **options: Any) -> Run:
-        x = self._pos_embed(self.patch_embed(images))
-        x = self.norm_pre(self.patch_drop(x))
         checkpointing = self.grad_checkpointing and torch.is_grad_enabled()
-        return self.blocks.run(x, tuple(images.shape[1:]), leading, dense, checkpointing, **options)
+        return self.blocks.run(self.stem(images), tuple(images.shape[1:]), leading, dense, checkpointing, **options)
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         return _new, (type(self).__bases__[1],), self.__dict__  # the class is made on the fly: pickle its base

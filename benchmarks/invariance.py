@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from atm_triton import ATMBlock, ATMConfig
-from atm_triton.block import Step, Tokens
+from atm_triton.block import Step
 from atm_triton.command import Parser, exit_code
 from atm_triton.env import check_file, write_result
 from atm_triton.evaluate import share
 from atm_triton.inputs import check_device, digits_config, open_images, open_model
+from atm_triton.packed import Packed
 from atm_triton.patch import install
 
 RESULT = Path(__file__).parent / "results" / "digits_invariance.json"
@@ -32,13 +33,10 @@ class KeepingBlock(ATMBlock):
 
     slots: list[Tensor]
 
-    def step(self, tokens: Tokens, merges: bool = True) -> Step:
+    def step(self, tokens: Packed, merges: bool = True) -> Step:
         step = super().step(tokens, merges)
-        lengths = len(tokens.x) * [tokens.x.shape[1]] if tokens.packing is None else tokens.packing.lengths.tolist()
-        if step.assignment is None:
-            self.slots = [torch.arange(N) for N in lengths]
-        else:
-            self.slots = [slots - slots[0] for slots in step.assignment.flatten().cpu().long().split(lengths)]
+        slots = torch.arange(len(tokens.x)) if step.slots is None else step.slots.cpu().long()
+        self.slots = [image - image[0] for image in slots.split(tokens.images.lengths.tolist())]
         return step
 
 

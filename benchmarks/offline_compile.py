@@ -1,9 +1,17 @@
 """Compile the kernels for real chips, without one: ``python -m benchmarks.offline_compile``.
 
 The launchers are called on tensors without memory; what they would launch is compiled for every target instead, so what
-is checked is what ships. No kernel may spill registers, nor want more shared memory than a chip has. Registers, shared
-memory and how many programs fit a multiprocessor at once go to ``benchmarks/results/offline_compile.json``; this says
-nothing about time.
+is checked is what ships, and what the tests launch. No kernel may spill registers, nor want more shared memory than a
+chip has. Registers, shared memory and how many programs fit a multiprocessor at once go to
+``benchmarks/results/offline_compile_triton_<version>.json``, a file a version of Triton; this says nothing about time.
+
+On every chip: every entry of the tables beside the kernels, and every launch of ``tests/test_kernels.py``. What a
+kernel is compiled for beside its table's key varies too: match takes bfloat16 with the heads of a token together and,
+at 197 tokens, float32 with heads apart; merge and LayerNorm take each dtype and autocast's pairs; attention takes each
+dtype with each layout. ``--full`` adds every dtype and layout of match.
+
+``--triton VERSION ...`` compiles under other versions of Triton than the one installed here, one after the other: each
+is installed in an environment of its own, ``.venv-triton-<version>``, which takes all else from this one.
 """
 
 import argparse
@@ -11,13 +19,15 @@ import itertools
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -28,19 +38,30 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import torch
 import triton
-from torch import Tensor
 from tqdm import tqdm
 from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from atm_triton.command import Parser, exit_code
 from atm_triton.env import check_file, write_result
-from atm_triton.kernels import assign, attention, match, merge, unmerge
+from atm_triton.kernels import attention
+from benchmarks.launches import (
+    GROUPINGS,
+    Case,
+    Launch,
+    assign_case,
+    attention_case,
+    captured,
+    cases_of_tests,
+    match_case,
+    merge_cases,
+    norm_cases,
+)
 
-RESULT = Path(__file__).parent / "results" / "offline_compile.json"
-TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
+ROOT = Path(__file__).parents[1]
+RESULT = ROOT / "benchmarks" / "results" / f"offline_compile_triton_{triton.__version__}.json"
 CUOBJDUMP = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
 
 
@@ -79,131 +100,60 @@ CHIPS = {
 }
 
 
-def tensor(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def qkv(B: int, H: int, N: int, d: int, dtype: torch.dtype) -> Tensor:
-    return tensor(B, N, 3, H, d, dtype=dtype).permute(2, 0, 3, 1, 4)
-
-
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+AUTOCAST = ((torch.float32, torch.bfloat16), (torch.float32, torch.float16))  # of x and of what attention adds
 DIMENSIONS = (32, 48, 60, 64, 72, 80, 96, 128)
-TILES = ("BLOCK", "BLOCK_C", "D", "ROWS", "COLUMNS", "CHUNK", "TOKENS", "TILE", "STAGES")
-GROUPINGS = ("alternate", "by size", "halves")  # halves: by size, where no size is known
-KINDS = (  # dtype, packed, heads apart in memory: every entry of a table with each value; --full: with all together
-    (torch.bfloat16, False, False),
-    (torch.float32, True, True),
+TILES = ("BLOCK", "BLOCK_C", "D", "ROWS", "COLUMNS", "CHUNK", "TOKENS", "STAGES")
+KINDS = (  # dtype, heads apart in memory: every entry of a table with each value; --full: with all together
+    (torch.bfloat16, False),
+    (torch.float32, True),
 )
-EVERY_KIND = tuple(itertools.product(DTYPES, (False, True), (False, True)))
-CU_SEQLENS = tensor(3, dtype=torch.int32)
-Case = tuple[str, Callable[[], Any]]
+EVERY_KIND = tuple(itertools.product(DTYPES, (False, True)))
 
 
 def cases(full: bool = False) -> Iterator[Case]:
     """A name and a launch for every entry of the tables beside the kernels: all their keys, and what else a kernel is
-    compiled for; ``full``: all combinations of that."""
-    kinds = EVERY_KIND if full else KINDS
-    yield from match_cases(kinds)
-    yield from assign_cases()
-    yield from merge_cases()
-    yield from attention_cases(kinds)
+    compiled for; ``full``: all combinations of that. Then those of the tests."""
+    yield from match_table_cases(EVERY_KIND if full else KINDS)
+    yield from (assign_case(2**n + 1, 1) for n in range(3, 14))  # every power of two that the next is rounded to
+    for C, dtype in itertools.product((192, 384, 768, 1024, 1280), DTYPES):
+        yield from merge_cases(C, dtype)
+        yield from norm_cases(C, dtype, dtype)
+    for dtypes in AUTOCAST:
+        yield from norm_cases(768, *dtypes)
+    for dtype, d, apart, bias, Nq in itertools.product(DTYPES, DIMENSIONS, (False, True), (True, False), (197, 1)):
+        yield attention_case(6, 197, d, dtype, bias, Nq, apart)
+    yield from ((f"test: {name}", launch) for name, launch in cases_of_tests())
 
 
-def match_cases(kinds: Iterable[tuple[torch.dtype, bool, bool]]) -> Iterator[Case]:
+def match_table_cases(kinds: Iterable[tuple[torch.dtype, bool]]) -> Iterator[Case]:
     """N: groups of up to 16, 32, 64 and 128 tokens, and two launches."""
     for N, d, grouping, kind in itertools.product((33, 65, 129, 197, 577), DIMENSIONS, GROUPINGS, kinds):
-        dtype, packed, apart = kind
         if N < 577 and d > 64:
             continue
         if kinds is EVERY_KIND or kind == KINDS[0] or N == 197:  # a second kind where registers are scarcest
-            B, T = (1, 2 * N) if packed else (2, N)
-            keys = tensor(B, 6, T, d, dtype=dtype) if apart else qkv(B, 6, T, d, dtype)[1]
-            sizes = tensor(B, T) if grouping == "by size" else None
-            images = (CU_SEQLENS, N) if packed else ()
-            arguments = (keys, sizes, 1, grouping != "alternate", 0.9, *images)
-            yield f"match N={N} d={d} {grouping} {named(*kind)}", partial(match.match, *arguments)
+            yield match_case(6, N, d, 1, grouping, *kind)
 
 
-def assign_cases() -> Iterator[Case]:
-    """N: every power of two that the next is rounded to."""
-    for N in (9, *(2**n + 1 for n in range(4, 14))):
-        counts = tensor(2, dtype=torch.int64)
-        for name, B, r, images in (
-            ("one r", 2, 8, ()),
-            ("to packed", 2, counts, ()),
-            ("packed", 1, counts, (CU_SEQLENS, N)),
-        ):
-            shape = (B, 2 * N // B)
-            pair = tensor(*shape), tensor(*shape, dtype=torch.int32)
-            yield f"assign N={N} {name}", partial(assign.assign, *pair, r, 1, *images)
-    yield "lists", partial(assign.lists, tensor(2, 577, dtype=torch.int32), 500)
-    yield "lists to packed", partial(assign.lists, tensor(2, 577, dtype=torch.int32), 1000, None, CU_SEQLENS)
-    yield "lists packed", partial(assign.lists, tensor(1, 1154, dtype=torch.int32), 1000, CU_SEQLENS, CU_SEQLENS, 577)
-
-
-def merge_cases() -> Iterator[Case]:
-    tokens, spans = tensor(394, dtype=torch.int32), tensor(300, 2, dtype=torch.int32)
-    for C, dtype in itertools.product((192, 384, 768, 1024, 1280), DTYPES):
-        x, vector, name = tensor(394, C, dtype=dtype), tensor(C, dtype=dtype), f"C={C} {TYPES[dtype]}"
-        rows, slots = tensor(2, 189, C, dtype=dtype), tensor(2, 197, dtype=torch.int32)
-        fused = (x, vector, (vector, vector, 1e-6))
-        yield f"merge {name}", partial(merge.merge, x, tensor(394), tokens, spans)
-        yield f"residual, merge, norm {name}", partial(merge.merge, x, tensor(394), tokens, spans, *fused)
-        yield f"unmerge {name}", partial(unmerge.unmerge, rows, slots)
-
-
-def attention_cases(kinds: Iterable[tuple[torch.dtype, bool, bool]]) -> Iterator[Case]:
-    """One query and all of them, dense and packed, in all dtypes; heads apart as in ``kinds``."""
-    layouts = [(False, False), (True, False), *dict.fromkeys(kind[1:] for kind in kinds if kind[2])]
-    for dtype, d, (packed, apart), bias, Nq in itertools.product(DTYPES, DIMENSIONS, layouts, (True, False), (197, 1)):
-        if bias or packed:  # dense and without sizes torch's own attention computes
-            B, T = (1, 394) if packed else (2, 197)
-            q, k, v = (tensor(B, 6, T, d, dtype=dtype) for _ in "qkv") if apart else qkv(B, 6, T, d, dtype)
-            if Nq == 1:
-                q = tensor(2, 1, 6, d, dtype=dtype).transpose(1, 2)
-            images = (CU_SEQLENS, 197) if packed else ()
-            name = f"attention d={d} queries={Nq} {named(dtype, packed, apart)}{'' if bias else ' no sizes'}"
-            yield name, partial(attention.attention, q, k, v, tensor(B, T) if bias else None, 0.125, *images)
-
-
-def named(dtype: torch.dtype, packed: bool, apart: bool) -> str:
-    return TYPES[dtype] + (" packed" if packed else "") + (" heads apart" if apart else "")
-
-
-def captured(launch: Callable[[], Any], chip: str) -> list[tuple[JITFunction, dict[str, Any], dict[str, Any]]]:
-    """What a launcher would launch: the kernel, its arguments by name, and the options (warps, stages)."""
-    seen = []
+def captured_for(chip: str, launch: Callable[[], Any]) -> list[Launch]:
+    """What a launcher would launch there."""
     attention.BACKEND = CHIPS[chip].target.backend
-
-    def note(self: JITFunction, *arguments: Any, grid: Any, warmup: bool, **keywords: Any) -> None:
-        named = dict(zip(self.arg_names, arguments, strict=False))
-        named |= {name: value for name, value in keywords.items() if name in self.arg_names}
-        seen.append((self, named, {name: value for name, value in keywords.items() if name not in self.arg_names}))
-
-    run, JITFunction.run = JITFunction.run, note
-    try:
-        launch()
-    finally:
-        JITFunction.run = run
-    return seen
+    return captured(launch)
 
 
-def source(kernel: JITFunction, arguments: dict[str, Any]) -> ASTSource:
-    """The kernel specialised as a launch with these arguments would: integers of 1 and None are constants, pointers and
-    integers divisible by 16 say so."""
-    signature, constants, attributes = {}, {}, {}
-    for index, parameter in enumerate(kernel.params):
-        value = arguments[parameter.name]
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
-            signature[parameter.name], constants[parameter.name] = "constexpr", value
-            continue
-        if isinstance(value, Tensor):
-            signature[parameter.name] = "*" + TYPES[value.dtype]
-        else:
-            signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
-        if isinstance(value, Tensor) or (type(value) is int and value % 16 == 0):
-            attributes[(index,)] = [["tt.divisibility", 16]]
+def specialised(
+    kernel: JITFunction, arguments: dict[str, Any], options: dict[str, Any], target: GPUTarget
+) -> tuple[dict[str, Any], list[tuple[str, Any]], dict[str, Any]]:
+    """What Triton makes of a launch: all arguments, a type and a specialisation of each, options. With the options the
+    latter are what it knows a compiled kernel by."""
+    binder = create_function_from_signature(kernel.signature, kernel.params, make_backend(target))
+    return binder(**arguments, **options)
+
+
+def source(kernel: JITFunction, arguments: dict[str, Any], options: dict[str, Any], target: GPUTarget) -> ASTSource:
+    """The kernel as a launch with these arguments would have it compiled."""
+    bound = specialised(kernel, arguments, options, target)
+    _, signature, constants, attributes = kernel._pack_args(make_backend(target), options, *bound)
     return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
 
 
@@ -219,11 +169,10 @@ def jobs(full: bool = False, once: bool = False) -> list[tuple[str, str, int]]:
     found: dict[Any, tuple[str, str, int]] = {}
     for name, launch in cases(full):
         for chip in CHIPS:
-            for index, (kernel, arguments, options) in enumerate(captured(launch, chip)):
+            for index, (kernel, arguments, options) in enumerate(captured_for(chip, launch)):
                 key: tuple = (configuration(arguments, options, TILES),)
                 if not once:
-                    code = source(kernel, arguments)
-                    key += tuple(map(str, (code.signature, code.constants, code.attrs)))
+                    key += (str(specialised(kernel, arguments, options, CHIPS[chip].target)[1]),)
                 found.setdefault((kernel.__name__, chip, *key), (name, chip, index))
     return list(found.values())
 
@@ -236,7 +185,7 @@ def case(name: str) -> Callable[[], Any]:
 def described(job: tuple[str, str, int]) -> dict[str, Any]:
     """What is compiled: a row without figures."""
     name, chip, index = job
-    kernel, arguments, options = captured(case(name), chip)[index]
+    kernel, arguments, options = captured_for(chip, case(name))[index]
     constants = [parameter.name for parameter in kernel.params if parameter.is_constexpr]
     configured = configuration(arguments, options, constants)
     return {"case": name, "kernel": kernel.__name__, "chip": chip, "configuration": configured}
@@ -246,8 +195,8 @@ def compile_job(job: tuple[str, str, int]) -> dict[str, Any]:
     """The row of one launch on one chip."""
     name, chip_name, index = job
     chip = CHIPS[chip_name]
-    kernel, arguments, options = captured(case(name), chip_name)[index]
-    compiled = triton.compile(source(kernel, arguments), target=chip.target, options=options)
+    kernel, arguments, options = captured_for(chip_name, case(name))[index]
+    compiled = triton.compile(source(kernel, arguments, options, chip.target), target=chip.target, options=options)
     registers, spilled = usage(compiled)
     shared, warps = compiled.metadata.shared, compiled.metadata.num_warps
     return described(job) | {
@@ -292,13 +241,61 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def interpreter(version: str) -> Path:
+    """The Python of an environment with that version of Triton and, for all else, the packages of this one."""
+    directory = ROOT / f".venv-triton-{version}"
+    python = directory / "bin" / "python"
+    _call(sys.executable, "-m", "venv", directory)
+    try:
+        _call(python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", f"triton=={version}", "numpy")
+    except ValueError as error:
+        shutil.rmtree(directory)
+        raise ValueError(f"--triton {version} cannot be installed: {error}") from error
+    packages = sysconfig.get_path("purelib", "venv", {"base": str(directory)})
+    Path(packages, "running.pth").write_text(f"{Path(torch.__file__).parents[1]}\n")  # searched after its own
+    found = _call(python, "-c", "import triton; print(triton.__version__, triton.__file__)").split()
+    if found[0] != version or directory not in Path(found[1]).parents:
+        raise ValueError(f"--triton {version}: its environment finds triton {found[0]} in {found[1]}; unset PYTHONPATH")
+    return python
+
+
+def _call(*command: str | Path) -> str:
+    """What a command prints; if it fails, its last line as an error."""
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError((done.stderr.strip() or f"{command[0]} ended with {done.returncode}").splitlines()[-1])
+    return done.stdout
+
+
+def run_under(versions: list[str], options: list[str]) -> None:
+    """This program under each version of Triton, all of which are installed before the first run."""
+    for version in versions:
+        if not re.fullmatch(r"\d+\.\d+\.\d+", version):
+            raise ValueError(f"--triton {version} is no version; give one such as 3.6.0")
+    pythons = {version: interpreter(version) for version in versions}
+    failed = []
+    for version, python in pythons.items():
+        command = [python, "-m", "benchmarks.offline_compile", "--triton", version, *options]
+        if subprocess.run(command, cwd=ROOT).returncode:
+            failed.append(version)
+    if failed:
+        raise ValueError(f"failed under triton {', '.join(failed)}; what was wrong stands above")
+
+
 def run(args: argparse.Namespace) -> None:
-    check_file("--json", args.json)
     if args.jobs < 1:
         raise ValueError(f"--jobs {args.jobs} is too small; give 1 or more")
+    if args.triton and args.json:
+        raise ValueError("--json names one file, --triton writes one a version; give one of them")
+    if args.triton not in (None, [triton.__version__]):
+        switches = [f"--{name}" for name in ("full", "once") if getattr(args, name)]
+        run_under(args.triton, ["--jobs", str(args.jobs), *switches])
+        return
+    result = args.json or RESULT
+    check_file("--json", result)
     rows = compile_all(args.jobs, args.full, args.once)
     print(table(rows))
-    write_result(args.json, {"rows": rows})
+    write_result(result, {"rows": rows})
     bad = [f"{row['case']} on {row['chip']}" for row in rows if not row["fits"]]
     if bad:
         raise ValueError(f"registers spill or shared memory is short: {', '.join(bad)}")
@@ -306,10 +303,11 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, default=RESULT, help="the figures")
-    parser.add_argument("--full", action="store_true", help="all dtypes, packed or not, heads together or apart: hours")
+    parser.add_argument("--json", type=Path, help="the figures; default: a file of the results for this Triton")
+    parser.add_argument("--full", action="store_true", help="all dtypes with heads together and apart: hours")
     parser.add_argument("--once", action="store_true", help="every choice of tiles, warps and stages once: minutes")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
+    parser.add_argument("--triton", nargs="+", metavar="VERSION", help="under these versions, which are installed")
     args = parser.parse_args(argv)
     return exit_code("offline_compile", lambda: run(args))
 

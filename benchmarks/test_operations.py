@@ -11,11 +11,13 @@ import torch
 
 from atm_triton import ATMBlock, ATMConfig, apply_patch, ops
 from atm_triton.inputs import digits_config, open_images, open_model
+from atm_triton.packed import Images, Packed
 from atm_triton.reference import group_by_size
 
 B, H, N, d, C, R = 8, 6, 197, 64, 384, 8
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ["reference", "triton"] if DEVICE == "cuda" else ["reference"]
+IMAGES = Images.of(B, N, DEVICE)
 
 
 @pytest.fixture(params=BACKENDS)
@@ -25,13 +27,13 @@ def backend(request):
 
 @pytest.fixture
 def sizes():
-    return torch.randint(1, 5, (B, N), device=DEVICE).float()
+    return torch.randint(1, 5, (B * N,), device=DEVICE).float()
 
 
 @pytest.fixture
 def qkv():
     """As a block sees them: views of the qkv product."""
-    return torch.randn(B, N, 3, H, d, device=DEVICE).permute(2, 0, 3, 1, 4)
+    return torch.randn(B * N, 3, H, d, device=DEVICE).permute(1, 2, 0, 3)
 
 
 def time(benchmark, call, *arguments):
@@ -47,40 +49,44 @@ def time(benchmark, call, *arguments):
 
 @pytest.mark.parametrize("by_size", [False, True], ids=["alternate", "size"])
 def test_match(benchmark, backend, qkv, sizes, by_size):
-    found = time(benchmark, ops.match, qkv[1], sizes, 1, by_size, 0.5, backend)
-    assert found.similarity.shape == (B, N)
+    found = time(benchmark, ops.match, qkv[1], sizes, IMAGES, 1, by_size, 0.5, backend)
+    assert found.similarity.shape == (B * N,)
+
+
+def to_assign(keys, sizes, backend):
+    """The arguments with which R tokens of each image join."""
+    found = ops.match(keys, sizes, IMAGES, 1, False, None, backend)
+    return found, torch.full((B,), R, device=DEVICE), IMAGES, 1, B * (N - R), True, backend
 
 
 def test_assign(benchmark, backend, qkv, sizes):
-    found = ops.match(qkv[1], sizes, 1, False, None, backend)
-    assignment, _ = time(benchmark, ops.assign, found.similarity, found.partner, R, 1, False, backend)
-    assert assignment.max() == N - R - 1
+    assignment = time(benchmark, ops.assign, *to_assign(qkv[1], sizes, backend))
+    assert assignment.slots.max() == assignment.T - 1 == B * (N - R) - 1
 
 
 def test_merge(benchmark, backend, qkv, sizes):
-    found = ops.match(qkv[1], sizes, 1, False, None, backend)
-    assignment, lists = ops.assign(found.similarity, found.partner, R, 1, False, backend)
-    x = torch.randn(B, N, C, device=DEVICE)
-    merged = time(benchmark, ops.merge, x, sizes, assignment, N - R, backend, lists)
-    assert merged.x.shape == (B, N - R, C)
+    assignment = ops.assign(*to_assign(qkv[1], sizes, backend))
+    tokens = Packed(torch.randn(B * N, C, device=DEVICE), sizes, IMAGES)
+    merged = time(benchmark, ops.merge, tokens, assignment, backend)
+    assert merged.x.shape == (B * (N - R), C)
 
 
 def test_group_by_size(benchmark, sizes):
-    a, _ = time(benchmark, group_by_size, sizes, 1)
+    a, _ = time(benchmark, group_by_size, sizes.view(B, N), 1)
     assert a.shape == (B, (N - 1) // 2)
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "log-size"])
 def test_attention(benchmark, backend, qkv, sizes, bias):
-    out = time(benchmark, ops.attention, *qkv, sizes if bias else None, 0.0, True, backend)
-    assert out.shape == (B, H, N, d)
+    out = time(benchmark, ops.attention, *qkv, sizes if bias else None, IMAGES, None, 0.0, True, backend)
+    assert out.shape == (H, B * N, d)
 
 
 @pytest.mark.parametrize("r", [0, R], ids=lambda r: f"r{r}")
 def test_block(benchmark, backend, sizes, r):
     config = ATMConfig(adapt="static", schedule=(r,) * 12, backend=backend)
     block = ATMBlock(C, H, qkv_bias=True, block_index=0, depth=12, config=config).eval().to(DEVICE)
-    x, _ = time(benchmark, block, torch.randn(B, N, C, device=DEVICE), sizes)
+    x, _ = time(benchmark, block, torch.randn(B, N, C, device=DEVICE), sizes.view(B, N))
     assert x.shape[1] == N - r
 
 

@@ -1,12 +1,11 @@
 """assign: which token goes to which slot, and for each slot the list of its tokens.
 
-The assignment is the map of the reference. Beside it stand what lets a merge gather instead of scatter: ``tokens``, all
+``slots`` is the map of the reference. Beside it stands what lets a merge gather instead of scatter: ``tokens``, all
 tokens in the order of their slots (within a slot in the order in which they stood), and ``spans``, where in it the
 tokens of a slot begin and end. Slots of all images are numbered through, as are tokens: the merge knows no images.
 """
 
 from functools import partial
-from typing import Any
 
 import torch
 import triton
@@ -14,10 +13,10 @@ import triton.language as tl
 from torch import Tensor
 
 from atm_triton.kernels import tune
-from atm_triton.kernels.images import image_bounds
+from atm_triton.kernels.images import aligned, block_for, image_bounds
 
 NO_SLOT = tl.constexpr(2**30)  # sorts behind every slot
-ONE_PROGRAM = 2048  # tokens of an image that one program sorts; a longer image takes three launches
+ONE_PROGRAM = 2048  # tokens of an image that one program sorts; a longer image takes two launches and a sort
 JOINED = 1024  # tokens for a program of join_kernel
 
 
@@ -47,29 +46,17 @@ def _up_to(chosen):
 
 
 @triton.jit
-def _removed_before(counts, image, CHUNK: tl.constexpr):
-    """The tokens that merge away in all images before this one."""
-    removed = tl.zeros([], tl.int64)
-    first = 0
-    while first < image:
+def _slots_of_image(r, image, start, length, new_cu_seqlens, CHUNK: tl.constexpr):
+    """The first slot of the image, and how many of its tokens join others; notes where its slots begin."""
+    removed = tl.zeros([], tl.int64)  # in all images before this one
+    for first in tl.range(0, image, CHUNK):
         other = first + tl.arange(0, CHUNK)
-        removed += tl.sum(tl.load(counts + other, mask=other < image, other=0), axis=0)
-        first += CHUNK
-    return removed
-
-
-@triton.jit
-def _slots_of_image(counts, image, images, start, length, M, new_cu_seqlens, PER_IMAGE: tl.constexpr):
-    """The first slot of the image (int64), and how many it has; an image with its own count notes where they begin."""
-    if PER_IMAGE:
-        slots = start - _removed_before(counts, image, 1024)
-        M = length - tl.load(counts + image).to(tl.int32)
-        tl.store(new_cu_seqlens + image, slots.to(tl.int32))
-        if image == images - 1:
-            tl.store(new_cu_seqlens + images, (slots + M).to(tl.int32))
-    else:
-        slots = image.to(tl.int64) * M
-    return slots, M
+        removed += tl.sum(tl.load(r + other, mask=other < image, other=0), axis=0)
+    slot, joining = (start - removed).to(tl.int32), tl.load(r + image).to(tl.int32)
+    tl.store(new_cu_seqlens + image, slot)
+    if image == tl.num_programs(0) - 1:
+        tl.store(new_cu_seqlens + image + 1, slot + length - joining)
+    return slot, joining
 
 
 @triton.jit
@@ -89,151 +76,99 @@ def _sorted_by_slot(slot, i, valid, BLOCK: tl.constexpr):
 def assign_kernel(
     similarity,
     partner,
-    counts,
+    r,
     cu_seqlens,
-    assignment,
+    slots,
     tokens,
     spans,
     new_cu_seqlens,
-    N,
-    M,
-    images,
     P: tl.constexpr,
     BLOCK: tl.constexpr,
-    PACKED: tl.constexpr,
-    PER_IMAGE: tl.constexpr,
 ):
     """One program an image, which makes its lists too."""
     image = tl.program_id(0)
-    start, length = image_bounds(cu_seqlens, image, N, PACKED)
+    start, length = image_bounds(cu_seqlens, image)
     i = tl.arange(0, BLOCK)
     valid = i < length
     mate = tl.load(partner + start + i, mask=valid, other=-1)
     s = tl.load(similarity + start + i, mask=valid, other=float("-inf"))
-    slots, M = _slots_of_image(counts, image, images, start, length, M, new_cu_seqlens, PER_IMAGE)
-    r = length - M
+    first_slot, joining = _slots_of_image(r, image, start, length, new_cu_seqlens, 1024)
     in_a, key = mate >= 0, _ordered(s)
-    bound, room = _bound(key, in_a, r)
+    bound, room = _bound(key, in_a, joining)
     level = in_a & (key == bound)
-    joins = ((in_a & (key > bound)) | (level & (_up_to(level) <= room))) & (r > 0)
+    joins = ((in_a & (key > bound)) | (level & (_up_to(level) <= room))) & (joining > 0)
     stays = in_a & ~joins
     in_b = valid & ~in_a & (i >= P)
     kept = tl.sum(stays.to(tl.int32))
     slot = tl.where(stays, P + _up_to(stays) - 1, tl.where(in_b, P + kept + _up_to(in_b) - 1, i))
     slot = tl.where(joins, tl.gather(slot, tl.maximum(mate, 0), 0), slot)
-    slot = tl.where(r == 0, i, slot)
-    tl.store(assignment + start + i, slot, mask=valid)
+    slot = tl.where(joining == 0, i, slot)
+    tl.store(slots + start + i, first_slot + slot, mask=valid)
     token, at, begins, ends, filled = _sorted_by_slot(slot, i, valid, BLOCK)
     here = (start + i).to(tl.int32)
     tl.store(tokens + start + i, (start + token).to(tl.int32), mask=filled)
-    tl.store(spans + 2 * (slots + at), here, mask=begins)
-    tl.store(spans + 2 * (slots + at) + 1, here + 1, mask=ends)
+    span = spans + 2 * (first_slot.to(tl.int64) + at)
+    tl.store(span, here, mask=begins)
+    tl.store(span + 1, here + 1, mask=ends)
 
 
 @triton.jit
-def _search(similarity, partner, length, r, BLOCK: tl.constexpr):
+def _search(similarity, partner, length, joining, BLOCK: tl.constexpr):
     """:func:`_bound` of a whole image, and how many tokens of A stay."""
     i = tl.arange(0, BLOCK)
     in_a = tl.load(partner + i, mask=i < length, other=-1) >= 0
     s = tl.load(similarity + i, mask=i < length, other=float("-inf"))
-    bound, room = _bound(_ordered(s), in_a, r)
-    return bound, room, tl.maximum(tl.sum(in_a.to(tl.int32)) - r, 0)
+    bound, room = _bound(_ordered(s), in_a, joining)
+    return bound, room, tl.maximum(tl.sum(in_a.to(tl.int32)) - joining, 0)
 
 
 @triton.jit
 def assign_long_kernel(
     similarity,
     partner,
-    counts,
+    r,
     cu_seqlens,
-    assignment,
+    slots,
     new_cu_seqlens,
-    N,
-    M,
-    images,
     P: tl.constexpr,
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
-    PACKED: tl.constexpr,
-    PER_IMAGE: tl.constexpr,
 ):
     """One program a long image: only the search for the r-th largest holds it whole. A token that joins gets
     -1 - its partner, which ``join_kernel`` turns into that one's slot."""
     image = tl.program_id(0)
-    start, length = image_bounds(cu_seqlens, image, N, PACKED)
-    _, M = _slots_of_image(counts, image, images, start, length, M, new_cu_seqlens, PER_IMAGE)
-    r = length - M
-    bound, room, kept = _search(similarity + start, partner + start, length, r, BLOCK)
-    stayed = 0  # so far, of A
-    passed = 0  # of B
-    first = 0
-    while first < length:
+    start, length = image_bounds(cu_seqlens, image)
+    first_slot, joining = _slots_of_image(r, image, start, length, new_cu_seqlens, CHUNK)
+    bound, room, kept = _search(similarity + start, partner + start, length, joining, BLOCK)
+    stayed = tl.zeros([], tl.int32)  # so far, of A
+    passed = tl.zeros([], tl.int32)  # of B
+    for first in tl.range(0, length, CHUNK):
         i = first + tl.arange(0, CHUNK)
         mate = tl.load(partner + start + i, mask=i < length, other=-1)
         key = _ordered(tl.load(similarity + start + i, mask=i < length, other=float("-inf")))
         in_a = mate >= 0
         level = in_a & (key == bound)
-        joins = ((in_a & (key > bound)) | (level & (_up_to(level) <= room))) & (r > 0)
+        joins = ((in_a & (key > bound)) | (level & (_up_to(level) <= room))) & (joining > 0)
         stays = in_a & ~joins
         in_b = (i < length) & (i >= P) & (mate < 0)
         slot = tl.where(in_b, P + kept + passed + _up_to(in_b) - 1, i)
         slot = tl.where(stays, P + stayed + _up_to(stays) - 1, slot)
-        slot = tl.where(r == 0, i, tl.where(joins, -1 - mate, slot))
-        tl.store(assignment + start + i, slot, mask=i < length)
+        slot = first_slot + tl.where(joining == 0, i, slot)
+        tl.store(slots + start + i, tl.where(joins, -1 - mate, slot), mask=i < length)
         room -= tl.sum(level.to(tl.int32))
         stayed += tl.sum(stays.to(tl.int32))
         passed += tl.sum(in_b.to(tl.int32))
-        first += CHUNK
 
 
 @triton.jit
-def join_kernel(assignment, cu_seqlens, N, TOKENS: tl.constexpr, PACKED: tl.constexpr):
+def join_kernel(slots, cu_seqlens, TOKENS: tl.constexpr):
     """One program for some tokens: those that join take the slots of their partners, which no program changes."""
     image, tile = tl.program_id(0), tl.program_id(1)
-    start, length = image_bounds(cu_seqlens, image, N, PACKED)
+    start, length = image_bounds(cu_seqlens, image)
     i = tile * TOKENS + tl.arange(0, TOKENS)
-    slot = tl.load(assignment + start + i, mask=i < length, other=0)
+    slot = tl.load(slots + start + i, mask=i < length, other=0)
     joins = slot < 0
-    tl.store(assignment + start + i, tl.load(assignment + start - 1 - slot, mask=joins), mask=joins)
-
-
-@triton.jit
-def lists_kernel(
-    assignment,
-    cu_seqlens,
-    new_cu_seqlens,
-    tokens,
-    spans,
-    N,
-    M,
-    TILE: tl.constexpr,
-    CHUNK: tl.constexpr,
-    PACKED: tl.constexpr,
-    TO_PACKED: tl.constexpr,
-):
-    """The lists of any assignment: one program for some tokens and the slots of the same numbers, ranked by comparing
-    with every token of the image."""
-    image, tile = tl.program_id(0), tl.program_id(1)
-    start, length = image_bounds(cu_seqlens, image, N, PACKED)
-    slots, M = image_bounds(new_cu_seqlens, image, M, TO_PACKED)
-    i = tile * TILE + tl.arange(0, TILE)
-    mine = tl.load(assignment + start + i, mask=i < length, other=-1)
-    rank = tl.zeros([TILE], tl.int32)
-    begin = tl.zeros([TILE], tl.int32)
-    end = tl.zeros([TILE], tl.int32)
-    first = 0
-    while first < length:
-        j = first + tl.arange(0, CHUNK)
-        slot = tl.load(assignment + start + j, mask=j < length, other=-1)[None, :]
-        there = slot >= 0
-        ahead = (slot < mine[:, None]) | ((slot == mine[:, None]) & (j[None, :] < i[:, None]))
-        rank += tl.sum((there & ahead).to(tl.int32), axis=1)
-        begin += tl.sum((there & (slot < i[:, None])).to(tl.int32), axis=1)
-        end += tl.sum((there & (slot <= i[:, None])).to(tl.int32), axis=1)
-        first += CHUNK
-    tl.store(tokens + start + rank, (start + i).to(tl.int32), mask=mine >= 0)
-    tl.store(spans + 2 * (slots + i), (start + begin).to(tl.int32), mask=i < M)
-    tl.store(spans + 2 * (slots + i) + 1, (start + end).to(tl.int32), mask=i < M)
+    tl.store(slots + start + i, tl.load(slots + start - 1 - slot, mask=joins), mask=joins)
 
 
 def assign_table(block: int) -> tune.Config:
@@ -254,136 +189,46 @@ def assign_long_candidates() -> list[tune.Config]:
     return tune.every(CHUNK=(1024, 2048, 4096), num_warps=(8, 16))
 
 
-def lists_table(N: int) -> tune.Config:
-    """``N``: tokens of an image, or its slots where they are more."""
-    return {"TILE": 64, "CHUNK": 64, "num_warps": 4}
-
-
-def lists_candidates() -> list[tune.Config]:
-    return tune.every(TILE=(16, 32, 64, 128), CHUNK=(32, 64, 128), num_warps=(1, 2, 4, 8))
-
-
 def assign(
-    similarity: Tensor,
-    partner: Tensor,
-    r: int | Tensor,
-    num_prefix: int,
-    cu_seqlens: Tensor | None = None,
-    max_tokens: int | None = None,
-    slots: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """The assignment in which the most similar tokens of each image join their partners, and its lists.
+    similarity: Tensor, partner: Tensor, r: Tensor, cu_seqlens: Tensor, num_prefix: int, longest: int, slots: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The merge step in which the most similar tokens of each image join their partners, and its lists.
 
     Args:
-        similarity, partner: [B, N] (packed [1, T]), from match.
-        r: one for all images, which stay dense; or int64 [B], each its own, and the merged images are packed.
-        cu_seqlens: int32 [B + 1], where each packed image starts; max_tokens: no image is longer.
-        slots: of a packed result in all, if they are known.
+        similarity: float32 [T]; partner: int32 [T]; both from match.
+        r: int64 [B], how many tokens of each image join; not above the number of tokens in its A.
+        cu_seqlens: int32 [B + 1], where each image begins; longest: no image has more tokens.
+        slots: how many rows of spans to make: T', the tokens that remain in all, or more.
 
     Returns:
-        assignment int32 as ``partner``; tokens int32 [B N]; spans int32 [slots, 2]; new_cu_seqlens int32 [B + 1], None
-        for a dense result. Without ``slots`` as many spans as tokens are returned for a packed result: those from
-        new_cu_seqlens[B] on mean nothing.
-
-    Raises:
-        ValueError: one r for images that are packed.
+        slots int32 [T]; tokens int32 [T]; spans int32 [slots, 2]; cu_seqlens int32 [B + 1] of the merged images. What
+        belongs to no image, or to no slot, means nothing.
     """
-    B, N = partner.shape
-    packed, per_image = cu_seqlens is not None, isinstance(r, Tensor)
-    if packed and not per_image:
-        raise ValueError(f"r={r} for packed images; want a tensor with one for each")
-    images, longest = (len(cu_seqlens) - 1, max_tokens) if packed else (B, N)
-    counts, r = (r, 0) if per_image else (None, r)
-    slots = (B * N if slots is None else slots) if per_image else B * (N - r)
-    device = partner.device
-    similarity, partner = similarity.contiguous(), partner.contiguous()
-    assignment = torch.empty((B, N), dtype=torch.int32, device=device)
-    new_cu_seqlens = _empty_bounds(images, device) if per_image else None
-    choice = (similarity, partner, counts, cu_seqlens, assignment)
-    numbers = (N, N - r, images)
-    constants = {
-        "P": num_prefix,
-        "BLOCK": max(16, triton.next_power_of_2(longest)),
-        "PACKED": packed,
-        "PER_IMAGE": per_image,
-    }
-    if longest <= ONE_PROGRAM:
-        tokens, spans = _empty_lists(B * N, slots, device)
-        if images:
-            _assign(images, (*choice, tokens, spans, new_cu_seqlens, *numbers), constants)
-        return assignment, tokens, spans, new_cu_seqlens
-    if images:
-        _assign_long(images, (*choice, new_cu_seqlens, *numbers), constants)
-        join_kernel[(images, triton.cdiv(longest, JOINED))](assignment, cu_seqlens, N, JOINED, packed)
-    tokens, spans = lists(assignment, slots if per_image else N - r, cu_seqlens, new_cu_seqlens, longest)
-    return assignment, tokens, spans, new_cu_seqlens
+    T, B, device = len(partner), len(cu_seqlens) - 1, partner.device
+    make = torch.empty if B and T else torch.zeros  # without a launch every image begins and ends at 0
+    new_cu_seqlens = make(B + 1, dtype=torch.int32, device=device)
+    inputs = tuple(map(aligned, (similarity, partner, r, cu_seqlens)))
+    block = block_for(longest)
+    constants, key = {"P": num_prefix, "BLOCK": block}, {"block": block}
+    if longest > ONE_PROGRAM:
+        to = torch.full((T,), -1, dtype=torch.int32, device=device)
+        if B and T:
+            launch = partial(assign_long_kernel[(B,)], *inputs, to, new_cu_seqlens, **constants)
+            tune.run("assign_long", key, assign_long_table(block), assign_long_candidates, launch)
+            join_kernel[(B, -(-longest // JOINED))](to, inputs[3], JOINED)
+        return to, *_lists(to, slots), new_cu_seqlens
+    to, tokens = (torch.empty(T, dtype=torch.int32, device=device) for _ in range(2))
+    spans = torch.empty((slots, 2), dtype=torch.int32, device=device)
+    if B and T:
+        launch = partial(assign_kernel[(B,)], *inputs, to, tokens, spans, new_cu_seqlens, **constants)
+        tune.run("assign", key, assign_table(block), partial(assign_candidates, block), launch)
+    return to, tokens, spans, new_cu_seqlens
 
 
-def _assign(images: int, arguments: tuple, constants: dict[str, Any]) -> None:
-    block = constants["BLOCK"]
-    launch = partial(assign_kernel[(images,)], *arguments, **constants)
-    config = assign_table(block)
-    if tune.SEARCH:
-        config = tune.tuned("assign", {"block": block}, config, assign_candidates(block), launch)
-    launch(**config)
-
-
-def _assign_long(images: int, arguments: tuple, constants: dict[str, Any]) -> None:
-    block = constants["BLOCK"]
-    launch = partial(assign_long_kernel[(images,)], *arguments, **constants)
-    config = assign_long_table(block)
-    if tune.SEARCH:
-        config = tune.tuned("assign_long", {"block": block}, config, assign_long_candidates(), launch)
-    launch(**config)
-
-
-def lists(
-    assignment: Tensor,
-    M: int,
-    cu_seqlens: Tensor | None = None,
-    new_cu_seqlens: Tensor | None = None,
-    max_tokens: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """tokens and spans of any assignment [B, N] (packed [1, T] with ``cu_seqlens``), where -1 drops a token.
-
-    Args:
-        M: the slots of every image; with ``new_cu_seqlens``, where those of each image begin, those of all images.
-        max_tokens: no packed image has more tokens, or slots.
-    """
-    B, N = assignment.shape
-    images, longest = (len(cu_seqlens) - 1, max_tokens) if cu_seqlens is not None else (B, N)
-    assignment = assignment.contiguous()
-    tokens, spans = _empty_lists(B * N, M if new_cu_seqlens is not None else images * M, assignment.device)
-    if images:
-        longest = max(longest, max_tokens or 0) if new_cu_seqlens is not None else max(longest, M)
-
-        def grid(meta: dict[str, Any]) -> tuple[int, ...]:
-            return images, triton.cdiv(longest, meta["TILE"])
-
-        launch = partial(
-            lists_kernel[grid],
-            assignment,
-            cu_seqlens,
-            new_cu_seqlens,
-            tokens,
-            spans,
-            N,
-            M,
-            PACKED=cu_seqlens is not None,
-            TO_PACKED=new_cu_seqlens is not None,
-        )
-        config = lists_table(longest)
-        if tune.SEARCH:
-            config = tune.tuned("lists", {"N": tune.like(longest)}, config, lists_candidates(), launch)
-        launch(**config)
-    return tokens, spans
-
-
-def _empty_bounds(images: int, device: torch.device) -> Tensor:
-    """Where each image begins, for the kernel to fill: without images it fills nothing, and they begin and end at 0."""
-    make = torch.empty if images else torch.zeros
-    return make(images + 1, dtype=torch.int32, device=device)
-
-
-def _empty_lists(tokens: int, slots: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    return tuple(torch.empty(shape, dtype=torch.int32, device=device) for shape in ((tokens,), (slots, 2)))
+def _lists(to: Tensor, slots: int) -> tuple[Tensor, Tensor]:
+    """tokens and spans of the slots ``to`` which tokens go, -1 for those that are of no image, by a sort."""
+    slot = to.masked_fill(to < 0, slots)
+    tokens = slot.argsort(stable=True)
+    numbers = torch.arange(slots + 1, dtype=torch.int32, device=to.device)
+    first = torch.searchsorted(slot[tokens], numbers)
+    return tokens.int(), torch.stack([first[:-1], first[1:]], dim=1).int()

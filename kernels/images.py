@@ -1,41 +1,41 @@
-"""Where an image lies: in a dense batch, or between two entries of ``cu_seqlens`` where images are packed."""
+"""Where the images of a batch lie among its rows, and what a kernel asks of the memory that it is given."""
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 FARTHEST = 2**31  # elements within an image: its tokens are told apart in int32
+ALIGNED = 16  # bytes: a pointer that is a multiple of it and one that is not are two kernels to Triton
 
 
 @triton.jit
-def image_bounds(cu_seqlens, b, N, PACKED: tl.constexpr):
+def image_bounds(cu_seqlens, image):
     """The row of the image's first token (int64), and its number of tokens."""
-    if PACKED:
-        start = tl.load(cu_seqlens + b).to(tl.int64)
-        length = (tl.load(cu_seqlens + b + 1) - start).to(tl.int32)
-    else:
-        start = b.to(tl.int64) * N
-        length = N
-    return start, length
+    start = tl.load(cu_seqlens + image)
+    return start.to(tl.int64), tl.load(cu_seqlens + image + 1) - start
 
 
-@triton.jit
-def image_base(x, b, start, stride_b, stride_n, PACKED: tl.constexpr):
-    """Where the image's rows begin in a strided tensor."""
-    if PACKED:
-        x += start * stride_n
-    else:
-        x += b.to(tl.int64) * stride_b
-    return x
+def block_for(n: int) -> int:
+    """The side of a tile that holds n: a power of two, and 16 at least, as a dot wants it. Triton's own function for it
+    takes as long as a launch."""
+    return max(16, 1 << (n - 1).bit_length()) if n > 1 else 16
+
+
+def aligned(x: Tensor | None) -> Tensor | None:
+    """``x`` contiguous and where memory of its own would begin: a copy of a slice that begins elsewhere."""
+    if x is None:
+        return None
+    x = x.contiguous()
+    return x if x.data_ptr() % ALIGNED == 0 else x.clone()
 
 
 def check_strides(name: str, x: Tensor, longest: int) -> None:
-    """Whether a kernel can read ``x`` [B, H, N, d] in place, where no image has more than ``longest`` tokens.
+    """Whether a kernel can read ``x`` [H, T, d] in place, where no image has more than ``longest`` tokens.
 
     Raises:
         ValueError: channels that do not lie together, or tokens of an image that lie too far apart.
     """
-    _, _, stride_n, stride_d = x.stride()
+    _, stride_n, stride_d = x.stride()
     if stride_d != 1:
         raise ValueError(f"{name} has stride {stride_d} between channels; want 1 (make it contiguous)")
     if longest * stride_n >= FARTHEST:

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from atm_triton.kernels import tune
-from atm_triton.kernels.images import check_strides, image_base, image_bounds
+from atm_triton.kernels.images import aligned, block_for, check_strides, image_bounds
 
 EPS_SQUARED = tl.constexpr(1e-24)
 NOT_ALIKE = tl.constexpr(-2.0)
@@ -45,13 +45,11 @@ def _group_sizes(length, P: tl.constexpr, GROUP: tl.constexpr):
 def _rank(sizes, n, token, free, CHUNK: tl.constexpr):
     """How many of the ``free`` tokens come before each in a stable sort by size."""
     rank = tl.zeros([n.shape[0]], tl.int32)
-    first = 0
-    while first < free:
+    for first in tl.range(0, free, CHUNK):
         other = first + tl.arange(0, CHUNK)
         m = tl.load(sizes + other, mask=other < free, other=float("inf"))
         before = (m[None, :] < n[:, None]) | ((m[None, :] == n[:, None]) & (other[None, :] < token[:, None]))
         rank += tl.sum((before & (other < free)[None, :]).to(tl.int32), axis=1)
-        first += CHUNK
     return rank
 
 
@@ -79,35 +77,24 @@ def _positions(
         position = member
         if GROUP == BY_SIZE:
             position = tl.zeros([BLOCK], tl.int32)
-            at = 0
-            while at < free:  # ranks turned round by comparison: nothing passes between threads through memory
+            for at in tl.range(0, free, CHUNK):  # ranks turned round by comparison: threads pass nothing in memory
                 token = at + tl.arange(0, CHUNK)
                 n = tl.load(sizes + token, mask=token < free, other=float("inf"))
                 rank = tl.where(token < free, _rank(sizes, n, token, free, ALL), -1)
                 position += tl.sum(tl.where(rank[:, None] == member[None, :], token[:, None], 0), axis=0)
-                at += CHUNK
     return P + position
 
 
 @triton.jit
-def _unit_vectors(
-    keys,
-    position,
-    valid,
-    stride_n,
-    stride_h,
-    H: tl.constexpr,
-    d: tl.constexpr,
-    D: tl.constexpr,
-    HEADS_TOGETHER: tl.constexpr,
-):
-    """Mean keys over the heads as unit vectors [BLOCK, D], 0 where they have no direction, and whether they do."""
+def _unit_vectors(keys, position, valid, stride_h, stride_n, H: tl.constexpr, d: tl.constexpr, D: tl.constexpr):
+    """Mean keys over the heads as unit vectors [BLOCK, D], 0 where they have no direction, and whether they do.
+    ``stride_h``: None where heads lie together."""
     c = tl.arange(0, D)
     inside = valid[:, None] & (c < d)[None, :]
     at = keys + position[:, None] * stride_n + c[None, :]
     total = tl.zeros([position.shape[0], D], tl.float32)
     for h in range(H):
-        if HEADS_TOGETHER:  # a stride that the compiler knows: wide loads also for odd d
+        if stride_h is None:  # a stride that the compiler knows: wide loads also for odd d
             offset = h * d
         else:
             offset = h * tl.cast(stride_h, tl.int64)
@@ -162,10 +149,8 @@ def match_image_kernel(
     partner,
     counts,
     theta,
-    N,
-    stride_b,
-    stride_n,
     stride_h,
+    stride_n,
     P: tl.constexpr,
     H: tl.constexpr,
     d: tl.constexpr,
@@ -174,13 +159,11 @@ def match_image_kernel(
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
     GROUP: tl.constexpr,
-    HEADS_TOGETHER: tl.constexpr,
-    PACKED: tl.constexpr,
 ):
     """One program an image: B is one tile, A one or two."""
     image = tl.program_id(0)
-    start, length = image_bounds(cu_seqlens, image, N, PACKED)
-    keys = image_base(keys, image, start, stride_b, stride_n, PACKED)
+    start, length = image_bounds(cu_seqlens, image)
+    keys += start * stride_n
     similarity += start
     partner += start
     na, nb = _group_sizes(length, P, GROUP)
@@ -189,13 +172,13 @@ def match_image_kernel(
         sizes += start + P
     b = _positions(sizes, free, na, 0, True, P, GROUP, BLOCK, CHUNK, 2 * BLOCK)
     in_b = tl.arange(0, BLOCK) < nb
-    b_unit, b_has = _unit_vectors(keys, b, in_b, stride_n, stride_h, H, d, D, HEADS_TOGETHER)
+    b_unit, b_has = _unit_vectors(keys, b, in_b, stride_h, stride_n, H, d, D)
     b_high, b_low = _halves(b_unit)
     candidates = tl.zeros([], tl.int32)
     for first in range(0, BLOCK, ROWS):
         a = _positions(sizes, free, na, first, False, P, GROUP, ROWS, CHUNK, 2 * BLOCK)
         in_a = first + tl.arange(0, ROWS) < na
-        a_unit, a_has = _unit_vectors(keys, a, in_a, stride_n, stride_h, H, d, D, HEADS_TOGETHER)
+        a_unit, a_has = _unit_vectors(keys, a, in_a, stride_h, stride_n, H, d, D)
         a_high, a_low = _halves(a_unit)
         s = _cosines(a_high, a_low, b_high, b_low)
         best, found = _best(s, a_has[:, None] & b_has[None, :], b, in_b)
@@ -218,10 +201,8 @@ def unit_rows_kernel(
     similarity,
     partner,
     counts,
-    N,
-    stride_b,
-    stride_n,
     stride_h,
+    stride_n,
     P: tl.constexpr,
     H: tl.constexpr,
     d: tl.constexpr,
@@ -229,14 +210,12 @@ def unit_rows_kernel(
     TOKENS: tl.constexpr,
     CHUNK: tl.constexpr,
     GROUP: tl.constexpr,
-    HEADS_TOGETHER: tl.constexpr,
-    PACKED: tl.constexpr,
 ):
     """One program for some tokens of a long image: their unit vectors go to rows of ``unit`` [rows, 2, d] float16,
     first A's, then B's, and their positions to ``order``, as -1 - position where a key has no direction."""
     image, tile = tl.program_id(0), tl.program_id(1)
-    start, length = image_bounds(cu_seqlens, image, N, PACKED)
-    keys = image_base(keys, image, start, stride_b, stride_n, PACKED)
+    start, length = image_bounds(cu_seqlens, image)
+    keys += start * stride_n
     similarity += start
     partner += start
     na, nb = _group_sizes(length, P, GROUP)
@@ -251,7 +230,7 @@ def unit_rows_kernel(
         n = tl.load(sizes + start + P + token, mask=valid, other=float("inf"))
         row = _rank(sizes + start + P, n, token, free, CHUNK)
     position = P + token
-    vectors, has = _unit_vectors(keys, position, valid, stride_n, stride_h, H, d, D, HEADS_TOGETHER)
+    vectors, has = _unit_vectors(keys, position, valid, stride_h, stride_n, H, d, D)
     high, low = _halves(vectors)
     c = tl.arange(0, D)
     at = unit + (start + row)[:, None] * (2 * d) + c[None, :]
@@ -287,18 +266,16 @@ def match_tiles_kernel(
     partner,
     counts,
     theta,
-    N,
     P: tl.constexpr,
     d: tl.constexpr,
     D: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     GROUP: tl.constexpr,
-    PACKED: tl.constexpr,
 ):
     """One program for some rows of A: all tiles of B pass by."""
     image, tile = tl.program_id(0), tl.program_id(1)
-    start, length = image_bounds(cu_seqlens, image, N, PACKED)
+    start, length = image_bounds(cu_seqlens, image)
     na, nb = _group_sizes(length, P, GROUP)
     if tile * ROWS >= na:
         return
@@ -322,12 +299,13 @@ def match_tiles_kernel(
 
 def match_image_table(block: int, d: int, by_size: bool, dtype: torch.dtype) -> tune.Config:
     """``block``: tokens of a group, rounded up to a power of two; ``by_size``: groups by sizes that differ. What is
-    larger, and of CHUNK what is smaller for few tokens, spills on one chip or another."""
+    larger, and of few tokens also what is smaller, spills on one chip or another."""
     rows = 16 if block <= 32 else min(block, 128)
     if dtype == torch.float32 and (by_size or d % 16 == 0):
         rows = min(rows, 64)
-    chunk = {16: 32, 32: 64, 64: 64}.get(block, 16)
-    return {"ROWS": rows, "CHUNK": chunk, "num_warps": 4 if block == 16 else 8}
+    if block == 16:
+        return {"ROWS": rows, "CHUNK": 32 if d <= 32 else 16, "num_warps": 8 if d > 32 and d % 16 == 0 else 4}
+    return {"ROWS": rows, "CHUNK": 64 if block <= 64 else 16, "num_warps": 8}
 
 
 def match_image_candidates(block: int, by_size: bool) -> list[tune.Config]:
@@ -355,95 +333,76 @@ def match_tiles_candidates() -> list[tune.Config]:
 
 
 def match(
-    keys: Tensor,
-    sizes: Tensor | None,
-    num_prefix: int,
-    by_size: bool,
-    theta: float,
-    cu_seqlens: Tensor | None = None,
-    max_tokens: int | None = None,
+    keys: Tensor, sizes: Tensor | None, cu_seqlens: Tensor, num_prefix: int, by_size: bool, theta: float, longest: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Partners and similarities as :func:`atm_triton.reference.match` defines them, and the counts.
 
     Args:
-        keys: [B, H, N, d], or packed [1, H, T, d]; any strides but 1 for the last.
-        sizes: float32 [B, N] (packed [1, T]); None for all ones.
-        cu_seqlens: int32 [B + 1], where each packed image starts; ``max_tokens``: no image is longer.
+        keys: [H, T, d]; any strides but 1 for the last.
+        sizes: float32 [T]; None for all ones.
+        cu_seqlens: int32 [B + 1], where each image begins; longest: no image has more tokens.
 
     Returns:
-        similarity float32, partner int32, both [B, N] (packed [1, T]); counts [B] int64.
+        similarity float32, partner int32, both [T]; counts int64 [B]: the similarities from ``theta`` on.
 
     Raises:
         ValueError: keys whose channels do not lie together, or whose tokens lie too far apart; or more protected tokens
             than a tile holds.
     """
-    B, H, N, d = keys.shape
+    H, T, d = keys.shape
     if num_prefix > PREFIX.value:
         raise ValueError(f"num_prefix={num_prefix} is above {PREFIX.value}, the most that this kernel protects")
-    packed = cu_seqlens is not None
-    images, longest = (len(cu_seqlens) - 1, max_tokens) if packed else (B, N)
     check_strides("keys", keys, longest)
-    similarity = torch.empty((B, N), dtype=torch.float32, device=keys.device)
-    partner = torch.empty((B, N), dtype=torch.int32, device=keys.device)
-    counts = torch.empty(images, dtype=torch.int64, device=keys.device)
-    if images == 0:
-        return similarity, partner, counts
-    sizes = sizes.contiguous() if by_size and sizes is not None else None
-    group = (BY_SIZE if sizes is not None else HALVES) if by_size else ALTERNATE
-    stride_b, stride_h, stride_n, _ = keys.stride()
-    free = max(longest - num_prefix, 1)
-    shape = {"P": num_prefix, "d": d, "D": max(16, triton.next_power_of_2(d)), "GROUP": group.value, "PACKED": packed}
-    heads = {"H": H, "HEADS_TOGETHER": stride_h == d}
-    strides = (N, stride_b, stride_n, stride_h)
+    B = len(cu_seqlens) - 1
+    similarity = torch.empty(T, dtype=torch.float32, device=keys.device)
+    partner = torch.empty(T, dtype=torch.int32, device=keys.device)
+    counts = torch.empty(B, dtype=torch.int64, device=keys.device)
     out = (similarity, partner, counts)
-    if free <= WHOLE_IMAGE and d <= 64:
-        _match_image(images, free, (keys, sizes, cu_seqlens, *out, theta, *strides), shape | heads)
+    if B == 0 or T == 0:
+        counts.zero_()
         return out
-    unit = torch.empty((B * N, 2, d), dtype=torch.float16, device=keys.device)
-    order = torch.empty(B * N, dtype=torch.int32, device=keys.device)
-    _unit_rows(images, free, (keys, sizes, cu_seqlens, unit, order, *out, *strides), shape | heads)
-    _match_tiles(images, free, counts, (unit, order, cu_seqlens, *out, theta, N), shape)
+    sizes, cu_seqlens = aligned(sizes if by_size else None), aligned(cu_seqlens)
+    group = (BY_SIZE if sizes is not None else HALVES) if by_size else ALTERNATE
+    strides = (None if keys.stride(0) == d else keys.stride(0), keys.stride(1))
+    free = max(longest - num_prefix, 1)
+    shape = {"P": num_prefix, "d": d, "D": block_for(d), "GROUP": group.value}
+    by_size = sizes is not None
+    if free <= WHOLE_IMAGE and d <= 64:
+        _match_image(B, free, by_size, (keys, sizes, cu_seqlens, *out, theta, *strides), shape | {"H": H})
+        return out
+    unit = torch.empty((T, 2, d), dtype=torch.float16, device=keys.device)
+    order = torch.empty(T, dtype=torch.int32, device=keys.device)
+    _unit_rows(B, free, by_size, (keys, sizes, cu_seqlens, unit, order, *out, *strides), shape | {"H": H})
+    _match_tiles(B, free, counts, (unit, order, cu_seqlens, *out, theta), shape)
     return out
 
 
-def _match_image(images: int, free: int, arguments: tuple, constants: dict[str, Any]) -> None:
-    block, d, by_size = max(16, triton.next_power_of_2((free + 1) // 2)), constants["d"], _by_size(constants)
-    launch = partial(match_image_kernel[(images,)], *arguments, **constants, BLOCK=block)
-    key = {"block": block, "d": d, "by_size": by_size, "dtype": arguments[0].dtype}
-    config = match_image_table(**key)
-    if tune.SEARCH:
-        config = tune.tuned("match_image", key, config, match_image_candidates(block, by_size), launch)
-    launch(**config)
+def _match_image(B: int, free: int, by_size: bool, arguments: tuple, constants: dict[str, Any]) -> None:
+    block = block_for((free + 1) // 2)
+    launch = partial(match_image_kernel[(B,)], *arguments, **constants, BLOCK=block)
+    key = {"block": block, "d": constants["d"], "by_size": by_size, "dtype": arguments[0].dtype}
+    candidates = partial(match_image_candidates, block, by_size)
+    tune.run("match_image", key, match_image_table(**key), candidates, launch)
 
 
-def _unit_rows(images: int, free: int, arguments: tuple, constants: dict[str, Any]) -> None:
-    d, by_size = constants["d"], _by_size(constants)
-
-    def grid(meta: dict[str, Any]) -> tuple[int, int]:
-        return images, triton.cdiv(free, meta["TOKENS"])
-
-    launch = partial(unit_rows_kernel[grid], *arguments, **constants)
-    config = unit_rows_table(free, d, by_size)
-    if tune.SEARCH:
-        key = {"free": tune.like(free), "d": d, "by_size": by_size}
-        config = tune.tuned("unit_rows", key, config, unit_rows_candidates(by_size), launch)
-    launch(**config)
-
-
-def _match_tiles(images: int, free: int, counts: Tensor, arguments: tuple, constants: dict[str, Any]) -> None:
+def _unit_rows(B: int, free: int, by_size: bool, arguments: tuple, constants: dict[str, Any]) -> None:
     d = constants["d"]
+    launch = partial(unit_rows_kernel[lambda meta: (B, -(-free // meta["TOKENS"]))], *arguments, **constants)
+    key = {"free": tune.like(free), "d": d, "by_size": by_size}
+    candidates = partial(unit_rows_candidates, by_size)
+    tune.run("unit_rows", key, unit_rows_table(free, d, by_size), candidates, launch)
 
-    def grid(meta: dict[str, Any]) -> tuple[int, int]:
-        return images, triton.cdiv((free + 1) // 2, meta["ROWS"])
 
-    launch = partial(match_tiles_kernel[grid], *arguments, **constants)
-    config = match_tiles_table(free, d)
+def _match_tiles(B: int, free: int, counts: Tensor, arguments: tuple, constants: dict[str, Any]) -> None:
+    d, half = constants["d"], (free + 1) // 2
+    launch = partial(match_tiles_kernel[lambda meta: (B, -(-half // meta["ROWS"]))], *arguments, **constants)
     if tune.SEARCH:
-        key = {"free": tune.like(free), "d": d}
-        config = tune.tuned("match_tiles", key, config, match_tiles_candidates(), launch)
-        counts.zero_()  # every launch of the search has added to them
+        launch = partial(_counting_anew, counts, launch)
+    key = {"free": tune.like(free), "d": d}
+    tune.run("match_tiles", key, match_tiles_table(free, d), match_tiles_candidates, launch)
+
+
+def _counting_anew(counts: Tensor, launch: tune.Launch, **config: int) -> None:
+    """A launch that others may have come before: each adds to the counts."""
+    counts.zero_()
     launch(**config)
-
-
-def _by_size(constants: dict[str, Any]) -> bool:
-    return constants["GROUP"] == BY_SIZE.value

@@ -35,7 +35,7 @@ def switch(value: str | None) -> bool:
     return value == "1"
 
 
-SEARCH = switch(os.environ.get("ATM_TRITON_AUTOTUNE"))  # launchers ask this and no more
+SEARCH = switch(os.environ.get("ATM_TRITON_AUTOTUNE"))
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,11 @@ def like(size: int) -> range:
 def every(**choices: Iterable[int]) -> list[Config]:
     """All combinations."""
     return [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
+
+
+def run(name: str, key: dict[str, Any], config: Config, candidates: Callable[[], list[Config]], launch: Launch) -> None:
+    """Launch with the table's ``config``; where a search is asked for, with the fastest for this key."""
+    launch(**(tuned(name, key, config, candidates(), launch) if SEARCH else config))
 
 
 def tuned(name: str, key: dict[str, Any], config: Config, candidates: list[Config], launch: Launch) -> Config:

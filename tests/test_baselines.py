@@ -11,8 +11,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from atm_triton import ATMConfig, apply_patch, remove_patch, summary
-from atm_triton.block import Tokens
 from atm_triton.evaluate import evaluate
+from atm_triton.packed import Packed
 from atm_triton.transformer import leading_tokens
 from benchmarks.baselines import BASELINES, Baseline, Plan, apply_baseline, baseline
 from loops import cosine
@@ -174,17 +174,17 @@ def test_a_method_is_its_loops(name, settings, more):
     model, x = vit(dtype=torch.float64, embed_dim=16), images(2, dtype=torch.float64)
     expected = [by_loops(model, image, name, {**settings, **more}) for image in x]
     apply_baseline(model, name, **settings)
-    tokens = Tokens(model._pos_embed(model.patch_embed(x)))
+    tokens = Packed.of(model._pos_embed(model.patch_embed(x)))
     for number, block in enumerate(model.blocks):
         tokens = block.step(tokens).tokens
-        for image, (_, record) in enumerate(expected):
-            loop_x, loop_size = record[number]
-            torch.testing.assert_close(tokens.x[image], torch.tensor(loop_x, dtype=torch.float64), rtol=0, atol=1e-9)
-            if tokens.size is not None:
-                assert tokens.size[image].tolist() == loop_size
+        loop_x, loop_sizes = zip(*(record[number] for _, record in expected), strict=True)
+        merged = tokens.images.shaped(tokens.x)
+        torch.testing.assert_close(merged, torch.tensor(loop_x, dtype=torch.float64), rtol=0, atol=1e-9)
+        if tokens.sizes is not None:
+            assert tokens.images.shaped(tokens.sizes).tolist() == list(loop_sizes)
     logits = torch.stack([logits for logits, _ in expected])
     torch.testing.assert_close(model(x), logits, rtol=0, atol=1e-8)
-    assert tokens.x.shape[1] < 20
+    assert tokens.images.N < 20
 
 
 def recorded(model, name, **settings):

@@ -34,6 +34,7 @@ BAD = [
     ({"proportional_attention": 1}, TypeError, "proportional_attention=1 is no bool"),
     ({"cls_only_last": None}, TypeError, "cls_only_last=None is no bool"),
     ({"backend": "cuda"}, ValueError, "backend='cuda' is unknown; choose one of auto, triton, reference"),
+    ({"engine": 1}, TypeError, "engine=1 is no bool"),
     ({"source": 3}, TypeError, "source=3 is no text"),
 ]
 
@@ -83,8 +84,8 @@ def test_it_is_frozen():
     "config",
     [
         ATMConfig(),
-        ATMConfig(adapt="static", schedule=[3, 0], split_depth=2, cls_only_last=False),
-        ATMConfig(thresholds=(0.9, None), backend="reference", proportional_attention=False, source="mine"),
+        ATMConfig(adapt="static", schedule=[3, 0], split_depth=2, cls_only_last=False, source="mine"),
+        ATMConfig(thresholds=(0.9, None), backend="reference", proportional_attention=False, engine=False),
     ],
 )
 def test_json_round_trip(config):

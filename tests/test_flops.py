@@ -110,7 +110,8 @@ def test_the_summary_prints_and_adds_up():
     assert s.saved == 1 - s.macs / s.unmerged.macs and 0.3 < s.saved < 0.6
     lines = str(s).splitlines()
     assert lines[1].split()[:4] == ["1", "26", "3", "23"] and lines[4].split()[:4] == ["4", "16", "0", "1"]
-    assert lines[-1].endswith(f"{100 * s.saved:.1f} % of the MACs saved")
+    assert lines[-2].endswith(f"{100 * s.saved:.1f} % of the MACs saved")
+    assert lines[-1] == f"run by: {s.way}"
 
 
 def test_counting_leaves_the_model_and_the_random_numbers_alone():

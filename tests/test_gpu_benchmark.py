@@ -8,10 +8,13 @@ import time
 import pytest
 import torch
 
-from atm_triton import ATMConfig, apply_patch, library, ops
+from atm_triton import ATMConfig, apply_patch, ops
+from atm_triton.engine import Engine
+from atm_triton.graphs import Replays
 from atm_triton.inputs import digits_config
+from atm_triton.packed import Images
 from atm_triton.patch import install
-from benchmarks.gpu import STAGES, StageError, attention, parity, sanitize, timing
+from benchmarks.gpu import STAGES, StageError, attention, engine, parity, sanitize, targets, timing
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.sanitize import FOUND, verdict
 from benchmarks.gpu.trace import Event, gaps, timeline
@@ -42,10 +45,10 @@ def test_every_stage_measures(out):
     assert {row["operation"] for row in stages["kernels"]["rows"]} == {
         "match",
         "assign",
-        "lists",
         "unmerge",
         "merge",
         "add_merge_norm",
+        "add_norm",
         "attention",
     }
     assert all(row["microseconds"] > 0 and row["error"] < 1 for row in stages["attention"]["rows"])
@@ -57,6 +60,26 @@ def test_every_stage_measures(out):
     merging = [theta for theta in digits_config().thresholds if theta is not None]
     assert stages["trace"]["digits"]["reads"] == len(merging) and (out / "trace.json.gz").stat().st_size > 0
     assert all({"value", "wanted", "met"} <= set(row) for row in stages["targets"]["rows"])
+
+
+def test_the_engine_beside_whole_graphs(out):
+    section = json.loads((out / "gpu.json").read_text())["stages"]["engine"]
+    assert section["wrong"] == section["left_out"] == []
+    rows = {(row["model"], row["name"]): row for row in section["rows"]}
+    ours = ["ATM static", "ATM batch", "ATM image"]
+    names = ["timm", "timm, one graph", "free-merge bound", "free-merge bound, one graph", "ATM static, one graph"]
+    names += [*ours, "ATM static, r = 0"]
+    assert {("DeiT-S", name) for name in [*names, "timm, compiled", "free-merge bound, compiled"]} <= set(rows)
+    assert {("digits", name) for name in [*names, "ATM static, one graph, image's r"]} <= set(rows)
+    for row in rows.values():
+        assert row["quartiles"][0] <= row["milliseconds"] <= row["quartiles"][1] and row["error"] < 1e-5
+        assert row["of_timm"] > 0 and row["of_timm_graph"] > 0
+        assert ("whole" in row) == ("of_bound" in row) == (row["name"] in ours)
+    deit = [rows["DeiT-S", name] for name in ours]
+    assert [row["graphs"] for row in deit] == [1, 3, 3] and [row["merged"] for row in deit] == [2, 2, 2]
+    assert rows["digits", "ATM static"]["merged"] == rows["digits", "ATM batch"]["merged"] > 0
+    unmerged = rows["DeiT-S", "ATM static, r = 0"]
+    assert unmerged["graphs"] == 1 and unmerged["merged"] == 0
 
 
 def test_the_table_has_every_stage(out):
@@ -82,30 +105,120 @@ def wrong_attention(*arguments, run, **options):
     return run(*arguments[:3], None, *arguments[4:], **options)
 
 
+def wrong_among_others(*arguments, run, **options):
+    """A last bit that hangs on whether there are other images."""
+    return run(*arguments, **options) * (1 + 2**-23 * (len(arguments[5]) > 2))
+
+
+def wrong_norm(*arguments, run, **options):
+    """Of another epsilon."""
+    x, attended, gamma, (weight, bias, _), *out = arguments
+    return run(x, attended, gamma, (weight, bias, 0.1), *out)
+
+
 @pytest.mark.parametrize(
     ("name", "wrong", "message"),
     [
-        ("merge", wrong_merge, "merged tokens are .* times the tolerance from the reference"),
-        ("match", wrong_match, "partners in B are not those of the reference"),
-        ("attention", wrong_attention, "values are .* times the tolerance from the reference"),
+        ("merge", wrong_merge, "merge .* merged tokens are .* times the tolerance from the reference"),
+        ("match", wrong_match, "match .* partners in B are not those of the reference"),
+        ("attention", wrong_attention, "attention .* values are .* times the tolerance from the reference"),
+        ("attention", wrong_among_others, "attention .* values of an image among others are not those it has alone"),
+        ("add_norm", wrong_norm, "the norms of summed tokens are .* times the tolerance from the reference"),
     ],
 )
 def test_a_wrong_kernel_fails_in_one_line(name, wrong, message, tmp_path, monkeypatch, capsys):
-    launchers = library._kernels()
+    launchers = ops._kernels()
     run = getattr(launchers, name)
     monkeypatch.setattr(launchers, name, lambda *arguments, **options: wrong(*arguments, run=run, **options))
     assert main(["--out", str(tmp_path), "--stages", "parity", "repeat", *TINY]) == 1
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert re.fullmatch(rf"benchmarks.gpu: parity: {name} .*{message}.*", line)
+    assert re.fullmatch(rf"benchmarks.gpu: parity: .*{message}.*", line)
     result = json.loads((tmp_path / "gpu.json").read_text())
     assert list(result["stages"]) == ["parity"] and result["failures"] == [line.partition(": ")[2]]
     assert "FAILED" in (tmp_path / "gpu.md").read_text()
 
 
+def a_little_off(out):
+    logits, record = out
+    return logits * (1 + 2 * engine.LOGITS[torch.float32]), record
+
+
+def uncapturable(self, run):
+    raise RuntimeError("such a thing cannot be captured")
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("none", None),
+        ("off", "logits are 0.002 from those without graphs, above 0.001"),
+        ("stale", r"logits are [\d.]+ from those without graphs, above 0.001"),
+        ("refused", "the engine did not run: blocks: engine=False in the configuration"),
+        ("uncapturable", "runs eagerly from now on: such a thing cannot be captured"),
+        ("endless", "after 6 passes there is more to capture beside 0 graphs"),
+    ],
+)
+def test_an_engine_at_fault_is_found_out(fault, message, monkeypatch):
+    model, x = vit(depth=2, img_size=16), images(2, side=16)
+    config = ATMConfig(alpha=0.5, theta_min=0.3, adapt="image", cls_only_last=False, backend="triton")
+    ours, blocks = (engine.patched(model, config, on) for on in (fault != "refused", False))
+    play, first = Engine._run, []
+    if fault == "off":
+        monkeypatch.setattr(Engine, "_run", lambda *arguments: a_little_off(play(*arguments)))
+    if fault == "stale":
+        monkeypatch.setattr(Engine, "_run", lambda *arguments: first.append(play(*arguments)) or first[0])
+    if fault == "uncapturable":
+        monkeypatch.setattr(Replays, "capture", uncapturable)
+    if fault == "endless":
+        ours.engine.max_graphs = 1
+    variant = engine.Variant(ours, blocks, engine=True)
+    with torch.inference_mode():
+        if fault == "none":
+            assert engine.check(variant, x) < 1e-5
+            return
+        with pytest.raises(StageError, match=message):
+            engine.check(variant, x)
+
+
+def test_a_wrong_engine_fails_the_stage_and_the_rest_is_measured(tmp_path, monkeypatch, capsys):
+    play = Engine._run
+    monkeypatch.setattr(Engine, "_run", lambda *arguments: a_little_off(play(*arguments)))
+    monkeypatch.setattr(engine, "cells", lambda setting: [engine.Cell("DeiT-S", 2, False)])
+    assert main(["--out", str(tmp_path), "--stages", "engine", *TINY]) == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("benchmarks.gpu: engine: ATM static of DeiT-S at 2: logits are 0.002 from those without")
+    section = json.loads((tmp_path / "gpu.json").read_text())["stages"]["engine"]
+    assert len(section["wrong"]) == 4 and "ATM static, one graph" in {row["name"] for row in section["rows"]}
+    assert not {"ATM static", "ATM batch", "ATM image"} & {row["name"] for row in section["rows"]}
+    assert (tmp_path / "gpu.md").read_text().count("WRONG: ") == 4
+
+
+@pytest.mark.parametrize("wanted", [1, 7, 24, 100])
+def test_thresholds_that_fit(wanted):
+    """Of 24 tokens in A, in all images together, as many are candidates as wanted, in every block but the last."""
+    model, x = vit(), images(2)
+    config = engine.fitted(model, x, "image", wanted)
+    patched = engine.patched(model, config, engine=False)
+    with torch.inference_mode():
+        patched(x)
+    first, *later = [int(counts.sum()) for counts in patched.blocks.last.counts[:-1]]
+    assert first == min(wanted, 24) and all(count <= wanted for count in later)
+    assert wanted > 7 or later == [wanted, wanted]
+
+
+def test_targets_of_the_engine():
+    row = {"model": "DeiT-S", "batch": 64, "session": False, "name": "ATM image"}
+    row |= {"of_timm": 1.2, "whole": 1.15, "of_bound": None}
+    small, compiled = row | {"batch": 8}, row | {"session": True}
+    found = targets.of_engine([row, small, compiled, {"session": False, "name": "timm", "batch": 64}])
+    assert [target["met"] for target in found] == [True, False, None, True]
+    assert [target["wanted"] for target in found] == [1.0, 1.1, 0.97, 1.0]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--stages", "parity", "speed", *TINY], "--stages speed: unknown; choose from parity packed repeat"),
+        (["--stages", "parity", "speed", *TINY], "--stages speed: unknown; choose from parity repeat"),
         (["--device", "cpu"], "--device cpu: the interpreter would take days at these sizes; add --tiny"),
         ([], "--device cuda: torch sees no CUDA device here"),
     ],
@@ -130,9 +243,9 @@ def test_whether_the_table_of_attention_takes_the_fastest(fastest, right):
 def test_the_table_of_attention_is_what_the_library_takes(choice, monkeypatch):
     monkeypatch.setattr(ops, "attention_choice", lambda *kind: choice)
     launched = []
-    monkeypatch.setattr(library._kernels(), "attention", lambda q, *arguments: launched.append(1) or q)
-    x = torch.randn(1, 2, 5, 16)
-    ops.attention(x, x, x, torch.ones(1, 5), backend="triton")
+    monkeypatch.setattr(ops._kernels(), "attention", lambda q, *arguments: launched.append(1) or q)
+    x = torch.randn(2, 5, 16)
+    ops.attention(x, x, x, torch.ones(5), Images.of(1, 5), backend="triton")
     assert len(launched) == (choice == "kernel")
 
 

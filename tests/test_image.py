@@ -4,9 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from atm_triton import ATMBlock, ATMConfig, apply_patch, library, ops, reference, summary
+from atm_triton import ATMBlock, ATMConfig, apply_patch, reference, summary
 from atm_triton.flops import cost_of_each
+from atm_triton.packed import Images
 from models import distilled, images, vit
 
 F64 = torch.float64
@@ -59,6 +61,16 @@ def test_features_are_as_if_alone():
 
 
 @torch.inference_mode()
+def test_traces_are_as_if_alone():
+    model, x = apply_patch(vit(dtype=F64, embed_dim=12), CONFIG), varied()
+    unmerged = torch.arange(26, dtype=torch.int32).unsqueeze(0)
+    for traces in zip(model.traces(x), *map(model.traces, x.split(1)), strict=True):
+        together, *alone = (unmerged if trace is None else trace for trace in traces)
+        assert torch.equal(together.expand(len(x), -1), torch.cat(alone))
+    assert not torch.equal(together, unmerged.expand(len(x), -1))
+
+
+@torch.inference_mode()
 def test_the_order_of_a_batch_is_the_order_of_its_logits():
     model, x = apply_patch(vit(dtype=F64, embed_dim=12), CONFIG), varied()
     order = torch.tensor([3, 0, 4, 1, 2])
@@ -95,24 +107,24 @@ def test_gradients_are_those_of_each_image_alone():
 
 def test_drop_path_drops_whole_images():
     block = ATMBlock(12, 2, block_index=0, depth=4, config=CONFIG, drop_path=0.5).train()
-    packing = ops.Packing.of(torch.tensor([3, 4] * 20))
-    dropped = block._drop_path(block.drop_path1, torch.ones(140, 12), packing)
-    of_images = dropped[packing.cu_seqlens[:-1].long(), :1]
+    images = Images.of_lengths(torch.tensor([3, 4] * 20))
+    dropped = block._drop_path(block.drop_path1, torch.ones(140, 12), images)
+    of_images = dropped[images.cu_seqlens[:-1].long(), :1]
     assert set(of_images.flatten().tolist()) == {0.0, 2.0}
-    assert torch.equal(dropped, reference.of_tokens(of_images, packing.cu_seqlens, 140).expand(-1, 12))
+    assert torch.equal(dropped, reference.of_tokens(of_images, images, 140).expand(-1, 12))
 
 
-def test_a_block_alone_passes_the_packing_on():
+def test_a_block_alone_passes_packed_tokens_on():
     config = replace(CONFIG, alpha=0.3, theta_min=0.0)
     first, second = (ATMBlock(12, 2, block_index=i, depth=4, config=config).eval() for i in range(2))
-    x = torch.randn(3, 17, 12)
-    merged, size, packing = first(x)
-    assert merged.shape == (int(packing.cu_seqlens[-1]), 12) and packing.lengths.sum() == len(merged) == len(size)
-    again, sizes, left = second(merged, size, packing)
-    assert len(again) == int(left.cu_seqlens[-1]) < len(merged)
-    assert [int(n.sum()) for n in sizes.split(left.lengths.tolist())] == [17] * 3
+    packed = first(torch.randn(3, 17, 12))
+    assert packed.x.shape == (int(packed.images.cu_seqlens[-1]), 12) and not packed.images.equal
+    assert packed.images.lengths.sum() == len(packed.x) == len(packed.sizes)
+    again = second(packed)
+    assert len(again.x) == int(again.images.cu_seqlens[-1]) < len(packed.x)
+    assert [int(n.sum()) for n in again.sizes.split(again.images.lengths.tolist())] == [17] * 3
     with pytest.raises(ValueError, match="packed images in a block with adapt='batch'; want adapt=\"image\""):
-        ATMBlock(12, 2, block_index=0, depth=4)(merged, size, packing)
+        ATMBlock(12, 2, block_index=0, depth=4)(packed)
 
 
 def test_summary_tells_the_fewest_and_the_most():
@@ -135,7 +147,7 @@ def test_summary_tells_the_fewest_and_the_most():
 @torch.inference_mode()
 def test_one_graph_for_every_batch(monkeypatch):
     """Without a break, and compiled anew only for the first other batch size."""
-    monkeypatch.setattr(library, "interpreting", lambda: False)  # the reference, as without the interpreter
+    monkeypatch.setenv("TRITON_INTERPRET", "0")  # the reference
     model = apply_patch(vit(), CONFIG)
     graphs = []
 
@@ -152,7 +164,7 @@ def test_one_graph_for_every_batch(monkeypatch):
 
 
 def test_training_compiles(monkeypatch):
-    monkeypatch.setattr(library, "interpreting", lambda: False)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
     model, x = apply_patch(vit().train(), CONFIG), images()
 
     def gradients(run):
@@ -163,3 +175,48 @@ def test_training_compiles(monkeypatch):
     eager = gradients(model)
     for one, other in zip(gradients(torch.compile(model, backend="aot_eager")), eager, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * float(other.abs().max()))
+
+
+class Masks(TorchDispatchMode):
+    """Notes where the masks begin that torch's attention gets, forward and backward."""
+
+    def __init__(self):
+        super().__init__()
+        self.begin = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        mask = (kwargs or {}).get("attn_mask")
+        if "scaled_dot_product" in str(operation) and mask is not None:
+            self.begin.append(mask.data_ptr())
+        return operation(*args, **(kwargs or {}))
+
+
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+
+
+@dtypes
+@pytest.mark.parametrize("equal", [True, False], ids=["equal", "differ"])
+def test_every_mask_begins_on_16_bytes(equal, dtype):
+    """CUDA's kernels read a mask in wide words, and fault where it begins within one."""
+    images = Images.of(3, 7) if equal else Images.of_lengths(torch.tensor([5, 3, 7, 1, 5]))
+    sizes = torch.rand(22)[1:]  # begins within another tensor's memory
+    q, k, v = torch.randn(3, 2, 21, 8, dtype=dtype)
+    with Masks() as masks:
+        reference.attention(q, k, v, sizes, images)
+    assert len(masks.begin) == (1 if equal else 5) and not any(begin % 16 for begin in masks.begin)
+
+
+@dtypes
+@pytest.mark.parametrize("way", ["inference", "training", "checkpointing"])
+def test_every_mask_of_a_model_begins_on_16_bytes(way, dtype):
+    model, x = apply_patch(vit(dtype=dtype, embed_dim=12), replace(CONFIG, backend="reference")), varied().to(dtype)
+    model.train(way != "inference").set_grad_checkpointing(way == "checkpointing")
+    with Masks() as masks, torch.set_grad_enabled(way != "inference"):
+        logits = model(x)
+        forward = len(masks.begin)
+        if way != "inference":
+            logits.float().square().sum().backward()
+    merged = [n for n in summary(model).record.tokens if isinstance(n, torch.Tensor)]
+    assert any((n % 4 != 0).any() for n in merged) and forward == len(merged) * len(x) > 0
+    assert len(masks.begin) == {"inference": 1, "training": 2, "checkpointing": 3}[way] * forward
+    assert not any(begin % 16 for begin in masks.begin)

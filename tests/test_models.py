@@ -236,15 +236,15 @@ def test_pools_weigh_merged_tokens_by_their_size():
     model = apply_patch(small("vit_base_patch16_224", torch.float64, global_pool="avg", fc_norm=False), config)
     x = images_for(model, dtype=torch.float64)
     tokens = model._run(x, None, dense=False).tokens
-    kept, size = model.norm(tokens.x)[:, 1:], tokens.size[:, 1:, None].double()
+    kept, size = (tokens.images.shaped(rows)[:, 1:] for rows in (model.norm(tokens.x), tokens.sizes[:, None].double()))
     pooled = (kept * size).sum(1) / 16
     torch.testing.assert_close(model(x), model.head(pooled), rtol=0, atol=1e-12)
 
     model = apply_patch(vit(dtype=torch.float64, class_token=False, global_pool="map"), config)
     x = images_for(model, dtype=torch.float64)
     tokens = model._run(x, None, dense=False).tokens
-    bias = tokens.size.double().log()[:, None, None, :]
-    pooled = model.attn_pool(model.norm(tokens.x), attn_mask=bias)
+    bias = tokens.images.shaped(tokens.sizes).double().log()[:, None, None, :]
+    pooled = model.attn_pool(tokens.images.shaped(model.norm(tokens.x)), attn_mask=bias)
     torch.testing.assert_close(model(x), model.head(pooled), rtol=0, atol=1e-12)
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from benchmarks.readme import RESULTS
 
 KEYS = ("case", "kernel", "chip", "configuration")
 ROOT = Path(__file__).parents[1]
+VERSIONS = ("3.6.0", "3.9.0")  # of triton: the oldest and the newest
 
 
 def python(*arguments):
@@ -24,8 +26,16 @@ def compile_all(*options):
     return python("-m", "benchmarks.offline_compile", *options)
 
 
-def kept():
-    return json.loads((RESULTS / "offline_compile.json").read_text())["rows"]
+@cache
+def rows_without_figures():
+    code = """
+import json
+from benchmarks.offline_compile import described, jobs
+print(json.dumps([described(job) for job in jobs()]))
+"""
+    done = python("-c", code)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
 def test_no_choice_of_tiles_warps_and_stages_spills_on_any_chip(tmp_path):
@@ -35,17 +45,34 @@ def test_no_choice_of_tiles_warps_and_stages_spills_on_any_chip(tmp_path):
     assert all(row["fits"] and row["programs"] >= 1 for row in now)
 
 
-def test_what_was_compiled_is_what_the_tables_say():
+@pytest.mark.parametrize("version", VERSIONS)
+def test_what_was_compiled_is_what_the_tables_say(version):
     """Also where only tiles, warps or stages have changed; every entry was compiled, and nothing spilled."""
+    kept = json.loads((RESULTS / f"offline_compile_triton_{version}.json").read_text())
+    assert kept["environment"]["triton"] == version
+    assert [{name: row[name] for name in KEYS} for row in kept["rows"]] == rows_without_figures()
+    assert all(row["fits"] and row["programs"] >= 1 for row in kept["rows"])
+
+
+def test_what_is_compiled_is_what_triton_would_compile():
+    """Numbers of rows and images stay numbers, also 1 and 16; None and strides that divide by 16 are compiled in."""
     code = """
-import json
-from benchmarks.offline_compile import described, jobs
-print(json.dumps([described(job) for job in jobs()]))
+from benchmarks.launches import *
+from benchmarks.offline_compile import CHIPS, source
+for target in (chip.target for chip in CHIPS.values()):
+    for images in (1, 16):
+        kernel, arguments, options = captured(dict(merge_cases(48, torch.float16))["merge C=48 fp16 no sizes"])[0]
+        made = source(kernel, arguments | {"images": images}, options, target)
+        at = kernel.arg_names.index
+        assert made.signature["images"] == "i32" and (at("images"),) not in made.attrs
+        assert made.signature["x"] == "*fp16" and made.attrs[at("x"),][0] == ["tt.divisibility", 16]
+        assert made.constants[at("sizes"),] is None and made.constants[at("C"),] == 48
+    kernel, arguments, options = captured(match_case(3, 17, 32, 1, "alternate", torch.float16)[1])[0]
+    made = source(kernel, arguments, options, target)
+    assert made.attrs[kernel.arg_names.index("stride_n"),] == [["tt.divisibility", 16]]
 """
     done = python("-c", code)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == [{name: row[name] for name in KEYS} for row in kept()]
-    assert all(row["fits"] and row["programs"] >= 1 for row in kept())
 
 
 def test_a_program_fits_a_workgroup_and_shared_memory():
@@ -64,8 +91,21 @@ for name, warps in (("gfx942", 16), ("sm_90", 32)):
     [
         (["--jobs", "0"], "offline_compile: --jobs 0 is too small; give 1 or more\n"),
         (["--json", "."], "offline_compile: --json . is a directory; name a file in it\n"),
+        (["--triton", "3.6.0", "3.9"], "offline_compile: --triton 3.9 is no version; give one such as 3.6.0\n"),
+        (
+            ["--triton", "3.6.0", "--json", "a.json"],
+            "offline_compile: --json names one file, --triton writes one a version; give one of them\n",
+        ),
     ],
 )
 def test_bad_input(options, message):
     done = compile_all(*options)
     assert done.returncode == 2 and done.stderr == message
+
+
+def test_a_triton_that_is_not_there(monkeypatch):
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    done = compile_all("--triton", "0.0.1")
+    message = "--triton 0.0.1 cannot be installed: ERROR: No matching distribution found for triton==0.0.1"
+    assert done.returncode == 2 and done.stderr == f"offline_compile: {message}\n"
+    assert not list(ROOT.glob(".venv-triton-0.0.1"))

@@ -17,11 +17,12 @@ from triton.runtime.errors import OutOfResources
 
 from atm_triton.kernels import assign as assign_kernels
 from atm_triton.kernels import tune
-from atm_triton.kernels.assign import assign, lists
+from atm_triton.kernels.assign import assign
 from atm_triton.kernels.attention import attention, attention_candidates, attention_table
 from atm_triton.kernels.match import match, match_image_table
-from atm_triton.kernels.merge import merge
+from atm_triton.kernels.merge import add_norm, merge
 from atm_triton.kernels.unmerge import unmerge
+from atm_triton.packed import Images
 
 ROOT = Path(__file__).parents[1]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -51,29 +52,31 @@ def searching(monkeypatch):
 def everything():
     """What every launcher returns, one after another; each time on the same inputs."""
     torch.manual_seed(0)
-    x, sizes = torch.randn(2, 3, 19, 32, device=DEVICE), torch.randint(1, 4, (2, 19), device=DEVICE).float()
-    wide = torch.randn(2, 1, 19, 80, device=DEVICE)
+    images, first = (Images.of(2, N, DEVICE).cu_seqlens for N in (19, 1))
+    x, sizes = torch.randn(3, 38, 32, device=DEVICE), torch.randint(1, 4, (38,), device=DEVICE).float()
+    wide = torch.randn(1, 38, 80, device=DEVICE)
     for keys in (x, wide):  # one launch, two launches
         for by_size in (False, True):
-            yield match(keys, sizes, 1, by_size, 0.0)
-    similarity, partner, _ = match(x, sizes, 1, False, 0.0)
-    assignment, tokens, spans, _ = assign(similarity, partner, 4, 1)
-    yield assignment, tokens, spans
-    with patch.object(assign_kernels, "ONE_PROGRAM", 16):  # three launches
-        yield assign(similarity, partner, 4, 1)[:3]
-    yield lists(assignment, 15)
+            yield match(keys, sizes, images, 1, by_size, 0.0, 19)
+    similarity, partner, _ = match(x, sizes, images, 1, False, 0.0, 19)
+    step = (similarity, partner, torch.full((2,), 4, device=DEVICE), images, 1, 19, 30)
+    slots, *lists = assign(*step)
+    yield slots, *lists
+    with patch.object(assign_kernels, "ONE_PROGRAM", 16):  # two launches
+        yield assign(*step)
     rows, norm = torch.randn(38, 48, device=DEVICE), (None, None, 1e-6)
-    merged, _, *merged_sizes = merge(rows, sizes, tokens, spans)
+    merged, _, *merged_sizes = merge(rows, sizes, *lists)
     yield merged, *merged_sizes
-    yield merge(rows, sizes, tokens, spans, rows, None, norm)
-    yield (unmerge(merged.view(2, 15, 48), assignment),)
-    for queries in (19, 1):
-        yield (attention(x[:, :, :queries], x, x, sizes.log2(), 0.2),)
+    yield merge(rows, sizes, *lists, rows, None, norm)
+    yield add_norm(rows, rows, None, norm)
+    yield (unmerge(merged, slots),)
+    for q, queries, longest in ((x, images, 19), (x[:, ::19], first, 1)):
+        yield (attention(q, x, x, sizes.log2(), queries, images, longest, 19, 0.2),)
 
 
 def test_results_are_those_of_the_tables_and_a_key_is_searched_once(searching, monkeypatch):
     results = [list(everything())]
-    names = {"match_image", "unit_rows", "match_tiles", "assign", "assign_long", "lists", "merge", "unmerge"}
+    names = {"match_image", "unit_rows", "match_tiles", "assign", "assign_long", "merge", "add_norm", "unmerge"}
     names |= {"attention"}
     assert {name for name, *_ in searching} == names
     assert all(found.best != found.table and found.ran == found.tried for found in searching.values())
@@ -141,17 +144,17 @@ def test_triton_times_it_on_a_gpu(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("Nq", [1, 197])
 def test_the_table_is_among_the_candidates(dtype, Nq):
-    for d, *kind in itertools.product((32, 64, 128), *[(False, True)] * 3):
-        assert attention_table(dtype, d, Nq, *kind) in attention_candidates(dtype, Nq)
+    for d, bias in itertools.product((32, 64, 128), (False, True)):
+        assert attention_table(dtype, d, Nq, bias) in attention_candidates(dtype, Nq)
 
 
 def test_what_the_kernel_is_compiled_for_has_its_own_search(searching):
-    x = torch.randn(1, 2, 9, 16, device=DEVICE)
-    cu_seqlens = torch.tensor([0, 4, 9], dtype=torch.int32, device=DEVICE)
-    for log2_sizes in (None, torch.zeros(1, 9, device=DEVICE)):
-        for images in ((), (cu_seqlens, 9)):
-            for q in (x, torch.randn(2 if images else 1, 2, 8, 16, device=DEVICE)):
-                attention(q, x, x, log2_sizes, 0.25, *images)
+    x, images = torch.randn(2, 9, 16, device=DEVICE), Images.of(1, 9, DEVICE).cu_seqlens
+    for log2_sizes in (None, torch.zeros(9, device=DEVICE)):
+        for dtype in (torch.float32, torch.float16):
+            q = x.to(dtype)
+            for longest in (9, 17):
+                attention(q, q, q, log2_sizes, images, images, longest, longest, 0.25)
     assert len(searching) == 8
 
 
@@ -162,8 +165,9 @@ def test_sizes_that_share_a_search():
 CODE = """
 import torch
 from atm_triton.kernels.match import match
-match(torch.randn(1, 2, 9, 32), torch.arange(9.0).view(1, 9), 1, True, 0.5)
-match(torch.randn(1, 2, 9, 32), None, 1, False, 0.5)
+images = torch.tensor([0, 9], dtype=torch.int32)
+match(torch.randn(2, 9, 32), torch.arange(9.0), images, 1, True, 0.5, 9)
+match(torch.randn(2, 9, 32), None, images, 1, False, 0.5, 9)
 """
 
 

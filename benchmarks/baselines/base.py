@@ -9,17 +9,25 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor
 
 from atm_triton import ATMConfig, ops
-from atm_triton.block import ATMBlock, Step, Tokens
+from atm_triton.block import ATMBlock, Step
+from atm_triton.packed import Assignment, Images, Packed
 from atm_triton.patch import check_model, install
 
 
 class Plan(NamedTuple):
-    """``assignment`` [B, N] int32: the slot of each token, -1: dropped; ``M``: the number of slots; ``weights`` [B, N]:
-    a slot becomes the sum of its tokens, each times its weight; None: their mean, weighted by size."""
+    """``slots`` [B, N]: where each token of an image goes, -1: it is dropped; ``M``: the slots of an image; ``weights``
+    [B, N]: a slot becomes the sum of its tokens, each times its weight; None: their mean, weighted by size."""
 
-    assignment: Tensor
+    slots: Tensor
     M: int
     weights: Tensor | None = None
+
+    def assignment(self) -> Assignment:
+        """The same with the slots of all images numbered through."""
+        B, device = len(self.slots), self.slots.device
+        first = self.M * torch.arange(B, device=device).unsqueeze(1)
+        slots = torch.where(self.slots < 0, -1, self.slots + first).int().flatten()
+        return Assignment(slots, B * self.M, Images.of(B, self.M, device))
 
 
 @dataclass(frozen=True)
@@ -32,7 +40,7 @@ class Baseline:
     cls_only_last: bool = False  # as in ATMConfig; no method here has it of its own
     proportional_attention: ClassVar[bool | None] = False
 
-    def plan(self, block: "ReducingBlock", q: Tensor, k: Tensor, tokens: Tokens) -> Plan | None:
+    def plan(self, block: "ReducingBlock", q: Tensor, k: Tensor, tokens: Packed) -> Plan | None:
         """Which tokens go where, from queries and keys [B, H, N, d]; None: all stay."""
         raise NotImplementedError
 
@@ -80,26 +88,31 @@ class ReducingBlock(ATMBlock):
     index: int
     depth: int
 
-    def step(self, tokens: Tokens, merges: bool = True) -> Step:
-        y = self.norm1(tokens.x)
-        q, k, v = self._heads(self.attn.qkv(y))
+    def step(self, tokens: Packed, merges: bool = True) -> Step:
+        images = tokens.images
+        x = images.shaped(tokens.x)
+        y = self.norm1(x)
+        q, k, v = self.heads(self.attn.qkv(y))
         q, k = self.attn.q_norm(q), self.attn.k_norm(k)
-        plan = self.baseline.plan(self, q, k, tokens) if merges else None
-        x = tokens.x + self.drop_path1(self.ls1(self._attend(y, q, k, v, tokens)))
-        tokens = self.reduced(tokens._replace(x=x), plan)
-        x = self._feed_forward(tokens.x, self.norm2(tokens.x), None)
-        return Step(tokens._replace(x=x), None if plan is None else plan.assignment)
+        plan = self.baseline.plan(self, by_image(q, x), by_image(k, x), tokens) if merges else None
+        x = x + self.drop_path1(self.ls1(self._attend(y, q, k, v, tokens)))
+        tokens, slots = self.reduced(tokens._replace(x=x.flatten(0, 1)), plan)
+        return Step(self.fed_forward(tokens), slots)
 
-    def reduced(self, tokens: Tokens, plan: Plan | None) -> Tokens:
-        """The tokens [B, M, C] of the slots, with their sizes."""
+    def fed_forward(self, tokens: Packed) -> Packed:
+        x = tokens.images.shaped(tokens.x)
+        return tokens._replace(x=(x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))).flatten(0, 1))
+
+    def reduced(self, tokens: Packed, plan: Plan | None) -> tuple[Packed, Tensor | None]:
+        """The tokens of the slots, with their sizes; the slots numbered through all images."""
         if plan is None:
-            return tokens
-        x, size = tokens.x, tokens.size
+            return tokens, None
+        assignment, (x, sizes, images, _) = plan.assignment(), tokens
         if plan.weights is None:
-            return Tokens(*ops.merge(x, size, plan.assignment, plan.M, self.config.backend))
-        size = torch.ones(x.shape[:2], device=x.device) if size is None else size
-        summed = sums(x * plan.weights.to(x.dtype).unsqueeze(-1), plan.assignment, plan.M)
-        return Tokens(summed, sums(size, plan.assignment, plan.M))
+            return ops.merge(tokens, assignment, self.config.backend), assignment.slots
+        sizes = torch.ones(len(x), device=x.device) if sizes is None else sizes
+        weighted = x * plan.weights.to(x.dtype).reshape(-1, 1)
+        return Packed.of(*(sums(images.shaped(rows), plan) for rows in (weighted, sizes))), assignment.slots
 
     def matching_macs(self, N: int) -> int:
         return self.baseline.matching_macs(self, N)
@@ -117,11 +130,16 @@ def check_blocks(name: str, blocks: object) -> None:
         raise ValueError(f"{name}: blocks={blocks!r}; want different blocks, counted from 0")
 
 
-def sums(x: Tensor, assignment: Tensor, M: int) -> Tensor:
+def by_image(heads: Tensor, x: Tensor) -> Tensor:
+    """[H, T, d] to [B, H, N, d], of the images x [B, N, C]."""
+    return heads.unflatten(1, x.shape[:2]).transpose(0, 1)
+
+
+def sums(x: Tensor, plan: Plan) -> Tensor:
     """The sum of the tokens [B, N, ...] of each slot, [B, M, ...]."""
-    slot = torch.where(assignment < 0, M, assignment).long()
+    slot = torch.where(plan.slots < 0, plan.M, plan.slots).long()
     index = slot.view(*slot.shape, *[1] * (x.dim() - 2)).expand_as(x)
-    return x.new_zeros(len(x), M + 1, *x.shape[2:]).scatter_add(1, index, x)[:, :M]
+    return x.new_zeros(len(x), plan.M + 1, *x.shape[2:]).scatter_add(1, index, x)[:, : plan.M]
 
 
 def places(order: Tensor) -> Tensor:

@@ -7,8 +7,8 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from atm_triton.block import Tokens
 from atm_triton.errors import UnreachableError
+from atm_triton.packed import Packed
 from atm_triton.transformer import leading_tokens
 from benchmarks.baselines.base import Baseline, Plan, ReducingBlock, by_value, check_blocks, is_number, places
 
@@ -47,7 +47,7 @@ class EViT(Baseline):
                 f"evit drops patch tokens; this {type(model).__name__} makes its logits of all of them"
             )
 
-    def plan(self, block: ReducingBlock, q: Tensor, k: Tensor, tokens: Tokens) -> Plan | None:
+    def plan(self, block: ReducingBlock, q: Tensor, k: Tensor, tokens: Packed) -> Plan | None:
         B, _, N, d = k.shape
         P = block.num_prefix_tokens
         left = math.ceil(self.keep_rate * (N - P))
@@ -59,8 +59,8 @@ class EViT(Baseline):
         kept = rank < left
         slot = torch.where(kept, rank + P, P + left if self.fuse_token else -1)
         prefix = torch.arange(P, device=k.device).expand(B, P)
-        assignment = torch.cat([prefix, slot], dim=1).int()
+        slots = torch.cat([prefix, slot], dim=1)
         if not self.fuse_token:
-            return Plan(assignment, P + left)
+            return Plan(slots, P + left)
         weights = torch.cat([attention.new_ones(B, P), torch.where(kept, 1, attention)], dim=1)
-        return Plan(assignment, P + left + 1, weights)
+        return Plan(slots, P + left + 1, weights)

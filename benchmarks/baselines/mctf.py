@@ -7,12 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from atm_triton.block import Step, Tokens
+from atm_triton.block import Step
 from atm_triton.flops import block_macs
+from atm_triton.packed import Packed
 from benchmarks.baselines.base import (
     Baseline,
     Plan,
     ReducingBlock,
+    by_image,
     by_value,
     check_blocks,
     is_number,
@@ -91,7 +93,7 @@ class MCTF(Baseline):
         b_slot = torch.where(rank < second, a_slot.gather(1, to), left + rank - second)
         slots = torch.arange(N, device=scores.device).repeat(len(scores), 1)
         slots[:, a], slots[:, b] = torch.where(gone, b_slot.gather(1, partner), a_slot), b_slot
-        return Plan(slots.int(), N - r)
+        return Plan(slots, N - r)
 
     def matching_macs(self, block: ReducingBlock, N: int) -> int:
         return (N + 1) // 2 * (N // 2) * block.attn.qkv.in_features
@@ -103,52 +105,46 @@ class MCTFBlock(ReducingBlock):
 
     baseline: MCTF
 
-    def step(self, tokens: Tokens, merges: bool = True) -> Step:
-        r = self.baseline.count(self, tokens.x.shape[1])
-        if r == 0:
-            return super().step(tokens, merges=False)
-        tokens, attention, assignment = self._fuse(tokens, r)
-        return Step(self._served(tokens, attention, tokens.x.shape[1]), assignment)
+    def step(self, tokens: Packed, merges: bool = True) -> Step:
+        r = self.baseline.count(self, tokens.images.N)
+        return self._fuse(tokens, r) if r else super().step(tokens, merges=False)
 
-    def step_leading(self, tokens: Tokens, rows: int) -> Step:
-        r = self.baseline.count(self, tokens.x.shape[1])
-        if r == 0:
-            return super().step_leading(tokens, rows)
-        tokens, attention, assignment = self._fuse(tokens, r)
-        return Step(self._served(tokens, attention, rows), assignment)
+    def step_leading(self, tokens: Packed, n: int) -> Step:
+        r = self.baseline.count(self, tokens.images.N)
+        return self._fuse(tokens, r, n) if r else super().step_leading(tokens, n)
 
-    def _fuse(self, tokens: Tokens, r: int) -> tuple[Tokens, Tensor, Tensor]:
-        """The fused tokens, the map that goes with them, and the assignment of those that came."""
-        N, attention = tokens.x.shape[1], self._map(tokens)
+    def _fuse(self, tokens: Packed, r: int, n: int | None = None) -> Step:
+        """A step that fuses r tokens; the first n of those that are left leave it, None: all."""
+        images = tokens.images
+        x, size = images.shaped(tokens.x), None if tokens.sizes is None else images.shaped(tokens.sizes)
+        attention = self._map(x, size)
         received = attention.mean(dim=(1, 2))
-        scores = self.baseline.scores(tokens.x, received, tokens.size, self.num_prefix_tokens)
-        plan = self.baseline.fused(scores, N, r, self.num_prefix_tokens)
-        weight = received if tokens.size is None else received * tokens.size
-        total = sums(weight, plan.assignment, plan.M)
-        weight = weight / total.gather(1, plan.assignment.long())
-        tokens = self.reduced(tokens, plan._replace(weights=weight))
-        return tokens, _fused_map(attention, plan, weight), plan.assignment
+        scores = self.baseline.scores(x, received, size, self.num_prefix_tokens)
+        plan = self.baseline.fused(scores, images.N, r, self.num_prefix_tokens)
+        weight = received if size is None else received * size
+        plan = plan._replace(weights=weight / sums(weight, plan).gather(1, plan.slots))
+        tokens, slots = self.reduced(tokens, plan)
+        x, size = (tokens.images.shaped(rows) for rows in (tokens.x, tokens.sizes))
+        attended = self._attend_by(_fused_map(attention, plan)[:, :, :n], x)
+        x = x[:, :n] + self.drop_path1(self.ls1(attended))
+        return Step(self.fed_forward(Packed.of(x, size[:, :n])), slots)
 
-    def _served(self, tokens: Tokens, attention: Tensor, rows: int) -> Tokens:
-        """The first ``rows`` of the fused tokens after attention and MLP."""
-        x = tokens.x[:, :rows]
-        x = x + self.drop_path1(self.ls1(self._attend_by(attention[:, :, :rows], tokens.x)))
-        return Tokens(self._feed_forward(x, self.norm2(x), None), tokens.size[:, :rows])
-
-    def _map(self, tokens: Tokens) -> Tensor:
-        """The attention map [B, H, N, N] of all tokens, from queries and keys alone."""
+    def _map(self, x: Tensor, size: Tensor | None) -> Tensor:
+        """The attention map [B, H, N, N] of all tokens [B, N, C], from queries and keys alone."""
         attn = self.attn
-        q, k = self._heads(_part(attn.qkv, slice(None, 2 * attn.attn_dim), self.norm1(tokens.x)))
+        heads = self.heads(_part(attn.qkv, slice(None, 2 * attn.attn_dim), self.norm1(x)))
+        q, k = (by_image(rows, x) for rows in heads)
         scores = attn.q_norm(q) @ attn.k_norm(k).transpose(-2, -1) * attn.head_dim**-0.5
-        if tokens.size is not None:
-            size = tokens.size.to(torch.promote_types(scores.dtype, torch.float32))
+        if size is not None:
+            size = size.to(torch.promote_types(scores.dtype, torch.float32))
             scores = scores + size.log()[:, None, None].to(scores.dtype)
         return scores.softmax(dim=-1)
 
     def _attend_by(self, attention: Tensor, x: Tensor) -> Tensor:
         """The rest of timm's ``Attention`` on fused tokens [B, M, C], given the first rows of their map."""
         attn, y = self.attn, self.norm1(x)
-        (v,) = self._heads(_part(attn.qkv, slice(2 * attn.attn_dim, None), y))
+        (v,) = self.heads(_part(attn.qkv, slice(2 * attn.attn_dim, None), y))
+        v = by_image(v, y)
         attended = attn.norm((attn.attn_drop(attention.to(v.dtype)) @ v).transpose(1, 2).flatten(2))
         if attn.gate is not None:
             attended = attended * attn.gate(y[:, : attended.shape[1]]).sigmoid()
@@ -177,8 +173,8 @@ def _part(qkv: nn.Linear, rows: slice, y: Tensor) -> Tensor:
     return F.linear(y, qkv.weight[rows], None if qkv.bias is None else qkv.bias[rows])
 
 
-def _fused_map(attention: Tensor, plan: Plan, weight: Tensor) -> Tensor:
+def _fused_map(attention: Tensor, plan: Plan) -> Tensor:
     """[B, H, M, M]: summed over the keys of a slot, averaged over its queries with the weights of its tokens."""
-    by_key = sums(attention.movedim(3, 1), plan.assignment, plan.M)  # [B, M, H, N]
-    by_query = sums((by_key * weight[:, None, None]).movedim(3, 1), plan.assignment, plan.M)  # [B, M query, M key, H]
+    by_key = sums(attention.movedim(3, 1), plan)  # [B, M, H, N]
+    by_query = sums((by_key * plan.weights[:, None, None]).movedim(3, 1), plan)  # [B, M query, M key, H]
     return by_query.movedim(3, 1)

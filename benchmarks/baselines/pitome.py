@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from atm_triton.block import Tokens
+from atm_triton.packed import Packed
 from benchmarks.baselines.base import Baseline, Plan, ReducingBlock, by_value, is_number, places
 
 
@@ -29,7 +29,7 @@ class PiToMe(Baseline):
         if not (is_number(self.ratio) and 0.5 <= self.ratio <= 1):
             raise ValueError(f"pitome: ratio={self.ratio!r}; want a share from 0.5 to 1")
 
-    def plan(self, block: ReducingBlock, q: Tensor, k: Tensor, tokens: Tokens) -> Plan | None:
+    def plan(self, block: ReducingBlock, q: Tensor, k: Tensor, tokens: Packed) -> Plan | None:
         B, _, N, _ = k.shape
         P = block.num_prefix_tokens
         r = math.floor((N - P) - (N - P) * self.ratio)
@@ -42,7 +42,7 @@ class PiToMe(Baseline):
         fill = self._alternate if block.index < math.ceil(block.depth / 2) else self._highest
         slot = fill(similarity, order, r)
         prefix = torch.arange(P, device=k.device).expand(B, P)
-        return Plan(torch.cat([prefix, slot + P], dim=1).int(), N - r)
+        return Plan(torch.cat([prefix, slot + P], dim=1), N - r)
 
     @staticmethod
     def _alternate(similarity: Tensor, order: Tensor, r: int) -> Tensor:

@@ -6,8 +6,8 @@ kept when it fails; ``results`` holds the sections of the stages before it.
 
 STAGES = (
     "parity",
-    "packed",
     "repeat",
+    "engine",
     "sanitize",
     "kernels",
     "attention",

@@ -24,7 +24,7 @@ def chosen(names: list[str]) -> list[str]:
 
 def check(args: argparse.Namespace) -> None:
     from atm_triton.inputs import check_device
-    from atm_triton.library import interpreting
+    from atm_triton.ops import interpreting
 
     if args.device == "cpu" and not args.tiny:
         raise ValueError("--device cpu: the interpreter would take days at these sizes; add --tiny")

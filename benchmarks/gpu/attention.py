@@ -13,6 +13,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from atm_triton import ops, reference
 from atm_triton.kernels.choice import KERNEL, attention_choice
+from atm_triton.packed import Images
 from benchmarks.gpu import StageError
 from benchmarks.gpu.setting import Setting, one_line, qkv, short, some_sizes
 from benchmarks.gpu.timing import compiled, median_us
@@ -47,13 +48,13 @@ def run(setting: Setting, section: dict[str, Any], _: dict[str, Any]) -> None:
     start = setting.seconds()
     rows = section["rows"] = []
     for dtype, d, N, B, H in setting.pick(SHAPES, TINY):
-        q, k, v = qkv(B, H, N, d, dtype, setting.device)
-        sizes = some_sizes(B, N, setting.device)
+        operands, images = qkv(B * N, H, d, dtype, setting.device), Images.of(B, N, setting.device)
+        sizes = some_sizes(B * N, setting.device)
         flex = setting.has(15, start + COMPILING)
         of_shape = []
-        for name, (call, sized) in candidates(q, k, v, sizes, setting.device, flex).items():
+        for name, (call, sized) in candidates(*operands, sizes, images, flex).items():
             row = {"dtype": short(dtype), "d": d, "N": N, "B": B, "H": H, "candidate": name}
-            row |= measured(call, (q, k, v, sizes if sized else None), setting.device)
+            row |= measured(call, operands, sizes if sized else None, images)
             rows.append(row)
             of_shape.append(row)
             if name == KERNEL and "failed" in row:
@@ -81,31 +82,37 @@ def judge(rows: list[dict[str, Any]], taken: str) -> None:
 
 
 def measured(
-    call: Callable[[], Tensor], operands: tuple[Tensor, Tensor, Tensor, Tensor | None], device: torch.device
+    call: Callable[[], Tensor], operands: tuple[Tensor, Tensor, Tensor], sizes: Tensor | None, images: Images
 ) -> dict[str, Any]:
-    """``microseconds``, and ``error``: the distance from float64 over the norm, and the largest; or why not."""
+    """``microseconds``, and ``error``: the distance from float64 over the norm, and the largest; or why not. What comes
+    out is [H, T, d] or [B, H, N, d]."""
+    device, checked = operands[0].device, Images.of(min(CHECKED, images.B), images.N, operands[0].device)
+    T = checked.B * checked.N
     try:
-        out = call()[:CHECKED].double()
+        out = call()
+        out = (out if out.dim() == 3 else out.transpose(0, 1).flatten(1, 2))[:, :T].double()
         microseconds = median_us(call, device)
     except Exception as error:  # a candidate that cannot run here is a result
         return {"microseconds": None, "failed": one_line(error)}
-    q, k, v, sizes = (None if x is None else x[:CHECKED] for x in operands)
-    want = reference.attention(q.double(), k.double(), v.double(), sizes, fused=False)
+    want = reference.attention(
+        *(x[:, :T].double() for x in operands), None if sizes is None else sizes[:T], checked, fused=False
+    )
     error = ((out - want).norm() / want.norm()).item()
     return {"microseconds": microseconds, "error": error, "largest_error": (out - want).abs().max().item()}
 
 
 def candidates(
-    q: Tensor, k: Tensor, v: Tensor, sizes: Tensor, device: torch.device, flex: bool
+    q: Tensor, k: Tensor, v: Tensor, sizes: Tensor, images: Images, flex: bool
 ) -> dict[str, tuple[Callable[[], Tensor], bool]]:
     """A call for each, and whether it adds log n. The logarithms are at hand, as they are in a model."""
-    log2_sizes, log_sizes = sizes.log2(), sizes.log()
+    log2_sizes, log_sizes = sizes.log2(), images.shaped(sizes).log()
     mask = log_sizes[:, None, None, :].to(q.dtype)
+    heads = [x.unflatten(1, (images.B, images.N)).transpose(0, 1) for x in (q, k, v)]
     found = {
-        KERNEL: (lambda: ops.attention(q, k, v, sizes, backend="triton", log2_sizes=log2_sizes), True),
-        "SDPA, no bias": (lambda: F.scaled_dot_product_attention(q, k, v), False),
-        f"SDPA, mask in {short(q.dtype)}": (lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=mask), True),
-        WRITTEN_OUT: (lambda: reference.attention(q, k, v, sizes, fused=False), True),
+        KERNEL: (lambda: ops.attention(q, k, v, sizes, images, backend="triton", log2_sizes=log2_sizes), True),
+        "SDPA, no bias": (lambda: F.scaled_dot_product_attention(*heads), False),
+        f"SDPA, mask in {short(q.dtype)}": (lambda: F.scaled_dot_product_attention(*heads, attn_mask=mask), True),
+        WRITTEN_OUT: (lambda: reference.attention(q, k, v, sizes, images, fused=False), True),
     }
     if flex:
 
@@ -113,6 +120,6 @@ def candidates(
             return score + log_sizes[b, j]
 
         torch._dynamo.reset()
-        attend = compiled(flex_attention, device)
-        found["flex_attention, compiled"] = (lambda: attend(q, k, v, score_mod=add_log_size), True)
+        attend = compiled(flex_attention, q.device)
+        found["flex_attention, compiled"] = (lambda: attend(*heads, score_mod=add_log_size), True)
     return found

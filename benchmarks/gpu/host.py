@@ -9,7 +9,8 @@ from torch import nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from atm_triton import ATMBlock, ATMConfig, library, ops
+from atm_triton import ATMBlock, ATMConfig, ops
+from atm_triton.packed import Images, Packed
 from benchmarks.gpu.setting import Setting, qkv, some_sizes
 from benchmarks.gpu.timing import host_us
 
@@ -18,8 +19,10 @@ OURS = (
     "unit_rows_kernel",
     "match_tiles_kernel",
     "assign_kernel",
-    "lists_kernel",
+    "assign_long_kernel",
+    "join_kernel",
     "merge_kernel",
+    "add_norm_kernel",
     "unmerge_kernel",
     "attention_kernel",
 )
@@ -42,36 +45,39 @@ def operations(setting: Setting) -> dict[str, tuple[Callable[[], Any], Callable[
     before the next call arrives."""
     B, N, H, d = setting.pick((2, 197, 6, 64), (1, 9, 2, 16))
     device, C, dtype = setting.device, H * d, torch.float16
-    q, k, v = qkv(B, H, N, d, dtype, device)
-    x, attended = (torch.randn(B, N, C, dtype=dtype, device=device) for _ in range(2))
-    sizes, norm, M = some_sizes(B, N, device), nn.LayerNorm(C, device=device, dtype=dtype), N - N // 8
-    log2_sizes = sizes.log2()
-    similarity, partner, _ = library.match(k, sizes, 1, False, 0.5)
-    assignment, *lists = library.assign(similarity, partner, N - M, 1)
-    merged, *_ = library.merge(x, sizes, assignment, *lists, M)
+    images, T, M = Images.of(B, N, device), B * N, N - N // 8
+    q, k, v = qkv(T, H, d, dtype, device)
+    x, attended = (torch.randn(T, C, dtype=dtype, device=device) for _ in range(2))
+    tokens, norm = Packed(x, some_sizes(T, device), images), nn.LayerNorm(C, device=device, dtype=dtype)
+    r = torch.full((B,), N - M, device=device)
+    sizes, log2_sizes, begin = tokens.sizes, tokens.sizes.log2(), images.cu_seqlens
+    found = ops.match(k, sizes, images, 1, False, 0.5, "triton")
+    assignment = ops.assign(found, r, images, 1, B * M, True, "triton")
+    slots, _, left, *lists = assignment
+    merged = ops.merge(tokens, assignment, "triton").x
     of = torch.ops.atm_triton
     affine = (norm.weight, norm.bias, norm.eps)
     return {
         "match": (
-            lambda: ops.match(k, sizes, 1, False, 0.5, "triton"),
-            lambda: of.match(k, sizes, 1, False, 0.5),
+            lambda: ops.match(k, sizes, images, 1, False, 0.5, "triton"),
+            lambda: of.match(k, sizes, begin, 1, False, 0.5, N),
         ),
         "assign": (
-            lambda: ops.assign(similarity, partner, N - M, 1, False, "triton"),
-            lambda: of.assign(similarity, partner, N - M, 1),
+            lambda: ops.assign(found, r, images, 1, B * M, True, "triton"),
+            lambda: of.assign(*found[:2], r, begin, 1, N, B * M),
         ),
         "merge": (
-            lambda: ops.merge(x, sizes, assignment, M, "triton", ops.Lists(*lists)),
-            lambda: of.merge(x, sizes, assignment, *lists, M),
+            lambda: ops.merge(tokens, assignment, "triton"),
+            lambda: of.merge(x, sizes, slots, *lists, left.cu_seqlens),
         ),
         "add_merge_norm": (
-            lambda: ops.add_merge_norm(x, attended, None, sizes, assignment, ops.Lists(*lists), M, norm),
-            lambda: of.add_merge_norm(x, attended, None, sizes, assignment, *lists, *affine, M),
+            lambda: ops.add_merge_norm(tokens, attended, None, assignment, norm),
+            lambda: of.add_merge_norm(x, attended, None, sizes, slots, *lists, left.cu_seqlens, *affine),
         ),
-        "unmerge": (lambda: ops.unmerge(merged, assignment, "triton"), lambda: of.unmerge(merged, assignment)),
+        "unmerge": (lambda: ops.unmerge(merged, slots, "triton"), lambda: of.unmerge(merged, slots)),
         "attention": (
-            lambda: ops.attention(q, k, v, sizes, backend="triton", log2_sizes=log2_sizes),
-            lambda: of.attention(q, k, v, log2_sizes),
+            lambda: ops.attention(q, k, v, sizes, images, backend="triton", log2_sizes=log2_sizes),
+            lambda: of.attention(q, k, v, log2_sizes, begin, begin, N, N),
         ),
     }
 
@@ -80,7 +86,7 @@ def block_launches(setting: Setting) -> dict[str, Any]:
     """The kernels that a merging block of DeiT-S launches by a given r, and by counting: how many, how many of them are
     ours, and their names."""
     B, N, H, C = setting.pick((64, 197, 6, 384), (1, 17, 2, 32))
-    x, size = torch.randn(B, N, C, device=setting.device), some_sizes(B, N, setting.device)
+    x, size = torch.randn(B, N, C, device=setting.device), some_sizes(B * N, setting.device).view(B, N)
     rows = {}
     configs = {
         "static": ATMConfig(adapt="static", schedule=(N // 8,) * 12, backend="triton"),

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from atm_triton import library, ops, reference
+from atm_triton import ops, reference
+from atm_triton.packed import Images, Packed
 from benchmarks.gpu import traffic
 from benchmarks.gpu.setting import Setting, one_line, qkv, short, some_sizes
 from benchmarks.gpu.timing import compiled, copy_bandwidth, median_us
@@ -73,60 +74,61 @@ def calls(
     """Of every operation: by the kernels, by the reference, and the bytes that must move."""
     device, C, e = setting.device, H * d, dtype.itemsize
     M = N - max(1, N // 24)  # what a block merges of 197 tokens to save 3 of 10 FLOPs: 8
-    q, k, v = qkv(B, H, N, d, dtype, device)
-    x, attended = (torch.randn(B, N, C, dtype=dtype, device=device) for _ in range(2))
-    slots = x[:, :M].contiguous()
-    sizes, norm = some_sizes(B, N, device), nn.LayerNorm(C, eps=1e-6, device=device, dtype=dtype)
-    log2_sizes = sizes.log2()
-    found = ops.match(k, sizes, 1, False, 0.5, "triton")
-    assignment, lists = ops.assign(found.similarity, found.partner, N - M, 1, False, "triton")
+    images, T, left = Images.of(B, N, device), B * N, B * M
+    q, k, v = qkv(T, H, d, dtype, device)
+    x, attended = (torch.randn(T, C, dtype=dtype, device=device) for _ in range(2))
+    sizes, norm = some_sizes(T, device), nn.LayerNorm(C, eps=1e-6, device=device, dtype=dtype)
+    tokens, log2_sizes = Packed(x, sizes, images), sizes.log2()
+    found, r = ops.match(k, sizes, images, 1, False, 0.5, "triton"), torch.full((B,), N - M, device=device)
+    assignment = ops.assign(found, r, images, 1, left, True, "triton")
+    slots, merged = assignment.slots, x[:left]
 
     def reference_match() -> Any:
-        similarity, partner = reference.match(k, *reference.group_alternate(B, N, 1, device))
-        return similarity, partner, reference.count(similarity, 0.5)
+        similarity, partner = reference.match(k, sizes, 1, False, images)
+        return similarity, partner, reference.count(similarity, 0.5, images)
 
     def reference_assign() -> Any:
-        assigned = reference.assign(found.similarity, found.partner, N - M, 1)
-        return assigned, reference.lists(assigned, M)
+        slots, _ = reference.assign(*found[:2], r, 1, images)
+        return slots, reference.lists(slots, left)
 
     def reference_norm() -> Any:
-        merged, merged_sizes = reference.merge(x + attended, sizes, assignment, M)
+        merged, merged_sizes = reference.merge(x + attended, sizes, slots, left)
         return F.layer_norm(merged, (C,), norm.weight, norm.bias, norm.eps), merged_sizes
 
     return {
         "match": (
-            lambda: ops.match(k, sizes, 1, False, 0.5, "triton"),
+            lambda: ops.match(k, sizes, images, 1, False, 0.5, "triton"),
             reference_match,
             traffic.match_bytes(B, N, C, e),
         ),
         "assign": (
-            lambda: ops.assign(found.similarity, found.partner, N - M, 1, False, "triton"),
+            lambda: ops.assign(found, r, images, 1, left, True, "triton"),
             reference_assign,
             traffic.assign_bytes(B, N, M),
         ),
-        "lists": (
-            lambda: library.lists(assignment, M),
-            lambda: reference.lists(assignment, M),
-            traffic.lists_bytes(B, N, M),
-        ),
         "unmerge": (
-            lambda: ops.unmerge(slots, assignment, "triton"),
-            lambda: reference.unmerge(slots, assignment),
+            lambda: ops.unmerge(merged, slots, "triton"),
+            lambda: reference.unmerge(merged, slots),
             traffic.unmerge_bytes(B, N, M, C, e),
         ),
         "merge": (
-            lambda: ops.merge(x, sizes, assignment, M, "triton", lists),
-            lambda: reference.merge(x, sizes, assignment, M),
+            lambda: ops.merge(tokens, assignment, "triton"),
+            lambda: reference.merge(x, sizes, slots, left),
             traffic.merge_bytes(B, N, M, C, e),
         ),
         "add_merge_norm": (
-            lambda: ops.add_merge_norm(x, attended, None, sizes, assignment, lists, M, norm),
+            lambda: ops.add_merge_norm(tokens, attended, None, assignment, norm),
             reference_norm,
             traffic.add_merge_norm_bytes(B, N, M, C, e),
         ),
+        "add_norm": (
+            lambda: ops.add_norm(x, attended, None, norm),
+            lambda: (x + attended, norm(x + attended)),
+            traffic.add_norm_bytes(B, N, C, e),
+        ),
         "attention": (
-            lambda: ops.attention(q, k, v, sizes, backend="triton", log2_sizes=log2_sizes),
-            lambda: reference.attention(q, k, v, sizes, fused=dtype == torch.float32),
+            lambda: ops.attention(q, k, v, sizes, images, backend="triton", log2_sizes=log2_sizes),
+            lambda: reference.attention(q, k, v, sizes, images, fused=dtype == torch.float32),
             traffic.attention_bytes(B, N, C, e),
         ),
     }

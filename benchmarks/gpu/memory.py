@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from atm_triton import ops
+from atm_triton.packed import Images
 from atm_triton.throughput import peak_memory
 from benchmarks.gpu import StageError
 from benchmarks.gpu.setting import Setting, qkv
@@ -16,10 +17,10 @@ def run(setting: Setting, section: dict[str, Any], _: dict[str, Any]) -> None:
     H, d = setting.pick((6, 64), (1, 16))
     rows = section["rows"] = []
     for N in setting.pick((1024, 4096, 16384), (260, 520)):
-        keys = qkv(1, H, N, d, torch.float16, setting.device)[1]
+        keys, images = qkv(N, H, d, torch.float16, setting.device)[1], Images.of(1, N, setting.device)
 
-        def match(keys: torch.Tensor = keys) -> None:
-            ops.match(keys, None, 1, False, 0.5, "triton")
+        def match(keys: torch.Tensor = keys, images: Images = images) -> None:
+            ops.match(keys, None, images, 1, False, 0.5, "triton")
 
         match()
         rows.append({"N": N, "bytes": peak_memory(match, setting.device)})

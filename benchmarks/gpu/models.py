@@ -46,7 +46,7 @@ class Session:
 def sessions(setting: Setting) -> list[Session]:
     """Without torch.compile first: that takes the time that is left."""
     if setting.tiny:
-        return [Session("DeiT-S", torch.float32, 1, True)]
+        return [Session("DeiT-S", torch.float32, 2, True)]
     dtypes = (torch.bfloat16, torch.float16)
     plain = [Session(name, dtype, batch, False) for name in NAMES for dtype in dtypes for batch in BATCHES]
     return plain + [Session(name, torch.bfloat16, batch, True) for name, batch in COMPILED]
@@ -166,6 +166,7 @@ def variants(
     session: Session, model: VisionTransformer, config: ATMConfig, setting: Setting
 ) -> dict[str, Callable[[Tensor], Tensor]]:
     record = planned(model, (3, *model.patch_embed.img_size), config.schedule, config.cls_only_last)
+    record = replace(record, batch=session.batch)
     depth = len(model.blocks)
     ours = apply_patch(share(model), config)
     found = {

@@ -1,15 +1,18 @@
 """Parity: the tests of the kernels as they stand, then every operation at real sizes against the reference in float64.
 
-Matches are compared up to ties, assignments and unmerged tokens exactly, other values within what rounding allows.
+Matches are compared up to ties, assignments and unmerged tokens exactly, other values within what rounding allows. An
+image among others, of its length or of others, gets the bits that it gets alone.
 """
 
 import os
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -19,6 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from atm_triton import ops, reference
+from atm_triton.packed import Assignment, Images, Packed
+from atm_triton.reference import of_tokens
 from benchmarks.gpu import StageError
 from benchmarks.gpu.setting import Setting, qkv, short, some_sizes
 
@@ -42,7 +47,7 @@ TESTS_SECONDS = 300
 
 @dataclass(frozen=True)
 class Case:
-    """B images of N tokens (the first protected), H heads of d channels."""
+    """B images of N tokens (the first protected), H heads of d channels; ``differ``: of 1 to N tokens."""
 
     B: int
     N: int
@@ -50,10 +55,18 @@ class Case:
     d: int
     dtype: torch.dtype
     by_size: bool
+    differ: bool = False
 
     def __str__(self) -> str:
-        grouping = "by size" if self.by_size else "alternate"
-        return f"B={self.B} N={self.N} H={self.H} d={self.d} {short(self.dtype)} {grouping}"
+        grouping, up_to = "by size" if self.by_size else "alternate", "up to " * self.differ
+        return f"B={self.B} N={up_to}{self.N} H={self.H} d={self.d} {short(self.dtype)} {grouping}"
+
+    def images(self, device: torch.device) -> Images:
+        if not self.differ:
+            return Images.of(self.B, self.N, device)
+        lengths = torch.randint(2, self.N + 1, (self.B,))
+        lengths[:2] = torch.tensor([self.N, 1])
+        return Images.of_lengths(lengths.to(device))
 
 
 CASES = (
@@ -65,7 +78,7 @@ CASES = (
     Case(64, 197, 3, 64, HALF, False),
     Case(1, 577, 16, 64, HALF, False),
     Case(8, 1370, 6, 64, HALF, True),
-    Case(8, 2309, 6, 64, HALF, False),  # more than one program sorts
+    Case(8, 2309, 6, 64, HALF, False),  # too long for one program to sort
     Case(8, 577, 3, 32, HALF, True),
     Case(256, 197, 6, 64, BF16, False),
     Case(64, 577, 12, 64, BF16, False),
@@ -73,11 +86,18 @@ CASES = (
     Case(1, 197, 3, 64, BF16, False),
     Case(8, 1370, 6, 64, BF16, True),
     Case(8, 197, 4, 60, BF16, True),
+    *(
+        Case(64, N, 6, 64, dtype, by_size, differ=True)
+        for dtype, N, by_size in product((BF16, HALF, FLOAT), (197, 577), (False, True))
+    ),
+    Case(4, 2309, 3, 64, HALF, True, differ=True),
 )
 TINY = (
     Case(2, 33, 2, 32, FLOAT, False),
     Case(1, 40, 2, 20, HALF, True),
     Case(1, 33, 2, 72, FLOAT, True),
+    Case(3, 20, 2, 16, FLOAT, False, differ=True),
+    Case(3, 20, 2, 16, FLOAT, True, differ=True),
 )
 
 
@@ -128,27 +148,33 @@ def end_tests(tests: list[subprocess.Popen]) -> list[str]:
 @torch.inference_mode()
 def check_case(case: Case, device: torch.device) -> dict[str, float]:
     """How much of its tolerance each operation uses; above 1 raises :class:`StageError`."""
-    B, N, H, d = case.B, case.N, case.H, case.d
-    q, k, v = qkv(B, H, N, d, case.dtype, device)
-    sizes, r = some_sizes(B, N, device, most=200), (N - 1) // 4
-    used = {}
+    images, (H, d) = case.images(device), (case.H, case.d)
+    T, B = int(images.cu_seqlens[-1]), images.B
+    q, k, v = qkv(T, H, d, case.dtype, device)
+    sizes, shares = some_sizes(T, device, most=200), defaultdict(list)
     with naming(f"match {case}"):
-        used["match"], found = check_match(k, sizes, case.by_size)
-    with naming(f"assign {case}"):
-        check_assign(found.similarity.mul(50).round().div(50), found.partner, r, case.by_size)  # with many ties
-        assignment, lists = check_assign(found.similarity, found.partner, r, case.by_size)
-    x, attended = (torch.randn(B, N, H * d, dtype=case.dtype, device=device) for _ in range(2))
-    with naming(f"merge {case}"):
-        used["merge"], merged = check_merge(x, sizes, assignment, lists, N - r)
-    with naming(f"add_merge_norm {case}"):
-        used["add_merge_norm"] = check_add_merge_norm(x, attended, sizes, assignment, lists, N - r)
-    with naming(f"unmerge {case}"), poisoned():
-        back = ops.unmerge(merged.x, assignment, "triton")
-        same(back, reference.unmerge(merged.x, assignment), "values")
-    for queries in (N, 1):
-        with naming(f"attention of {queries} {case}"):
-            used[f"attention of {queries}"] = check_attention(q[:, :, :queries], k, v, sizes)
-    return used
+        share, found = check_match(k, sizes, images, case.by_size)
+        shares["match"].append(share)
+    x, attended = (torch.randn(T, H * d, dtype=case.dtype, device=device) for _ in range(2))
+    tokens = Packed(x, sizes, images)
+    same_r = torch.full((B,), (case.N - 1) // 4, device=device)
+    for r, one_r in ((found.counts, False), *([] if case.differ else [(same_r, True)])):
+        with naming(f"assign {case}"):
+            ties = found._replace(similarity=found.similarity.mul(50).round().div(50))
+            check_assign(ties, r, images, one_r)
+            assignment = check_assign(found, r, images, one_r)
+        with naming(f"merge {case}"):
+            share, merged = check_merge(tokens, assignment)
+            shares["merge"].append(share)
+        with naming(f"add_merge_norm {case}"):
+            shares["add_merge_norm"].append(check_norms(tokens, attended, assignment))
+        with naming(f"unmerge {case}"), poisoned():
+            back = ops.unmerge(merged.x, assignment.slots, "triton")
+            same(back, reference.unmerge(merged.x, assignment.slots), "values")
+    for name, n in (("attention", None), ("attention of 1", 1)):
+        with naming(f"{name} {case}"):
+            shares[name].append(check_attention(q, k, v, sizes, images, n))
+    return {name: max(of) for name, of in shares.items()}
 
 
 @contextmanager
@@ -178,10 +204,10 @@ def poisoned() -> Iterator[None]:
         yield
 
 
-def same(got: Tensor, want: Tensor, name: str) -> None:
+def same(got: Tensor, want: Tensor, name: str, of: str = "of the reference") -> None:
     if not torch.equal(got, want):
         differ = (got != want).sum().item() if got.shape == want.shape else f"shape {list(got.shape)},"
-        raise StageError(f"{name} are not those of the reference: {differ} differ of {want.numel()}")
+        raise StageError(f"{name} are not those {of}: {differ} differ of {want.numel()}")
 
 
 def within(got: Tensor, want: Tensor, allowed: Tensor | float, name: str) -> float:
@@ -204,86 +230,116 @@ def limit(want: Tensor, magnitude: Tensor, dtype: torch.dtype, steps: float = 1)
     return rounded + ARITHMETIC * magnitude + SMALLEST[dtype]
 
 
-def check_match(keys: Tensor, sizes: Tensor, by_size: bool) -> tuple[float, ops.Match]:
-    B, _, N, _ = keys.shape
-    a, b = reference.group(sizes, B, N, 1, by_size, keys.device)
-    best, want_partner = reference.match(keys.double(), a, b)
+def each_alone(images: Images) -> Iterator[tuple[slice, Images]]:
+    """The rows of every image, and it as a batch of one."""
+    start = 0
+    for length in images.lengths.tolist():
+        yield slice(start, start + length), images._replace(cu_seqlens=images.cu_seqlens.new_tensor([0, length]))
+        start += length
+
+
+def check_match(keys: Tensor, sizes: Tensor, images: Images, by_size: bool) -> tuple[float, ops.Match]:
+    best, want_partner = reference.match(keys.double(), sizes, 1, by_size, images)
     in_a = want_partner >= 0
     theta = round(best[in_a].median().item(), 3)
     with poisoned():
-        found = ops.match(keys, sizes, 1, by_size, theta, "triton")
+        found = ops.match(keys, sizes, images, 1, by_size, theta, "triton")
     same(found.partner >= 0, in_a, "tokens with a partner")
     same(found.similarity.isneginf(), ~in_a, "tokens without a similarity")
     share = within(found.similarity[in_a], best[in_a], BEST, "similarities")
-    in_b = torch.zeros_like(in_a).scatter_(1, b, True)
-    partner = found.partner.clamp(min=0).long()
-    same(in_b.gather(1, partner)[in_a], in_a[in_a], "partners in B")
-    unit = F.normalize(keys.double().mean(1), dim=2)
-    own = (unit * torch.take_along_dim(unit, partner.unsqueeze(2), 1)).sum(2)
-    share = max(share, within(own[in_a], best[in_a], OWN, "cosines with the partners"))
-    same(found.counts, reference.count(found.similarity, theta), "counts")
+    first, length = (of_tokens(of, images, len(in_a)) for of in (images.cu_seqlens[:-1], images.lengths))
+    in_image = found.partner < length
+    same(in_image[in_a], in_a[in_a], "partners in the image")
+    position = torch.arange(len(in_a), device=keys.device) - first
+    partner = first + found.partner.clamp(min=0)
+    same(((position > 0) & ~in_a)[partner[in_a]], in_a[in_a], "partners in B")
+    unit = F.normalize(keys.double().mean(0), dim=1)
+    share = max(share, within((unit[in_a] * unit[partner[in_a]]).sum(1), best[in_a], OWN, "cosines with the partners"))
+    same(found.counts, reference.count(found.similarity, theta, images), "counts")
+    for rows, alone in each_alone(images):
+        own = ops.match(keys[:, rows], sizes[rows], alone, 1, by_size, theta, "triton")
+        same(found.similarity[rows], own.similarity, "similarities of an image among others", "it has alone")
+        same(found.partner[rows], own.partner, "partners of an image among others", "it has alone")
     return share, found
 
 
-def check_assign(similarity: Tensor, partner: Tensor, r: int, by_size: bool) -> tuple[Tensor, ops.Lists]:
+def check_assign(found: ops.Match, r: Tensor, images: Images, one_r: bool) -> Assignment:
+    slots, cu_seqlens = reference.assign(*found[:2], r, 1, images)
+    T = int(cu_seqlens[-1])
     with poisoned():
-        assignment, lists = ops.assign(similarity, partner, r, 1, by_size, "triton")
-    same(assignment, reference.assign(similarity, partner, r, 1), "slots")
-    tokens, spans = reference.lists(assignment, partner.shape[1] - r)
-    same(lists.tokens, tokens, "tokens of the slots")
-    same(lists.spans, spans, "spans of the slots")
-    return assignment, lists
+        assignment = ops.assign(found, r, images, 1, T, one_r, "triton")
+    same(assignment.slots, slots, "slots")
+    same(assignment.images.cu_seqlens, cu_seqlens, "the images' first slots")
+    tokens, spans = reference.lists(slots, T)
+    same(assignment.tokens, tokens, "tokens of the slots")
+    same(assignment.spans, spans, "spans of the slots")
+    return assignment
 
 
-def check_merge(x: Tensor, sizes: Tensor, assignment: Tensor, lists: ops.Lists, M: int) -> tuple[float, ops.Merged]:
+def check_merge(tokens: Packed, assignment: Assignment) -> tuple[float, Packed]:
     with poisoned():
-        merged = ops.merge(x, sizes, assignment, M, "triton", lists)
-    want, want_sizes = reference.merge(x.double(), sizes, assignment, M)
-    magnitude, _ = reference.merge(x.double().abs(), sizes, assignment, M)
+        merged = ops.merge(tokens, assignment, "triton")
+    x, (slots, T, _, order, spans) = tokens.x, assignment
+    want, want_sizes = reference.merge(x.double(), tokens.sizes, slots, T)
+    magnitude, _ = reference.merge(x.double().abs(), tokens.sizes, slots, T)
     same(merged.sizes, want_sizes, "sizes")
     within(merged.log2_sizes, want_sizes.double().log2(), ARITHMETIC, "log2 of the sizes")
     share = within(merged.x, want, limit(want, magnitude, x.dtype), "merged tokens")
-    alone = lists.spans.diff(dim=1).flatten() == 1
-    first = lists.tokens[lists.spans[alone, 0].long()].long()
-    same(merged.x.flatten(0, 1)[alone], x.flatten(0, 1)[first], "tokens that merged with none")
+    alone = spans.diff(dim=1).flatten() == 1
+    same(merged.x[alone], x[order[spans[alone, 0].long()].long()], "tokens that merged with none")
     return share, merged
 
 
-def check_add_merge_norm(
-    x: Tensor, attended: Tensor, sizes: Tensor, assignment: Tensor, lists: ops.Lists, M: int
-) -> float:
-    C, dtype = x.shape[2], x.dtype
-    norm = nn.LayerNorm(C, eps=1e-6, device=x.device, dtype=dtype)
-    gamma = torch.randn(C, device=x.device, dtype=dtype)
+def check_norms(tokens: Packed, attended: Tensor, assignment: Assignment) -> float:
+    """Of what merges on the way to the norm, and of what does not."""
+    (x, sizes, *_), (slots, T, *_) = tokens, assignment
+    norm = nn.LayerNorm(x.shape[1], eps=1e-6, device=x.device, dtype=x.dtype)
+    gamma = torch.randn_like(norm.weight)
     for parameter in norm.parameters():
-        parameter.copy_(torch.randn(C))
-    share = 0.0
+        parameter.copy_(torch.randn_like(parameter))
+    shares = []
     for scale in (gamma, None):
         with poisoned():
-            merged, normed = ops.add_merge_norm(x, attended, scale, sizes, assignment, lists, M, norm)
+            merged, normed = ops.add_merge_norm(tokens, attended, scale, assignment, norm)
+            summed, normed_sum = ops.add_norm(x, attended, scale, norm)
         update = attended.double() if scale is None else attended.double() * scale.double()
-        want, want_sizes = reference.merge(x.double() + update, sizes, assignment, M)
-        magnitude, _ = reference.merge(x.double().abs() + update.abs(), sizes, assignment, M)
+        total, magnitude = x.double() + update, x.double().abs() + update.abs()
+        want, want_sizes = reference.merge(total, sizes, slots, T)
         same(merged.sizes, want_sizes, "sizes")
-        share = max(share, within(merged.x, want, limit(want, magnitude, dtype), "merged tokens"))
-        weight, bias = norm.weight.double(), norm.bias.double()
-        plain = F.layer_norm(merged.x.double(), (C,), eps=norm.eps)
-        want, magnitude = plain * weight + bias, (plain * weight).abs() + bias.abs() + weight.abs()
-        share = max(share, within(normed, want, limit(want, magnitude, dtype), "normed tokens"))
-    return share
+        within(merged.log2_sizes, want_sizes.double().log2(), ARITHMETIC, "log2 of the sizes")
+        merged_magnitude, _ = reference.merge(magnitude, sizes, slots, T)
+        shares.append(check_norm(merged.x, normed, want, merged_magnitude, norm, "merged tokens"))
+        shares.append(check_norm(summed, normed_sum, total, magnitude, norm, "summed tokens"))
+    return max(shares)
 
 
-def check_attention(q: Tensor, k: Tensor, v: Tensor, sizes: Tensor) -> float:
-    """The probabilities are rounded to the dtype of v, so an error may be as large as theirs."""
+def check_norm(x: Tensor, normed: Tensor, want: Tensor, magnitude: Tensor, norm: nn.LayerNorm, name: str) -> float:
+    """Of the rows x and their norm, which begins from x as it was rounded."""
+    share = within(x, want, limit(want, magnitude, x.dtype), name)
+    weight, bias = norm.weight.double(), norm.bias.double()
+    plain = F.layer_norm(x.double(), norm.normalized_shape, eps=norm.eps)
+    want, magnitude = plain * weight + bias, (plain * weight).abs() + bias.abs() + weight.abs()
+    return max(share, within(normed, want, limit(want, magnitude, x.dtype), f"the norms of {name}"))
+
+
+def check_attention(q: Tensor, k: Tensor, v: Tensor, sizes: Tensor, images: Images, n: int | None) -> float:
+    """Of all queries or the first n of each image. The probabilities are rounded to the dtype of v, so an error may be
+    as large as theirs."""
+    queries = images
+    if n is not None:
+        q = images.first(q.transpose(0, 1), n).flatten(0, 1).transpose(0, 1)
+        queries = Images.of(images.B, n, q.device)
     with poisoned():
-        got = ops.attention(q, k, v, sizes, backend="triton")
-    share = 0.0
-    for part in torch.arange(len(q)).split(4):  # float64 scores of a few images at a time
-        chosen = slice(part[0].item(), part[-1].item() + 1)
-        operands = [x[chosen].double() for x in (q, k, v)]
-        want = reference.attention(*operands, sizes[chosen], fused=False)
-        magnitude = reference.attention(*operands[:2], operands[2].abs(), sizes[chosen], fused=False)
-        share = max(share, within(got[chosen], want, limit(want, magnitude, q.dtype, steps=2), "values"))
+        got = ops.attention(q, k, v, sizes, images, queries, backend="triton")
+    one_by_one = images._replace(equal=False)  # float64 scores of all images would not fit
+    operands = (q.double(), k.double(), v.double())
+    want = reference.attention(*operands, sizes, one_by_one, queries, fused=False)
+    magnitude = reference.attention(*operands[:2], operands[2].abs(), sizes, one_by_one, queries, fused=False)
+    share = within(got, want, limit(want, magnitude, q.dtype, steps=2), "values")
+    for (asking, alone_asking), (rows, alone) in zip(each_alone(queries), each_alone(images), strict=True):
+        part = (q[:, asking], k[:, rows], v[:, rows], sizes[rows])
+        own = ops.attention(*part, alone, alone_asking, backend="triton")
+        same(got[:, asking], own, "values of an image among others", "it has alone")
     return share
 
 
@@ -292,24 +348,27 @@ def check_large(setting: Setting) -> float:
     """merge of more than 2^31 elements: the images at both ends and at the border."""
     B, N, C = setting.pick((1400, 2048, 768), (5, 40, 32))
     device, r, share = setting.device, N // 4, 0.0
+    M, images, image = N - r, Images.of(B, N, device), Images.of(1, N, device)
     similarity = torch.rand(B, N, device=device)
     position = torch.arange(N, device=device)
     in_a = position % 2 == 0
     partner = torch.where(in_a, (position + 1) % N, -1).int().expand(B, N).contiguous()
     partner[:, 0] = -1
     similarity.masked_fill_(partner < 0, -torch.inf)
-    x, sizes = torch.randn(B, N, C, dtype=HALF, device=device), some_sizes(B, N, device)
+    found = ops.Match(similarity.flatten(), partner.flatten(), None)
+    tokens = Packed(torch.randn(B * N, C, dtype=HALF, device=device), some_sizes(B * N, device), images)
     with poisoned():
-        assignment, lists = ops.assign(similarity, partner, r, 1, False, "triton")
-        merged = ops.merge(x, sizes, assignment, N - r, "triton", lists)
-        back = ops.unmerge(merged.x, assignment, "triton")
+        assignment = ops.assign(found, torch.full((B,), r, device=device), images, 1, B * M, True, "triton")
+        merged = ops.merge(tokens, assignment, "triton")
+        back = ops.unmerge(merged.x, assignment.slots, "triton")
     with naming(f"more than 2^31 elements: B={B} N={N} C={C}"):
-        for b in {0, 1, B - 1, min(B - 1, 2**31 // (N * C)), min(B - 1, 2**31 // ((N - r) * C))}:
-            image = slice(b, b + 1)
-            want_assignment = reference.assign(similarity[image], partner[image], r, 1)
-            same(assignment[image], want_assignment, "slots")
-            want, _ = reference.merge(x[image].double(), sizes[image], want_assignment, N - r)
-            magnitude, _ = reference.merge(x[image].double().abs(), sizes[image], want_assignment, N - r)
-            share = max(share, within(merged.x[image], want, limit(want, magnitude, HALF), "merged tokens"))
-            same(back[image], reference.unmerge(merged.x[image], want_assignment), "unmerged tokens")
+        for b in {0, 1, B - 1, min(B - 1, 2**31 // (N * C)), min(B - 1, 2**31 // (M * C))}:
+            rows, left = slice(b * N, (b + 1) * N), slice(b * M, (b + 1) * M)
+            x, sizes = tokens.x[rows].double(), tokens.sizes[rows]
+            slots, _ = reference.assign(similarity[b], partner[b], torch.full((1,), r, device=device), 1, image)
+            same(assignment.slots[rows], slots + b * M, "slots")
+            want, _ = reference.merge(x, sizes, slots, M)
+            magnitude, _ = reference.merge(x.abs(), sizes, slots, M)
+            share = max(share, within(merged.x[left], want, limit(want, magnitude, HALF), "merged tokens"))
+            same(back[rows], reference.unmerge(merged.x[left], slots), "unmerged tokens")
     return share

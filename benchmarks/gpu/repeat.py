@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from atm_triton import ops
+from atm_triton.packed import Images, Packed
 from benchmarks.gpu import StageError
 from benchmarks.gpu.setting import Setting, qkv, short, some_sizes
 
@@ -32,22 +33,24 @@ def run(setting: Setting, section: dict[str, Any], _: dict[str, Any]) -> None:
 
 def merge_step(B: int, N: int, H: int, d: int, dtype: torch.dtype, device: torch.device) -> Any:
     """What a merging block does by our kernels: a call without arguments that returns all tensors by name."""
-    q, k, v = qkv(B, H, N, d, dtype, device)
-    x, attended = (torch.randn(B, N, H * d, dtype=dtype, device=device) for _ in range(2))
-    sizes, norm, r = some_sizes(B, N, device), nn.LayerNorm(H * d, device=device, dtype=dtype), N // 8
+    T, images = B * N, Images.of(B, N, device)
+    q, k, v = qkv(T, H, d, dtype, device)
+    x, attended = (torch.randn(T, H * d, dtype=dtype, device=device) for _ in range(2))
+    sizes, norm = some_sizes(T, device), nn.LayerNorm(H * d, device=device, dtype=dtype)
+    r = torch.full((B,), N // 8, device=device)
 
     def step() -> dict[str, Tensor]:
-        found = ops.match(k, sizes, 1, True, 0.1, "triton")
-        assignment, lists = ops.assign(found.similarity, found.partner, r, 1, True, "triton")
-        merged, normed = ops.add_merge_norm(x, attended, None, sizes, assignment, lists, N - r, norm)
+        found = ops.match(k, sizes, images, 1, True, 0.1, "triton")
+        assignment = ops.assign(found, r, images, 1, T - B * (N // 8), True, "triton")
+        merged, normed = ops.add_merge_norm(Packed(x, sizes, images), attended, None, assignment, norm)
         return {
             "similarity": found.similarity,
             "partner": found.partner,
             "counts": found.counts,
-            "assignment": assignment,
+            "slots": assignment.slots,
             "merged": merged.x,
             "normed": normed,
-            "attention": ops.attention(q, k, v, sizes, backend="triton"),
+            "attention": ops.attention(q, k, v, sizes, images, backend="triton"),
         }
 
     return step

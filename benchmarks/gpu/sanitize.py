@@ -15,11 +15,16 @@ import torch
 
 from benchmarks.gpu import StageError
 from benchmarks.gpu.host import OURS
+from benchmarks.gpu.parity import Case, check_case
 from benchmarks.gpu.setting import Setting
 
 TOOLS, SECONDS = ("memcheck", "racecheck"), 150
 FOUND = "found in our kernels"
-SHAPES = ((2, 33, 2, 20), (1, 70, 2, 72), (1, 300, 1, 64))  # B, N, H, d; two of them by more than one launch
+CASES = tuple(
+    Case(3, *shape, dtype, by_size, differ=by_size)
+    for shape in ((33, 2, 20), (70, 2, 72), (300, 1, 64))  # N, H, d; two of them by more than one launch
+    for dtype, by_size in ((torch.float32, True), (torch.float16, True), (torch.float16, False))
+)
 ROOT = Path(__file__).parents[2]
 
 
@@ -84,21 +89,11 @@ def verdict(text: str, code: int) -> str:
     return "no errors" if code == 0 else f"could not run: exit code {code}, {last}"
 
 
-@torch.inference_mode()
 def launch_all(device: torch.device) -> None:
-    """Every kernel once a shape, in two dtypes on a GPU."""
-    from atm_triton import ops
-    from benchmarks.gpu.packed import check, packed
-    from benchmarks.gpu.repeat import merge_step
-
-    for B, N, H, d in SHAPES if device.type == "cuda" else SHAPES[:2]:
-        for dtype in (torch.float16, torch.float32) if device.type == "cuda" else (torch.float32,):
-            out = merge_step(B, N, H, d, dtype, device)()
-            M = out["merged"].shape[1]
-            merged = ops.merge(out["merged"], None, out["assignment"][:, :M].contiguous().clamp(max=M - 1), M, "triton")
-            ops.unmerge(merged.x, out["assignment"], "triton")
-        packing = packed(torch.tensor([N, 1, N // 2]), N, device)
-        check(packing, H, d, torch.float32, by_size=True)
+    """Every kernel in every case, on a CPU in small ones."""
+    for case in CASES:
+        if device.type == "cuda" or (case.dtype == torch.float32 and case.N < 100):
+            check_case(case, device)
 
 
 if __name__ == "__main__":

@@ -42,14 +42,14 @@ def short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def qkv(B: int, H: int, N: int, d: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v [B, H, N, d], normally distributed: views of one product, as a block has them."""
-    return torch.randn(B, N, 3, H, d, dtype=dtype, device=device).permute(2, 0, 3, 1, 4).unbind(0)
+def qkv(T: int, H: int, d: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v [H, T, d], normally distributed: views of one product, as a block has them."""
+    return torch.randn(T, 3, H, d, dtype=dtype, device=device).permute(1, 2, 0, 3).unbind(0)
 
 
-def some_sizes(B: int, N: int, device: torch.device, most: int = 4) -> Tensor:
-    """[B, N] float32, whole numbers from 1 to ``most``."""
-    return torch.randint(1, most + 1, (B, N), device=device).float()
+def some_sizes(T: int, device: torch.device, most: int = 4) -> Tensor:
+    """[T] float32, whole numbers from 1 to ``most``."""
+    return torch.randint(1, most + 1, (T,), device=device).float()
 
 
 def one_line(error: BaseException) -> str:

@@ -36,23 +36,32 @@ def parity(section: dict[str, Any]) -> list[str]:
         [row["case"], *(f"{name} {share:.2g}" for name, share in row["of_tolerance"].items())]
         for row in section["rows"]
     ]
-    lines = ["share of the tolerance that each operation uses", ""]
-    return lines + ["- " + ": ".join([row[0], ", ".join(row[1:])]) for row in rows] + section.get("tests", [])
-
-
-def packed(section: dict[str, Any]) -> list[str]:
     lines = ["every image's bits are those that it has alone; share of the tolerance that each operation uses", ""]
-    for row in section["rows"]:
-        grouping = "by size" if row["by_size"] else "alternate"
-        used = ", ".join(f"{name} {share:.2g}" for name, share in row["of_tolerance"].items())
-        lines.append(f"- {row['dtype']}, up to {row['longest']} tokens, {grouping}: {used}")
-    return lines
+    return lines + ["- " + ": ".join([row[0], ", ".join(row[1:])]) for row in rows] + section.get("tests", [])
 
 
 def repeat(section: dict[str, Any]) -> list[str]:
     return [
         f"{row['runs']} runs alike: B={row['B']} N={row['N']} H={row['H']} {row['dtype']}" for row in section["rows"]
     ]
+
+
+def engine(section: dict[str, Any]) -> list[str]:
+    head = ["model", "batch", "variant", "ms", "quartiles", "images/s", "x timm", "x timm's graph", "bound/ours"]
+    head += ["ours/one graph", "merged", "graphs", "MiB"]
+    ratios = ("of_timm", "of_timm_graph", "of_bound", "whole")
+    rows = [
+        [row["model"], str(row["batch"]), row["name"], figure(row["milliseconds"], 3)]
+        + [" to ".join(figure(quartile, 3) for quartile in row["quartiles"]), figure(row["images_per_second"], 0)]
+        + [figure(row.get(key), 3) for key in ratios]
+        + [figure(row.get("merged")), figure(row.get("graphs")), figure(row.get("mib"), 0)]
+        for row in section["rows"]
+    ]
+    told = [
+        "merging alone: bound/ours, the bound being in one graph; the engine alone: x timm's graph, where r = 0",
+        f"logits at most {max((row['error'] for row in section['rows']), default=0):.1e} from those without graphs",
+    ]
+    return [*told, "", *grid(head, rows), *(f"WRONG: {line}" for line in section["wrong"])]
 
 
 def sanitize(section: dict[str, Any]) -> list[str]:
@@ -156,8 +165,8 @@ def targets(section: dict[str, Any]) -> list[str]:
 
 MAKERS = {
     "parity": parity,
-    "packed": packed,
     "repeat": repeat,
+    "engine": engine,
     "sanitize": sanitize,
     "kernels": kernels,
     "attention": attention,

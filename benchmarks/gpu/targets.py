@@ -13,7 +13,8 @@ def run(setting: Setting, section: dict[str, Any], results: dict[str, Any]) -> N
     kernels = results.get("kernels", {}).get("rows", [])
     models = results.get("models", {}).get("rows", [])
     digits = results.get("digits", {}).get("rows", [])
-    section["rows"] = [*of_kernels(kernels), *of_models(models), of_digits(digits)]
+    engine = results.get("engine", {}).get("rows", [])
+    section["rows"] = [*of_engine(engine), *of_kernels(kernels), *of_models(models), of_digits(digits)]
 
 
 def target(what: str, value: float | None, compare: str, wanted: float) -> dict[str, Any]:
@@ -36,6 +37,20 @@ def of_kernels(rows: Rows) -> Rows:
         what = f"{operation}: time over that of its bytes" + (f", B={row['B']} {row['dtype']}" if row else "")
         found.append(target(what, 1 / row["of_copy"] if row else None, "<=", most))
     return found
+
+
+def of_engine(rows: Rows) -> Rows:
+    """Of every way to adapt, without torch.compile."""
+    found = []
+    for row in rows:
+        if row["session"] or "whole" not in row:
+            continue
+        name = f"engine, {row['name']}, {row['model']} B={row['batch']}"
+        found.append(target(f"{name}: time(timm) / time", row["of_timm"], ">=", 1.0))
+        if row["batch"] >= 64:
+            found.append(target(f"{name}: time / time(one graph)", row["whole"], "<=", 1.1))
+            found.append(target(f"{name}: time(bound in one graph) / time", row["of_bound"], ">=", 0.97))
+    return found or [target("engine", None, ">=", 0.97)]
 
 
 def of_models(rows: Rows) -> Rows:

@@ -1,7 +1,7 @@
 """The bytes that an operation must move: every input read once, every output written once.
 
 B images, N tokens of C = H d channels, M = N - r after the merge; ``e`` bytes an element; sizes, similarities and
-indices are 4 bytes each, a count and a span 8.
+indices are 4 bytes each, a count and a span 8. Where images begin is next to nothing.
 """
 
 
@@ -11,17 +11,12 @@ def match_bytes(B: int, N: int, C: int, e: int) -> int:
 
 
 def assign_bytes(B: int, N: int, M: int) -> int:
-    """Similarity and partner; assignment and tokens; spans."""
-    return B * N * 16 + B * M * 8
-
-
-def lists_bytes(B: int, N: int, M: int) -> int:
-    """Assignment; tokens and spans."""
-    return B * N * 8 + B * M * 8
+    """Similarity and partner, r; slots and tokens; spans."""
+    return B * N * 16 + B * M * 8 + B * 8
 
 
 def unmerge_bytes(B: int, N: int, M: int, C: int, e: int) -> int:
-    """x of the slots and the assignment; x of the tokens."""
+    """Merged x and the slots; x of the tokens."""
     return B * (N + M) * C * e + B * N * 4
 
 
@@ -33,6 +28,11 @@ def merge_bytes(B: int, N: int, M: int, C: int, e: int) -> int:
 def add_merge_norm_bytes(B: int, N: int, M: int, C: int, e: int) -> int:
     """As merge, with the attended tokens read and the normed ones written."""
     return merge_bytes(B, N, M, C, e) + B * (N + M) * C * e
+
+
+def add_norm_bytes(B: int, N: int, C: int, e: int) -> int:
+    """x and the attended tokens; their sum and its norm."""
+    return 4 * B * N * C * e
 
 
 def attention_bytes(B: int, N: int, C: int, e: int) -> int:

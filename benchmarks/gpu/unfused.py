@@ -4,29 +4,41 @@ Softmax of the written-out scores plus log n, the whole similarity matrix, a sor
 sizes as weights. Merged tokens stand as in the reference: what did not join first, then those that others may join.
 """
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
-from atm_triton.block import ATMBlock, Step, Tokens
+from atm_triton.block import ATMBlock, Step
+from atm_triton.packed import Images, Packed
+
+images_of = cache(Images.of)  # to say where images of one length lie is no part of what is timed
 
 
 class UnfusedBlock(ATMBlock):
-    """A block that merges as ToMe does (even tokens into odd ones), by a given r; sizes [B, N] in the dtype of x."""
+    """A block that merges as ToMe does (even tokens into odd ones), by a given r; sizes in the dtype of x."""
 
-    def step(self, tokens: Tokens, merges: bool = True) -> Step:
-        x, size = tokens.x, tokens.size
+    def step(self, tokens: Packed, merges: bool = True) -> Step:
+        images = tokens.images
+        x, size = images.shaped(tokens.x), None if tokens.sizes is None else images.shaped(tokens.sizes)
         y = self.norm1(x)
-        q, k, v = self._heads(self.attn.qkv(y))
+        q, k, v = self.heads(self.attn.qkv(y))
         x = x + self.drop_path1(self.ls1(self._attend(y, q, k, v, tokens)))
-        r = self._r(x.shape[1]) if merges else 0
+        r = self.given_r(images) if merges else 0
         if r:
-            x, size = merged(x, size, k.mean(1), r, self.num_prefix_tokens)
-        return Step(Tokens(x + self.drop_path2(self.ls2(self.mlp(self.norm2(x)))), size))
+            x, size = merged(x, size, images.shaped(k.mean(0)), r, self.num_prefix_tokens)
+            images = images_of(images.B, images.N - r, x.device)
+        x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        return Step(Packed(x.flatten(0, 1), None if size is None else size.flatten(), images))
 
-    def _attend(self, y: Tensor, q: Tensor, k: Tensor, v: Tensor, tokens: Tokens) -> Tensor:
+    def _attend(
+        self, y: Tensor, q: Tensor, k: Tensor, v: Tensor, tokens: Packed, queries: Images | None = None
+    ) -> Tensor:
+        images = tokens.images
+        q, k, v = (part.unflatten(1, (images.B, -1)).transpose(0, 1) for part in (q, k, v))
         scores = (q * self.attn.scale) @ k.transpose(-2, -1)
-        if tokens.size is not None:
-            scores = scores + tokens.size.log()[:, None, None, :]
+        if tokens.sizes is not None:
+            scores = scores + images.shaped(tokens.sizes).log()[:, None, None, :]
         x = scores.softmax(dim=-1) @ v
         return self.attn.proj(x.transpose(1, 2).reshape(y.shape[0], y.shape[1], self.attn.attn_dim))
 

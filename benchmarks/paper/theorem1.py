@@ -15,9 +15,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from atm_triton import ATMConfig, ops
-from atm_triton.block import ATMBlock, Tokens
+from atm_triton.block import ATMBlock
 from atm_triton.evaluate import share
+from atm_triton.packed import Assignment, Packed
 from atm_triton.patch import install
+from atm_triton.reference import of_tokens
 from benchmarks.paper.cells import markdown
 from benchmarks.paper.rows import Rows
 from benchmarks.paper.subject import Subject, options
@@ -69,18 +71,19 @@ class PairBlock(ATMBlock):
 
     pairs: list[tuple[Tensor, ...]]
 
-    def _match(self, keys: Tensor, tokens: Tokens) -> ops.Match | None:
-        self.found = super()._match(keys, tokens)
+    def match(self, keys: Tensor, tokens: Packed) -> ops.Match | None:
+        self.found = super().match(keys, tokens)
         return self.found
 
-    def _merge(self, tokens: Tokens, attended: Tensor, assignment: Tensor, *rest: Any) -> tuple[Tokens, Tensor]:
-        x, partner = tokens.x + self.ls1(attended), self.found.partner.long()
-        size = torch.ones(x.shape[:2], device=x.device) if tokens.size is None else tokens.size
-        with_partner = assignment.gather(1, partner.clamp(min=0)) == assignment
-        image, a = torch.nonzero((partner >= 0) & with_partner, as_tuple=True)
-        b = partner[image, a]
-        self.pairs.append(tuple(found.cpu() for found in (x[image, a], x[image, b], size[image, a], size[image, b])))
-        return super()._merge(tokens, attended, assignment, *rest)
+    def merge(self, tokens: Packed, attended: Tensor, assignment: Assignment) -> tuple[Packed, Tensor]:
+        x = tokens.x + self.ls1(attended).flatten(0, -2)
+        size = torch.ones(len(x), device=x.device) if tokens.sizes is None else tokens.sizes
+        partner, slots = self.found.partner, assignment.slots
+        partner_row = of_tokens(tokens.images.cu_seqlens[:-1], tokens.images, len(x)) + partner.clamp(min=0)
+        a = torch.nonzero((partner >= 0) & (slots[partner_row] == slots)).squeeze(1)
+        b = partner_row[a]
+        self.pairs.append(tuple(found.cpu() for found in (x[a], x[b], size[a], size[b])))
+        return super().merge(tokens, attended, assignment)
 
 
 def measure(subject: Subject, rows: Rows, args: argparse.Namespace) -> None:

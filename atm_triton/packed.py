@@ -1,0 +1,85 @@
+"""The two things that travel through a model: packed tokens, and the assignment that merges them.
+
+Tokens of all images are rows [T, C], one image after the other. Images of one length are a special case of that and no
+other form: their rows are a view of [B, N, C].
+"""
+
+from typing import NamedTuple, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Images(NamedTuple):
+    """Where the images of a batch lie. ``cu_seqlens`` int32 [B + 1], on the device of the tokens: the row at which each
+    image begins and, at the end, T, the number of rows; ``N``: no image has more tokens; ``equal``: every image has N.
+
+    What a kernel chooses by the length of an image it chooses by N. Once images differ, N stays what it was before, so
+    that no image's result depends on the other images of its batch.
+    """
+
+    cu_seqlens: Tensor
+    N: int
+    equal: bool
+
+    @classmethod
+    def of(cls, B: int, N: int, device: torch.device | None = None) -> Self:
+        """B images of N tokens each."""
+        return cls(N * torch.arange(B + 1, dtype=torch.int32, device=device), N, True)
+
+    @classmethod
+    def of_lengths(cls, lengths: Tensor, N: int | None = None) -> Self:
+        """Images of these lengths, integers [B], on their device; ``N``: the longest of them by default."""
+        if N is None:
+            N = int(lengths.max()) if len(lengths) else 0
+        return cls(F.pad(lengths.cumsum(0), (1, 0)).int(), N, False)
+
+    @property
+    def B(self) -> int:
+        return self.cu_seqlens.shape[0] - 1
+
+    @property
+    def lengths(self) -> Tensor:
+        """The tokens of each image, int64 [B]."""
+        return self.cu_seqlens.diff().long()
+
+    def first(self, rows: Tensor, n: int) -> Tensor:
+        """The first n rows of every image, [B, n, ...], of rows [T, ...]."""
+        if self.equal:
+            return rows.unflatten(0, (self.B, self.N))[:, :n]
+        return rows[self.cu_seqlens[:-1].unsqueeze(1) + torch.arange(n, device=rows.device)]
+
+    def shaped(self, rows: Tensor) -> Tensor:
+        """Rows [T, ...] as a model's own modules know them: [B, N, ...] where all images have N tokens."""
+        return rows.unflatten(0, (self.B, self.N)) if self.equal else rows
+
+
+class Packed(NamedTuple):
+    """Tokens ``x`` [T, C]; ``sizes`` float32 [T], the patches that each stands for (None: one each); ``images``: where
+    they lie; ``log2_sizes`` float32 [T], where the kernels have made it."""
+
+    x: Tensor
+    sizes: Tensor | None
+    images: Images
+    log2_sizes: Tensor | None = None
+
+    @classmethod
+    def of(cls, x: Tensor, sizes: Tensor | None = None) -> Self:
+        """Of images of one length: x [B, N, C], sizes [B, N]."""
+        B, N, _ = x.shape
+        sizes = None if sizes is None else sizes.reshape(-1)
+        return cls(x.reshape(B * N, x.shape[2]), sizes, Images.of(B, N, x.device))
+
+
+class Assignment(NamedTuple):
+    """A merge step: ``slots`` int32 [T], the row of the merged tokens that each token goes to (any number outside
+    0 .. T' - 1 drops it); ``T``: T', how many rows there then are; ``images``: where they lie. The same the other way
+    round, for the kernels: ``tokens`` int32 [T], the tokens in the order of their slots, and ``spans`` int32 [T', 2],
+    where in it those of each slot begin and end (None by the reference)."""
+
+    slots: Tensor
+    T: int
+    images: Images
+    tokens: Tensor | None = None
+    spans: Tensor | None = None

@@ -1,0 +1,147 @@
+"""A stage: the stretch of a pass from one merge to the next, as a plain function from rows to rows.
+
+It computes what the blocks compute, but for the fusion of every residual sum with the norm after it. Which tokens merge
+hangs on the images, so a stage ends where a block has assigned its tokens and attended, and the next one begins with
+the merge, once the host has read how many rows are left. Rows beyond the last image hold garbage that nothing reads.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from atm_triton import ops
+from atm_triton.block import ATMBlock, is_plain, rows, scale_of
+from atm_triton.packed import Assignment, Images, Packed
+
+
+class Pending(NamedTuple):
+    """The T tokens of a block between its attention and its merge: ``x`` [T, C], ``attended`` [T, C], what attention
+    adds to it, and their ``sizes`` [T] (None: one each); the assignment, ``slots``, ``order``, ``spans`` and
+    ``cu_seqlens`` of the merged images."""
+
+    x: Tensor
+    attended: Tensor
+    sizes: Tensor | None
+    slots: Tensor
+    order: Tensor
+    spans: Tensor
+    cu_seqlens: Tensor
+
+
+class Stage(NamedTuple):
+    """``first``: the block whose merge begins it, None: it begins with the tokens of the stem; ``last``: the block
+    whose attention ends it, None: the pass ends."""
+
+    first: int | None
+    last: int | None
+
+
+def stages(blocks: Sequence[ATMBlock], leading: int | None) -> list[Stage]:
+    """The stages of a pass: one for all blocks where r is given, else one more than there are blocks with a theta."""
+    may = blocks if leading is None else blocks[:-1]
+    ends = [index for index, block in enumerate(may) if block.theta is not None]
+    return [Stage(first, last) for first, last in zip([None, *ends], [*ends, None], strict=True)]
+
+
+def begin(block: ATMBlock, pending: Pending, T: int, images: Images) -> tuple[Packed, Tensor]:
+    """The merge that a stage of T rows begins with: the merged tokens and their norm for the MLP."""
+    assignment = Assignment(pending.slots, T, images, pending.order, pending.spans[:T])
+    tokens = Packed(pending.x, pending.sizes, images)
+    return block.merge(tokens, pending.attended, assignment)
+
+
+def run(
+    blocks: Sequence[ATMBlock],
+    stage: Stage,
+    tokens: Packed,
+    y: Tensor | None,
+    trace: Tensor | None,
+    may: int,
+    leading: int | None,
+    counted: Callable[[Tensor], None] | None,
+    out: Pending | None = None,
+) -> tuple[Packed | Pending, Tensor | None]:
+    """From the MLP of the block that has just merged, or from the stem, to the end of the stage.
+
+    Args:
+        tokens, y: from :func:`begin`; or the tokens of the stem and None.
+        trace: int32 [B N], the rows that the tokens of the first block are in; None: nobody asks.
+        may: how many blocks may merge: all, or all but the last.
+        leading: how many tokens the last block serves alone, None: all.
+        counted: told the counts [B] of the block that ends the stage, as soon as they are there.
+        out: where x and what attention adds to it are to be written, if it can be helped.
+
+    Returns:
+        What is to merge, or the tokens after the last block; the trace.
+    """
+    start = 0 if stage.first is None else stage.first + 1
+    before = None if stage.first is None else blocks[stage.first]
+    for index, block in enumerate(blocks[start:], start=start):
+        into = out if index == stage.last else None
+        if before is None:
+            x, y = tokens.x, block.norm1(tokens.x)
+        else:
+            x, y = residual(tokens.x, before.mlp(y), before.ls2, block.norm1, into and into.x)
+        tokens = tokens._replace(x=x)
+        if leading is not None and index == len(blocks) - 1:
+            return block.step_leading(tokens, leading, y).tokens, trace
+        mixed, assignment = attend(block, tokens, y, index < may, counted)
+        attended = project(block.attn, mixed, into and into.attended)
+        if assignment is not None and trace is not None:
+            trace = assignment.slots.index_select(0, trace)  # no token is dropped here
+        if index == stage.last:
+            slots, _, images, order, spans = assignment
+            return Pending(x, attended, tokens.sizes, slots, order, spans, images.cu_seqlens), trace
+        if assignment is None:
+            x, y = residual(x, attended, block.ls1, block.norm2)
+            tokens = tokens._replace(x=x)
+        else:
+            tokens, y = block.merge(tokens, attended, assignment)
+        before = block
+    return tokens._replace(x=tokens.x + rows(before.ls2(before.mlp(y)))), trace
+
+
+def attend(
+    block: ATMBlock, tokens: Packed, y: Tensor, merges: bool, counted: Callable[[Tensor], None] | None
+) -> tuple[Tensor, Assignment | None]:
+    """A block up to the projection of what its tokens [T, C], of norm ``y``, attend to, and what then merges. Where
+    counts say how much, the assignment has room for all T tokens."""
+    images = tokens.images
+    y = images.shaped(y)
+    q, k, v = block.heads(block.attn.qkv(y))
+    q, k = block.attn.q_norm(q), block.attn.k_norm(k)
+    found = block.match(k, tokens) if merges else None
+    if found is None:
+        return block.mix(y, q, k, v, tokens), None
+    r, given = block.r_of(found.counts, images), block.given_r(images)
+    if given is None:
+        counted(found.counts)
+    mixed = block.mix(y, q, k, v, tokens)
+    T = len(tokens.x) - (0 if given is None else images.B * given)
+    options = (block.num_prefix_tokens, T, given is not None, block.config.backend)
+    return mixed, ops.assign(found, r, images, *options)
+
+
+def residual(
+    x: Tensor, update: Tensor, scale: nn.Module, norm: nn.Module, out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """x + scale(update), rows [T, C], and the norm of that; by one kernel where the modules are plain."""
+    update = rows(update)
+    if is_plain(scale, norm):
+        return ops.add_norm(x, update, scale_of(scale, x), norm, out)
+    x = x + scale(update)
+    return x, norm(x)
+
+
+def project(attn: nn.Module, mixed: Tensor, out: Tensor | None) -> Tensor:
+    """The projection of what tokens attend to, rows [T, C], written to ``out`` where the module is torch's own."""
+    proj = attn.proj
+    if out is None or type(proj) is not nn.Linear:
+        return rows(attn.proj_drop(proj(mixed)))
+    mixed = rows(mixed)
+    weight, bias = (None if p is None else p.to(out.dtype) for p in (proj.weight, proj.bias))
+    if bias is None:
+        return torch.mm(mixed.to(out.dtype), weight.t(), out=out)
+    return torch.addmm(bias, mixed.to(out.dtype), weight.t(), out=out)

@@ -1,0 +1,313 @@
+"""Engine: what CUDA graphs give timm's model, free merging and ours, and what ours pays for the counts that it reads.
+
+Two ratios lie apart: merging alone is the bound in one graph over ours, the engine alone is timm in one graph over ours
+with r = 0. Before anything is timed every variant must give the logits of the same model run without graphs.
+"""
+
+import gc
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import timm
+import torch
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor
+
+from atm_triton.block import ATMBlock
+from atm_triton.config import ATMConfig
+from atm_triton.evaluate import share
+from atm_triton.flops import mean, planned
+from atm_triton.inputs import digits_config, open_images, open_model
+from atm_triton.ops import Match
+from atm_triton.packed import Packed
+from atm_triton.patch import apply_patch, install
+from atm_triton.throughput import free_merge_bound, keep_freed_memory, time_in_turn
+from benchmarks.gpu import StageError
+from benchmarks.gpu.digits import TINY_DEPTH
+from benchmarks.gpu.models import BOUND, NAMES, TIMM, graph, ratio, shuffled
+from benchmarks.gpu.setting import Setting, one_line, short
+
+DIGITS = "digits"
+PLAIN = [*((name, batch) for name in ("DeiT-S", "DeiT-B") for batch in (64, 256, 8, 1)), (DIGITS, 64), (DIGITS, 256)]
+COMPILED = [("DeiT-S", 64), ("DeiT-S", 256), ("DeiT-B", 256), ("DeiT-B", 64)]  # once more, in this order
+COMPILING = 100  # seconds of this stage after which nothing more is compiled
+COMPILATION = 80  # seconds that a cell may take that compiles
+REPEATS = 25
+TINY_SIDE = 32
+R = 8  # tokens of an image that each block of DeiT merges
+WARM_UP, PASSES = 3, 6  # calls before a capture; passes within which the engine must have captured all that it plays
+LOGITS = {torch.float32: 1e-3, torch.bfloat16: 3e-2}  # relative distance: a tie may fall otherwise
+ONE_GRAPH, COMPILED_TOO, WHOLE, UNMERGED = "one graph", "compiled", "ATM static, one graph", "ATM static, r = 0"
+OWN_R = ", image's r"  # marks what merges as many tokens as adapt="image" does, where the others merge another number
+
+
+class Cell(NamedTuple):
+    """What is timed in turn: a model at a batch size, with or without torch.compile."""
+
+    name: str
+    batch: int
+    compiles: bool
+
+
+class Case(NamedTuple):
+    """A model and its images; ``configs``: how it merges, by adapt; ``plans``: a given r for each block that bounds and
+    whole graphs take, by what marks their names; ``plan``: the one that compares with each of ``configs``."""
+
+    model: VisionTransformer
+    images: Tensor
+    configs: dict[str, ATMConfig]
+    plans: dict[str, ATMConfig]
+    plan: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """``expected`` gives the logits that ``call`` must give; ``plan``: of the bound and the whole graph to compare
+    with; ``engine``: ``call`` is a model that its engine must run."""
+
+    call: Callable[[Tensor], Tensor]
+    expected: Callable[[Tensor], Tensor]
+    plan: str | None = None
+    engine: bool = False
+
+
+def run(setting: Setting, section: dict[str, Any], _: dict[str, Any]) -> None:
+    keep_freed_memory()
+    start, model = setting.seconds(), (None, None)
+    section |= {"rows": [], "left_out": [], "wrong": [], "repeats": setting.pick(REPEATS, 1)}
+    section["tolerances"] = {short(dtype): most for dtype, most in LOGITS.items()}
+    for cell in cells(setting):
+        if cell.compiles and not (setting.has(0, start + COMPILING) and setting.has(COMPILATION)):
+            section["left_out"].append(f"torch.compile of {cell.name} at {cell.batch}: no time")
+            continue
+        if model[0] != cell.name:
+            model = cell.name, made(cell.name, setting)
+        case = (digits if cell.name == DIGITS else deit)(model[1], cell.batch, setting)
+        section["rows"] += measure(cell, case, setting, section)
+        if cell.compiles:
+            torch._dynamo.reset()
+        gc.collect()  # a model and its engine refer to each other: their graphs would hold memory
+        if setting.on_gpu:
+            torch.cuda.empty_cache()
+        setting.save()
+    if section["wrong"]:
+        raise StageError("; ".join(section["wrong"]))
+
+
+def cells(setting: Setting) -> list[Cell]:
+    """Without torch.compile first: that takes the time that is left."""
+    if setting.tiny:
+        return [Cell("DeiT-S", 2, True), Cell(DIGITS, 2, False)]
+    return [Cell(*cell, False) for cell in PLAIN] + [Cell(*cell, True) for cell in COMPILED]
+
+
+def made(name: str, setting: Setting) -> VisionTransformer:
+    dtype = setting.pick(torch.bfloat16, torch.float32)  # the interpreter cannot multiply bfloat16
+    if name == DIGITS:
+        model = open_model()
+        if setting.tiny:
+            model.blocks = model.blocks[:TINY_DEPTH].eval()
+            model.set_input_size(TINY_SIDE)
+        return model.to(setting.device, dtype)
+    shape = {} if not setting.tiny else {"img_size": TINY_SIDE, "embed_dim": 32, "depth": 3, "num_heads": 2}
+    with torch.device(setting.device):
+        return timm.create_model(NAMES[name], **shape).eval().to(dtype)
+
+
+def deit(model: VisionTransformer, batch: int, setting: Setting) -> Case:
+    """Random weights, and thresholds at which as many tokens merge as by the given r."""
+    dtype, r, depth = next(model.parameters()).dtype, setting.pick(R, 1), len(model.blocks)
+    images = torch.randn(batch, 3, *model.patch_embed.img_size, dtype=dtype, device=setting.device)
+    static = ATMConfig(adapt="static", schedule=(r,) * depth, backend="triton")
+    configs = {
+        "static": static,
+        "batch": fitted(model, images, "batch", int((r + 0.5) * batch)),  # rounded down: r, by the widest margin
+        "image": fitted(model, images, "image", r * batch),
+    }
+    return Case(model, images, configs, {"": static}, dict.fromkeys(configs, ""))
+
+
+@torch.inference_mode()
+def digits(model: VisionTransformer, batch: int, setting: Setting) -> Case:
+    """Trained weights with the thresholds that ship. By a given r as many tokens merge as with one r a batch, or as an
+    image merges on average."""
+    images, _ = next(iter(open_images(open_model(), limit=batch, batch_size=batch)))
+    height, width = model.patch_embed.img_size  # tiny: a corner
+    images = images[..., -height:, -width:].to(next(model.parameters()))
+    configs = {
+        adapt: setting.pick(digits_config(adapt), ATMConfig(alpha=0.9, theta_min=0.8, adapt=adapt))
+        for adapt in ("batch", "image")
+    }
+    configs = {adapt: replace(config, backend="triton") for adapt, config in configs.items()}
+    plans = {}
+    for mark, config in zip(("", OWN_R), configs.values(), strict=True):
+        blocks = patched(model, config, engine=False)
+        blocks(images)
+        r = tuple(round(mean(r)) for r in blocks.blocks.last.merged)
+        plans[mark] = replace(config, adapt="static", schedule=r, thresholds=None)
+    configs = {"static": plans[""], **configs}
+    return Case(model, images, configs, plans, {"static": "", "batch": "", "image": OWN_R})
+
+
+class FittingBlock(ATMBlock):
+    """A block that chooses its theta by the tokens that it sees: ``wanted`` candidates in all images together."""
+
+    wanted: int
+
+    def match(self, keys: Tensor, tokens: Packed) -> Match | None:
+        similarity = super().match(keys, tokens).similarity.sort(descending=True).values
+        last = min(self.wanted, int((similarity > -math.inf).sum())) - 1
+        between = similarity[last : last + 2].double().mean().item()  # midway to the first that is none
+        self.theta = min(max(between, -1.0), 1.0)
+        return super().match(keys, tokens)
+
+
+@torch.inference_mode()
+def fitted(model: VisionTransformer, images: Tensor, adapt: str, wanted: int) -> ATMConfig:
+    """Thresholds by which each block has ``wanted`` candidates in all ``images`` together."""
+    config = ATMConfig(adapt=adapt, backend="triton")
+
+    def fitting(block: Block, index: int) -> FittingBlock:
+        merging = FittingBlock.of(block, config, index, len(model.blocks), model.num_prefix_tokens)
+        merging.wanted = wanted
+        return merging
+
+    probe = install(share(model), fitting, config)
+    probe(images)
+    return replace(config, thresholds=tuple(block.theta for block in probe.blocks))
+
+
+def patched(model: VisionTransformer, config: ATMConfig, engine: bool) -> VisionTransformer:
+    return apply_patch(share(model), replace(config, engine=engine))
+
+
+class OneGraph:
+    """A call over images of one shape as one CUDA graph, captured when it is first used; off a GPU the call itself.
+    Like the engine it copies the images in and gives logits that are the caller's own."""
+
+    def __init__(self, call: Callable[[Tensor], Tensor]) -> None:
+        self.call, self.graph, self.mib = call, None, 0.0
+
+    def __call__(self, images: Tensor) -> Tensor:
+        if not images.is_cuda:
+            return self.call(images)
+        if self.graph is None:
+            self._capture(images)
+        self.images.copy_(images)
+        self.graph.replay()
+        return self.logits.clone()
+
+    def _capture(self, images: Tensor) -> None:
+        self.images, graph, stream = images.clone(), torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP):  # workspaces and modules that CUDA sets up on first use
+                self.call(self.images)
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved()
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            self.logits = self.call(self.images)
+        self.mib, self.graph = (torch.cuda.memory_reserved() - before) / 2**20, graph
+
+
+@torch.inference_mode()
+def measure(cell: Cell, case: Case, setting: Setting, section: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row for each variant. ``of_timm``, ``of_timm_graph``, ``of_bound``: time of timm, of timm and of the bound in
+    one graph, over this time; ``whole``: this time over that of one graph; medians over the turns. What fails or is
+    wrong is not timed."""
+    images, found, errors = case.images, variants(cell, case, setting), {}
+    for name, variant in found.items():
+        what = f"{name} of {cell.name} at {cell.batch}"
+        try:
+            errors[name] = check(variant, images)
+        except torch.OutOfMemoryError:
+            section["left_out"].append(f"{what}: out of memory")
+        except Exception as error:  # also what a compiler or a driver raises
+            line = str(error) if isinstance(error, StageError) else one_line(error)
+            section["left_out" if COMPILED_TOO in name else "wrong"].append(f"{what}: {line}")
+    runs = {name: partial(found[name].call, images) for name in errors}
+    seconds = time_in_turn(shuffled(runs), section["repeats"], setting.device)
+
+    def over(above: str, below: str) -> float | None:
+        return ratio(seconds[above], seconds[below]) if above in seconds and below in seconds else None
+
+    rows = []
+    for name, error in errors.items():
+        variant = found[name]
+        times = 1e3 * torch.tensor(seconds[name], dtype=torch.float64)
+        lower, median, upper = times.quantile(times.new_tensor([0.25, 0.5, 0.75])).tolist()
+        row = {"model": cell.name, "dtype": short(images.dtype), "batch": cell.batch, "session": cell.compiles}
+        row |= {"name": name, "milliseconds": median, "quartiles": [lower, upper], "error": error}
+        row |= {"images_per_second": 1e3 * cell.batch / median, "seconds": seconds[name]}
+        row |= {"of_timm": over(TIMM, name), "of_timm_graph": over(f"{TIMM}, {ONE_GRAPH}", name)}
+        if variant.plan is not None:
+            bound, whole = (f"{one}{variant.plan}" for one in (f"{BOUND}, {ONE_GRAPH}", WHOLE))
+            row |= {"of_bound": over(bound, name), "whole": over(name, whole)}
+        rows.append(row | held(variant))
+    return rows
+
+
+def variants(cell: Cell, case: Case, setting: Setting) -> dict[str, Variant]:
+    model, shape = case.model, tuple(case.images.shape[1:])
+    found = {TIMM: Variant(model, model), f"{TIMM}, {ONE_GRAPH}": Variant(OneGraph(model), model)}
+    bounds = {}
+    for mark, static in case.plans.items():
+        record = replace(planned(model, shape, static.schedule, static.cls_only_last), batch=cell.batch)
+        bounds[mark] = bound = free_merge_bound(model, record, replace(static, engine=False))
+        blocks = patched(model, static, engine=False)
+        found[f"{BOUND}{mark}"] = Variant(bound, bound)
+        found[f"{BOUND}, {ONE_GRAPH}{mark}"] = Variant(OneGraph(bound), bound)
+        found[f"{WHOLE}{mark}"] = Variant(OneGraph(blocks), blocks)
+    # the engine alone: timm's last block computes all tokens, so this one does
+    unmerged = replace(case.plans[""], schedule=(0,) * len(model.blocks), cls_only_last=False)
+    ways = {f"ATM {adapt}": (config, case.plan[adapt]) for adapt, config in case.configs.items()}
+    for name, (config, mark) in {**ways, UNMERGED: (unmerged, None)}.items():
+        ours, blocks = (patched(model, config, engine) for engine in (True, False))
+        found[name] = Variant(ours, blocks, mark, engine=True)
+    if cell.compiles:
+        torch._dynamo.reset()
+        for name, plain in ((TIMM, share(model)), (BOUND, bounds[""])):
+            found[f"{name}, {COMPILED_TOO}"] = Variant(graph(plain, setting), found[name].expected)
+    return found
+
+
+def check(variant: Variant, images: Tensor) -> float:
+    """The relative distance of the logits from those expected, once all that is captured is captured. They are those of
+    the images in reverse order: a graph that kept what it was captured with would be found out."""
+    call = variant.call
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(PASSES if variant.engine else WARM_UP if images.is_cuda else 1):
+            call(images)
+            if variant.engine and None not in call.engine.graphs.values():
+                break
+        else:
+            if variant.engine:
+                raise StageError(f"after {PASSES} passes there is more to capture beside {call.engine}")
+        logits, expected = (run(images.flip(0)).double() for run in (call, variant.expected))
+    if variant.engine and call.blocks.last.way != "engine":
+        raise StageError(f"the engine did not run: {call.blocks.last.way}")
+    for warning in said:
+        if "eagerly" in str(warning.message):
+            raise StageError(str(warning.message))
+    error = ((logits - expected).norm() / expected.norm()).item()
+    if not error <= LOGITS[images.dtype]:
+        raise StageError(f"logits are {error:.2g} from those without graphs, above {LOGITS[images.dtype]}")
+    return error
+
+
+def held(variant: Variant) -> dict[str, Any]:
+    """The graphs of a variant and what they hold, in MiB; of the engine also how many tokens of an image merged."""
+    if isinstance(variant.call, OneGraph):
+        return {"graphs": 1, "mib": variant.call.mib}
+    if not variant.engine:
+        return {}
+    engine = variant.call.engine
+    merged = float(sum(map(mean, variant.call.blocks.last.merged)))
+    graphs = sum(replay is not None for replay in engine.graphs.values())
+    return {"graphs": graphs, "mib": engine.replays.mib(), "merged": merged}

@@ -1,0 +1,166 @@
+"""What a pass costs the host, without a GPU: ``python -m benchmarks.host``.
+
+The launches of our kernels are left out and counted: what is timed is Python, torch's dispatcher and ours. A pass by
+timm, by the blocks and by the engine once it has all its graphs, each way to adapt, in turn.
+
+- *meta*: DeiT-S at batch 64 on meta tensors, every image merging eight tokens in a block. Torch works out their shapes
+  in Python, for most operations more slowly than it would dispatch them: that favours us, who leave launches out.
+- *small*: twelve blocks of 24 channels and 17 tokens on the CPU, every image merging one token in a block. An operation
+  costs little but its dispatch there, as on a GPU.
+
+Triton's own share of a launch, 10 to 33 microseconds on the host of an H200, comes on top where the blocks launch.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import timm
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+from triton.runtime.jit import JITFunction
+
+from atm_triton import ATMConfig, apply_patch, ops
+from atm_triton.command import Parser, exit_code
+from atm_triton.env import check_file, write_result
+from atm_triton.graphs import Mailbox, Replays
+
+RESULT = Path(__file__).parent / "results" / "host.json"
+R = {"meta": 8, "small": 1}  # tokens that every image merges in a block
+WAYS = ("timm", "blocks", "engine")
+ADAPT = ("static", "batch", "image")
+
+
+class Launches:
+    """Counts what would be launched."""
+
+    number = 0
+
+    def __call__(self, *_: Any, **__: Any) -> None:
+        self.number += 1
+
+
+class Arrived(Mailbox):
+    """Counts that are on the host already."""
+
+    def send(self, counts: Tensor) -> None:
+        pass
+
+    def receive(self) -> Tensor:
+        return self.counts.clone()
+
+
+class Played(Replays):
+    """Graphs whose replay does nothing."""
+
+    def __init__(self, r: int) -> None:
+        self.r = r
+
+    def capture(self, run: Callable[[], Any]) -> Callable[[], Any]:
+        out = run()
+        return lambda: out
+
+    def mailbox(self, B: int) -> Mailbox:
+        return Arrived(torch.full((B,), self.r, device="cpu"), None)
+
+
+@contextmanager
+def without_launches(kind: str) -> Iterator[Launches]:
+    """Tensors are taken for those of a GPU; the host reads the same r everywhere. What is not written is 0 where it
+    can be an index."""
+    launches = Launches()
+    takes = {"explain": lambda *_: ("triton", "timed"), "_on_kernels": lambda _: True, "interpreting": lambda: True}
+    with (
+        patch.object(JITFunction, "run", launches),
+        patch.multiple(ops, **takes, read=lambda copy: torch.full(copy[0].shape, R[kind], device="cpu")),
+        patch.object(torch, "empty", torch.empty if kind == "meta" else torch.zeros),
+    ):
+        yield launches
+
+
+def models(kind: str) -> tuple[dict[str, VisionTransformer], Tensor]:
+    """timm's model and the patched ones, and images for them."""
+    device = "meta" if kind == "meta" else "cpu"
+    shape = {} if kind == "meta" else {"img_size": 64, "embed_dim": 24, "num_heads": 3}
+    B, side = (64, 224) if kind == "meta" else (1, 64)
+
+    def new() -> VisionTransformer:
+        with torch.device(device):
+            return timm.create_model("deit_small_patch16_224", **shape).eval()
+
+    made = {"timm": new()}
+    for adapt in ADAPT:
+        schedule = {"schedule": (R[kind],) * 12} if adapt == "static" else {}
+        for way in ("blocks", "engine"):
+            model = apply_patch(new(), ATMConfig(adapt=adapt, engine=way == "engine", backend="triton", **schedule))
+            model.engine.make_replays = lambda device: Played(R[kind])
+            made[f"{way}, {adapt}"] = model
+    return made, torch.zeros(B, 3, side, side, device=device)
+
+
+@torch.inference_mode()
+def measure(kind: str, repeats: int) -> list[dict[str, Any]]:
+    """A row for each way to run a pass: microseconds (the median, and the quartiles), its share of timm's, launches."""
+    made, x = models(kind)
+    launched, times = {}, {name: [] for name in made}
+    with without_launches(kind) as launches:
+        for name, model in made.items():
+            for _ in range(3):
+                launches.number = 0
+                model(x)
+            launched[name] = launches.number
+            engine = name.startswith("engine")
+            if name != "timm" and (model.blocks.last.way == "engine") != engine:
+                raise RuntimeError(f"{name} was run by {model.blocks.last.way}")
+        for _ in range(repeats):
+            for name, model in made.items():
+                start = time.perf_counter()
+                model(x)
+                times[name].append(1e6 * (time.perf_counter() - start))
+    whole = statistics.median(times["timm"])
+    rows = []
+    for name, taken in times.items():
+        low, middle, high = statistics.quantiles(taken, n=4)
+        row = {"tensors": kind, "way": name, "us": middle, "quartiles": [low, high], "of_timm": middle / whole}
+        rows.append(row | {"launches": launched[name]})
+    return rows
+
+
+def table(result: dict[str, Any]) -> str:
+    """In Markdown."""
+    lines = ["| tensors | a pass by | host, us | of timm's | launches of ours |", "|---|---|---|---|---|"]
+    for row in result["rows"]:
+        lines.append(
+            f"| {row['tensors']} | {row['way']} | {row['us']:.0f} | {row['of_timm']:.2f} | {row['launches']} |"
+        )
+    return "\n".join(lines)
+
+
+def run(args: argparse.Namespace) -> None:
+    check_file("--json", args.json)
+    if args.repeats < 2:
+        raise ValueError(f"--repeats {args.repeats} is too few; give 2 or more")
+    torch.set_num_threads(1)
+    rows = [row for kind in R for row in measure(kind, args.repeats)]
+    result = {"repeats": args.repeats, "rows": rows}
+    print(table(result))
+    write_result(args.json, result)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, default=RESULT, help="the figures")
+    parser.add_argument("--repeats", type=int, default=50, help="passes of each")
+    args = parser.parse_args(argv)
+    return exit_code("host", lambda: run(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

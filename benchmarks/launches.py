@@ -1,0 +1,162 @@
+"""Launches of the kernels on tensors without memory, each with a name: what ``offline_compile`` compiles of what the
+tests launch. ``tests/test_kernels.py`` takes its shapes from here, and fails where it launches anything else.
+"""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from atm_triton.kernels import assign, attention, match, merge, unmerge
+
+TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+GROUPINGS = ("alternate", "by size", "halves")  # halves: by size, where no size is known
+DTYPES = (torch.float32, torch.float16)  # of the tests: the interpreter gets bfloat16 wrong
+SHAPES = (  # B, H, N, d, P
+    (2, 3, 17, 32, 1),
+    (2, 2, 63, 60, 2),
+    (1, 2, 197, 64, 1),
+    (1, 1, 197, 128, 1),
+    (3, 2, 1, 32, 0),
+    (2, 1, 2, 48, 0),
+    (2, 2, 3, 72, 1),
+    (1, 2, 5, 80, 5),
+    (1, 2, 33, 96, 1),
+    (1, 1, 300, 32, 10),  # more than a program takes
+    (1, 1, 577, 64, 1),
+)
+SINGLE = (  # H, N, d, P, dtype, heads apart in memory: what one test alone takes
+    (1, 9, 32, 1, torch.float32, True),
+    (2, 9, 32, 1, torch.float32, True),
+    (2, 9, 72, 1, torch.float32, True),
+    (3, 5, 16, 0, torch.float16, True),
+    (1, 20, 32, 1, torch.float32, False),
+    (2, 33, 32, 1, torch.float32, False),
+    (2, 50, 32, 1, torch.float32, False),
+    (2, 260, 32, 1, torch.float32, False),
+    (2, 70, 60, 0, torch.float32, False),
+)
+CHANNELS = (3, 6, 32, 48, 384, 1280)
+LONG = {  # of kernels/assign.py, for images of a few tokens to be long ones
+    "ONE_PROGRAM": 16,
+    "JOINED": 16,
+    "assign_long_table": lambda block: {"CHUNK": 16, "num_warps": 1},
+}
+Case = tuple[str, Callable[[], Any]]
+Launch = tuple[Any, dict[str, Any], dict[str, Any]]  # a kernel, its arguments by name, options (warps, stages)
+
+
+def cases_of_tests() -> Iterator[Case]:
+    """What ``tests/test_kernels.py`` launches."""
+    shapes = [(*shape, dtype, False) for (_, *shape), dtype in itertools.product(SHAPES, DTYPES)]
+    for H, N, d, P, dtype, apart in (*shapes, *SINGLE):
+        for grouping in GROUPINGS:
+            yield match_case(H, N, d, P, grouping, dtype, apart)
+        for bias, Nq in itertools.product((True, False), dict.fromkeys((N, 1))):
+            yield attention_case(H, N, d, dtype, bias, Nq, apart)
+        yield assign_case(N, P)
+    for N, P in ((17, 0), (20, 1), (50, 1), (50, 5)):
+        name, launch = assign_case(N, P)
+        yield f"long {name}", partial(_with_short_long_images, launch)
+    for C, dtype in itertools.product(CHANNELS, DTYPES):
+        yield from merge_cases(C, dtype)
+    for (x, attended), affine in itertools.product(itertools.product(DTYPES, repeat=2), (True, False)):
+        yield from norm_cases(48, x, attended, affine)
+
+
+def _with_short_long_images(launch: Callable[[], Any]) -> None:
+    with patch.multiple(assign, **LONG):
+        launch()
+
+
+def tensor(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def qkv(T: int, H: int, d: int, dtype: torch.dtype) -> Tensor:
+    return tensor(T, 3, H, d, dtype=dtype).permute(1, 2, 0, 3)
+
+
+IMAGES = tensor(3, dtype=torch.int32)  # where two images begin
+
+
+def match_case(H: int, N: int, d: int, P: int, grouping: str, dtype: torch.dtype, apart: bool = False) -> Case:
+    """``apart``: every head in memory of its own."""
+    keys = tensor(H, 2 * N, d, dtype=dtype) if apart else qkv(2 * N, H, d, dtype)[1]
+    sizes = tensor(2 * N) if grouping == "by size" else None
+    launch = partial(match.match, keys, sizes, IMAGES, P, grouping != "alternate", 0.9, N)
+    return f"match H={H} N={N} d={d} P={P} {grouping} {_named(dtype, apart)}", launch
+
+
+def assign_case(N: int, P: int) -> Case:
+    pair, r = (tensor(2 * N), tensor(2 * N, dtype=torch.int32)), tensor(2, dtype=torch.int64)
+    return f"assign N={N} P={P}", partial(assign.assign, *pair, r, IMAGES, P, N, 2 * N)
+
+
+LISTS = (tensor(394, dtype=torch.int32), tensor(300, 2, dtype=torch.int32), IMAGES)
+
+
+def merge_cases(C: int, dtype: torch.dtype) -> Iterator[Case]:
+    x = tensor(394, C, dtype=dtype)
+    for sizes in (tensor(394), None):
+        yield f"merge C={C} {TYPES[dtype]}{_without(sizes)}", partial(merge.merge, x, sizes, *LISTS)
+    yield f"unmerge C={C} {TYPES[dtype]}", partial(unmerge.unmerge, x, tensor(394, dtype=torch.int32))
+
+
+def norm_cases(C: int, dtype: torch.dtype, of_attended: torch.dtype, affine: bool = True) -> Iterator[Case]:
+    """The dtypes: of x and of what attention adds to it."""
+    x, attended = (tensor(394, C, dtype=dtype) for dtype in (dtype, of_attended))
+    vector = tensor(C, dtype=dtype)
+    norm = (vector, vector, 1e-6) if affine else (None, None, 1e-6)
+    name = f"{'' if affine else 'bare '}norm C={C} {TYPES[dtype]} + {TYPES[of_attended]}"
+    for gamma in (vector, None):
+        fused, scaled = (attended, gamma, norm), "" if gamma is None else "scaled "
+        yield f"{scaled}residual, merge, {name}", partial(merge.merge, x, tensor(394), *LISTS, *fused)
+        yield f"{scaled}residual, {name}", partial(merge.add_norm, x, *fused)
+
+
+def attention_case(H: int, N: int, d: int, dtype: torch.dtype, bias: bool, Nq: int, apart: bool = False) -> Case:
+    q, k, v = (tensor(H, 2 * N, d, dtype=dtype) for _ in "qkv") if apart else qkv(2 * N, H, d, dtype)
+    if Nq == 1:
+        q = tensor(2, H, d, dtype=dtype).transpose(0, 1)
+    sizes = tensor(2 * N) if bias else None
+    launch = partial(attention.attention, q, k, v, sizes, IMAGES, IMAGES, Nq, N, 0.125)
+    return f"attention H={H} N={N} d={d} queries={Nq} {_named(dtype, apart)}{_without(sizes)}", launch
+
+
+def _named(dtype: torch.dtype, apart: bool) -> str:
+    return TYPES[dtype] + (" heads apart" if apart else "")
+
+
+def _without(sizes: Tensor | None) -> str:
+    return " no sizes" if sizes is None else ""
+
+
+def by_name(kernel: Any, arguments: Iterable[Any], keywords: dict[str, Any]) -> Launch:
+    named = dict(zip(kernel.arg_names, arguments, strict=False)) | keywords
+    options = {name: named.pop(name) for name in keywords if name not in kernel.arg_names}
+    return kernel, named, options
+
+
+def captured(launch: Callable[[], Any]) -> list[Launch]:
+    """What a launcher would launch; nothing runs."""
+    seen = []
+
+    def note(kernel: Any, grid: Any) -> Callable[..., None]:
+        return lambda *arguments, **keywords: seen.append(by_name(kernel, arguments, keywords))
+
+    with patch.object(type(merge.merge_kernel), "__getitem__", note):
+        launch()
+    return seen
+
+
+def code(launch: Launch) -> tuple[Any, ...]:
+    """What tells the code of a launch from that of another, but for what lies where in memory."""
+    kernel, arguments, options = launch
+    values = {name: value.dtype if isinstance(value, Tensor) else value for name, value in arguments.items()}
+    run_time = {"theta", "eps", "scale", "images", "rows", *(name for name in values if "stride" in name)}
+    return kernel.__name__, *sorted((k, str(v)) for k, v in (values | options).items() if k not in run_time)

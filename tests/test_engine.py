@@ -1,0 +1,420 @@
+"""The engine against the blocks, by Triton's interpreter: what it replays there are calls, and all else is the same."""
+
+import copy
+import pickle
+import threading
+import warnings
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from atm_triton import ATMConfig, apply_patch, remove_patch, summary
+from atm_triton.graphs import Replays
+from models import distilled, images_for, vit
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+tiny = partial(vit, img_size=24, depth=3)  # 9 patch tokens
+KINDS = {
+    "plain": tiny,
+    "distilled": partial(distilled, img_size=24, depth=3),
+    "layerscale": partial(tiny, init_values=0.3),
+    "registers": partial(tiny, reg_tokens=3),
+    "qk_norm": partial(tiny, qk_norm=True),
+    "no_class_token": partial(tiny, class_token=False, global_pool="avg"),
+}
+CONFIGS = {
+    "static": {"adapt": "static", "schedule": (2, 1, 3)},
+    "batch": {"alpha": 0.5, "theta_min": 0.3, "beta": 0.05},
+    "image": {"alpha": 0.5, "theta_min": 0.3, "beta": 0.05, "adapt": "image"},
+}
+pytestmark = [pytest.mark.usefixtures("poison"), pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")]
+
+
+class Counting(Replays):
+    """Counts how stages were run."""
+
+    def __init__(self, fails=None, holds=0.0):
+        self.eager, self.captured, self.replayed, self.fails, self.holds = 0, 0, 0, fails, holds
+
+    def eagerly(self, run):
+        self.eager += 1
+        return run()
+
+    def capture(self, run):
+        if self.fails is not None:
+            raise self.fails
+        self.captured += 1
+
+        def replay():
+            self.replayed += 1
+            return run()
+
+        return replay
+
+    def mib(self):
+        return self.holds
+
+
+def patched(model, engine=True, **config):
+    """A patched model whose buckets have few rows."""
+    model = apply_patch(model.to(DEVICE), ATMConfig(backend="triton", engine=engine, **config))
+    model.engine.step = 4
+    return model
+
+
+def batch(model, size=2, seed=0):
+    torch.manual_seed(seed)
+    return images_for(model, size).to(DEVICE)
+
+
+def by_blocks(model, x, **config):
+    """What the blocks make of x, and what they did."""
+    y = patched(model, engine=False, **config)(x)
+    return y, model.blocks.last
+
+
+def assert_same(model, x, expected, record):
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-5)
+    ours = model.blocks.last
+    assert ours.way == "engine", ours.way
+    assert ours.matched == record.matched and ours.leading == record.leading
+    for name in ("tokens", "rows"):
+        for one, other in zip(getattr(ours, name), getattr(record, name), strict=True):
+            assert torch.equal(*torch.broadcast_tensors(torch.as_tensor(one), torch.as_tensor(other).cpu()))
+    for one, other in zip(ours.counts, record.counts, strict=True):
+        assert (one is None) == (other is None) and (one is None or torch.equal(one, other.cpu()))
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("make", KINDS.values(), ids=KINDS)
+@torch.inference_mode()
+def test_logits_and_what_merges_are_those_of_the_blocks(make, config):
+    """Also for another batch in the same buffers, whose rows beyond the last image hold what the first one left."""
+    model = make()
+    for seed in range(2):
+        expected = by_blocks(model, batch(model, seed=seed), **config)
+        if seed == 0:
+            ours = patched(copy.deepcopy(model), **config)
+        assert_same(ours, batch(model, seed=seed), *expected)
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@torch.inference_mode()
+def test_features_of_all_tokens(config):
+    model = tiny()
+    x = batch(model)
+    expected = patched(model, engine=False, **config).forward_features(x)
+    ours = patched(model, **config)
+    for _ in range(2):
+        torch.testing.assert_close(ours.forward_features(x), expected, rtol=0, atol=1e-5)
+        assert ours.blocks.last.way == "engine"
+
+
+@pytest.mark.parametrize("step", [1, 7, 1000], ids=["on the edge", "off it", "all rows"])
+@torch.inference_mode()
+def test_what_lies_beyond_the_last_image_reaches_nothing(step):
+    model = tiny()
+    config = CONFIGS["image"]
+    expected = [by_blocks(model, batch(model, seed=seed), **config) for seed in range(2)]
+    ours = patched(model, **config)
+    ours.engine.step = step
+    for seed in (0, 1, 0):
+        assert_same(ours, batch(model, seed=seed), *expected[seed])
+        (passes,) = ours.engine.passes.values()
+        for pending, _ in passes.buffers:
+            for tensor in pending:
+                tensor.fill_(torch.nan if tensor.is_floating_point() else 2**30)
+
+
+def counted(model, **options):
+    """The model with an engine that counts how it ran its stages."""
+    counting = Counting(**options)
+    model.engine.make_replays = lambda device: counting
+    return counting
+
+
+@torch.inference_mode()
+def test_the_second_pass_captures_and_the_third_replays():
+    ours = patched(tiny(), **CONFIGS["image"])
+    counting, x = counted(ours), batch(ours)
+    ours(x)
+    stages = counting.eager
+    assert stages == 3 and counting.captured == 0  # a merge in each block but the last
+    ours(x)
+    assert (counting.eager, counting.captured, counting.replayed) == (stages, stages, stages)
+    (passes,) = ours.engine.passes.values()
+    addresses = [tensor.data_ptr() for pending, _ in passes.buffers for tensor in pending]
+    ours(x)
+    assert (counting.eager, counting.captured, counting.replayed) == (stages, stages, 2 * stages)
+    assert [tensor.data_ptr() for pending, _ in passes.buffers for tensor in pending] == addresses
+    ours(batch(ours, size=1))  # a last, smaller batch, seen once
+    assert (counting.eager, counting.captured) == (2 * stages, stages)
+
+
+@torch.inference_mode()
+def test_a_given_schedule_is_one_stage():
+    ours = patched(tiny(), **CONFIGS["static"])
+    counting, x = counted(ours), batch(ours)
+    for _ in range(3):
+        ours(x)
+    assert (counting.eager, counting.captured, counting.replayed) == (1, 1, 2)
+
+
+@torch.inference_mode()
+def test_batches_of_any_size_and_outputs_that_are_the_callers_own():
+    model, config = tiny(), CONFIGS["batch"]
+    batches = [batch(model, size, seed) for seed, size in enumerate((3, 1, 2, 3))]
+    expected = [by_blocks(model, x, **config) for x in batches]
+    ours = patched(model, **config)
+    for _ in range(2):
+        out = [ours(x) for x in batches]
+        for one, (other, _) in zip(out, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("adapt", ["batch", "image"])
+@pytest.mark.parametrize("theta", [1.0, -1.0], ids=["nothing merges", "all that can"])
+@torch.inference_mode()
+def test_from_nothing_to_the_least(theta, adapt):
+    model = tiny(class_token=False, global_pool="avg")
+    config = {"adapt": adapt, "alpha": theta, "theta_min": theta}
+    x = batch(model)
+    expected = by_blocks(model, x, **config)
+    assert_same(patched(model, **config), x, *expected)
+    (rows,) = {int(torch.as_tensor(rows).max()) for rows in model.blocks.last.rows[-1:]}
+    assert rows == (9 if theta == 1 else 1)
+
+
+@torch.inference_mode()
+def test_under_autocast_as_the_blocks():
+    model, config = tiny(init_values=0.3), CONFIGS["image"]
+    x = batch(model)
+    with torch.autocast(DEVICE, torch.float16):
+        expected, record = by_blocks(model, x, **config)
+        ours = patched(model, **config)
+        for _ in range(2):
+            out = ours(x)
+            assert ours.blocks.last.way == "engine" and out.dtype == expected.dtype
+            torch.testing.assert_close(out, expected, rtol=2e-3, atol=2e-3)
+        assert [
+            counts is None or torch.equal(counts, other.cpu())
+            for counts, other in zip(ours.blocks.last.counts, record.counts, strict=True)
+        ] == [True] * 3
+    full = ours(x)  # a kind of its own, and none of the graphs of the other
+    assert full.dtype == torch.float32 and len(ours.engine.passes) == 2
+
+
+class Adapter(nn.Module):
+    """A low-rank update around a linear layer, as LoRA wraps it."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.linear, self.down = linear, nn.Linear(linear.in_features, 2, bias=False)
+        self.up = nn.Linear(2, linear.out_features, bias=False)
+
+    def forward(self, x):
+        return self.linear(x) + self.up(self.down(x))
+
+
+@torch.inference_mode()
+def test_modules_that_are_not_plain_are_called():
+    model, config = tiny(), CONFIGS["image"]
+    for block in list(model.blocks)[1:3]:
+        block.attn.proj, block.mlp.fc1 = Adapter(block.attn.proj), Adapter(block.mlp.fc1)
+        block.norm1, block.norm2 = nn.RMSNorm(32), nn.RMSNorm(32)
+    x = batch(model.eval())
+    expected = by_blocks(model, x, **config)
+    assert_same(patched(model, **config), x, *expected)
+
+
+@torch.inference_mode()
+def test_weights_loaded_in_place_keep_the_graphs_and_replaced_ones_drop_them():
+    ours = patched(tiny(), **CONFIGS["static"])
+    counting, x = counted(ours), batch(ours)
+    for _ in range(2):
+        before = ours(x)
+    state = {name: 0.5 * tensor for name, tensor in ours.state_dict().items()}
+    ours.load_state_dict(state)
+    after = ours(x)
+    assert not torch.equal(before, after) and (counting.eager, counting.captured, counting.replayed) == (1, 1, 2)
+    ours.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
+    torch.testing.assert_close(ours(x), after, rtol=0, atol=1e-6)
+    ours.blocks[1].mlp.act = nn.ReLU().eval()
+    assert not torch.equal(ours(x), after) and (counting.eager, counting.replayed) == (3, 2)
+
+
+@torch.inference_mode()
+def test_cast_unpatched_and_patched_anew_while_warm():
+    model, config = tiny(), CONFIGS["batch"]
+    x = batch(model)
+    plain = model(x)
+    expected, _ = by_blocks(model, x, **config)
+    ours = patched(model, **config)
+    for _ in range(3):
+        ours(x)
+    with pytest.raises(ValueError, match="the kernels take float16, bfloat16 or float32, not float64"):
+        ours.double()(x.double())
+    torch.testing.assert_close(ours.float()(x), expected, rtol=0, atol=1e-5)
+    assert torch.equal(remove_patch(ours)(x), plain)
+    unmerged = patched(model, adapt="static", schedule=(0,) * 3)
+    torch.testing.assert_close(unmerged(x), plain, rtol=0, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_a_copy_has_an_engine_and_weights_of_its_own():
+    ours = patched(tiny(), **CONFIGS["static"])
+    x = batch(ours)
+    for _ in range(3):
+        expected = ours(x)
+    for other in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        assert other.engine.model is other and not other.engine.graphs
+        for parameter in other.parameters():
+            parameter.mul_(0.5)
+        assert not torch.equal(other(x), expected)
+        assert other.blocks.last.way == "engine"
+    assert torch.equal(ours(x), expected)
+
+
+def test_two_threads_on_one_model():
+    ours = patched(tiny(), **CONFIGS["image"])
+    batches = [batch(ours, 2, seed) for seed in range(2)]
+    found = {0: [], 1: []}
+
+    def work(number):
+        with torch.inference_mode():
+            for _ in range(3):
+                found[number].append(ours(batches[number]))
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in found]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for out in found.values():
+        assert len(out) == 3 and torch.equal(out[0], out[1]) and torch.equal(out[0], out[2])
+    with torch.inference_mode():
+        for number, x in enumerate(batches):
+            torch.testing.assert_close(by_blocks(ours, x, **CONFIGS["image"])[0], found[number][0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("not permitted\nat all")])
+@torch.inference_mode()
+def test_what_cannot_be_captured_runs_eagerly_with_one_warning(error):
+    ours = patched(tiny(), **CONFIGS["static"])
+    counting, x = counted(ours, fails=error), batch(ours)
+    expected = ours(x)
+    with pytest.warns(UserWarning, match="could not be captured and runs eagerly from now on") as caught:
+        assert torch.equal(ours(x), expected)
+    assert len(caught) == 1 and "at all" not in str(caught[0].message)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert torch.equal(ours(x), expected)
+    assert counting.eager == 3
+
+
+@torch.inference_mode()
+def test_graphs_are_limited_in_number_and_in_memory():
+    ours = patched(tiny(), **CONFIGS["image"])
+    counting, x = counted(ours), batch(ours)
+    ours.engine.max_graphs = 2
+    for _ in range(2):
+        expected = ours(x)
+    assert len(ours.engine.graphs) == 2
+    assert counting.captured == 0  # of three stages each is forgotten before it comes again
+    ours.engine.max_graphs = 9
+    ours(x)
+    counting.holds = ours.engine.max_mib
+    with pytest.warns(UserWarning, match="graphs hold 4096 MiB: raise engine.max_mib"):
+        for _ in range(2):
+            assert torch.equal(ours(x), expected)
+
+
+def refused(model, x):
+    out = model(x)
+    way = model.blocks.last.way
+    assert way == f"blocks: {model.engine.refusal(x)}"
+    return out, way.removeprefix("blocks: ")
+
+
+def hooked(model):
+    model.blocks[1].mlp.fc1.register_forward_hook(lambda module, args, out: 2 * out)
+
+
+def own_forward(model):
+    model.blocks[2].attn.proj.forward = lambda x: 0 * x
+
+
+def in_training(model):
+    model.blocks[0].mlp.drop1.train()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (hooked, "blocks.1.mlp.fc1 has hooks of its own, which graphs would skip"),
+        (own_forward, "blocks.2.attn.proj has a forward of its own, which graphs would skip"),
+        (in_training, "blocks.0.mlp.drop1 is in training mode"),
+    ],
+)
+@torch.inference_mode()
+def test_what_python_does_in_a_pass_is_not_skipped(change, reason):
+    ours = patched(tiny(), **CONFIGS["static"])
+    x = batch(ours)
+    for _ in range(3):
+        before = ours(x)
+    change(ours)
+    out, why = refused(ours, x)
+    assert why == reason and (change is in_training or not torch.equal(out, before))
+
+
+def test_refusals():
+    ours = patched(tiny(), **CONFIGS["static"])
+    x = batch(ours)
+    assert refused(ours, x)[1] == "gradients are on: torch.inference_mode() or no_grad() around the call"
+    for parameter in ours.parameters():
+        parameter.requires_grad_(False)
+    assert ours.engine.refusal(x) is None
+    assert ours.engine.refusal(x.clone().requires_grad_()) == "the images want a gradient"
+    with torch.no_grad():
+        assert refused(ours, x[:0])[1] == "there are no images"
+        assert ours.engine.refusal(nn.Parameter(x)) == "the images are a Parameter, no plain tensor"
+        by_reference = apply_patch(tiny().to(DEVICE), ATMConfig(backend="reference", **CONFIGS["static"]))
+        assert refused(by_reference, x)[1] == "the reference computes: asked for"
+        assert refused(patched(tiny(), engine=False, **CONFIGS["static"]), x)[1] == "engine=False in the configuration"
+    with pytest.raises(TypeError, match="engine=1 is no bool"):
+        ATMConfig(engine=1)
+
+
+@torch.inference_mode()
+def test_the_summary_says_which_way_a_pass_ran():
+    ours = patched(tiny(), **CONFIGS["image"])
+    x = batch(ours)
+    for _ in range(2):
+        ours(x)
+    assert str(summary(ours)).splitlines()[-1] == "run by: engine, 3 graphs (at most 512) of 0 MiB (at most 4096)"
+    ours.train()(x)
+    assert str(summary(ours)).splitlines()[-1].startswith("run by: blocks: ")
+
+
+def test_counts_that_did_not_arrive_are_no_counts():
+    mailbox = Replays().mailbox(2)
+    with pytest.raises(RuntimeError, match=r"did not reach the host: ATMConfig\(engine=False\) runs the blocks"):
+        mailbox.receive()
+    mailbox.send(torch.tensor([3, 0]))
+    assert mailbox.receive().tolist() == [3, 0]
+    with pytest.raises(RuntimeError, match="did not reach the host"):  # those of the pass before
+        mailbox.receive()
+
+
+@torch.inference_mode()
+def test_an_image_does_not_depend_on_its_batch():
+    ours, config = tiny(), CONFIGS["image"]
+    x = batch(ours, 3)
+    patched(ours, **config)
+    together, record = ours(x), ours.blocks.last
+    for index in range(3):
+        torch.testing.assert_close(ours(x[index : index + 1]), together[index : index + 1], rtol=0, atol=1e-5)
+        alone = ours.blocks.last
+        assert [int(rows) for rows in alone.rows[:-1]] == [int(rows[index]) for rows in record.rows[:-1]]
