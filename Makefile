@@ -1,4 +1,5 @@
 # make test, make bench: create .venv and install on the first run, start at once on the next.
+# make test-oldest: tracing and compiling with the oldest torch and Triton that are supported (3 GB on the first run).
 # make gpu OUT=dir: with the Python on the path, which has torch, triton, timm, pytest and pytest-benchmark.
 
 PYTHON ?= python3
@@ -6,10 +7,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OPENBLAS_NUM_THREADS := 1
 
-.PHONY: test bench microbench gpu lint format clean
+.PHONY: test test-oldest bench microbench gpu lint format clean
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 8 --dist worksteal
+
+test-oldest: $(VENV)-oldest/installed
+	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest -q tests/test_triton.py tests/test_image.py -k \
+		"compiles or one_graph or break or hands"
 
 bench: $(VENV)/installed
 	$(BIN)/atm-triton bench
@@ -31,7 +36,12 @@ format: $(VENV)/installed
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) $(VENV)-oldest build *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+
+$(VENV)-oldest/installed: pyproject.toml setup.py
+	$(PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/python -m pip install --quiet --editable '.[test]' torch==2.11.0 torchvision==0.26.0 'numpy<2.4'
+	touch $@
 
 $(VENV)/installed: pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)

@@ -130,7 +130,7 @@ class ATMBlock(Block):
             x = images.shaped(tokens.x)
         x = x + self._drop_path(self.drop_path2, self.ls2(self.mlp(y)), images)
         counts, slots = None if found is None else found.counts, None if assignment is None else assignment.slots
-        return Step(tokens._replace(x=rows(x)), slots, counts)
+        return Step(tokens.with_x(rows(x)), slots, counts)
 
     def step_leading(self, tokens: Packed, n: int, y: Tensor | None = None) -> Step:
         """The last block of a model that classifies from its first ``n`` tokens (Appendix A): those tokens alone, from
@@ -206,7 +206,7 @@ class ATMBlock(Block):
             merged, y = ops.add_merge_norm(tokens, rows(attended), gamma, assignment, self.norm2)
             return merged, merged.images.shaped(y)
         x = images.shaped(tokens.x) + self._drop_path(self.drop_path1, self.ls1(attended), images)
-        merged = ops.merge(tokens._replace(x=rows(x)), assignment, self.config.backend)
+        merged = ops.merge(tokens.with_x(rows(x)), assignment, self.config.backend)
         return merged, self.norm2(merged.images.shaped(merged.x))
 
     def _fuses(self, x: Tensor, attended: Tensor) -> bool:

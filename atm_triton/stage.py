@@ -84,7 +84,7 @@ def run(
             x, y = tokens.x, block.norm1(tokens.x)
         else:
             x, y = residual(tokens.x, before.mlp(y), before.ls2, block.norm1, into and into.x)
-        tokens = tokens._replace(x=x)
+        tokens = tokens.with_x(x)
         if leading is not None and index == len(blocks) - 1:
             return block.step_leading(tokens, leading, y).tokens, trace
         mixed, assignment = attend(block, tokens, y, index < may, counted)
@@ -96,11 +96,11 @@ def run(
             return Pending(x, attended, tokens.sizes, slots, order, spans, images.cu_seqlens), trace
         if assignment is None:
             x, y = residual(x, attended, block.ls1, block.norm2)
-            tokens = tokens._replace(x=x)
+            tokens = tokens.with_x(x)
         else:
             tokens, y = block.merge(tokens, attended, assignment)
         before = block
-    return tokens._replace(x=tokens.x + rows(before.ls2(before.mlp(y)))), trace
+    return tokens.with_x(tokens.x + rows(before.ls2(before.mlp(y)))), trace
 
 
 def attend(

@@ -154,7 +154,7 @@ class MergingTransformer:
         """What comes after the last block: the norm of the tokens that the classifier reads, or of all N; the head."""
         if dense:
             x = self.norm(tokens.images.shaped(tokens.x)).flatten(0, -2)
-            x = self.blocks.unmerge(tokens._replace(x=x), trace, B)
+            x = self.blocks.unmerge(tokens.with_x(x), trace, B)
         else:
             x = self.norm(tokens.images.first(tokens.x, leading_tokens(self)))
         return self.forward_head(x) if head else x

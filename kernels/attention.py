@@ -80,13 +80,13 @@ def attention_kernel(
 def attention_table(dtype: torch.dtype, d: int, Nq: int, bias: bool) -> tune.Config:
     """Tiles for a dtype, channels of a head, the most queries of an image and whether log n is added; what is larger
     spills on one chip or another."""
-    if Nq <= 16:
-        columns = 64 if dtype != torch.float32 else 16
-        return {"ROWS": 16, "COLUMNS": columns, "STAGES": 2, "num_warps": 4}
     if dtype == torch.float32:  # three products instead of one
-        warps = 4 if d <= 64 and bias else 8
-        return {"ROWS": 64 if d <= 64 else 32, "COLUMNS": 32, "STAGES": 2, "num_warps": warps}
-    return {"ROWS": 64, "COLUMNS": 64, "STAGES": 2, "num_warps": 4}
+        if d > 64:
+            return {"ROWS": 16, "COLUMNS": 32, "STAGES": 2, "num_warps": 8}
+        if Nq <= 16:
+            return {"ROWS": 16, "COLUMNS": 16, "STAGES": 2, "num_warps": 4}
+        return {"ROWS": 64, "COLUMNS": 32, "STAGES": 2, "num_warps": 8}
+    return {"ROWS": 16 if Nq <= 16 else 64, "COLUMNS": 64, "STAGES": 2, "num_warps": 4}
 
 
 def attention_candidates(dtype: torch.dtype, Nq: int) -> list[tune.Config]:

@@ -96,12 +96,12 @@ class ReducingBlock(ATMBlock):
         q, k = self.attn.q_norm(q), self.attn.k_norm(k)
         plan = self.baseline.plan(self, by_image(q, x), by_image(k, x), tokens) if merges else None
         x = x + self.drop_path1(self.ls1(self._attend(y, q, k, v, tokens)))
-        tokens, slots = self.reduced(tokens._replace(x=x.flatten(0, 1)), plan)
+        tokens, slots = self.reduced(tokens.with_x(x.flatten(0, 1)), plan)
         return Step(self.fed_forward(tokens), slots)
 
     def fed_forward(self, tokens: Packed) -> Packed:
         x = tokens.images.shaped(tokens.x)
-        return tokens._replace(x=(x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))).flatten(0, 1))
+        return tokens.with_x((x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))).flatten(0, 1))
 
     def reduced(self, tokens: Packed, plan: Plan | None) -> tuple[Packed, Tensor | None]:
         """The tokens of the slots, with their sizes; the slots numbered through all images."""
