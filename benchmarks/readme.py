@@ -1,34 +1,37 @@
-"""README's tables, from the files in ``benchmarks/results/``; ``python -m benchmarks.report`` writes them."""
+"""The tables of README and docs/engine.md, from ``benchmarks/results/``: ``python -m benchmarks.report``."""
 
 import json
 import re
 from pathlib import Path
 from typing import Any
 
+from benchmarks import host
 from benchmarks.bench import RESULTS
 from benchmarks.paper import flops, table1, table2
 from benchmarks.paper.cells import saved
 
 ROOT = Path(__file__).parents[1]
-README = ROOT / "README.md"
+README, ENGINE = ROOT / "README.md", ROOT / "docs" / "engine.md"
 AT = 0.5  # the share of FLOPs saved at which methods are compared
 SHOWN = (0.40, 0.50, 0.60, 0.70)  # of the costs that were measured
 
 
 def load(name: str) -> dict[str, Any]:
     if not (RESULTS / name).is_file():
-        raise FileNotFoundError(f"{RESULTS / name} is missing, README has a table of it; measure it, or check it out")
+        raise FileNotFoundError(
+            f"{RESULTS / name} is missing, README or docs/engine.md has a table of it; measure it, or check it out"
+        )
     return json.loads((RESULTS / name).read_text())
 
 
-def made_by(*names: str) -> str:
-    """Where a table comes from: file, command, commit and machine."""
+def made_by(*names: str, root: str = "") -> str:
+    """Where a table comes from: file, command, commit and machine; ``root``: the way to the repository's."""
     lines = []
     for name in names:
         e = load(name)["environment"]
         commit = (e["commit"] or "none")[:7] + (" and changes" if e["dirty"] else "")
         lines.append(
-            f"[`{name}`](benchmarks/results/{name}): `{e['command']}`, {e['cpu']}, torch {e['torch']}, "
+            f"[`{name}`]({root}benchmarks/results/{name}): `{e['command']}`, {e['cpu']}, torch {e['torch']}, "
             f"timm {e['timm']}, commit {commit}."
         )
     return "\n".join(lines)
@@ -174,12 +177,23 @@ TABLES = {  # of the files that they come from
 }
 
 
-def fill(text: str) -> str:
+OF_ENGINE = {"host": (host.table, ("host.json",))}  # in docs/engine.md
+
+
+def fill(text: str, tables: dict[str, Any] = TABLES, root: str = "") -> str:
     """``text`` with what stands between ``<!-- NAME -->`` and ``<!-- end -->`` made anew."""
-    for name, (table, files) in TABLES.items():
+    for name, (table, files) in tables.items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
         if not pattern.search(text):
-            raise ValueError(f"README has no place for the table {name!r}")
-        content = table(*map(load, files)) + "\n\n" + made_by(*files)
+            raise ValueError(f"the page has no place for the table {name!r}")
+        content = table(*map(load, files)) + "\n\n" + made_by(*files, root=root)
         text = pattern.sub(lambda match, content=content: f"{match[1]}{content}\n{match[2]}", text)
     return text
+
+
+def filled() -> dict[Path, str]:
+    """The pages that have tables, as they should be."""
+    return {
+        README: fill(README.read_text()),
+        ENGINE: fill(ENGINE.read_text(), OF_ENGINE, root="../"),
+    }

@@ -18,7 +18,9 @@ INTRODUCTION = (
     "Every file of this directory with its table and plot, as far as it has them, and what made it: "
     "by `python -m benchmarks.report`."
 )
-OTHERS = {file: table for table, files in readme.TABLES.values() for file in files}  # than the paper's by their name
+OTHERS = {
+    file: table for table, files in (readme.TABLES | readme.OF_ENGINE).values() for file in files
+}  # than the paper's by their name
 
 
 def page(directory: Path) -> str:
@@ -67,10 +69,10 @@ def _table(path: Path, document: dict[str, Any]) -> list[str]:
 
 
 def run() -> None:
-    text, filled = page(readme.RESULTS), readme.fill(readme.README.read_text())
-    (readme.RESULTS / PAGE).write_text(text)
-    readme.README.write_text(filled)
-    print(f"{readme.RESULTS / PAGE} and the tables of {readme.README} written")
+    pages = {readme.RESULTS / PAGE: page(readme.RESULTS), **readme.filled()}
+    for path, text in pages.items():
+        path.write_text(text)
+    print(f"written: {', '.join(map(str, pages))}")
 
 
 def main(argv: list[str] | None = None) -> int:

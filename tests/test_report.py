@@ -19,13 +19,18 @@ def test_the_page_is_what_the_result_files_say():
 
 def test_it_is_written_with_readmes_tables(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(readme, "README", tmp_path / "README.md")
+    monkeypatch.setattr(readme, "ENGINE", tmp_path / "engine.md")
+    (tmp_path / "engine.md").write_text("<!-- host -->\nstale text\n<!-- end -->\n")
     (tmp_path / "README.md").write_text(
         "".join(f"<!-- {name} -->\nstale text\n<!-- end -->\n" for name in readme.TABLES)
     )
     monkeypatch.setattr(report, "PAGE", tmp_path / "REPORT.md")
     assert report.main([]) == 0
     written = (tmp_path / "README.md").read_text()
-    assert "stale text" not in written and readme.made_by("paper_flops.json") in written
+    assert (
+        "stale text" not in written + (tmp_path / "engine.md").read_text()
+        and readme.made_by("paper_flops.json") in written
+    )
     assert report.main([]) == 0
     assert (tmp_path / "README.md").read_text() == written
     assert (tmp_path / "REPORT.md").read_text() == report.page(readme.RESULTS)
@@ -48,7 +53,9 @@ def test_it_takes_no_options(capsys):
 
 def test_a_table_without_its_file_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(readme, "RESULTS", tmp_path)
-    with pytest.raises(FileNotFoundError, match="paper_flops.json is missing, README has a table of it; measure it"):
+    with pytest.raises(
+        FileNotFoundError, match="paper_flops.json is missing, README or docs/engine.md has a table of it; measure it"
+    ):
         readme.load("paper_flops.json")
 
 
