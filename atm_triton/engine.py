@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any, NamedTuple, Self
 
 import torch
+from timm.layers import DropPath
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.modules import module as every_module
@@ -73,8 +74,11 @@ class Passes:
             left, trace = run(self.blocks, now, tokens, y, trace, may, leading, sent, into)
             if now.last is None:
                 return self.model.finish(left, trace, self.B, kind.dense, kind.head)
+        made = not self.buffers
+        if made:
+            self.buffers = [self._buffer(left, trace) for _ in range(2)]
         self._write(number, left, trace)
-        return None
+        return self.stage(number, rows) if made else None  # once more, writing to them: a warm-up of what is captured
 
     def _entered(self) -> tuple[Packed, None, Tensor | None]:
         x = self.model.stem(self.images)
@@ -90,16 +94,14 @@ class Passes:
         longest = self.N if block.config.adapt == "image" else min(self.N, rows // self.B)
         return *begin(block, pending, rows, Images(pending.cu_seqlens, longest, False)), trace
 
+    def _buffer(self, left: Pending, trace: Tensor | None) -> tuple[Pending, Tensor | None]:
+        sized = left._replace(sizes=left.x.new_empty(len(left.x), dtype=torch.float32))
+        with torch.inference_mode(False):
+            made = (torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in sized)
+            return Pending(*made), None if trace is None else torch.empty_like(trace)
+
     def _write(self, number: int, left: Pending, trace: Tensor | None) -> None:
         """To the buffers, what does not lie there yet."""
-        if not self.buffers:
-            with torch.inference_mode(False):
-                for _ in range(2):
-                    made = left._replace(sizes=torch.empty(len(left.x), device=left.x.device))
-                    made = Pending(
-                        *(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in made)
-                    )
-                    self.buffers.append((made, None if trace is None else torch.empty_like(trace)))
         buffer, kept = self.buffers[(number + 1) % 2]
         pairs = [(to[: len(of)], of) for to, of in zip((*buffer, kept), (*left, trace), strict=True) if of is not None]
         pairs = [(to, of) for to, of in pairs if to.data_ptr() != of.data_ptr()]
@@ -115,11 +117,17 @@ class Engine:
     def __init__(self, model: VisionTransformer, max_graphs: int = MAX_GRAPHS, max_mib: int = MAX_MIB) -> None:
         self.model, self.max_graphs, self.max_mib, self.step = model, max_graphs, max_mib, None
         self.make_replays = replays_on
-        self.lock = threading.Lock()
+        self.lock, self.done = threading.RLock(), None
         self.drop()
 
     def drop(self) -> None:
         """Forget all graphs and buffers."""
+        with self.lock:
+            if self.done is not None:
+                self.done.synchronize()  # a pass may still work on them
+            self._forget()
+
+    def _forget(self) -> None:
         self.graphs: OrderedDict[tuple, Callable[[], Any] | None] = OrderedDict()
         self.passes: OrderedDict[Kind, Passes] = OrderedDict()
         self.replays: Replays | None = None
@@ -146,8 +154,12 @@ class Engine:
         blocks, device = self.model.blocks, images.device.type
         if not blocks.config.engine:
             return "engine=False in the configuration"
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return "a compiler traces the model"
+        if torch._C._functorch.peek_interpreter_stack() is not None or torch._C._len_torch_dispatch_stack() > 0:
+            return "a transform or a mode of torch watches every operation"
+        if device == "cuda" and torch.version.hip:
+            return "CUDA graphs are not tried on ROCm"
         if type(images) is not Tensor:
             return f"the images are a {type(images).__name__}, no plain tensor"
         if device == "cpu" and not ops.interpreting():
@@ -161,6 +173,9 @@ class Engine:
             return "a CUDA graph is being captured"
         if any(type(block) is not ATMBlock for block in blocks):
             return "a block is of a class of its own"
+        drops = (m for block in blocks for m in (block.attn.proj_drop, block.drop_path1, block.drop_path2))
+        if any(type(module) not in (nn.Dropout, nn.Identity, DropPath) for module in drops):
+            return "a dropout is of a class of its own"
         if self.model.num_prefix_tokens > ops.KERNEL_PREFIX or blocks[0].attn.head_dim > ops.KERNEL_CHANNELS:
             return f"the kernels take {ops.KERNEL_PREFIX} protected tokens and {ops.KERNEL_CHANNELS} channels a head"
         return "the images want a gradient" if ops.needs_grad(images) else None
@@ -190,7 +205,11 @@ class Engine:
                 self.replays = self.make_replays(images.device)
             if self.done is not None:  # on the stream of another thread the last pass may still be at work
                 torch.cuda.current_stream().wait_event(self.done)
-            out, record = self._run(images, leading, dense, head)
+            try:
+                out, record = self._run(images, leading, dense, head)
+            except BaseException:  # what a pass that was broken off left behind is not to be read
+                self.drop()
+                raise
             if images.is_cuda:
                 self.done = torch.cuda.current_stream().record_event(self.done)
         return out, record
@@ -227,14 +246,16 @@ class Engine:
 
     def _play(self, key: tuple, call: Callable[[], Any]) -> Any:
         """Eagerly the first time, which warms up what it needs; captured the second time; from then on replayed."""
-        first = key not in self.graphs
-        replay = self.graphs.pop(key, None)
-        if not first and replay is None:
-            replay = self._captured(call)
-        self.graphs[key] = replay  # used last
+        if key not in self.graphs:
+            out = self.replays.eagerly(call)
+            self.graphs[key] = None
+        else:
+            replay = self.graphs.pop(key) or self._captured(call)
+            self.graphs[key] = replay  # used last
+            out = replay()
         if len(self.graphs) > self.max_graphs:
             self.graphs.popitem(last=False)
-        return self.replays.eagerly(call) if replay is None else replay()
+        return out
 
     def _captured(self, call: Callable[[], Any]) -> Callable[[], Any]:
         eagerly = partial(self.replays.eagerly, call)
@@ -300,9 +321,10 @@ class Modules:
             if own["training"] or own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own:
                 culprit = module
         tensors = [tensor for tensor in tensors if tensor is not None]
-        self.pointers = [
-            tensor.data_ptr() if type(tensor) in (nn.Parameter, Tensor) else id(tensor) for tensor in tensors
-        ]
+        if any(type(tensor) not in (nn.Parameter, Tensor) for tensor in tensors):
+            self.pointers, self.obstacle = [], "a parameter is of a class of its own"
+            return
+        self.pointers = [tensor.data_ptr() for tensor in tensors]
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
             self.obstacle = "gradients are on: torch.inference_mode() or no_grad() around the call"
         if culprit is not None:

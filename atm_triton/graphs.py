@@ -30,7 +30,7 @@ class Replays:
 
 class CUDAGraphs(Replays):
     """CUDA graphs from one pool. Their stages run on a stream of their own the first time, so that what CUDA sets up on
-    first use, workspaces and modules, is there and outside of the pool when they are captured on it."""
+    first use is there when they are captured on it."""
 
     def __init__(self, device: torch.device) -> None:
         self.stream = torch.cuda.Stream(device)
@@ -46,13 +46,21 @@ class CUDAGraphs(Replays):
         return out
 
     def capture(self, run: Callable[[], Any]) -> Callable[[], Any]:
-        graph = torch.cuda.CUDAGraph()
-        torch.cuda.empty_cache()
-        before = torch.cuda.memory_reserved(self.stream.device)
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.stream.device)
         how = {"pool": self.pool, "stream": self.stream, "capture_error_mode": "thread_local"}
-        with _capturing, torch.cuda.graph(graph, **how):
-            out = run()
-        self.held += torch.cuda.memory_reserved(self.stream.device) - before
+        try:
+            with _capturing:
+                torch.cuda.empty_cache()
+                before = torch.cuda.memory_reserved(self.stream.device)
+                torch._C._cuda_clearCublasWorkspaces()  # the graphs' own lies in their pool: nothing else frees it
+                with torch.cuda.graph(graph, **how):
+                    out = run()
+                torch._C._cuda_clearCublasWorkspaces()
+                self.held += torch.cuda.memory_reserved(self.stream.device) - before
+        except BaseException:  # torch leaves its stream current then, and the pool marked as being captured to
+            torch.cuda.set_stream(current)
+            self.pool = torch.cuda.graph_pool_handle()
+            raise
 
         def replay() -> Any:
             graph.replay()

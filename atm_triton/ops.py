@@ -102,7 +102,8 @@ _PLAIN = frozenset((Tensor, nn.Parameter, int, float, bool, type(None)))
 def _call(run: Callable[..., Any], *arguments: Any) -> Any:
     """An operation: in eager inference past torch's dispatcher, which costs as much as a launch; under tracing, under
     autograd and for tensors of other classes through it."""
-    if torch.compiler.is_compiling() or not _PLAIN.issuperset(map(type, arguments)) or _any_needs_grad(arguments):
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if traced or not _PLAIN.issuperset(map(type, arguments)) or _any_needs_grad(arguments):
         return getattr(torch.ops.atm_triton, _name(run)).default(*arguments)
     return run(*arguments)
 

@@ -135,7 +135,8 @@ class MergingTransformer:
 
     def _output(self, images: Tensor, dense: bool, head: bool) -> Tensor:
         """By the engine, or by the blocks where it refuses: logits, or all N normalised tokens; ``dense``: from all."""
-        done = self.engine.run(images, self._leading(), dense, head)
+        mine = self.engine.model is self  # not so in a replica of DataParallel
+        done = self.engine.run(images, self._leading(), dense, head) if mine else "a replica has no engine"
         if not isinstance(done, str):
             out, self.blocks.last = done
             return out

@@ -300,11 +300,11 @@ def match_tiles_kernel(
 def match_image_table(block: int, d: int, by_size: bool, dtype: torch.dtype) -> tune.Config:
     """``block``: tokens of a group, rounded up to a power of two; ``by_size``: groups by sizes that differ. What is
     larger, and of few tokens also what is smaller, spills on one chip or another."""
-    rows = 16 if block <= 32 else min(block, 128)
-    if dtype == torch.float32 and (by_size or d % 16 == 0):
-        rows = min(rows, 64)
+    rows = 16 if block <= 32 else 64
     if block == 16:
         return {"ROWS": rows, "CHUNK": 32 if d <= 32 else 16, "num_warps": 8 if d > 32 and d % 16 == 0 else 4}
+    if block == 64 and by_size:
+        return {"ROWS": 32, "CHUNK": 32, "num_warps": 8}
     return {"ROWS": rows, "CHUNK": 64 if block <= 64 else 16, "num_warps": 8}
 
 
