@@ -123,8 +123,8 @@ class Engine:
     def drop(self) -> None:
         """Forget all graphs and buffers."""
         with self.lock:
-            if self.done is not None:
-                self.done.synchronize()  # a pass may still work on them
+            if self.done is not None:  # a pass may still work on them, also one that was broken off
+                torch.cuda.synchronize()
             self._forget()
 
     def _forget(self) -> None:

@@ -8,7 +8,7 @@ timm, by the blocks and by the engine once it has all its graphs, each way to ad
 - *small*: twelve blocks of 24 channels and 17 tokens on the CPU, every image merging one token in a block. An operation
   costs little but its dispatch there, as on a GPU.
 
-Triton's own share of a launch, 10 to 33 microseconds on the host of an H200, comes on top where the blocks launch.
+Triton's own share of a launch comes on top where the blocks launch.
 """
 
 import argparse
