@@ -117,14 +117,14 @@ class Engine:
     def __init__(self, model: VisionTransformer, max_graphs: int = MAX_GRAPHS, max_mib: int = MAX_MIB) -> None:
         self.model, self.max_graphs, self.max_mib, self.step = model, max_graphs, max_mib, None
         self.make_replays = replays_on
-        self.lock, self.done = threading.RLock(), None
-        self.drop()
+        self.lock = threading.RLock()
+        self._forget()
 
     def drop(self) -> None:
         """Forget all graphs and buffers."""
         with self.lock:
-            if self.done is not None:  # a pass may still work on them, also one that was broken off
-                torch.cuda.synchronize()
+            if self.replays is not None:
+                self.replays.wait()  # a pass may still work on them, also one that was broken off
             self._forget()
 
     def _forget(self) -> None:

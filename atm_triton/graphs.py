@@ -23,6 +23,9 @@ class Replays:
     def mailbox(self, B: int) -> "Mailbox":
         return Mailbox(torch.full((B,), UNREAD), None)
 
+    def wait(self) -> None:
+        """Until all that was launched is done."""
+
     def mib(self) -> float:
         """What has been captured holds, in MiB."""
         return 0.0
@@ -70,6 +73,9 @@ class CUDAGraphs(Replays):
 
     def mailbox(self, B: int) -> "Mailbox":
         return Mailbox(torch.full((B,), UNREAD).pin_memory(), torch.cuda.Event(external=True))
+
+    def wait(self) -> None:
+        torch.cuda.synchronize(self.stream.device)
 
     def mib(self) -> float:
         return self.held / 2**20

@@ -9,6 +9,7 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from atm_triton import ATMConfig, apply_patch, remove_patch, summary
 from atm_triton.graphs import Replays
@@ -383,6 +384,13 @@ def test_refusals():
         by_reference = apply_patch(tiny().to(DEVICE), ATMConfig(backend="reference", **CONFIGS["static"]))
         assert refused(by_reference, x)[1] == "the reference computes: asked for"
         assert refused(patched(tiny(), engine=False, **CONFIGS["static"]), x)[1] == "engine=False in the configuration"
+        with FlopCounterMode(display=False):
+            assert ours.engine.refusal(x) == "a transform or a mode of torch watches every operation"
+        seen = []
+        torch.jit.trace(lambda images: seen.append(ours.engine.refusal(images)) or 2 * images, x, check_trace=False)
+        assert seen == ["a compiler traces the model"]
+        ours.blocks[0].attn.proj_drop = nn.Sequential().eval()
+        assert ours.engine.refusal(x) == "a dropout is of a class of its own"
     with pytest.raises(TypeError, match="engine=1 is no bool"):
         ATMConfig(engine=1)
 
