@@ -16,18 +16,17 @@ from functools import partial
 from typing import Any, NamedTuple, Self
 
 import torch
-from timm.layers import DropPath
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
-from torch.nn.modules import module as every_module
+from torch import Tensor
 
 from atm_triton import ops
 from atm_triton.block import ATMBlock
 from atm_triton.graphs import Replays, replays_on
+from atm_triton.modules import Modules
 from atm_triton.packed import Images, Packed
 from atm_triton.record import Record
 from atm_triton.reference import largest_r
-from atm_triton.stage import Pending, begin, run, stages
+from atm_triton.stage import Pending, begin, enter, run, stages
 
 MAX_GRAPHS, MAX_MIB = 512, 4096
 KINDS = 4  # of passes whose buffers are kept
@@ -44,6 +43,16 @@ class Kind(NamedTuple):
     leading: int | None
     dense: bool
     head: bool
+
+
+class Facts(NamedTuple):
+    """What :func:`recorded` needs of a pass: its kind, the blocks, the tokens of an image that enter the first, and the
+    counts of each block with a theta."""
+
+    kind: Kind
+    blocks: list[ATMBlock]
+    N: int
+    counts: dict[int, list[int]]
 
 
 class Passes:
@@ -64,10 +73,10 @@ class Passes:
         """Run a stage of so many rows (None: the first); the last one returns the output of the pass."""
         kind, now = self.kind, self.stages[number]
         casts = torch.autocast(kind.device.type, kind.autocast, cache_enabled=False) if kind.autocast else nullcontext()
+        out = self.buffers[(number + 1) % 2][0] if self.buffers else None
+        into = out and Pending(*(tensor[:rows] for tensor in out[:-1]), out.cu_seqlens)
         with casts:
-            tokens, y, trace = self._entered() if number == 0 else self._merged(number, rows)
-            out = self.buffers[(number + 1) % 2][0] if self.buffers else None
-            into = out and Pending(*(tensor[: len(tokens.x)] for tensor in out))
+            tokens, y, trace = self._entered(into) if number == 0 else self._merged(number, rows)
             leading = None if kind.dense else kind.leading
             may = len(self.blocks) - (kind.leading is not None)
             sent = None if now.last is None else self.mailboxes[number].send
@@ -78,10 +87,11 @@ class Passes:
         if made:
             self.buffers = [self._buffer(left, trace) for _ in range(2)]
         self._write(number, left, trace)
+        self.mailboxes[number].join()
         return self.stage(number, rows) if made else None  # once more, writing to them: a warm-up of what is captured
 
-    def _entered(self) -> tuple[Packed, None, Tensor | None]:
-        x = self.model.stem(self.images)
+    def _entered(self, into: Pending | None) -> tuple[Packed, None, Tensor | None]:
+        x = enter(self.model, self.images, into and into.x)
         tokens, self.N = Packed.of(x), x.shape[1]
         trace = torch.arange(len(tokens.x), dtype=torch.int32, device=x.device) if self.kind.dense else None
         return tokens, None, trace
@@ -103,10 +113,9 @@ class Passes:
     def _write(self, number: int, left: Pending, trace: Tensor | None) -> None:
         """To the buffers, what does not lie there yet."""
         buffer, kept = self.buffers[(number + 1) % 2]
-        pairs = [(to[: len(of)], of) for to, of in zip((*buffer, kept), (*left, trace), strict=True) if of is not None]
-        pairs = [(to, of) for to, of in pairs if to.data_ptr() != of.data_ptr()]
-        for dtype in dict.fromkeys(of.dtype for _, of in pairs):  # one launch each
-            torch._foreach_copy_(*map(list, zip(*(pair for pair in pairs if pair[1].dtype == dtype), strict=True)))
+        for to, of in zip((*buffer, kept), (*left, trace), strict=True):
+            if of is not None and to.data_ptr() != of.data_ptr():
+                to[: len(of)].copy_(of)
 
 
 class Engine:
@@ -118,6 +127,7 @@ class Engine:
         self.model, self.max_graphs, self.max_mib, self.step = model, max_graphs, max_mib, None
         self.make_replays = replays_on
         self.lock = threading.RLock()
+        self.replays: Replays | None = None
         self._forget()
 
     def drop(self) -> None:
@@ -126,13 +136,22 @@ class Engine:
             if self.replays is not None:
                 self.replays.wait()  # a pass may still work on them, also one that was broken off
             self._forget()
+            if self.replays is not None:
+                self.replays.reset()
+
+    def refresh(self) -> None:
+        """Forget them if the model has changed."""
+        with self.lock:
+            if self.seen is not None and self.seen != Modules(self.model):
+                self.drop()
 
     def _forget(self) -> None:
-        self.graphs: OrderedDict[tuple, Callable[[], Any] | None] = OrderedDict()
+        self.graphs: OrderedDict[tuple[Passes, int, int | None], Callable[[], Any] | None] = OrderedDict()
         self.passes: OrderedDict[Kind, Passes] = OrderedDict()
-        self.replays: Replays | None = None
+        self.stream: torch.cuda.Stream | None = None  # of the last pass
         self.done: torch.cuda.Event | None = None
-        self.seen: Modules | None = None
+        self.seen: Modules | None = None  # what has been captured holds for these
+        self.trusted = False  # the last pass found nothing against a replay
 
     def __str__(self) -> str:
         captured = sum(graph is not None for graph in self.graphs.values())
@@ -150,9 +169,9 @@ class Engine:
         return self._unfit(images) or Modules(self.model).obstacle
 
     def _unfit(self, images: Tensor) -> str | None:
-        """What configuration, images and blocks have against it."""
-        blocks, device = self.model.blocks, images.device.type
-        if not blocks.config.engine:
+        """What images and configuration have against it, and what goes on around the pass."""
+        config, device = self.model.blocks.config, images.device.type
+        if not config.engine:
             return "engine=False in the configuration"
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return "a compiler traces the model"
@@ -164,23 +183,16 @@ class Engine:
             return f"the images are a {type(images).__name__}, no plain tensor"
         if device == "cpu" and not ops.interpreting():
             return "the images are on the CPU"
-        backend, why = ops.explain(blocks.config.backend, device, images.dtype)
+        backend, why = ops.explain(config.backend, device, images.dtype)
         if backend == "reference":
             return f"the reference computes: {why}"
         if len(images) == 0:
             return "there are no images"
         if images.is_cuda and torch.cuda.is_current_stream_capturing():
             return "a CUDA graph is being captured"
-        if any(type(block) is not ATMBlock for block in blocks):
-            return "a block is of a class of its own"
-        drops = (m for block in blocks for m in (block.attn.proj_drop, block.drop_path1, block.drop_path2))
-        if any(type(module) not in (nn.Dropout, nn.Identity, DropPath) for module in drops):
-            return "a dropout is of a class of its own"
-        if self.model.num_prefix_tokens > ops.KERNEL_PREFIX or blocks[0].attn.head_dim > ops.KERNEL_CHANNELS:
-            return f"the kernels take {ops.KERNEL_PREFIX} protected tokens and {ops.KERNEL_CHANNELS} channels a head"
         return "the images want a gradient" if ops.needs_grad(images) else None
 
-    def run(self, images: Tensor, leading: int | None, dense: bool, head: bool) -> tuple[Tensor, Record] | str:
+    def run(self, images: Tensor, leading: int | None, dense: bool, head: bool) -> tuple[Tensor, Facts] | str:
         """A pass over images [B, C, H, W].
 
         Args:
@@ -194,39 +206,65 @@ class Engine:
         unfit = self._unfit(images)
         if unfit is not None:
             return unfit
-        now = Modules(self.model)
-        if now.obstacle is not None:
-            return now.obstacle
-        with self.lock, torch.no_grad(), ops.device_of(images):
-            if self.seen != now:  # parameters or modules were replaced or moved: what was captured is stale
-                self.drop()
-                self.seen = now
-            if self.replays is None:
-                self.replays = self.make_replays(images.device)
-            if self.done is not None:  # on the stream of another thread the last pass may still be at work
-                torch.cuda.current_stream().wait_event(self.done)
+        with self.lock, ops.device_of(images):
+            early = self.trusted and not self.model.training and not torch.is_grad_enabled()
+            obstacle = None if early else self._examine()
+            if obstacle is not None:
+                return obstacle
+            self._take_turn(images)
             try:
-                out, record = self._run(images, leading, dense, head)
+                with torch.no_grad():
+                    done = self._run(images, leading, dense, head, early)
             except BaseException:  # what a pass that was broken off left behind is not to be read
                 self.drop()
                 raise
+            if done is None:  # modules have changed
+                self.drop()
+                return self.run(images, leading, dense, head)
             if images.is_cuda:
-                self.done = torch.cuda.current_stream().record_event(self.done)
-        return out, record
+                self.done = self.stream.record_event(self.done)
+        return done
 
-    def _run(self, images: Tensor, leading: int | None, dense: bool, head: bool) -> tuple[Tensor, Record]:
+    def _examine(self) -> str | None:
+        """What the modules have against a pass. Where they have changed, what was captured is forgotten."""
+        now = Modules(self.model)
+        if now.obstacle is None and self.seen != now:
+            self.drop()
+            self.seen = now
+        self.trusted = now.obstacle is None
+        return now.obstacle
+
+    def _take_turn(self, images: Tensor) -> None:
+        """After the last pass, which may still be at work on another stream."""
+        if self.replays is None or self.replays.device != images.device:
+            self.replays = self.make_replays(images.device)
+        if not images.is_cuda or (self.stream is not None and self.stream.cuda_stream == raw_stream(images.device)):
+            return
+        self.stream = torch.cuda.current_stream()
+        if self.done is not None:
+            self.stream.wait_event(self.done)
+
+    def _run(
+        self, images: Tensor, leading: int | None, dense: bool, head: bool, early: bool
+    ) -> tuple[Tensor, Facts] | None:
+        """``early``: ask whether the modules are still the same once the device is at work; None: they are not."""
         passes = self._passes(images, leading, dense, head)
         passes.images.copy_(images)
-        T, rows, r = 0, None, []
+        if early and self.graphs.get((passes, 0, None)) is None:  # nothing to replay
+            if not self.seen.same():
+                return None
+            early = False
+        left, rows, counts = 0, None, {}
         for number, now in enumerate(passes.stages):
-            out = self._play((passes.kind, number, rows), partial(passes.stage, number, rows))
+            out = self._play((passes, number, rows), partial(passes.stage, number, rows))
+            if early and number == 0 and not self.seen.same():
+                return None
             if now.last is None:
                 break
-            counts = passes.mailboxes[number].receive()
-            r.append((now.last, counts))
-            T = (T or passes.B * passes.N) - removed(passes.blocks[now.last], counts)
-            rows = self._bucket(T, passes.B * passes.N)
-        return out.clone(), recorded(passes, dict(r))
+            counts[now.last] = passes.mailboxes[number].receive()
+            left = (left or passes.B * passes.N) - removed(passes.blocks[now.last], counts[now.last])
+            rows = self._bucket(left, passes.B * passes.N)
+        return out.clone(), Facts(passes.kind, passes.blocks, passes.N, counts)
 
     def _passes(self, images: Tensor, leading: int | None, dense: bool, head: bool) -> Passes:
         autocast = ops.autocast_dtype(images.device.type)
@@ -235,8 +273,8 @@ class Engine:
             self.passes[kind] = Passes(self.model, kind, self.replays)
         self.passes.move_to_end(kind)
         if len(self.passes) > KINDS:
-            old, _ = self.passes.popitem(last=False)
-            self.graphs = OrderedDict((key, graph) for key, graph in self.graphs.items() if key[0] != old)
+            _, old = self.passes.popitem(last=False)
+            self.graphs = OrderedDict((key, graph) for key, graph in self.graphs.items() if key[0] is not old)
         return self.passes[kind]
 
     def _bucket(self, T: int, most: int) -> int:
@@ -270,21 +308,26 @@ class Engine:
             return eagerly
 
 
-def removed(block: ATMBlock, counts: Tensor) -> int:
-    """How many tokens of all images a block with these counts [B] merges away."""
-    total = int(counts.sum())
+def raw_stream(device: torch.device) -> int:
+    """The current stream, for a tenth of what torch.cuda.current_stream() takes."""
+    return torch._C._cuda_getCurrentRawStream(device.index)
+
+
+def removed(block: ATMBlock, counts: list[int]) -> int:
+    """How many tokens of all images a block with these counts, one an image, merges away."""
+    total = sum(counts)
     return total if block.config.adapt == "image" else total // len(counts) * len(counts)
 
 
-def recorded(passes: Passes, counts: dict[int, Tensor]) -> Record:
+def recorded(facts: Facts) -> Record:
     """What a pass did, by the counts of its blocks."""
-    kind, blocks = passes.kind, passes.blocks
-    leading = None if kind.dense else kind.leading
-    now, tokens, rows, matched = passes.N, [], [], []
-    for index, block in enumerate(blocks):
+    kind, blocks, now, _ = facts
+    B, leading = kind.shape[0], None if kind.dense else kind.leading
+    counts = [None if index not in facts.counts else torch.tensor(facts.counts[index]) for index in range(len(blocks))]
+    tokens, rows, matched = [], [], []
+    for index, (block, found) in enumerate(zip(blocks, counts, strict=True)):
         last = index == len(blocks) - 1
         tokens.append(now)
-        found = counts.get(index)
         if last and leading is not None:
             now, r = leading, 0
         elif last and kind.leading is not None:
@@ -292,52 +335,8 @@ def recorded(passes: Passes, counts: dict[int, Tensor]) -> Record:
         elif block.config.adapt == "static":
             r = min(block.r, largest_r(now, block.num_prefix_tokens))
         else:
-            r = 0 if found is None else found if block.config.adapt == "image" else removed(block, found) // passes.B
+            r = 0 if found is None else found if block.config.adapt == "image" else int(found.sum()) // B
         now = now - r
         rows.append(now)
         matched.append(found is not None or (isinstance(r, int) and r > 0))
-    each = [counts.get(index) for index in range(len(blocks))]
-    return Record(passes.B, kind.shape[1:], leading, *map(tuple, (tokens, rows, each, matched)), "engine")
-
-
-class Modules:
-    """The modules of a model and where their parameters and buffers lie: what graphs bake in. ``obstacle``: why its
-    forward pass cannot be captured, None: it can."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.modules: list[nn.Module] = []
-        self.obstacle = "a hook on all modules" if every_module._has_any_global_hook() else None
-        todo, culprit = list(model._modules.values()), None
-        tensors = [*model._parameters.values(), *model._buffers.values()]
-        while todo:  # what a pass waits for: written for speed
-            module = todo.pop()
-            if module is None:
-                continue
-            self.modules.append(module)
-            own = module.__dict__
-            todo += own["_modules"].values()
-            tensors += own["_parameters"].values()
-            tensors += own["_buffers"].values()
-            if own["training"] or own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own:
-                culprit = module
-        tensors = [tensor for tensor in tensors if tensor is not None]
-        if any(type(tensor) not in (nn.Parameter, Tensor) for tensor in tensors):
-            self.pointers, self.obstacle = [], "a parameter is of a class of its own"
-            return
-        self.pointers = [tensor.data_ptr() for tensor in tensors]
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-            self.obstacle = "gradients are on: torch.inference_mode() or no_grad() around the call"
-        if culprit is not None:
-            self.obstacle = _why(model, culprit)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Modules) and (self.pointers, self.modules) == (other.pointers, other.modules)
-
-    __hash__ = None
-
-
-def _why(model: nn.Module, culprit: nn.Module) -> str:
-    name = next(name for name, module in model.named_modules() if module is culprit)
-    if culprit.training:
-        return f"{name} is in training mode"
-    return f"{name} has {'a forward' if 'forward' in culprit.__dict__ else 'hooks'} of its own, which graphs would skip"
+    return Record(B, kind.shape[1:], leading, *map(tuple, (tokens, rows, counts, matched)), "engine")

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ _capturing = threading.Lock()  # CUDA captures one graph at a time in a process
 class Replays:
     """How stages are run again where there is no GPU: by calling them."""
 
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
     def eagerly(self, run: Callable[[], Any]) -> Any:
         return run()
 
@@ -21,7 +24,10 @@ class Replays:
         return run
 
     def mailbox(self, B: int) -> "Mailbox":
-        return Mailbox(torch.full((B,), UNREAD), None)
+        return Mailbox(B)
+
+    def reset(self) -> None:
+        """Nothing that was captured is left."""
 
     def wait(self) -> None:
         """Until all that was launched is done."""
@@ -32,34 +38,29 @@ class Replays:
 
 
 class CUDAGraphs(Replays):
-    """CUDA graphs from one pool. Their stages run on a stream of their own the first time, so that what CUDA sets up on
-    first use is there when they are captured on it."""
+    """CUDA graphs from one pool. Nothing but captures runs on their stream, so cuBLAS's workspace there lies in the
+    pool. To clear all workspaces instead would pull those of other graphs of the process from under them."""
 
     def __init__(self, device: torch.device) -> None:
-        self.stream = torch.cuda.Stream(device)
+        super().__init__(device)
+        self.stream, self.side = torch.cuda.Stream(device), torch.cuda.Stream(device)
+        self.reset()
+
+    def reset(self) -> None:
         self.pool = torch.cuda.graph_pool_handle()
         self.held = 0
 
-    def eagerly(self, run: Callable[[], Any]) -> Any:
-        current = torch.cuda.current_stream(self.stream.device)
-        self.stream.wait_stream(current)
-        with torch.cuda.stream(self.stream):
-            out = run()
-        current.wait_stream(self.stream)
-        return out
-
     def capture(self, run: Callable[[], Any]) -> Callable[[], Any]:
-        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.stream.device)
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
         how = {"pool": self.pool, "stream": self.stream, "capture_error_mode": "thread_local"}
         try:
             with _capturing:
+                torch.cuda.current_blas_handle()  # a thread's own, which it cannot make during a capture
                 torch.cuda.empty_cache()
-                before = torch.cuda.memory_reserved(self.stream.device)
-                torch._C._cuda_clearCublasWorkspaces()  # the graphs' own lies in their pool: nothing else frees it
+                before = torch.cuda.memory_reserved(self.device)
                 with torch.cuda.graph(graph, **how):
                     out = run()
-                torch._C._cuda_clearCublasWorkspaces()
-                self.held += torch.cuda.memory_reserved(self.stream.device) - before
+                self.held += torch.cuda.memory_reserved(self.device) - before
         except BaseException:  # torch leaves its stream current then, and the pool marked as being captured to
             torch.cuda.set_stream(current)
             self.pool = torch.cuda.graph_pool_handle()
@@ -72,39 +73,62 @@ class CUDAGraphs(Replays):
         return replay
 
     def mailbox(self, B: int) -> "Mailbox":
-        return Mailbox(torch.full((B,), UNREAD).pin_memory(), torch.cuda.Event(external=True))
+        return PinnedMailbox(B, self.side)
 
     def wait(self) -> None:
-        torch.cuda.synchronize(self.stream.device)
+        torch.cuda.synchronize(self.device)
 
     def mib(self) -> float:
         return self.held / 2**20
 
 
 def replays_on(device: torch.device) -> Replays:
-    return CUDAGraphs(device) if device.type == "cuda" else Replays()
+    return CUDAGraphs(device) if device.type == "cuda" else Replays(device)
 
 
-class Mailbox(NamedTuple):
-    """Counts [B] on their way to the host: ``counts``, pinned there, and the event, recorded by the graph that copies
-    them (None: the copy is waited for anyway)."""
+class Mailbox:
+    """Counts [B] on their way to the host, where they lie in ``counts``."""
 
-    counts: Tensor
-    copied: torch.cuda.Event | None
+    def __init__(self, B: int) -> None:
+        self.counts = torch.full((B,), UNREAD)
 
     def send(self, counts: Tensor) -> None:
-        self.counts.copy_(counts, non_blocking=True)
-        if self.copied is not None:
-            self.copied.record()
+        self.counts.copy_(counts)
 
-    def receive(self) -> Tensor:
-        """A copy of them, once they are there."""
-        if self.copied is not None:
-            self.copied.synchronize()
-            if int(self.counts.min()) == UNREAD:  # the event was not recorded yet: slower, but never wrong
-                torch.cuda.current_stream().synchronize()
-        counts = self.counts.clone()
-        if int(counts.min()) == UNREAD:
+    def join(self) -> None:
+        """What follows on the device waits for the copy."""
+
+    def receive(self) -> list[int]:
+        """The counts, once they are there."""
+        counts = self.counts.tolist()
+        if UNREAD in counts:
             raise RuntimeError("the counts of a stage did not reach the host: ATMConfig(engine=False) runs the blocks")
         self.counts.fill_(UNREAD)
         return counts
+
+
+class PinnedMailbox(Mailbox):
+    """From a GPU, on a stream ``side`` by side with what goes on; ``copied``: the event that the graph records."""
+
+    def __init__(self, B: int, side: torch.cuda.Stream) -> None:
+        super().__init__(B)
+        self.counts = self.counts.pin_memory()
+        self.copied, self.side = torch.cuda.Event(external=True), side
+        self.sent: Tensor | None = None
+
+    def send(self, counts: Tensor) -> None:
+        self.sent = counts  # until the streams join its memory is not to be another tensor's
+        self.side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.side):
+            self.counts.copy_(counts, non_blocking=True)
+            self.copied.record()
+
+    def join(self) -> None:
+        torch.cuda.current_stream().wait_stream(self.side)
+        self.sent = None
+
+    def receive(self) -> list[int]:
+        self.copied.synchronize()
+        if UNREAD in self.counts.tolist():  # the event was not recorded yet: slower, but never wrong
+            torch.cuda.current_stream().synchronize()
+        return super().receive()

@@ -179,6 +179,7 @@ def assign(
     T: int | None,
     one_r: bool,
     backend: str = "auto",
+    out: tuple[Tensor, ...] | None = None,
 ) -> Assignment:
     """The assignment in which the most similar tokens of each image join their partners, ``r`` of each.
 
@@ -187,6 +188,7 @@ def assign(
         r: int64 [B], from 0 to the number of tokens in A.
         T: how many rows are left; None under a compiler, whose graph reads it from the device.
         one_r: r is the same for all images, so that those of one length stay so.
+        out: slots, tokens, spans and cu_seqlens, where the kernels are to write them.
 
     Raises:
         ValueError, TypeError: arguments of another shape, dtype or device.
@@ -205,8 +207,12 @@ def assign(
         raise ValueError(f"T={T} is outside 0 .. {partner.shape[0]}, the rows that there are")
     equal = one_r and images.equal
     if runs_kernels(backend, similarity) or (_traced(partner) and not equal):
-        left = -1 if T is None else T
-        slots, tokens, spans, begin = _call(_assign, *found[:2], r, images.cu_seqlens, num_prefix, images.N, left)
+        arguments = (similarity, partner, r, images.cu_seqlens, num_prefix, images.N, -1 if T is None else T)
+        if out is None:
+            slots, tokens, spans, begin = _call(_assign, *arguments)
+        else:
+            with device_of(partner):
+                slots, tokens, spans, begin = _kernels().assign(*arguments, out)
         T = spans.shape[0]
     else:
         (slots, begin), tokens, spans = reference.assign(similarity, partner, r, num_prefix, images), None, None
@@ -260,6 +266,18 @@ def add_norm(
     _check_residual(x, attended, gamma, norm)
     with device_of(x):
         return _kernels().add_norm(x, attended, gamma, (norm.weight, norm.bias, norm.eps), out)
+
+
+def stem(images: Tensor, weight: Tensor, bias: Tensor | None, position: Tensor, out: Tensor | None = None) -> Tensor:
+    """The tokens [B, N, C] of images [B, channels, H, W] by the kernels: the convolution of ``weight`` [C, channels,
+    height, width] and ``bias`` [C], at strides of its own height and width, after the prefix tokens that ``position``
+    [N, C] begins with, and the rest of ``position`` added to it; written to the rows ``out`` [B N, C] if they are
+    given and of its dtype. Under autocast the convolution is in its dtype."""
+    dtype = autocast_dtype(images.device.type) or weight.dtype
+    with device_of(images):
+        bias = None if bias is None else bias.to(dtype)
+        out = None if out is None or out.dtype != position.dtype else out.unflatten(0, (len(images), -1))
+        return _kernels().stem(images, weight.to(dtype), bias, position, out)
 
 
 def unmerge(x: Tensor, slots: Tensor, backend: str = "auto") -> Tensor:
@@ -421,10 +439,12 @@ def interpreting() -> bool:
 
 @cache
 def _kernels() -> SimpleNamespace:
-    from atm_triton.kernels import assign, attention, match, merge, unmerge  # where they run, Triton is there
+    from atm_triton.kernels import assign, attention, match, merge, stem, unmerge  # where they run, Triton is there
 
-    launchers = (match.match, assign.assign, merge.merge, merge.add_norm, unmerge.unmerge, attention.attention)
-    return SimpleNamespace(**{launcher.__name__: launcher for launcher in launchers})
+    modules = (stem, match, assign, attention, merge, unmerge)
+    launchers = {module.__name__.rpartition(".")[2]: module for module in modules}
+    launchers = {name: getattr(module, name) for name, module in launchers.items()}
+    return SimpleNamespace(**launchers, add_norm=merge.add_norm)
 
 
 def _on_kernels(x: Tensor) -> bool:

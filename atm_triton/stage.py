@@ -9,6 +9,9 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+from timm.layers import PatchEmbed
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from atm_triton import ops
@@ -45,6 +48,36 @@ def stages(blocks: Sequence[ATMBlock], leading: int | None) -> list[Stage]:
     return [Stage(first, last) for first, last in zip([None, *ends], [*ends, None], strict=True)]
 
 
+def enter(model: VisionTransformer, images: Tensor, out: Tensor | None = None) -> Tensor:
+    """The stem: images [B, channels, H, W] to the tokens [B, N, C] that enter the first block, by one kernel where the
+    model cuts them into patches that do not overlap and adds positions as timm does; ``out``: rows [B N, C] where they
+    are then to be written."""
+    if not _cuts(model, images):
+        return model.stem(images)
+    embed, proj = model.patch_embed, model.patch_embed.proj
+    h, w = embed.dynamic_feat_size(images.shape[-2:])
+    dtype = ops.autocast_dtype(images.device.type) or proj.weight.dtype
+    nothing = torch.zeros((1, h * w, len(proj.weight)), dtype=dtype, device=images.device)
+    position = model._pos_embed(nothing if embed.flatten else nothing.unflatten(1, (h, w)))[0]
+    tokens = ops.stem(images, proj.weight, proj.bias, position, out)
+    return model.norm_pre(model.patch_drop(tokens))
+
+
+def _cuts(model: VisionTransformer, images: Tensor) -> bool:
+    embed = model.patch_embed
+    proj = getattr(embed, "proj", None)
+    if type(embed) is not PatchEmbed or type(proj) is not nn.Conv2d or type(model)._pos_embed not in _POSITIONS:
+        return False
+    conv = (proj.stride, proj.padding, proj.dilation, proj.groups)
+    fits = tuple(images.shape[-2:]) == embed.img_size or (model.dynamic_img_size and not embed.dynamic_img_pad)
+    fits = fits and all(side % patch == 0 for side, patch in zip(images.shape[-2:], proj.kernel_size, strict=True))
+    cast = images.dtype == proj.weight.dtype or ops.autocast_dtype(images.device.type) is not None
+    return fits and cast and conv == (proj.kernel_size, (0, 0), (1, 1), 1) and type(embed.norm) is nn.Identity
+
+
+_POSITIONS = (VisionTransformer._pos_embed, VisionTransformerDistilled._pos_embed)
+
+
 def begin(block: ATMBlock, pending: Pending, T: int, images: Images) -> tuple[Packed, Tensor]:
     """The merge that a stage of T rows begins with: the merged tokens and their norm for the MLP."""
     assignment = Assignment(pending.slots, T, images, pending.order, pending.spans[:T])
@@ -71,7 +104,7 @@ def run(
         may: how many blocks may merge: all, or all but the last.
         leading: how many tokens the last block serves alone, None: all.
         counted: told the counts [B] of the block that ends the stage, as soon as they are there.
-        out: where x and what attention adds to it are to be written, if it can be helped.
+        out: where what is to merge is to be written, if it can be helped.
 
     Returns:
         What is to merge, or the tokens after the last block; the trace.
@@ -87,7 +120,7 @@ def run(
         tokens = tokens.with_x(x)
         if leading is not None and index == len(blocks) - 1:
             return block.step_leading(tokens, leading, y).tokens, trace
-        mixed, assignment = attend(block, tokens, y, index < may, counted)
+        mixed, assignment = attend(block, tokens, y, index < may, counted, into)
         attended = project(block.attn, mixed, into and into.attended)
         if assignment is not None and trace is not None:
             trace = assignment.slots.index_select(0, trace)  # no token is dropped here
@@ -104,7 +137,12 @@ def run(
 
 
 def attend(
-    block: ATMBlock, tokens: Packed, y: Tensor, merges: bool, counted: Callable[[Tensor], None] | None
+    block: ATMBlock,
+    tokens: Packed,
+    y: Tensor,
+    merges: bool,
+    counted: Callable[[Tensor], None] | None,
+    into: Pending | None,
 ) -> tuple[Tensor, Assignment | None]:
     """A block up to the projection of what its tokens [T, C], of norm ``y``, attend to, and what then merges. Where
     counts say how much, the assignment has room for all T tokens."""
@@ -121,7 +159,8 @@ def attend(
     mixed = block.mix(y, q, k, v, tokens)
     T = len(tokens.x) - (0 if given is None else images.B * given)
     options = (block.num_prefix_tokens, T, given is not None, block.config.backend)
-    return mixed, ops.assign(found, r, images, *options)
+    out = into and (into.slots, into.order, into.spans, into.cu_seqlens)
+    return mixed, ops.assign(found, r, images, *options, out=out)
 
 
 def residual(

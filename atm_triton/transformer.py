@@ -4,8 +4,8 @@ Nothing is kept between calls but a finished :class:`Record` of the last one, so
 """
 
 import functools
-from collections.abc import Container
-from typing import Any, NamedTuple
+from collections.abc import Callable, Container
+from typing import Any, NamedTuple, Self
 
 import torch
 from timm.models._features import feature_take_indices
@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from atm_triton import ops
 from atm_triton.block import ATMBlock
 from atm_triton.config import ATMConfig
-from atm_triton.engine import Engine
+from atm_triton.engine import Engine, Facts, recorded
 from atm_triton.packed import Images, Packed
 from atm_triton.record import Record, number_of
 
@@ -40,8 +40,20 @@ class ATMBlocks(nn.Sequential):
         super().__init__(*blocks)
         self.original = (original,)  # in a tuple: not a submodule, its parameters are already here
         self.config = config
-        self.last: Record | None = None
+        self._last: Record | Facts | None = None
         self.engine: Engine | None = None  # once the blocks are in their model
+
+    @property
+    def last(self) -> Record | None:
+        """What the last whole pass did. The engine leaves the facts alone: to write the record takes as long as a pass
+        over a few images."""
+        if isinstance(self._last, Facts):
+            self._last = recorded(self._last)
+        return self._last
+
+    @last.setter
+    def last(self, done: Record | Facts | None) -> None:
+        self._last = done
 
     def run(
         self,
@@ -146,6 +158,11 @@ class MergingTransformer:
     @property
     def engine(self) -> Engine:
         return self.blocks.engine
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> Self:
+        done = super()._apply(fn, recurse)
+        self.engine.refresh()  # it would keep the memory that the model has just left
+        return done
 
     def stem(self, images: Tensor) -> Tensor:
         """Images [B, C, H, W] to the tokens [B, N, C] that enter the first block."""

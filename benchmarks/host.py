@@ -48,19 +48,23 @@ class Launches:
 
 
 class Arrived(Mailbox):
-    """Counts that are on the host already."""
+    """Counts that are on the host already: ``r`` of each image."""
+
+    def __init__(self, B: int, r: int) -> None:
+        self.counts = [r] * B
 
     def send(self, counts: Tensor) -> None:
         pass
 
-    def receive(self) -> Tensor:
-        return self.counts.clone()
+    def receive(self) -> list[int]:
+        return self.counts
 
 
 class Played(Replays):
     """Graphs whose replay does nothing."""
 
-    def __init__(self, r: int) -> None:
+    def __init__(self, device: torch.device, r: int) -> None:
+        super().__init__(device)
         self.r = r
 
     def capture(self, run: Callable[[], Any]) -> Callable[[], Any]:
@@ -68,7 +72,7 @@ class Played(Replays):
         return lambda: out
 
     def mailbox(self, B: int) -> Mailbox:
-        return Arrived(torch.full((B,), self.r, device="cpu"), None)
+        return Arrived(B, self.r)
 
 
 @contextmanager
@@ -100,7 +104,7 @@ def models(kind: str) -> tuple[dict[str, VisionTransformer], Tensor]:
         schedule = {"schedule": (R[kind],) * 12} if adapt == "static" else {}
         for way in ("blocks", "engine"):
             model = apply_patch(new(), ATMConfig(adapt=adapt, engine=way == "engine", backend="triton", **schedule))
-            model.engine.make_replays = lambda device: Played(R[kind])
+            model.engine.make_replays = lambda device: Played(device, R[kind])
             made[f"{way}, {adapt}"] = model
     return made, torch.zeros(B, 3, side, side, device=device)
 

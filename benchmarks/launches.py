@@ -11,7 +11,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from atm_triton.kernels import assign, attention, match, merge, unmerge
+from atm_triton.kernels import assign, attention, match, merge, stem, unmerge
 
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 GROUPINGS = ("alternate", "by size", "halves")  # halves: by size, where no size is known
@@ -41,6 +41,12 @@ SINGLE = (  # H, N, d, P, dtype, heads apart in memory: what one test alone take
     (2, 70, 60, 0, torch.float32, False),
 )
 CHANNELS = (3, 6, 32, 48, 384, 1280)
+STEMS = tuple(  # patch, images' sides, dtype of the convolution, that of images and positions, prefix tokens, bias
+    (patch, sides, *dtypes, *rest)
+    for patch, sides in (((16, 16), (32, 48)), ((14, 14), (42, 14)), ((4, 8), (12, 24)))
+    for dtypes in ((torch.float32,) * 2, (torch.float16,) * 2, (torch.float16, torch.float32))
+    for rest in ((2, True), (0, False))
+)
 LONG = {  # of kernels/assign.py, for images of a few tokens to be long ones
     "ONE_PROGRAM": 16,
     "JOINED": 16,
@@ -64,6 +70,7 @@ def cases_of_tests() -> Iterator[Case]:
         yield f"long {name}", partial(_with_short_long_images, launch)
     for C, dtype in itertools.product(CHANNELS, DTYPES):
         yield from merge_cases(C, dtype)
+    yield from (stem_case(40, *shape) for shape in STEMS)
     for (x, attended), affine in itertools.product(itertools.product(DTYPES, repeat=2), (True, False)):
         yield from norm_cases(48, x, attended, affine)
 
@@ -128,6 +135,23 @@ def attention_case(H: int, N: int, d: int, dtype: torch.dtype, bias: bool, Nq: i
     return f"attention H={H} N={N} d={d} queries={Nq} {_named(dtype, apart)}{_without(sizes)}", launch
 
 
+def stem_case(
+    C: int,
+    patch: tuple[int, int],
+    sides: tuple[int, int],
+    dtype: torch.dtype,
+    of_images: torch.dtype,
+    prefix: int = 1,
+    biased: bool = True,
+) -> Case:
+    weight, bias = (tensor(C, *shape, dtype=dtype) for shape in ((3, *patch), ()))
+    N = prefix + sides[0] // patch[0] * (sides[1] // patch[1])
+    images, position = (tensor(*shape, dtype=of_images) for shape in ((2, 3, *sides), (N, C)))
+    launch = partial(stem.stem, images, weight, bias if biased else None, position)
+    named = f"{patch[0]} x {patch[1]} {TYPES[dtype]} of {TYPES[of_images]}"
+    return f"stem C={C} {named} {'prefix, bias' if biased else 'neither'}", launch
+
+
 def _named(dtype: torch.dtype, apart: bool) -> str:
     return TYPES[dtype] + (" heads apart" if apart else "")
 
@@ -157,6 +181,18 @@ def captured(launch: Callable[[], Any]) -> list[Launch]:
 def code(launch: Launch) -> tuple[Any, ...]:
     """What tells the code of a launch from that of another, but for what lies where in memory."""
     kernel, arguments, options = launch
-    values = {name: value.dtype if isinstance(value, Tensor) else value for name, value in arguments.items()}
-    run_time = {"theta", "eps", "scale", "images", "rows", *(name for name in values if "stride" in name)}
-    return kernel.__name__, *sorted((k, str(v)) for k, v in (values | options).items() if k not in run_time)
+    of_run = {
+        "theta",
+        "eps",
+        "scale",
+        "images",
+        "rows",
+        "B",
+        "h",
+        "w",
+        "N",
+        *(name for name in arguments if "stride" in name),
+    }
+    tensors = {name: value.dtype for name, value in arguments.items() if isinstance(value, Tensor)}
+    others = {name: value for name, value in arguments.items() if name not in of_run}
+    return kernel.__name__, *sorted((name, str(value)) for name, value in (others | tensors | options).items())

@@ -58,6 +58,7 @@ from benchmarks.launches import (
     match_case,
     merge_cases,
     norm_cases,
+    stem_case,
 )
 
 ROOT = Path(__file__).parents[1]
@@ -123,6 +124,9 @@ def cases(full: bool = False) -> Iterator[Case]:
         yield from norm_cases(768, *dtypes)
     for dtype, d, apart, bias, Nq in itertools.product(DTYPES, DIMENSIONS, (False, True), (True, False), (197, 1)):
         yield attention_case(6, 197, d, dtype, bias, Nq, apart)
+    for C, side in itertools.product((384, 768), (16, 14)):
+        of_images = {torch.bfloat16: torch.bfloat16, torch.float16: torch.float32, torch.float32: torch.float32}
+        yield from (stem_case(C, (side,) * 2, (14 * side,) * 2, *pair) for pair in of_images.items())
     yield from ((f"test: {name}", launch) for name, launch in cases_of_tests())
 
 

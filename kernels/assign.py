@@ -190,7 +190,14 @@ def assign_long_candidates() -> list[tune.Config]:
 
 
 def assign(
-    similarity: Tensor, partner: Tensor, r: Tensor, cu_seqlens: Tensor, num_prefix: int, longest: int, slots: int
+    similarity: Tensor,
+    partner: Tensor,
+    r: Tensor,
+    cu_seqlens: Tensor,
+    num_prefix: int,
+    longest: int,
+    slots: int,
+    out: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The merge step in which the most similar tokens of each image join their partners, and its lists.
 
@@ -199,30 +206,33 @@ def assign(
         r: int64 [B], how many tokens of each image join; not above the number of tokens in its A.
         cu_seqlens: int32 [B + 1], where each image begins; longest: no image has more tokens.
         slots: how many rows of spans to make: T', the tokens that remain in all, or more.
+        out: what is returned, to be written to.
 
     Returns:
         slots int32 [T]; tokens int32 [T]; spans int32 [slots, 2]; cu_seqlens int32 [B + 1] of the merged images. What
         belongs to no image, or to no slot, means nothing.
     """
     T, B, device = len(partner), len(cu_seqlens) - 1, partner.device
-    make = torch.empty if B and T else torch.zeros  # without a launch every image begins and ends at 0
-    new_cu_seqlens = make(B + 1, dtype=torch.int32, device=device)
+    if out is None:
+        shapes = ((T,), (T,), (slots, 2), (B + 1,))
+        out = tuple(torch.empty(shape, dtype=torch.int32, device=device) for shape in shapes)
+    to, tokens, spans, new_cu_seqlens = out
+    if not (B and T):
+        new_cu_seqlens.zero_()  # every image begins and ends at 0
+        return out
     inputs = tuple(map(aligned, (similarity, partner, r, cu_seqlens)))
     block = block_for(longest)
     constants, key = {"P": num_prefix, "BLOCK": block}, {"block": block}
     if longest > ONE_PROGRAM:
-        to = torch.full((T,), -1, dtype=torch.int32, device=device)
-        if B and T:
-            launch = partial(assign_long_kernel[(B,)], *inputs, to, new_cu_seqlens, **constants)
-            tune.run("assign_long", key, assign_long_table(block), assign_long_candidates, launch)
-            join_kernel[(B, -(-longest // JOINED))](to, inputs[3], JOINED)
-        return to, *_lists(to, slots), new_cu_seqlens
-    to, tokens = (torch.empty(T, dtype=torch.int32, device=device) for _ in range(2))
-    spans = torch.empty((slots, 2), dtype=torch.int32, device=device)
-    if B and T:
-        launch = partial(assign_kernel[(B,)], *inputs, to, tokens, spans, new_cu_seqlens, **constants)
+        launch = partial(assign_long_kernel[(B,)], *inputs, to.fill_(-1), new_cu_seqlens, **constants)
+        tune.run("assign_long", key, assign_long_table(block), assign_long_candidates, launch)
+        join_kernel[(B, -(-longest // JOINED))](to, inputs[3], JOINED)
+        for one, made in zip((tokens, spans), _lists(to, slots), strict=True):
+            one.copy_(made)
+    else:
+        launch = partial(assign_kernel[(B,)], *inputs, *out, **constants)
         tune.run("assign", key, assign_table(block), partial(assign_candidates, block), launch)
-    return to, tokens, spans, new_cu_seqlens
+    return out
 
 
 def _lists(to: Tensor, slots: int) -> tuple[Tensor, Tensor]:

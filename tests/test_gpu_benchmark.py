@@ -180,6 +180,28 @@ def test_an_engine_at_fault_is_found_out(fault, message, monkeypatch):
             engine.check(variant, x)
 
 
+@pytest.mark.parametrize("times", [1, 4])
+@torch.inference_mode()
+def test_16_bit_logits_may_be_as_far_from_float32_as_those_of_the_blocks(times):
+    model, x = vit(depth=2, img_size=16), images(2, side=16)
+    config = ATMConfig(adapt="static", schedule=(1, 1), backend="triton")
+    exact = engine.patched(model, config, engine=False)
+    ours, blocks = (engine.patched(copy.deepcopy(model).half(), config, on) for on in (True, False))
+
+    class Off(torch.nn.Module):
+        def forward(self, images):
+            true = exact(images.float())
+            return true + times * (blocks(images) - true)
+
+    variant = engine.Variant(Off(), blocks, exact=exact)
+    if times == 1:
+        assert 0 < engine.check(variant, x.half()) < 1e-2
+        assert 0 < engine.check(engine.Variant(ours, blocks, engine=True, exact=exact), x.half()) < 1e-2
+    else:
+        with pytest.raises(StageError, match="from those in float32, above"):
+            engine.check(variant, x.half())
+
+
 def test_a_wrong_engine_fails_the_stage_and_the_rest_is_measured(tmp_path, monkeypatch, capsys):
     play = Engine._run
     monkeypatch.setattr(Engine, "_run", lambda *arguments: a_little_off(play(*arguments)))

@@ -20,9 +20,10 @@ from atm_triton.kernels.assign import assign
 from atm_triton.kernels.attention import attention
 from atm_triton.kernels.match import match
 from atm_triton.kernels.merge import add_norm, merge
+from atm_triton.kernels.stem import stem
 from atm_triton.kernels.unmerge import unmerge
 from atm_triton.packed import Images
-from benchmarks.launches import CHANNELS, DTYPES, LONG, SHAPES, by_name, captured, cases_of_tests, code
+from benchmarks.launches import CHANNELS, DTYPES, LONG, SHAPES, STEMS, by_name, captured, cases_of_tests, code
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 COSINE = 2e-6  # the similarities are float32's
@@ -375,6 +376,24 @@ def test_add_norm(kinds, scaled):
     check_residual_and_norm(*add_norm(x, attended, gamma, norm), summed, norm, kinds[0])
     bare = (None, None, 1e-6)
     check_residual_and_norm(*add_norm(x, attended, gamma, bare), summed, bare, kinds[0])
+
+
+@pytest.mark.parametrize(("patch", "sides", "dtype", "wide", "prefix", "biased"), STEMS, ids=str)
+def test_stem(patch, sides, dtype, wide, prefix, biased):
+    """Rounded as often as a convolution and a sum; images and positions of another dtype are autocast's."""
+    images = torch.randn(3, 3, *sides, dtype=wide, device=DEVICE)
+    weight = torch.randn(40, 3, *patch, device=DEVICE).to(dtype) / 16
+    bias = torch.randn(40, device=DEVICE).to(dtype) if biased else None
+    patches = sides[0] // patch[0] * (sides[1] // patch[1])
+    position = torch.randn(prefix + patches, 40, dtype=wide, device=DEVICE)
+    exact = [None if x is None else x.double() for x in (images.to(dtype), weight, bias)]
+    embedded = F.conv2d(*exact, stride=patch).flatten(2).transpose(1, 2)
+    out = stem(images, weight, bias, position)
+    assert out.dtype == wide and torch.equal(out[:, :prefix], position[:prefix].expand(3, -1, -1))
+    within = 1e-5 if dtype == torch.float32 else 2e-3
+    torch.testing.assert_close(
+        out[:, prefix:].double(), embedded + position[prefix:].double(), rtol=within, atol=within
+    )
 
 
 @dtypes

@@ -326,6 +326,13 @@ def test_log_sizes_are_not_rounded_to_16_bits(dtype):
     assert ((out - exact).abs() / exact).max() <= torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_mask_beside_a_gpu_has_the_dtype_of_the_queries(dtype):
+    """CUDA's attention reads a float32 mask beside 16-bit queries as something else, without a word."""
+    q = torch.empty(1, 1, 8, dtype=dtype, device="meta")
+    assert reference.log_sizes(torch.ones(8, device="meta"), q).dtype == dtype
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.integers(0, 2**20), st.integers(1, 200), st.integers(1, 200))
 def test_theorem_1(seed, n_i, n_j):

@@ -21,6 +21,7 @@ from atm_triton.kernels.assign import assign
 from atm_triton.kernels.attention import attention, attention_candidates, attention_table
 from atm_triton.kernels.match import match, match_image_table
 from atm_triton.kernels.merge import add_norm, merge
+from atm_triton.kernels.stem import stem
 from atm_triton.kernels.unmerge import unmerge
 from atm_triton.packed import Images
 
@@ -70,6 +71,7 @@ def everything():
     yield merge(rows, sizes, *lists, rows, None, norm)
     yield add_norm(rows, rows, None, norm)
     yield (unmerge(merged, slots),)
+    yield (stem(torch.randn(2, 3, 8, 8, device=DEVICE), torch.randn(40, 3, 4, 4, device=DEVICE), None, rows[:5, :40]),)
     for q, queries, longest in ((x, images, 19), (x[:, ::19], first, 1)):
         yield (attention(q, x, x, sizes.log2(), queries, images, longest, 19, 0.2),)
 
@@ -77,7 +79,7 @@ def everything():
 def test_results_are_those_of_the_tables_and_a_key_is_searched_once(searching, monkeypatch):
     results = [list(everything())]
     names = {"match_image", "unit_rows", "match_tiles", "assign", "assign_long", "merge", "add_norm", "unmerge"}
-    names |= {"attention"}
+    names |= {"attention", "stem"}
     assert {name for name, *_ in searching} == names
     assert all(found.best != found.table and found.ran == found.tried for found in searching.values())
     monkeypatch.setattr(tune, "_microseconds", None)
@@ -92,7 +94,7 @@ def test_results_are_those_of_the_tables_and_a_key_is_searched_once(searching, m
 def test_off_nothing_is_searched(monkeypatch):
     monkeypatch.setattr(tune, "SEARCH", tune.switch(None))
     monkeypatch.setattr(tune, "tuned", None)
-    assert len(list(everything())) == 12
+    assert len(list(everything())) == 13
 
 
 def failing(errors):

@@ -1,0 +1,85 @@
+"""What graphs bake in of a model: its modules, and the memory of their tensors."""
+
+from itertools import chain, repeat
+from operator import contains, is_, itemgetter
+
+import torch
+from timm.layers import DropPath
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.nn.modules import module as every_module
+
+from atm_triton import ops
+from atm_triton.block import ATMBlock
+
+_HELD = itemgetter("_modules", "_parameters", "_buffers")
+_HOOKS = itemgetter("_forward_hooks", "_forward_pre_hooks")
+_TRAINING = itemgetter("training")
+
+
+class Modules:
+    """The modules of a patched model as they are now. ``obstacle``: why its forward pass cannot be captured, None: it
+    can. The memory of its tensors is kept: a graph that is replayed before :meth:`same` is asked reads nothing else."""
+
+    def __init__(self, model: VisionTransformer) -> None:
+        self.owns = [module.__dict__ for module in model.modules()]
+        self.parts = self.owns[1:]  # a model's own hooks run around what is captured
+        self.objects = self._objects()
+        self.tensors = [each for each in self.objects if isinstance(each, Tensor)]
+        self.obstacle = self._obstacle(model)
+        self.pointers = [] if self.obstacle else list(map(Tensor.data_ptr, self.tensors))
+        self.memory = [] if self.obstacle else [tensor.untyped_storage() for tensor in self.tensors]
+
+    def _objects(self) -> list[nn.Module | Tensor | None]:
+        return list(chain.from_iterable(map(dict.values, chain.from_iterable(map(_HELD, self.owns)))))
+
+    def _python_acts(self) -> bool:
+        """Whether a pass runs Python that a graph would skip, or a part of it trains."""
+        hooks, forwards = chain.from_iterable(map(_HOOKS, self.parts)), map(contains, self.parts, repeat("forward"))
+        return any(map(_TRAINING, self.parts)) or any(hooks) or any(forwards) or every_module._has_any_global_hook()
+
+    def same(self) -> bool:
+        """Whether the modules are still what they were, and can be captured. Written for speed: each pass asks."""
+        now = self._objects()
+        if len(now) != len(self.objects) or not all(map(is_, now, self.objects)) or self._python_acts():
+            return False
+        return list(map(Tensor.data_ptr, self.tensors)) == self.pointers
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Modules) or len(self.objects) != len(other.objects):
+            return False
+        return self.pointers == other.pointers and all(map(is_, self.objects, other.objects))
+
+    __hash__ = None
+
+    def _obstacle(self, model: VisionTransformer) -> str | None:
+        if any(type(tensor) not in (nn.Parameter, Tensor) for tensor in self.tensors):
+            return "a parameter is of a class of its own"
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in self.tensors):
+            return "gradients are on: torch.inference_mode() or no_grad() around the call"
+        return _of_blocks(model) or (_of_python(model) if self._python_acts() else None)
+
+
+def _of_blocks(model: VisionTransformer) -> str | None:
+    """What the structure of the blocks has against it."""
+    blocks = model.blocks
+    if any(type(block) is not ATMBlock for block in blocks):
+        return "a block is of a class of its own"
+    drops = (m for block in blocks for m in (block.attn.proj_drop, block.drop_path1, block.drop_path2))
+    if any(type(module) not in (nn.Dropout, nn.Identity, DropPath) for module in drops):
+        return "a dropout is of a class of its own"
+    if model.num_prefix_tokens > ops.KERNEL_PREFIX or blocks[0].attn.head_dim > ops.KERNEL_CHANNELS:
+        return f"the kernels take {ops.KERNEL_PREFIX} protected tokens and {ops.KERNEL_CHANNELS} channels a head"
+    return None
+
+
+def _of_python(model: VisionTransformer) -> str:
+    """What a pass does in Python, by the name of the module."""
+    for name, module in model.named_modules():
+        if name and module.training:
+            return f"{name} is in training mode"
+        if name and any(_HOOKS(module.__dict__)):
+            return f"{name} has hooks of its own, which graphs would skip"
+        if name and "forward" in module.__dict__:
+            return f"{name} has a forward of its own, which graphs would skip"
+    return "a hook on all modules"

@@ -1,0 +1,109 @@
+"""stem: images to tokens. Patches that do not overlap are rows of a matrix: their embedding is one product, to which
+each token's position is added before it is written."""
+
+from functools import partial
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from atm_triton.kernels import attention, tune
+from atm_triton.kernels.images import aligned
+
+
+@triton.jit(do_not_specialize=["B", "h", "w", "N"])
+def stem_kernel(
+    images,
+    weight,
+    bias,
+    position,
+    out,
+    B,
+    h,
+    w,
+    N,
+    CHANNELS: tl.constexpr,
+    PH: tl.constexpr,
+    PW: tl.constexpr,
+    C: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One program for some patches, of whichever images, and some channels of theirs; neighbours share patches."""
+    K: tl.constexpr = CHANNELS * PH * PW
+    patches = h * w
+    column, tile = tl.program_id(0), tl.program_id(1)
+    m = tile * ROWS + tl.arange(0, ROWS)
+    c = column * COLUMNS + tl.arange(0, COLUMNS)
+    real, inside = m < B * patches, c < C
+    image, patch = (m // patches).to(tl.int64), m % patches
+    width, plane = w * PW, h * PH * w * PW
+    corner = image * plane * CHANNELS + (patch // w) * PH * width + (patch % w) * PW
+    product = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for first in tl.range(0, K, DEPTH, num_stages=STAGES):
+        k = first + tl.arange(0, DEPTH)
+        pixel = (k // (PH * PW)) * plane + (k // PW % PH) * width + k % PW
+        pixels = tl.load(images + corner[:, None] + pixel[None, :], mask=real[:, None] & (k < K)[None, :], other=0.0)
+        weights = tl.load(weight + c[None, :] * K + k[:, None], mask=inside[None, :] & (k < K)[:, None], other=0.0)
+        product = tl.dot(pixels.to(weights.dtype), weights, product, input_precision=PRECISION)
+    if bias is not None:
+        product += tl.load(bias + c, mask=inside, other=0.0).to(tl.float32)[None, :]
+    both = real[:, None] & inside[None, :]
+    token = N - patches + patch  # the prefix tokens come first
+    moved = tl.load(position + token[:, None] * C + c[None, :], mask=both, other=0.0).to(tl.float32)
+    embedded = product.to(weight.dtype.element_ty).to(tl.float32)  # rounded as a convolution's own output
+    at = (image * N + token)[:, None] * C + c[None, :]
+    tl.store(out + at, (embedded + moved).to(out.dtype.element_ty), mask=both)
+
+
+def stem_table(dtype: torch.dtype, wide: bool) -> tune.Config:
+    """Tiles of patches, of channels and of what is summed over; ``wide``: float32 images beside 16-bit weights."""
+    if dtype == torch.float32:  # three products instead of one
+        return {"ROWS": 64, "COLUMNS": 64, "DEPTH": 32, "STAGES": 2, "num_warps": 8}
+    return {"ROWS": 128, "COLUMNS": 128, "DEPTH": 32 if wide else 64, "STAGES": 3, "num_warps": 8}
+
+
+def stem_candidates(dtype: torch.dtype) -> list[tune.Config]:
+    sides = (32, 64) if dtype == torch.float32 else (64, 128, 256)
+    return tune.every(ROWS=sides, COLUMNS=sides, DEPTH=(32, 64), STAGES=(2, 3, 4), num_warps=(4, 8))
+
+
+def stem(images: Tensor, weight: Tensor, bias: Tensor | None, position: Tensor, out: Tensor | None = None) -> Tensor:
+    """The tokens of images cut into patches that do not overlap.
+
+    Args:
+        images: [B, channels, H, W], multiples of the patches' sides.
+        weight: [C, channels, height, width] of the convolution that embeds a patch; bias: [C] or None, in its dtype.
+        position: [N, C]: the prefix tokens, and what is added to each patch.
+
+        out: contiguous, to be written to.
+
+    Returns:
+        [B, N, C] in the dtype of ``position``.
+    """
+    (B, channels, H, W), (C, _, ph, pw) = images.shape, weight.shape
+    N = len(position)
+    h, w = H // ph, W // pw
+    out = torch.empty((B, N, C), dtype=position.dtype, device=images.device) if out is None else out
+    out[:, : N - h * w] = position[: N - h * w]
+    launch = partial(
+        stem_kernel[lambda meta: (-(-C // meta["COLUMNS"]), -(-B * h * w // meta["ROWS"]))],
+        *map(aligned, (images, weight, bias, position)),
+        out,
+        B,
+        h,
+        w,
+        N,
+        CHANNELS=channels,
+        PH=ph,
+        PW=pw,
+        C=C,
+        PRECISION=attention.FLOAT32_DOTS[attention.BACKEND] if weight.dtype == torch.float32 else None,
+    )
+    key = {"dtype": weight.dtype, "wide": images.dtype.itemsize > weight.dtype.itemsize}
+    tune.run("stem", key, stem_table(**key), partial(stem_candidates, weight.dtype), launch)
+    return out
