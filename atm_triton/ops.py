@@ -344,8 +344,6 @@ def attention(
     if fitting and (_fits_kernels(backend, q) or (_traced(q) and not equal)):
         log2_sizes = None if sizes is None else sizes.log2() if log2_sizes is None else log2_sizes
         return _call(_attention, q, k, v, log2_sizes, queries.cu_seqlens, images.cu_seqlens, queries.N, images.N)
-    if sizes is not None and device == "cuda" and q.element_size() < 4:
-        fused = False  # torch's CUDA kernels want a bias in the dtype of q, which would round log n
     with _without_autocast(device):
         return reference.attention(q, k, v, sizes, images, queries, dropout_p=dropout_p, fused=fused)
 

@@ -330,8 +330,8 @@ def _attend(
     q: Tensor, k: Tensor, v: Tensor, sizes: Tensor | None, scale: float, dropout_p: float, fused: bool
 ) -> Tensor:
     """Of images of one length: q [B, H, Nq, d]; k, v [B, H, N, d]; sizes [B, N]."""
-    bias = None if sizes is None else log_sizes(sizes, q)[:, None, None, :]
-    if fused:
+    bias = None if sizes is None else log_sizes(sizes, q.dtype)[:, None, None, :]
+    if fused and (bias is None or bias.dtype == q.dtype or q.device.type == "cpu"):  # CUDA's kernels misread others
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p, scale=scale)
     scores = (q * scale) @ k.transpose(-2, -1)
     if bias is not None:
@@ -340,12 +340,10 @@ def _attend(
     return probabilities @ v
 
 
-def log_sizes(sizes: Tensor, q: Tensor) -> Tensor:
-    """log n as a mask for the queries. On a CPU in float32 also beside 16-bit queries, whose rounding of it would be
-    felt; elsewhere scaled_dot_product_attention wants a mask of the queries' dtype, and may misread another one without
-    a word. Memory of its own: CUDA's kernels can misread a mask that begins within another tensor's, too."""
-    dtype = torch.promote_types(q.dtype, torch.float32) if q.device.type == "cpu" else q.dtype
-    return sizes.to(torch.promote_types(dtype, torch.float32)).log().to(dtype)
+def log_sizes(sizes: Tensor, dtype: torch.dtype) -> Tensor:
+    """log n, in float32 also beside 16-bit queries, whose rounding of it would be felt. Memory of its own: a mask that
+    begins within another tensor's can make CUDA's kernels read misaligned addresses."""
+    return sizes.to(torch.promote_types(dtype, torch.float32)).log()
 
 
 def merging_error(x_i: Tensor, x_j: Tensor, n_i: Tensor, n_j: Tensor) -> Tensor:

@@ -327,10 +327,14 @@ def test_log_sizes_are_not_rounded_to_16_bits(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_a_mask_beside_a_gpu_has_the_dtype_of_the_queries(dtype):
-    """CUDA's attention reads a float32 mask beside 16-bit queries as something else, without a word."""
-    q = torch.empty(1, 1, 8, dtype=dtype, device="meta")
-    assert reference.log_sizes(torch.ones(8, device="meta"), q).dtype == dtype
+def test_off_the_cpu_no_kernel_of_torch_gets_a_mask_of_another_dtype(dtype, monkeypatch):
+    """CUDA's read a float32 mask beside 16-bit queries as something else, without a word."""
+    masks, run = [], torch.nn.functional.scaled_dot_product_attention
+    watched = lambda *tensors, attn_mask, **options: masks.append(attn_mask) or run(*tensors, **options)  # noqa: E731
+    monkeypatch.setattr(reference.F, "scaled_dot_product_attention", watched)
+    q = torch.empty(1, 8, 8, dtype=dtype, device="meta")
+    reference.attention(q, q, q, torch.ones(8, device="meta"), Images.of(1, 8, torch.device("meta")))
+    assert [mask.dtype for mask in masks] == ([] if dtype.itemsize == 2 else [dtype])
 
 
 @settings(max_examples=200, deadline=None)
