@@ -7,9 +7,8 @@ image among others, of its length or of others, gets the bits that it gets alone
 import os
 import subprocess
 import sys
-import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
@@ -34,15 +33,10 @@ ARITHMETIC = 2e-6  # float32 arithmetic, relative to the sum of the magnitudes t
 SMALLEST = {FLOAT: 1e-7, HALF: 1e-5, BF16: 1e-7}  # absolute; float16 has no exponents for the smallest probabilities
 BEST, OWN = 1e-6, 2e-6  # a similarity from the largest cosine; the partner's own cosine from it
 
-PARTS = (  # of the tests, side by side: most of their time is compiling
-    ("tests/test_kernels.py", "match"),
-    ("tests/test_kernels.py", "attention"),
-    ("tests/test_kernels.py", "not match and not attention"),
-    ("tests/test_triton.py", "a_model"),
-    ("tests/test_triton.py", "not a_model"),
-    ("tests/test_packed.py", "kernel"),
-)
+TESTS = tuple(f"tests/test_{name}.py" for name in ("engine", "kernels", "triton", "packed", "image", "reference"))
+PROCESSES = 12  # most of the time that tests take is compiling
 TESTS_SECONDS = 300
+LOG = "tests.log"
 
 
 @dataclass(frozen=True)
@@ -102,7 +96,7 @@ TINY = (
 
 
 def run(setting: Setting, section: dict[str, Any], _: dict[str, Any]) -> None:
-    tests = [] if setting.tiny else start_tests(setting.out)
+    tests = None if setting.tiny else start_tests(setting.out, TESTS)
     section["tolerances"] = {
         "rounding": {short(dtype): value for dtype, value in ROUNDING.items()},
         "arithmetic": ARITHMETIC,
@@ -114,35 +108,30 @@ def run(setting: Setting, section: dict[str, Any], _: dict[str, Any]) -> None:
     try:
         for case in setting.pick(CASES, TINY):
             rows.append({"case": str(case), "of_tolerance": check_case(case, setting.device)})
+        rows.append({"case": "stem", "of_tolerance": {"stem": check_stem(setting)}})
         rows.append({"case": "large", "of_tolerance": {"merge": check_large(setting)}})
-        section["tests"] = end_tests(tests)
+        section["tests"] = end_tests(tests) if tests else []
     finally:
-        for test in tests:
-            test.kill()
+        if tests:
+            tests.kill()
 
 
-def start_tests(out: Path) -> list[subprocess.Popen]:
-    tests = []
-    for number, (file, chosen) in enumerate(PARTS):
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file, "-k", chosen]
-        log = (out / f"tests{number}.log").open("w")
-        tests.append(subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=dict(os.environ)))
-        tests[-1].log = Path(log.name)
+def start_tests(out: Path, files: Iterable[str], processes: int = PROCESSES) -> subprocess.Popen:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", str(processes), *files]
+    with (out / LOG).open("w") as log:
+        tests = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=dict(os.environ))
+    tests.log = out / LOG
     return tests
 
 
-def end_tests(tests: list[subprocess.Popen]) -> list[str]:
-    """The last line of each; all of them must have passed."""
-    until = time.monotonic() + TESTS_SECONDS
-    last = []
-    for (file, chosen), test in zip(PARTS, tests, strict=False):
-        code = test.wait(timeout=max(1.0, until - time.monotonic()))
-        lines = test.log.read_text().strip().splitlines()
-        last.append(f"{file} -k {chosen!r}: {lines[-1] if lines else 'said nothing'}")
-        if code != 0:
-            wrong = next((line for line in lines if line.startswith(("FAILED", "ERROR"))), lines[-1] if lines else "")
-            raise StageError(f"{last[-1]}; {wrong} (see {test.log.name})")
-    return last
+def end_tests(tests: subprocess.Popen) -> list[str]:
+    """What they ended with; all of them must have passed."""
+    code = tests.wait(timeout=TESTS_SECONDS)
+    lines = tests.log.read_text().strip().splitlines() or ["the tests said nothing"]
+    if code != 0:
+        wrong = next((line for line in lines if line.startswith(("FAILED", "ERROR"))), lines[-1])
+        raise StageError(f"{lines[-1]}; {wrong} (see {LOG})")
+    return [*TESTS, lines[-1]]
 
 
 @torch.inference_mode()
@@ -261,6 +250,26 @@ def check_match(keys: Tensor, sizes: Tensor, images: Images, by_size: bool) -> t
         same(found.similarity[rows], own.similarity, "similarities of an image among others", "it has alone")
         same(found.partner[rows], own.partner, "partners of an image among others", "it has alone")
     return share, found
+
+
+def check_stem(setting: Setting) -> float:
+    """Of the largest share of the tolerance, of every dtype, with patches that lie on 16 bytes and others."""
+    shares = []
+    for dtype, size in product((BF16, HALF, FLOAT), setting.pick((16, 14), (4, 3))):
+        C, (B, side) = setting.pick(384, 40), setting.pick((64, 14 * size), (2, 2 * size))
+        images, weight = torch.randn(B, 3, side, side), torch.randn(C, 3, size, size) / size
+        tensors = images, weight, torch.randn(C), torch.randn(1 + (side // size) ** 2, C)
+        images, weight, bias, position = (x.to(setting.device, dtype) for x in tensors)
+        with naming(f"stem {short(dtype)}, patches of {size}"), poisoned():
+            out = ops.stem(images, weight, bias, position)
+            same(out[:, 0], position[:1].expand(B, -1), "prefix tokens")
+        cut = F.unfold(images.double(), size, stride=size).transpose(1, 2)
+        embedded = cut @ weight.double().flatten(1).t() + bias.double()
+        magnitude = cut.abs() @ weight.double().abs().flatten(1).t() + bias.double().abs() + position[1:].double().abs()
+        want = embedded + position[1:].double()
+        allowed = limit(want, magnitude, dtype) + ROUNDING[dtype] * embedded.abs()  # a convolution rounds too
+        shares.append(within(out[:, 1:], want, allowed, "tokens"))
+    return max(shares)
 
 
 def check_assign(found: ops.Match, r: Tensor, images: Images, one_r: bool) -> Assignment:
