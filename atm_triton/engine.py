@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
+from itertools import islice
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -247,17 +248,17 @@ class Engine:
     def _run(
         self, images: Tensor, leading: int | None, dense: bool, head: bool, early: bool
     ) -> tuple[Tensor, Facts] | None:
-        """``early``: ask whether the modules are still the same once the device is at work; None: they are not."""
+        """``early``: ask whether the modules are still the same while the device is at work; None: they are not."""
         passes = self._passes(images, leading, dense, head)
         passes.images.copy_(images)
-        if early and self.graphs.get((passes, 0, None)) is None:  # nothing to replay
-            if not self.seen.same():
-                return None
-            early = False
+        parts = iter(self.seen.parts if early else ())
+        if self.graphs.get((passes, 0, None)) is None and not all(part.same() for part in parts):  # nothing to replay
+            return None
+        share = 1 + len(self.seen.parts) // len(passes.stages)
         left, rows, counts = 0, None, {}
         for number, now in enumerate(passes.stages):
             out = self._play((passes, number, rows), partial(passes.stage, number, rows))
-            if early and number == 0 and not self.seen.same():
+            if not all(part.same() for part in islice(parts, None if now.last is None else share)):
                 return None
             if now.last is None:
                 break

@@ -87,10 +87,13 @@ def replays_on(device: torch.device) -> Replays:
 
 
 class Mailbox:
-    """Counts [B] on their way to the host, where they lie in ``counts``."""
+    """Counts [B] on their way to the host, where they lie in ``counts``; ``seen``: the same memory for Python."""
 
     def __init__(self, B: int) -> None:
-        self.counts = torch.full((B,), UNREAD)
+        self._lie_in(torch.full((B,), UNREAD))
+
+    def _lie_in(self, counts: Tensor) -> None:
+        self.counts, self.seen = counts, counts.numpy()
 
     def send(self, counts: Tensor) -> None:
         self.counts.copy_(counts)
@@ -100,10 +103,12 @@ class Mailbox:
 
     def receive(self) -> list[int]:
         """The counts, once they are there."""
-        counts = self.counts.tolist()
+        return self._taken(self.seen.tolist())
+
+    def _taken(self, counts: list[int]) -> list[int]:
         if UNREAD in counts:
             raise RuntimeError("the counts of a stage did not reach the host: ATMConfig(engine=False) runs the blocks")
-        self.counts.fill_(UNREAD)
+        self.seen.fill(UNREAD)
         return counts
 
 
@@ -111,8 +116,7 @@ class PinnedMailbox(Mailbox):
     """From a GPU, on a stream ``side`` by side with what goes on; ``copied``: the event that the graph records."""
 
     def __init__(self, B: int, side: torch.cuda.Stream) -> None:
-        super().__init__(B)
-        self.counts = self.counts.pin_memory()
+        self._lie_in(torch.full((B,), UNREAD).pin_memory())
         self.copied, self.side = torch.cuda.Event(external=True), side
         self.sent: Tensor | None = None
 
@@ -129,6 +133,8 @@ class PinnedMailbox(Mailbox):
 
     def receive(self) -> list[int]:
         self.copied.synchronize()
-        if UNREAD in self.counts.tolist():  # the event was not recorded yet: slower, but never wrong
+        counts = self.seen.tolist()
+        if UNREAD in counts:  # the event was not recorded yet: slower, but never wrong
             torch.cuda.current_stream().synchronize()
-        return super().receive()
+            counts = self.seen.tolist()
+        return self._taken(counts)

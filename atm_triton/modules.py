@@ -15,35 +15,24 @@ from atm_triton.block import ATMBlock
 _HELD = itemgetter("_modules", "_parameters", "_buffers")
 _HOOKS = itemgetter("_forward_hooks", "_forward_pre_hooks")
 _TRAINING = itemgetter("training")
+_FORWARD, _POINTER = "forward", Tensor.data_ptr
+MODULES = 24  # of a part: so many are asked while the host waits for a stage anyway
 
 
 class Modules:
     """The modules of a patched model as they are now. ``obstacle``: why its forward pass cannot be captured, None: it
-    can. The memory of its tensors is kept: a graph that is replayed before :meth:`same` is asked reads nothing else."""
+    can. The memory of its tensors is kept: a graph that is replayed before all ``parts`` have been asked whether they
+    are still the same reads nothing else."""
 
     def __init__(self, model: VisionTransformer) -> None:
-        self.owns = [module.__dict__ for module in model.modules()]
-        self.parts = self.owns[1:]  # a model's own hooks run around what is captured
-        self.objects = self._objects()
-        self.tensors = [each for each in self.objects if isinstance(each, Tensor)]
-        self.obstacle = self._obstacle(model)
-        self.pointers = [] if self.obstacle else list(map(Tensor.data_ptr, self.tensors))
-        self.memory = [] if self.obstacle else [tensor.untyped_storage() for tensor in self.tensors]
-
-    def _objects(self) -> list[nn.Module | Tensor | None]:
-        return list(chain.from_iterable(map(dict.values, chain.from_iterable(map(_HELD, self.owns)))))
-
-    def _python_acts(self) -> bool:
-        """Whether a pass runs Python that a graph would skip, or a part of it trains."""
-        hooks, forwards = chain.from_iterable(map(_HOOKS, self.parts)), map(contains, self.parts, repeat("forward"))
-        return any(map(_TRAINING, self.parts)) or any(hooks) or any(forwards) or every_module._has_any_global_hook()
-
-    def same(self) -> bool:
-        """Whether the modules are still what they were, and can be captured. Written for speed: each pass asks."""
-        now = self._objects()
-        if len(now) != len(self.objects) or not all(map(is_, now, self.objects)) or self._python_acts():
-            return False
-        return list(map(Tensor.data_ptr, self.tensors)) == self.pointers
+        owns = [module.__dict__ for module in model.modules()]
+        whole = Part(owns, owns[1:])  # a model's own hooks run around what is captured
+        self.objects, self.obstacle = whole.objects, _obstacle(model, whole)
+        self.pointers = [] if self.obstacle else whole.pointers
+        self.memory = [] if self.obstacle else [tensor.untyped_storage() for tensor in whole.tensors]
+        self.parts = [Part(owns[:1], [])] if self.obstacle is None else []
+        for first in range(1, len(owns) if self.obstacle is None else 1, MODULES):
+            self.parts.append(Part(owns[first : first + MODULES], owns[first : first + MODULES]))
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Modules) or len(self.objects) != len(other.objects):
@@ -52,12 +41,41 @@ class Modules:
 
     __hash__ = None
 
-    def _obstacle(self, model: VisionTransformer) -> str | None:
-        if any(type(tensor) not in (nn.Parameter, Tensor) for tensor in self.tensors):
-            return "a parameter is of a class of its own"
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in self.tensors):
-            return "gradients are on: torch.inference_mode() or no_grad() around the call"
-        return _of_blocks(model) or (_of_python(model) if self._python_acts() else None)
+
+class Part:
+    """Some modules, by what they are made of, and those of them of which Python must do nothing in a pass."""
+
+    def __init__(self, owns: list[dict], captured: list[dict]) -> None:
+        self.owns, self.captured = owns, captured
+        self.objects = self._objects()
+        self.tensors = [each for each in self.objects if isinstance(each, Tensor)]
+        self.pointers = list(map(_POINTER, self.tensors))
+
+    def _objects(self) -> list[nn.Module | Tensor | None]:
+        return list(chain.from_iterable(map(dict.values, chain.from_iterable(map(_HELD, self.owns)))))
+
+    def python_acts(self) -> bool:
+        """Whether a pass runs Python that a graph would skip, or a module trains."""
+        hooks, forwards = (
+            chain.from_iterable(map(_HOOKS, self.captured)),
+            map(contains, self.captured, repeat(_FORWARD)),
+        )
+        return any(map(_TRAINING, self.captured)) or any(hooks) or any(forwards) or every_module._has_any_global_hook()
+
+    def same(self) -> bool:
+        """Whether nothing has changed. Written for speed: each pass asks."""
+        now = self._objects()
+        if len(now) != len(self.objects) or not all(map(is_, now, self.objects)) or self.python_acts():
+            return False
+        return list(map(_POINTER, self.tensors)) == self.pointers
+
+
+def _obstacle(model: VisionTransformer, whole: Part) -> str | None:
+    if any(type(tensor) not in (nn.Parameter, Tensor) for tensor in whole.tensors):
+        return "a parameter is of a class of its own"
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in whole.tensors):
+        return "gradients are on: torch.inference_mode() or no_grad() around the call"
+    return _of_blocks(model) or (_of_python(model) if whole.python_acts() else None)
 
 
 def _of_blocks(model: VisionTransformer) -> str | None:

@@ -60,10 +60,13 @@ def stem_kernel(
     tl.store(out + at, (embedded + moved).to(out.dtype.element_ty), mask=both)
 
 
-def stem_table(dtype: torch.dtype, wide: bool) -> tune.Config:
-    """Tiles of patches, of channels and of what is summed over; ``wide``: float32 images beside 16-bit weights."""
+def stem_table(dtype: torch.dtype, wide: bool, together: bool) -> tune.Config:
+    """Tiles of patches, of channels and of what is summed over; ``wide``: float32 images beside 16-bit weights;
+    ``together``: a patch's row of pixels is 16 bytes or a multiple."""
     if dtype == torch.float32:  # three products instead of one
         return {"ROWS": 64, "COLUMNS": 64, "DEPTH": 32, "STAGES": 2, "num_warps": 8}
+    if together and not wide and attention.BACKEND == "cuda":  # elsewhere shared memory is too small for that
+        return {"ROWS": 128, "COLUMNS": 256, "DEPTH": 64, "STAGES": 3, "num_warps": 8}
     return {"ROWS": 128, "COLUMNS": 128, "DEPTH": 32 if wide else 64, "STAGES": 3, "num_warps": 8}
 
 
@@ -104,6 +107,7 @@ def stem(images: Tensor, weight: Tensor, bias: Tensor | None, position: Tensor, 
         C=C,
         PRECISION=attention.FLOAT32_DOTS[attention.BACKEND] if weight.dtype == torch.float32 else None,
     )
-    key = {"dtype": weight.dtype, "wide": images.dtype.itemsize > weight.dtype.itemsize}
+    wide, together = images.dtype.itemsize > weight.dtype.itemsize, pw * images.dtype.itemsize % 16 == 0
+    key = {"dtype": weight.dtype, "wide": wide, "together": together}
     tune.run("stem", key, stem_table(**key), partial(stem_candidates, weight.dtype), launch)
     return out
