@@ -52,6 +52,35 @@ def throughput_table(*documents: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+ON_GPU = {  # heading: what the stage calls it
+    "timm": "timm",
+    "timm, graph": "timm, one graph",
+    "timm, compiled": "timm, compiled",
+    "bound, graph": "free-merge bound, one graph",
+    "ATM static": "ATM static",
+    'ATM `"batch"`': "ATM batch",
+    'ATM `"image"`': "ATM image",
+    "ATM, r = 0": "ATM static, r = 0",
+}
+
+
+def gpu_table(result: dict[str, Any]) -> str:
+    """Milliseconds of a pass; of what merges also time(bound) / time."""
+    rows = {(row["model"], row["batch"], row["name"]): row for row in result["stages"]["engine"]["rows"]}
+    lines = [f"| {result['environment']['gpu']}, ms | {' | '.join(ON_GPU)} |", "|---" * (1 + len(ON_GPU)) + "|"]
+    for model, batch in dict.fromkeys((model, batch) for model, batch, _ in rows):
+        found = [rows.get((model, batch, name)) for name in ON_GPU.values()]
+        lines.append(f"| {model}, batch {batch} | {' | '.join(map(_milliseconds, found))} |")
+    return "\n".join(lines)
+
+
+def _milliseconds(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    of_bound = "" if row.get("of_bound") is None or not row["name"].startswith("ATM") else f" ({row['of_bound']:.2f})"
+    return f"{row['milliseconds']:.2f}{of_bound}"
+
+
 def invariance_table(result: dict[str, Any]) -> str:
     lines = [
         f"| {result['images']} test images, against each alone | merged otherwise | other class | logits differ by |",

@@ -42,58 +42,58 @@ def _group_sizes(length, P: tl.constexpr, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _rank(sizes, n, token, free, CHUNK: tl.constexpr):
+def _bits(sizes, token, free):
+    """Sizes as integers of the same order, for they are positive floats; what is no token comes last."""
+    bits = tl.load(sizes + token, mask=token < free, other=0.0).to(tl.int32, bitcast=True)
+    return tl.where(token < free, bits, LAST)
+
+
+@triton.jit
+def _rank(sizes, token, free, CHUNK: tl.constexpr):
     """How many of the ``free`` tokens come before each in a stable sort by size."""
+    n = _bits(sizes, token, free)
     rank = tl.zeros([n.shape[0]], tl.int32)
     for first in tl.range(0, free, CHUNK):
         other = first + tl.arange(0, CHUNK)
-        m = tl.load(sizes + other, mask=other < free, other=float("inf"))
+        m = _bits(sizes, other, free)
         before = (m[None, :] < n[:, None]) | ((m[None, :] == n[:, None]) & (other[None, :] < token[:, None]))
-        rank += tl.sum((before & (other < free)[None, :]).to(tl.int32), axis=1)
+        rank += tl.sum(before.to(tl.int32), axis=1)
     return rank
 
 
 @triton.jit
-def _positions(
-    sizes,
-    free,
-    na,
-    first,
-    IN_B: tl.constexpr,
-    P: tl.constexpr,
-    GROUP: tl.constexpr,
-    BLOCK: tl.constexpr,
-    CHUNK: tl.constexpr,
-    ALL: tl.constexpr,
-):
-    """The positions of the members ``first`` .. of A or of B [BLOCK], whatever past the end. By size a group stands in
-    order of size."""
-    member = first + tl.arange(0, BLOCK)
-    if GROUP == ALTERNATE:
-        position = (P + IN_B) % 2 + 2 * member
-    else:
-        if IN_B:
-            member += na
-        position = member
-        if GROUP == BY_SIZE:
-            position = tl.zeros([BLOCK], tl.int32)
-            for at in tl.range(0, free, CHUNK):  # ranks turned round by comparison: threads pass nothing in memory
-                token = at + tl.arange(0, CHUNK)
-                n = tl.load(sizes + token, mask=token < free, other=float("inf"))
-                rank = tl.where(token < free, _rank(sizes, n, token, free, ALL), -1)
-                position += tl.sum(tl.where(rank[:, None] == member[None, :], token[:, None], 0), axis=0)
-    return P + position
+def _sorted(sizes, free, TOKENS: tl.constexpr):
+    """The tokens of an image in a stable sort by size [TOKENS], then what is none."""
+    token = tl.arange(0, TOKENS)
+    key = _bits(sizes, token, free).to(tl.int64) * TOKENS + token
+    return (tl.sort(key) & (TOKENS - 1)).to(tl.int32)
 
 
 @triton.jit
-def _unit_vectors(keys, position, valid, stride_h, stride_n, H: tl.constexpr, d: tl.constexpr, D: tl.constexpr):
+def _positions(order, na, first, IN_B: tl.constexpr, P: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr):
+    """The positions of the members ``first`` .. of A or of B [BLOCK], whatever past the end. By size a group stands in
+    ``order``."""
+    member = first + tl.arange(0, BLOCK)
+    if GROUP == ALTERNATE:
+        return P + (P + IN_B) % 2 + 2 * member
+    if IN_B:
+        member += na
+    if GROUP == BY_SIZE:
+        return P + tl.gather(order, member, 0)
+    return P + member
+
+
+@triton.jit
+def _unit_vectors(
+    keys, position, valid, stride_h, stride_n, H: tl.constexpr, d: tl.constexpr, D: tl.constexpr, STAGES: tl.constexpr
+):
     """Mean keys over the heads as unit vectors [BLOCK, D], 0 where they have no direction, and whether they do.
-    ``stride_h``: None where heads lie together."""
+    ``stride_h``: None where heads lie together; ``STAGES``: while one head is added, the next ones load."""
     c = tl.arange(0, D)
     inside = valid[:, None] & (c < d)[None, :]
     at = keys + position[:, None] * stride_n + c[None, :]
     total = tl.zeros([position.shape[0], D], tl.float32)
-    for h in range(H):
+    for h in tl.range(0, H, num_stages=STAGES):
         if stride_h is None:  # a stride that the compiler knows: wide loads also for odd d
             offset = h * d
         else:
@@ -125,12 +125,14 @@ def _cosines(a_high, a_low, b_high, b_low):
 
 
 @triton.jit
-def _best(s, alike, position, valid):
-    """The largest similarity of each row, and the lowest position that has it."""
-    s = tl.where(alike, s, NOT_ALIKE)
-    s = tl.where(valid[None, :], s, float("-inf"))
+def _best(s, a_has, b_has, position, valid):
+    """The largest similarity of each row, and the lowest position that has it. Only ``valid`` columns have a direction;
+    what has none is 0 so far."""
+    s = tl.minimum(s, tl.where(b_has, float("inf"), tl.where(valid, NOT_ALIKE, float("-inf")))[None, :])
     best = tl.max(s, axis=1)
-    return best, tl.min(tl.where(s == best[:, None], position[None, :], LAST), axis=1)
+    found = tl.min(tl.where(s == best[:, None], position[None, :], LAST), axis=1)
+    first = tl.min(tl.where(valid, position, LAST), axis=0)
+    return tl.where(a_has, best, tl.minimum(best, NOT_ALIKE)), tl.where(a_has, found, first)
 
 
 @triton.jit
@@ -156,32 +158,30 @@ def match_image_kernel(
     d: tl.constexpr,
     D: tl.constexpr,
     ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
     BLOCK: tl.constexpr,
-    CHUNK: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """One program an image: B is one tile, A one or two."""
+    """One program an image: B is one tile, A one or more."""
     image = tl.program_id(0)
     start, length = image_bounds(cu_seqlens, image)
     keys += start * stride_n
     similarity += start
     partner += start
     na, nb = _group_sizes(length, P, GROUP)
-    free = na + nb
-    if GROUP == BY_SIZE:
-        sizes += start + P
-    b = _positions(sizes, free, na, 0, True, P, GROUP, BLOCK, CHUNK, 2 * BLOCK)
+    order = _sorted(sizes + start + P, na + nb, 2 * BLOCK) if GROUP == BY_SIZE else None
+    b = _positions(order, na, 0, True, P, GROUP, BLOCK)
     in_b = tl.arange(0, BLOCK) < nb
-    b_unit, b_has = _unit_vectors(keys, b, in_b, stride_h, stride_n, H, d, D)
+    b_unit, b_has = _unit_vectors(keys, b, in_b, stride_h, stride_n, H, d, D, STAGES)
     b_high, b_low = _halves(b_unit)
     candidates = tl.zeros([], tl.int32)
     for first in range(0, BLOCK, ROWS):
-        a = _positions(sizes, free, na, first, False, P, GROUP, ROWS, CHUNK, 2 * BLOCK)
+        a = _positions(order, na, first, False, P, GROUP, ROWS)
         in_a = first + tl.arange(0, ROWS) < na
-        a_unit, a_has = _unit_vectors(keys, a, in_a, stride_h, stride_n, H, d, D)
+        a_unit, a_has = _unit_vectors(keys, a, in_a, stride_h, stride_n, H, d, D, STAGES)
         a_high, a_low = _halves(a_unit)
         s = _cosines(a_high, a_low, b_high, b_low)
-        best, found = _best(s, a_has[:, None] & b_has[None, :], b, in_b)
+        best, found = _best(s, a_has, b_has, b, in_b)
         tl.store(similarity + a, best, mask=in_a)  # -inf where B is empty
         tl.store(partner + a, tl.where(nb > 0, found, -1), mask=in_a)
         candidates += tl.sum((in_a & (best >= theta)).to(tl.int32))
@@ -227,10 +227,9 @@ def unit_rows_kernel(
     elif GROUP == HALVES:
         row = token
     else:
-        n = tl.load(sizes + start + P + token, mask=valid, other=float("inf"))
-        row = _rank(sizes + start + P, n, token, free, CHUNK)
+        row = _rank(sizes + start + P, token, free, CHUNK)
     position = P + token
-    vectors, has = _unit_vectors(keys, position, valid, stride_h, stride_n, H, d, D)
+    vectors, has = _unit_vectors(keys, position, valid, stride_h, stride_n, H, d, D, 1)
     high, low = _halves(vectors)
     c = tl.arange(0, D)
     at = unit + (start + row)[:, None] * (2 * d) + c[None, :]
@@ -253,7 +252,7 @@ def _load_rows(unit, order, row, valid, d: tl.constexpr, D: tl.constexpr):
     inside = valid[:, None] & (c < d)[None, :]
     high = tl.load(at, mask=inside, other=0.0)
     low = tl.load(at + d, mask=inside, other=0.0)
-    position = tl.load(order + row, mask=valid, other=0)
+    position = tl.load(order + row, mask=valid, other=-1)
     return high, low, tl.where(position < 0, -1 - position, position), position >= 0
 
 
@@ -288,7 +287,7 @@ def match_tiles_kernel(
         j = first + tl.arange(0, COLUMNS)
         b_high, b_low, b, b_has = _load_rows(unit, order, start + na + j, j < nb, d, D)
         s = _cosines(a_high, a_low, b_high, b_low)
-        here, position = _best(s, a_has[:, None] & b_has[None, :], b, j < nb)
+        here, position = _best(s, a_has, b_has, b, j < nb)
         better = (here > best) | ((here == best) & (position < found))  # by size, B is not in the order of positions
         best = tl.where(better, here, best)
         found = tl.where(better, position, found)
@@ -298,19 +297,16 @@ def match_tiles_kernel(
 
 
 def match_image_table(block: int, d: int, by_size: bool, dtype: torch.dtype) -> tune.Config:
-    """``block``: tokens of a group, rounded up to a power of two; ``by_size``: groups by sizes that differ. What is
-    larger, and of few tokens also what is smaller, spills on one chip or another."""
-    rows = 16 if block <= 32 else 64
-    if block == 16:
-        return {"ROWS": rows, "CHUNK": 32 if d <= 32 else 16, "num_warps": 8 if d > 32 and d % 16 == 0 else 4}
-    if block == 64 and by_size:
-        return {"ROWS": 32, "CHUNK": 32, "num_warps": 8}
-    return {"ROWS": rows, "CHUNK": 64 if block <= 64 else 16, "num_warps": 8}
+    """``block``: tokens of a group, rounded up to a power of two; ``by_size``: groups by sizes that differ. At least
+    two programs fit an H100's multiprocessor, one to compute while the other loads; what is larger spills somewhere."""
+    if block > 16 and (dtype == torch.float32 or d % 16):  # odd heads: small pieces, each with an address of its own
+        return {"ROWS": 16, "STAGES": 2, "num_warps": 8}
+    return {"ROWS": 16 if block <= 32 else 32 if d <= 32 else 64, "STAGES": 4, "num_warps": 4}
 
 
-def match_image_candidates(block: int, by_size: bool) -> list[tune.Config]:
+def match_image_candidates(block: int) -> list[tune.Config]:
     rows = [rows for rows in (16, 32, 64, 128) if rows <= block]
-    return tune.every(ROWS=rows, CHUNK=(16, 32, 64) if by_size else (16,), num_warps=(2, 4, 8, 16))
+    return tune.every(ROWS=rows, STAGES=(1, 3, 4, 6), num_warps=(2, 4, 8, 16))
 
 
 def unit_rows_table(free: int, d: int, by_size: bool) -> tune.Config:
@@ -381,7 +377,7 @@ def _match_image(B: int, free: int, by_size: bool, arguments: tuple, constants: 
     block = block_for((free + 1) // 2)
     launch = partial(match_image_kernel[(B,)], *arguments, **constants, BLOCK=block)
     key = {"block": block, "d": constants["d"], "by_size": by_size, "dtype": arguments[0].dtype}
-    candidates = partial(match_image_candidates, block, by_size)
+    candidates = partial(match_image_candidates, block)
     tune.run("match_image", key, match_image_table(**key), candidates, launch)
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.readme import README, RESULTS
+from benchmarks.readme import RESULTS
 
 KEYS = ("case", "kernel", "chip", "configuration")
 ROOT = Path(__file__).parents[1]
-SPILLED = {"3.6.0": 32, "3.9.0": 0}  # bytes of a thread at most, under the oldest and the newest triton
+VERSIONS = ("3.6.0", "3.9.0")  # the oldest and the newest triton
 
 
 def python(*arguments):
@@ -45,16 +45,13 @@ def test_no_choice_of_tiles_warps_and_stages_spills_on_any_chip(tmp_path):
     assert all(row["fits"] and row["programs"] >= 1 for row in now)
 
 
-@pytest.mark.parametrize("version", SPILLED)
+@pytest.mark.parametrize("version", VERSIONS)
 def test_what_was_compiled_is_what_the_tables_say(version):
-    """Also where only tiles, warps or stages have changed; every entry was compiled, and spilled no more than that."""
+    """Also where only tiles, warps or stages have changed; every entry was compiled, and none spilled."""
     kept = json.loads((RESULTS / f"offline_compile_triton_{version}.json").read_text())
     assert kept["environment"]["triton"] == version
     assert [{name: row[name] for name in KEYS} for row in kept["rows"]] == rows_without_figures()
-    assert all(row["spilled"] <= SPILLED[version] and row["programs"] >= 1 for row in kept["rows"])
-    spilling = [row for row in kept["rows"] if row["spilled"]]
-    assert all(row["fits"] for row in kept["rows"] if row["spilled"] == 0)
-    assert f"{len(spilling)} of {len(kept['rows']):,} spill" in README.read_text() or not spilling
+    assert all(row["fits"] and row["programs"] >= 1 for row in kept["rows"])
 
 
 def test_what_is_compiled_is_what_triton_would_compile():
