@@ -205,12 +205,16 @@ class OneGraph:
         return self.logits.clone()
 
     def _capture(self, images: Tensor) -> None:
-        self.images, graph, stream = images.clone(), torch.cuda.CUDAGraph(), torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        self.images, graph = images.clone(), torch.cuda.CUDAGraph()
+        warm, stream = (
+            torch.cuda.Stream(),
+            torch.cuda.Stream(),
+        )  # cuBLAS's workspace of the second lies in the pool then:
+        warm.wait_stream(torch.cuda.current_stream())  # torch.compile frees all others when it captures
+        with torch.cuda.stream(warm):
             for _ in range(WARM_UP):  # workspaces and modules that CUDA sets up on first use
                 self.call(self.images)
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(warm)
         torch.cuda.empty_cache()
         before = torch.cuda.memory_reserved()
         with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
