@@ -30,8 +30,9 @@ def made_by(*names: str, root: str = "") -> str:
     for name in names:
         e = load(name)["environment"]
         commit = (e["commit"] or "none")[:7] + (" and changes" if e["dirty"] else "")
+        where = e["cpu"] if e["gpu"] is None else f"{e['gpu']}, driver {e['driver']}, triton {e['triton']}"
         lines.append(
-            f"[`{name}`]({root}benchmarks/results/{name}): `{e['command']}`, {e['cpu']}, torch {e['torch']}, "
+            f"[`{name}`]({root}benchmarks/results/{name}): `{e['command']}`, {where}, torch {e['torch']}, "
             f"timm {e['timm']}, commit {commit}."
         )
     return "\n".join(lines)
@@ -67,18 +68,30 @@ ON_GPU = {  # heading: what the stage calls it
 def gpu_table(result: dict[str, Any]) -> str:
     """Milliseconds of a pass; of what merges also time(bound) / time."""
     rows = {(row["model"], row["batch"], row["name"]): row for row in result["stages"]["engine"]["rows"]}
-    lines = [f"| {result['environment']['gpu']}, ms | {' | '.join(ON_GPU)} |", "|---" * (1 + len(ON_GPU)) + "|"]
-    for model, batch in dict.fromkeys((model, batch) for model, batch, _ in rows):
-        found = [rows.get((model, batch, name)) for name in ON_GPU.values()]
-        lines.append(f"| {model}, batch {batch} | {' | '.join(map(_milliseconds, found))} |")
+    names = {name for *_, name in rows}
+    shown = {heading: name for heading, name in ON_GPU.items() if name in names}
+    made = result["environment"]
+    lines = [f"| {made['gpu']}, bfloat16, ms | {' | '.join(shown)} |", f"|{'---|' * (1 + len(shown))}"]
+    for cell in dict.fromkeys(key[:2] for key in rows):
+        found = [rows.get((*cell, name)) for name in shown.values()]
+        lines.append(f"| {cell[0]}, batch {cell[1]} | {' | '.join(map(_milliseconds, found))} |")
+    lines += ["", *(_beside_a_graph(rows, cell) for cell in dict.fromkeys(key[:2] for key in rows) if cell[1] == 256)]
     return "\n".join(lines)
 
 
 def _milliseconds(row: dict[str, Any] | None) -> str:
     if row is None:
         return ""
-    of_bound = "" if row.get("of_bound") is None or not row["name"].startswith("ATM") else f" ({row['of_bound']:.2f})"
-    return f"{row['milliseconds']:.2f}{of_bound}"
+    of_bound = row.get("of_bound") if row["name"].startswith("ATM") else None
+    return f"{row['milliseconds']:.2f}" + ("" if of_bound is None else f" ({of_bound:.2f})")
+
+
+def _beside_a_graph(rows: dict[tuple, dict[str, Any]], cell: tuple[str, int]) -> str:
+    ours, unmerged = (rows[*cell, name]["of_timm_graph"] for name in ("ATM image", "ATM static, r = 0"))
+    return (
+        f'- {cell[0]} at batch {cell[1]}: `adapt="image"` is {ours:.2f} times as fast as timm in a CUDA graph; without '
+        f"merging (r = 0) the engine alone is {unmerged:.2f} times."
+    )
 
 
 def invariance_table(result: dict[str, Any]) -> str:
@@ -200,6 +213,7 @@ TABLES = {  # of the files that they come from
     "accuracy": (accuracy_table, ("digits_table2.json",)),
     "stress": (table1.table, ("digits_table1.json",)),
     "calibration": (calibration_table, ("digits_calibration.json", "digits_calibrate_512.json")),
+    "gpu": (gpu_table, ("h200_engine.json",)),
     "throughput": (throughput_table, ("cpu_bench.json", "cpu_bench_image.json")),
     "invariance": (invariance_table, ("digits_invariance.json",)),
     "adaptivity": (adaptivity_table, ("digits_adaptivity.json",)),
