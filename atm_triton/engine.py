@@ -81,14 +81,17 @@ class Passes:
             leading = None if kind.dense else kind.leading
             may = len(self.blocks) - (kind.leading is not None)
             sent = None if now.last is None else self.mailboxes[number].send
-            left, trace = run(self.blocks, now, tokens, y, trace, may, leading, sent, into)
-            if now.last is None:
-                return self.model.finish(left, trace, self.B, kind.dense, kind.head)
+            try:
+                left, trace = run(self.blocks, now, tokens, y, trace, may, leading, sent, into)
+                if now.last is None:
+                    return self.model.finish(left, trace, self.B, kind.dense, kind.head)
+            finally:
+                if sent is not None:
+                    self.mailboxes[number].join()  # a capture cannot end while its streams are apart
         made = not self.buffers
         if made:
             self.buffers = [self._buffer(left, trace) for _ in range(2)]
         self._write(number, left, trace)
-        self.mailboxes[number].join()
         return self.stage(number, rows) if made else None  # once more, writing to them: a warm-up of what is captured
 
     def _entered(self, into: Pending | None) -> tuple[Packed, None, Tensor | None]:
@@ -252,12 +255,13 @@ class Engine:
         passes = self._passes(images, leading, dense, head)
         passes.images.copy_(images)
         parts = iter(self.seen.parts if early else ())
-        if self.graphs.get((passes, 0, None)) is None and not all(part.same() for part in parts):  # nothing to replay
-            return None
         share = 1 + len(self.seen.parts) // len(passes.stages)
         left, rows, counts = 0, None, {}
         for number, now in enumerate(passes.stages):
-            out = self._play((passes, number, rows), partial(passes.stage, number, rows))
+            key = (passes, number, rows)
+            if self.graphs.get(key) is None and not all(part.same() for part in parts):  # what is to come runs Python
+                return None
+            out = self._play(key, partial(passes.stage, number, rows))
             if not all(part.same() for part in islice(parts, None if now.last is None else share)):
                 return None
             if now.last is None:
@@ -274,6 +278,7 @@ class Engine:
             self.passes[kind] = Passes(self.model, kind, self.replays)
         self.passes.move_to_end(kind)
         if len(self.passes) > KINDS:
+            self.replays.wait()  # they may still work in its buffers
             _, old = self.passes.popitem(last=False)
             self.graphs = OrderedDict((key, graph) for key, graph in self.graphs.items() if key[0] is not old)
         return self.passes[kind]

@@ -1,6 +1,7 @@
 """How the engine runs its stages again: as CUDA graphs, or by calling them where there is no GPU."""
 
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -38,19 +39,26 @@ class Replays:
 
 
 class CUDAGraphs(Replays):
-    """CUDA graphs from one pool. Nothing but captures runs on their stream, so cuBLAS's workspace there lies in the
+    """CUDA graphs from one pool. The engine runs nothing else on their stream, so cuBLAS's workspace there lies in the
     pool. To clear all workspaces instead would pull those of other graphs of the process from under them."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
-        self.stream, self.side = torch.cuda.Stream(device), torch.cuda.Stream(device)
+        self.side = torch.cuda.Stream(device)
         self.reset()
 
     def reset(self) -> None:
-        self.pool = torch.cuda.graph_pool_handle()
+        self._renew()
+        self.alive: weakref.WeakSet[Callable[[], Any]] = weakref.WeakSet()  # replays that somebody still has
         self.held = 0
 
+    def _renew(self) -> None:
+        """A pool, and a stream on which no workspace lies in another one."""
+        self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self.device)
+
     def capture(self, run: Callable[[], Any]) -> Callable[[], Any]:
+        if not self.alive:  # a pool that no graph uses any more takes none
+            self.reset()
         graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
         how = {"pool": self.pool, "stream": self.stream, "capture_error_mode": "thread_local"}
         try:
@@ -63,20 +71,22 @@ class CUDAGraphs(Replays):
                 self.held += torch.cuda.memory_reserved(self.device) - before
         except BaseException:  # torch leaves its stream current then, and the pool marked as being captured to
             torch.cuda.set_stream(current)
-            self.pool = torch.cuda.graph_pool_handle()
+            self._renew()
             raise
 
         def replay() -> Any:
             graph.replay()
             return out
 
+        self.alive.add(replay)
         return replay
 
     def mailbox(self, B: int) -> "Mailbox":
         return PinnedMailbox(B, self.side)
 
     def wait(self) -> None:
-        torch.cuda.synchronize(self.device)
+        with _capturing:  # no other engine may capture meanwhile
+            torch.cuda.synchronize(self.device)
 
     def mib(self) -> float:
         return self.held / 2**20
@@ -128,8 +138,9 @@ class PinnedMailbox(Mailbox):
             self.copied.record()
 
     def join(self) -> None:
-        torch.cuda.current_stream().wait_stream(self.side)
-        self.sent = None
+        if self.sent is not None:
+            torch.cuda.current_stream().wait_stream(self.side)
+            self.sent = None
 
     def receive(self) -> list[int]:
         self.copied.synchronize()

@@ -25,7 +25,7 @@ class Modules:
     are still the same reads nothing else."""
 
     def __init__(self, model: VisionTransformer) -> None:
-        owns = [module.__dict__ for module in model.modules()]
+        owns = [module.__dict__ for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
         whole = Part(owns, owns[1:])  # a model's own hooks run around what is captured
         self.objects, self.obstacle = whole.objects, _obstacle(model, whole)
         self.pointers = [] if self.obstacle else whole.pointers
@@ -71,6 +71,9 @@ class Part:
 
 
 def _obstacle(model: VisionTransformer, whole: Part) -> str | None:
+    scripted = [name for name, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule)]
+    if scripted:
+        return f"{scripted[0]} is compiled by torch.jit, which is not looked into"
     if any(type(tensor) not in (nn.Parameter, Tensor) for tensor in whole.tensors):
         return "a parameter is of a class of its own"
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in whole.tensors):

@@ -68,6 +68,7 @@ def remove_patch(model: VisionTransformer) -> VisionTransformer:
     """
     if not isinstance(model, MergingTransformer):
         raise ValueError(f"{type(model).__name__} is not patched; remove_patch undoes apply_patch")
+    model.engine.drop()
     (original,) = model.blocks.original
     for block, merging in zip(original, model.blocks, strict=True):
         block.training = merging.training

@@ -66,13 +66,19 @@ def enter(model: VisionTransformer, images: Tensor, out: Tensor | None = None) -
 def _cuts(model: VisionTransformer, images: Tensor) -> bool:
     embed = model.patch_embed
     proj = getattr(embed, "proj", None)
-    if type(embed) is not PatchEmbed or type(proj) is not nn.Conv2d or type(model)._pos_embed not in _POSITIONS:
+    if type(embed) is not PatchEmbed or type(proj) is not nn.Conv2d:
         return False
-    conv = (proj.stride, proj.padding, proj.dilation, proj.groups)
+    if type(model)._pos_embed not in _POSITIONS or "_pos_embed" in model.__dict__:
+        return False
+    if type(model.pos_drop) not in (nn.Dropout, nn.Identity):  # it would see the positions alone
+        return False
+    conv = (proj.kernel_size, proj.stride, proj.padding, proj.dilation, proj.groups, proj.in_channels)
     fits = tuple(images.shape[-2:]) == embed.img_size or (model.dynamic_img_size and not embed.dynamic_img_pad)
-    fits = fits and all(side % patch == 0 for side, patch in zip(images.shape[-2:], proj.kernel_size, strict=True))
+    fits = fits and all(side % length == 0 for side, length in zip(images.shape[-2:], proj.kernel_size, strict=True))
     cast = images.dtype == proj.weight.dtype or ops.autocast_dtype(images.device.type) is not None
-    return fits and cast and conv == (proj.kernel_size, (0, 0), (1, 1), 1) and type(embed.norm) is nn.Identity
+    patch = tuple(embed.patch_size)
+    whole = conv == (patch, patch, (0, 0), (1, 1), 1, images.shape[1])
+    return fits and cast and whole and type(embed.norm) is nn.Identity
 
 
 _POSITIONS = (VisionTransformer._pos_embed, VisionTransformerDistilled._pos_embed)

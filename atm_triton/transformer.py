@@ -1,6 +1,6 @@
 """A timm VisionTransformer whose blocks merge: how sizes, the trace and the record travel through a forward pass.
 
-Nothing is kept between calls but a finished :class:`Record` of the last one, so threads may share a model.
+Nothing is kept between calls but what the last one did and the engine's graphs, for which threads take turns.
 """
 
 import functools
@@ -47,9 +47,13 @@ class ATMBlocks(nn.Sequential):
     def last(self) -> Record | None:
         """What the last whole pass did. The engine leaves the facts alone: to write the record takes as long as a pass
         over a few images."""
-        if isinstance(self._last, Facts):
-            self._last = recorded(self._last)
-        return self._last
+        done = self._last
+        if not isinstance(done, Facts):
+            return done
+        record = recorded(done)
+        if self._last is done:  # no other thread has run since
+            self._last = record
+        return record
 
     @last.setter
     def last(self, done: Record | Facts | None) -> None:

@@ -36,7 +36,8 @@ def stem_kernel(
     """One program for some patches, of whichever images, and some channels of theirs; neighbours share patches."""
     K: tl.constexpr = CHANNELS * PH * PW
     patches = h * w
-    column, tile = tl.program_id(0), tl.program_id(1)
+    columns = tl.cdiv(C, COLUMNS)
+    tile, column = tl.program_id(0) // columns, tl.program_id(0) % columns
     m = tile * ROWS + tl.arange(0, ROWS)
     c = column * COLUMNS + tl.arange(0, COLUMNS)
     real, inside = m < B * patches, c < C
@@ -94,7 +95,7 @@ def stem(images: Tensor, weight: Tensor, bias: Tensor | None, position: Tensor, 
     out = torch.empty((B, N, C), dtype=position.dtype, device=images.device) if out is None else out
     out[:, : N - h * w] = position[: N - h * w]
     launch = partial(
-        stem_kernel[lambda meta: (-(-C // meta["COLUMNS"]), -(-B * h * w // meta["ROWS"]))],
+        stem_kernel[lambda meta: (-(-C // meta["COLUMNS"]) * -(-B * h * w // meta["ROWS"]),)],
         *map(aligned, (images, weight, bias, position)),
         out,
         B,

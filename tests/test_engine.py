@@ -215,12 +215,31 @@ def overlapping():
     return model
 
 
+def doubled():
+    model = tiny()
+    model.pos_drop = Doubled().eval()
+    return model
+
+
+def with_own_positions():
+    model = tiny()
+    model._pos_embed = lambda x: 2 * type(model)._pos_embed(model, x)
+    return model
+
+
+class Doubled(nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+
 STEMS = {  # how images of so many rows are cut into tokens, and how often the stem's kernel runs for that
     "positions of patches alone": (partial(tiny, no_embed_class=True), 24, 1),
     "any size": (partial(tiny, dynamic_img_size=True), 32, 1),
     "norm before the blocks": (partial(tiny, pre_norm=True), 24, 1),
     "no positions": (partial(tiny, pos_embed="none"), 24, 1),
     "overlapping": (overlapping, 24, 0),
+    "a dropout of its own": (doubled, 24, 0),
+    "positions of its own": (with_own_positions, 24, 0),
     "padded": (partial(tiny, dynamic_img_size=True, dynamic_img_pad=True), 28, 0),
 }
 
@@ -235,6 +254,15 @@ def test_patches_are_rows_of_a_matrix_where_they_do_not_overlap(make, side, laun
     monkeypatch.setattr(ops, "stem", lambda *args, run=ops.stem: seen.append(1) or run(*args))
     assert_same(patched(model, **CONFIGS["static"]), x, expected, record)
     assert len(seen) == launches
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+@torch.inference_mode()
+def test_images_of_other_channels_are_refused_as_ever(channels):
+    ours = patched(tiny(), **CONFIGS["static"])
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="channels"):
+            ours(torch.randn(2, channels, 24, 24, device=DEVICE))
 
 
 class Adapter(nn.Module):
@@ -311,6 +339,19 @@ def test_a_copy_has_an_engine_and_weights_of_its_own():
         assert not torch.equal(other(x), expected)
         assert other.blocks.last.way == "engine"
     assert torch.equal(ours(x), expected)
+
+
+@torch.inference_mode()
+def test_no_python_of_a_changed_module_runs_in_a_pass_that_is_thrown_away():
+    """Where the second stage has no graph yet, because nothing led to its bucket before."""
+    ours = patched(tiny(), **CONFIGS["image"])
+    x, seen = batch(ours), []
+    for _ in range(3):
+        ours(x)
+    for key in [key for key in ours.engine.graphs if key[1] == 1]:
+        del ours.engine.graphs[key]
+    ours.blocks[1].mlp.fc1.register_forward_hook(lambda module, args, out: seen.append(len(out)))
+    assert refused(ours, x)[1].startswith("blocks.1.mlp.fc1 has hooks") and len(seen) == 1
 
 
 def test_two_threads_on_one_model():
@@ -424,6 +465,9 @@ def test_refusals():
         seen = []
         torch.jit.trace(lambda images: seen.append(ours.engine.refusal(images)) or 2 * images, x, check_trace=False)
         assert seen == ["a compiler traces the model"]
+        scripted = patched(tiny(), **CONFIGS["static"])
+        scripted.blocks[1].mlp.act = torch.jit.script(nn.GELU()).eval()
+        assert scripted.engine.refusal(x) == "blocks.1.mlp.act is compiled by torch.jit, which is not looked into"
         ours.blocks[0].attn.proj_drop = nn.Sequential().eval()
         assert ours.engine.refusal(x) == "a dropout is of a class of its own"
     with pytest.raises(TypeError, match="engine=1 is no bool"):

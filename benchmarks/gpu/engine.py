@@ -206,11 +206,10 @@ class OneGraph:
 
     def _capture(self, images: Tensor) -> None:
         self.images, graph = images.clone(), torch.cuda.CUDAGraph()
-        warm, stream = (
-            torch.cuda.Stream(),
-            torch.cuda.Stream(),
-        )  # cuBLAS's workspace of the second lies in the pool then:
-        warm.wait_stream(torch.cuda.current_stream())  # torch.compile frees all others when it captures
+        # nothing runs on the second before the capture, so cuBLAS's workspace there lies in the graph's pool: when
+        # torch.compile captures it frees those that lie elsewhere
+        warm, stream = torch.cuda.Stream(), torch.cuda.Stream()
+        warm.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(warm):
             for _ in range(WARM_UP):  # workspaces and modules that CUDA sets up on first use
                 self.call(self.images)
