@@ -312,25 +312,27 @@ def attention(
     """
     queries = images if queries is None else queries
     options = (q.shape[-1] ** -0.5 if scale is None else scale, dropout_p, fused)
+    bias = None if sizes is None else log_sizes(sizes, q.dtype)
     if images.equal and queries.equal:
         each = (queries, images, images)
         by_image = [x.unflatten(1, (i.B, i.N)).transpose(0, 1) for x, i in zip((q, k, v), each, strict=True)]
-        n = None if sizes is None else sizes.unflatten(0, (images.B, images.N))
-        return _attend(*by_image, n, *options).transpose(1, 2).flatten(0, 1).transpose(0, 1)
+        bias = None if bias is None else bias.unflatten(0, (images.B, images.N))
+        return _attend(*by_image, bias, *options).transpose(1, 2).flatten(0, 1).transpose(0, 1)
     asking, lengths = queries.lengths.tolist(), images.lengths.tolist()
     if not lengths:
         return q
-    n = [None] * len(lengths) if sizes is None else sizes.unsqueeze(0).split(lengths, dim=1)
-    split = (q.unsqueeze(0).split(asking, dim=2), *(x.unsqueeze(0).split(lengths, dim=2) for x in (k, v)), n)
+    bias = [None] * len(lengths) if bias is None else bias.unsqueeze(0).split(lengths, dim=1)
+    split = (q.unsqueeze(0).split(asking, dim=2), *(x.unsqueeze(0).split(lengths, dim=2) for x in (k, v)), bias)
     rows = [_attend(*image, *options).transpose(1, 2) for image in zip(*split, strict=True)]  # as they lie in memory
     return torch.cat(rows, dim=1)[0].transpose(0, 1)
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, sizes: Tensor | None, scale: float, dropout_p: float, fused: bool
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, dropout_p: float, fused: bool
 ) -> Tensor:
-    """Of images of one length: q [B, H, Nq, d]; k, v [B, H, N, d]; sizes [B, N]."""
-    bias = None if sizes is None else log_sizes(sizes, q.dtype)[:, None, None, :]
+    """Of images of one length: q [B, H, Nq, d]; k, v [B, H, N, d]; bias [B, N], log n."""
+    if bias is not None:  # CUDA's kernels misread a mask that does not begin where memory of its own would
+        bias = (bias.clone() if bias.storage_offset() else bias)[:, None, None, :]
     if fused and (bias is None or bias.dtype == q.dtype or q.device.type == "cpu"):  # CUDA's kernels misread others
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p, scale=scale)
     scores = (q * scale) @ k.transpose(-2, -1)
@@ -341,8 +343,7 @@ def _attend(
 
 
 def log_sizes(sizes: Tensor, dtype: torch.dtype) -> Tensor:
-    """log n, in float32 also beside 16-bit queries, whose rounding of it would be felt. Memory of its own: a mask that
-    begins within another tensor's can make CUDA's kernels read misaligned addresses."""
+    """log n, in float32 also beside 16-bit queries, whose rounding of it would be felt."""
     return sizes.to(torch.promote_types(dtype, torch.float32)).log()
 
 
