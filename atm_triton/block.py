@@ -240,8 +240,8 @@ class ATMBlock(Block):
 def is_plain(scale: nn.Module, norm: nn.Module) -> bool:
     """Whether the residual sum through ``scale`` and its ``norm`` are what one kernel computes."""
     scales = type(scale) in (nn.Identity, LayerScale) or hasattr(scale, "gamma_like")
-    hooked = any(m._forward_hooks or m._forward_pre_hooks for m in (scale, norm))
-    return type(norm) in (nn.LayerNorm, LayerNorm) and scales and not hooked
+    own = any(m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__ for m in (scale, norm))
+    return type(norm) in (nn.LayerNorm, LayerNorm) and scales and not own
 
 
 def scale_of(scale: nn.Module, x: Tensor) -> Tensor | None:

@@ -321,7 +321,10 @@ def attention(
     asking, lengths = queries.lengths.tolist(), images.lengths.tolist()
     if not lengths:
         return q
-    bias = [None] * len(lengths) if bias is None else bias.unsqueeze(0).split(lengths, dim=1)
+    if bias is None:
+        bias = [None] * len(lengths)
+    else:  # CUDA's kernels misread a mask that begins within another's memory
+        bias = [part.clone() for part in bias.unsqueeze(0).split(lengths, dim=1)]
     split = (q.unsqueeze(0).split(asking, dim=2), *(x.unsqueeze(0).split(lengths, dim=2) for x in (k, v)), bias)
     rows = [_attend(*image, *options).transpose(1, 2) for image in zip(*split, strict=True)]  # as they lie in memory
     return torch.cat(rows, dim=1)[0].transpose(0, 1)
@@ -331,8 +334,7 @@ def _attend(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, dropout_p: float, fused: bool
 ) -> Tensor:
     """Of images of one length: q [B, H, Nq, d]; k, v [B, H, N, d]; bias [B, N], log n."""
-    if bias is not None:  # CUDA's kernels misread a mask that does not begin where memory of its own would
-        bias = (bias.clone() if bias.storage_offset() else bias)[:, None, None, :]
+    bias = None if bias is None else bias[:, None, None, :]
     if fused and (bias is None or bias.dtype == q.dtype or q.device.type == "cpu"):  # CUDA's kernels misread others
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p, scale=scale)
     scores = (q * scale) @ k.transpose(-2, -1)

@@ -342,6 +342,19 @@ def test_a_copy_has_an_engine_and_weights_of_its_own():
 
 
 @torch.inference_mode()
+def test_a_norm_with_a_forward_of_its_own_is_called():
+    """By the blocks, which run then, also between the residual sum and a merge."""
+    x, found = batch(tiny()), []
+    for backend in ("triton", "reference"):
+        model = apply_patch(tiny().to(DEVICE), ATMConfig(backend=backend, **CONFIGS["static"]))
+        plain = model(x)
+        model.blocks[0].norm2.forward = torch.zeros_like
+        found.append(model(x))
+        assert not torch.allclose(found[-1], plain, atol=1e-3)
+    torch.testing.assert_close(*found, rtol=0, atol=1e-5)
+
+
+@torch.inference_mode()
 def test_no_python_of_a_changed_module_runs_in_a_pass_that_is_thrown_away():
     """Where the second stage has no graph yet, because nothing led to its bucket before."""
     ours = patched(tiny(), **CONFIGS["image"])

@@ -81,7 +81,7 @@ def test_no_import_runs_upward():
         {"reference", "record", "errors"},
         {"ops", "config", "notes"},
         {"block"},
-        {"stage", "graphs"},
+        {"stage", "graphs", "modules"},
         {"engine"},
         {"transformer"},
         {"patch", "flops"},
