@@ -344,9 +344,10 @@ def test_a_copy_has_an_engine_and_weights_of_its_own():
 @torch.inference_mode()
 def test_a_norm_with_a_forward_of_its_own_is_called():
     """By the blocks, which run then, also between the residual sum and a merge."""
-    x, found = batch(tiny()), []
+    base, found = tiny(), []
+    x = batch(base)
     for backend in ("triton", "reference"):
-        model = apply_patch(tiny().to(DEVICE), ATMConfig(backend=backend, **CONFIGS["static"]))
+        model = apply_patch(copy.deepcopy(base).to(DEVICE), ATMConfig(backend=backend, **CONFIGS["static"]))
         plain = model(x)
         model.blocks[0].norm2.forward = torch.zeros_like
         found.append(model(x))
