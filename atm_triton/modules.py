@@ -28,7 +28,7 @@ class Modules:
         owns = [module.__dict__ for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
         whole = Part(owns, owns[1:])  # a model's own hooks run around what is captured
         self.objects, self.obstacle = whole.objects, _obstacle(model, whole)
-        self.pointers = [] if self.obstacle else whole.pointers
+        self.pointers = whole.pointers
         self.memory = [] if self.obstacle else [tensor.untyped_storage() for tensor in whole.tensors]
         self.parts = [Part(owns[:1], [])] if self.obstacle is None else []
         for first in range(1, len(owns) if self.obstacle is None else 1, MODULES):

@@ -269,10 +269,26 @@ def add_norm(
 
 
 def stem(images: Tensor, weight: Tensor, bias: Tensor | None, position: Tensor, out: Tensor | None = None) -> Tensor:
-    """The tokens [B, N, C] of images [B, channels, H, W] by the kernels: the convolution of ``weight`` [C, channels,
-    height, width] and ``bias`` [C], at strides of its own height and width, after the prefix tokens that ``position``
-    [N, C] begins with, and the rest of ``position`` added to it; written to the rows ``out`` [B N, C] if they are
-    given and of its dtype. Under autocast the convolution is in its dtype."""
+    """Images to tokens by the kernels: cut into patches that do not overlap, embedded, and moved by their positions.
+    Under autocast the embedding is in its dtype.
+
+    Args:
+        images: [B, channels, H, W].
+        weight: [C, channels, height, width] of the convolution that embeds a patch; bias: [C] or None.
+        position: [N, C]: the prefix tokens, and what is added to each patch.
+        out: rows [B N, C]; the tokens are written to them if the dtypes agree.
+
+    Returns:
+        [B, N, C] in the dtype of ``position``.
+
+    Raises:
+        ValueError: images or positions of another shape.
+    """
+    channels, height, width = weight.shape[1:]
+    patches = (images.shape[-2] // height) * (images.shape[-1] // width)
+    _check(images.dim() == 4 and images.shape[1] == channels, "images", images, lambda: f"[B, {channels}, H, W]")
+    fits = position.dim() == 2 and position.shape[0] >= patches and position.shape[1] == weight.shape[0]
+    _check(fits, "position", position, lambda: f"[{patches} patches and the prefix tokens, {weight.shape[0]}]")
     dtype = autocast_dtype(images.device.type) or weight.dtype
     with device_of(images):
         bias = None if bias is None else bias.to(dtype)
@@ -439,10 +455,8 @@ def interpreting() -> bool:
 def _kernels() -> SimpleNamespace:
     from atm_triton.kernels import assign, attention, match, merge, stem, unmerge  # where they run, Triton is there
 
-    modules = (stem, match, assign, attention, merge, unmerge)
-    launchers = {module.__name__.rpartition(".")[2]: module for module in modules}
-    launchers = {name: getattr(module, name) for name, module in launchers.items()}
-    return SimpleNamespace(**launchers, add_norm=merge.add_norm)
+    launchers = (match.match, assign.assign, merge.merge, merge.add_norm, unmerge.unmerge, attention.attention)
+    return SimpleNamespace(stem=stem.stem, **{launcher.__name__: launcher for launcher in launchers})
 
 
 def _on_kernels(x: Tensor) -> bool:

@@ -66,7 +66,7 @@ def stem_table(dtype: torch.dtype, wide: bool, together: bool) -> tune.Config:
     ``together``: a patch's row of pixels is 16 bytes or a multiple."""
     if dtype == torch.float32:  # three products instead of one
         return {"ROWS": 64, "COLUMNS": 64, "DEPTH": 32, "STAGES": 2, "num_warps": 8}
-    if together and not wide:  # 128 x 256 is a tenth faster on an H200, and spills
+    if together and not wide:  # what is larger spills
         return {"ROWS": 64, "COLUMNS": 128, "DEPTH": 64, "STAGES": 3, "num_warps": 4}
     return {"ROWS": 128, "COLUMNS": 128, "DEPTH": 32 if wide else 64, "STAGES": 3, "num_warps": 8}
 

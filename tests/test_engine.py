@@ -308,6 +308,17 @@ def test_weights_loaded_in_place_keep_the_graphs_and_replaced_ones_drop_them():
     )  # a replay was under way, and thrown away, when it came to light
 
 
+def test_a_move_that_moves_nothing_keeps_the_graphs():
+    """Also outside inference mode, where the engine would not run."""
+    ours = patched(tiny(), **CONFIGS["static"])
+    counting, x = counted(ours), batch(ours)
+    for _ in range(3):
+        with torch.inference_mode():
+            ours(x)
+        ours.to(DEVICE).float()
+    assert (counting.eager, counting.captured, counting.replayed) == (1, 1, 2)
+
+
 @torch.inference_mode()
 def test_cast_unpatched_and_patched_anew_while_warm():
     model, config = tiny().to(DEVICE), CONFIGS["batch"]

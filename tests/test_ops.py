@@ -63,6 +63,10 @@ def attend(q=keys, k=keys, v=keys, n=sizes, log2_sizes=None):
             lambda: fused(norm=torch.nn.LayerNorm(4, elementwise_affine=False)),
             "norm is over [4]; want [8], the channels of x",
         ),
+        (
+            lambda: ops.stem(x[None, :2, None], x.new_ones(8, 3, 1, 1), None, x),
+            "images has shape [1, 2, 1, 8]; want [B, 3, H, W]",
+        ),
         (lambda: ops.add_norm(x, x[1:], None, norm), "attended has shape [13, 8]; want the shape of x"),
         (lambda: ops.unmerge(x[0], slots), "x has shape [8]; want [T, C]"),
         (lambda: ops.unmerge(x, slots.view(2, 7)), "slots has shape [2, 7]; want [2], one for each token"),
