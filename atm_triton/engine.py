@@ -1,9 +1,9 @@
 """The engine: inference on a GPU by CUDA graphs, one for each stage of a pass and bucket of rows.
 
 The host reads how many rows are left as soon as a stage has matched its tokens, while attention runs, and launches the
-next stage's graph for as many. A graph bakes in addresses: what passes from stage to stage lies in two sets of buffers,
-used in turn, so that any bucket may follow any other. Where there is no GPU but Triton's interpreter, the same engine
-calls the stages again instead of replaying them.
+next stage's graph for as many. It reads only where that is likely to save more time than it takes. A graph bakes in
+addresses: what passes from stage to stage lies in two sets of buffers, used in turn, so that any bucket may follow any
+other. Where there is no GPU but Triton's interpreter, the same engine calls the stages again instead of replaying them.
 """
 
 import copy
@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
-from itertools import islice
+from itertools import count, islice
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -22,14 +22,16 @@ from torch import Tensor
 
 from atm_triton import ops
 from atm_triton.block import ATMBlock
-from atm_triton.graphs import Replays, replays_on
+from atm_triton.graphs import Mailbox, Replays, replays_on
 from atm_triton.modules import Modules
 from atm_triton.packed import Images, Packed
 from atm_triton.record import Record
 from atm_triton.reference import largest_r
-from atm_triton.stage import Pending, begin, enter, run, stages
+from atm_triton.stage import Pending, Stage, begin, enter, run, stages
 
 MAX_GRAPHS, MAX_MIB = 512, 4096
+READ_GFLOP = 6.0  # what an H200 multiplies, in 16 bits, in the time that a read takes
+FLOAT32 = 8  # how many times longer the same takes in float32
 KINDS = 4  # of passes whose buffers are kept
 
 
@@ -46,6 +48,26 @@ class Kind(NamedTuple):
     head: bool
 
 
+class Counts:
+    """The counts of a pass, by block: one number an image. Those of the last stage are read when somebody wants them,
+    at the latest by the next pass, which writes to the same mailbox."""
+
+    def __init__(self) -> None:
+        self.known: dict[int, list[int]] = {}
+        self.late: tuple[Stage, Mailbox] | None = None
+
+    def take(self, stage: Stage, mailbox: Mailbox) -> None:
+        numbers = mailbox.receive()
+        B = len(numbers) // len(stage.counted)
+        self.known |= {index: numbers[B * i : B * (i + 1)] for i, index in enumerate(stage.counted)}
+
+    def settle(self) -> dict[int, list[int]]:
+        if self.late is not None:
+            late, self.late = self.late, None
+            self.take(*late)
+        return self.known
+
+
 class Facts(NamedTuple):
     """What :func:`recorded` needs of a pass: its kind, the blocks, the tokens of an image that enter the first, and the
     counts of each block with a theta."""
@@ -53,56 +75,75 @@ class Facts(NamedTuple):
     kind: Kind
     blocks: list[ATMBlock]
     N: int
-    counts: dict[int, list[int]]
+    counts: Counts
 
 
 class Passes:
     """What passes of one kind have in common: their stages, and what those read and write at fixed addresses: the
-    ``images``, two sets of ``buffers`` with as many rows as the first stage has, and a mailbox for each read."""
+    ``images``, two sets of ``buffers`` with as many rows as the first stage has, and a mailbox for each stage with
+    counts. ``counts``: of the last pass; ``read``: what a read takes, in GFLOP."""
 
-    def __init__(self, model: VisionTransformer, kind: Kind, replays: Replays) -> None:
-        self.model, self.kind = model, kind
-        self.blocks = list(model.blocks)
-        self.stages = stages(self.blocks, kind.leading)
-        self.B, self.N = kind.shape[0], 0  # N is known once the stem has run
+    def __init__(self, model: VisionTransformer, kind: Kind, replays: Replays, read: float) -> None:
+        self.model, self.kind, self.replays, self.read = model, kind, replays, read
+        self.blocks, self.counts = list(model.blocks), Counts()
+        self.B, self.N = kind.shape[0], 0  # N, and with it the stages, are known once the stem has run
+        self.stages: list[Stage] = []
+        self.mailboxes: list[Mailbox | None] = []
+        self.merged_first = False  # whether a block has merged before the first stage ends
         with torch.inference_mode(False):
             self.images = torch.empty(kind.shape, dtype=kind.dtype, device=kind.device)
-            self.mailboxes = [replays.mailbox(self.B) for _ in self.stages[:-1]]
         self.buffers: list[tuple[Pending, Tensor | None]] = []
 
     def stage(self, number: int, rows: int | None) -> Tensor | None:
         """Run a stage of so many rows (None: the first); the last one returns the output of the pass."""
-        kind, now = self.kind, self.stages[number]
+        kind = self.kind
         casts = torch.autocast(kind.device.type, kind.autocast, cache_enabled=False) if kind.autocast else nullcontext()
         out = self.buffers[(number + 1) % 2][0] if self.buffers else None
         into = out and Pending(*(tensor[:rows] for tensor in out[:-1]), out.cu_seqlens)
         with casts:
             tokens, y, trace = self._entered(into) if number == 0 else self._merged(number, rows)
+            now, mailbox = self.stages[number], self.mailboxes[number]
             leading = None if kind.dense else kind.leading
             may = len(self.blocks) - (kind.leading is not None)
-            sent = None if now.last is None else self.mailboxes[number].send
+            found = []
+
+            def counted(counts: Tensor) -> None:
+                found.append(counts)
+                if len(found) == len(now.counted):
+                    mailbox.send(torch.cat(found) if len(found) > 1 else counts)
+
             try:
-                left, trace = run(self.blocks, now, tokens, y, trace, may, leading, sent, into)
+                left, trace = run(self.blocks, now, tokens, y, trace, may, leading, counted, into)
                 if now.last is None:
                     return self.model.finish(left, trace, self.B, kind.dense, kind.head)
             finally:
-                if sent is not None:
-                    self.mailboxes[number].join()  # a capture cannot end while its streams are apart
+                if mailbox is not None:
+                    mailbox.join()  # a capture cannot end while its streams are apart
         made = not self.buffers
         if made:
             self.buffers = [self._buffer(left, trace) for _ in range(2)]
+        if number == 0:
+            self.merged_first = left.sizes is not None
         self._write(number, left, trace)
         return self.stage(number, rows) if made else None  # once more, writing to them: a warm-up of what is captured
 
     def _entered(self, into: Pending | None) -> tuple[Packed, None, Tensor | None]:
         x = enter(self.model, self.images, into and into.x)
-        tokens, self.N = Packed.of(x), x.shape[1]
+        tokens = Packed.of(x)
+        if not self.stages:
+            self.N = x.shape[1]
+            self.stages = stages(self.blocks, self.kind.leading, len(tokens.x), self.read)
+            with torch.inference_mode(False):
+                self.mailboxes = [
+                    self.replays.mailbox(self.B * len(stage.counted)) if stage.counted else None
+                    for stage in self.stages
+                ]
         trace = torch.arange(len(tokens.x), dtype=torch.int32, device=x.device) if self.kind.dense else None
         return tokens, None, trace
 
     def _merged(self, number: int, rows: int) -> tuple[Packed, Tensor, Tensor | None]:
         pending, trace = self.buffers[number % 2]
-        if number == 1:  # what the stem made: one patch each
+        if number == 1 and not self.merged_first:  # what the stem made: one patch each
             pending = pending._replace(sizes=None)
         block = self.blocks[self.stages[number].first]
         longest = self.N if block.config.adapt == "image" else min(self.N, rows // self.B)
@@ -125,10 +166,12 @@ class Passes:
 class Engine:
     """Runs a patched ``model`` in inference. ``max_graphs`` and ``max_mib`` (MiB that captured graphs hold) may be set:
     beyond the first, the graphs used least recently are dropped; beyond the second, what is new runs without one.
-    ``step``: rows of a bucket, None: the multiple of 128 next to a 64th of the first stage's rows."""
+    ``step``: rows of a bucket, None: the multiple of 128 next to a 64th of the first stage's rows; ``read_gflop``: what
+    a read takes, as :func:`stages` wants it, for the kinds of passes that have not run yet."""
 
     def __init__(self, model: VisionTransformer, max_graphs: int = MAX_GRAPHS, max_mib: int = MAX_MIB) -> None:
         self.model, self.max_graphs, self.max_mib, self.step = model, max_graphs, max_mib, None
+        self.read_gflop = READ_GFLOP
         self.make_replays = replays_on
         self.lock = threading.RLock()
         self.replays: Replays | None = None
@@ -254,28 +297,35 @@ class Engine:
         """``early``: ask whether the modules are still the same while the device is at work; None: they are not."""
         passes = self._passes(images, leading, dense, head)
         passes.images.copy_(images)
+        passes.counts.settle()
+        passes.counts = counts = Counts()
         parts = iter(self.seen.parts if early else ())
-        share = 1 + len(self.seen.parts) // len(passes.stages)
-        left, rows, counts = 0, None, {}
-        for number, now in enumerate(passes.stages):
+        left, rows = 0, None
+        for number in count():
             key = (passes, number, rows)
             if self.graphs.get(key) is None and not all(part.same() for part in parts):  # what is to come runs Python
                 return None
             out = self._play(key, partial(passes.stage, number, rows))
-            if not all(part.same() for part in islice(parts, None if now.last is None else share)):
+            now, mailbox = passes.stages[number], passes.mailboxes[number]
+            share = None if now.last is None else 1 + len(self.seen.parts) // len(passes.stages)
+            if not all(part.same() for part in islice(parts, share)):
                 return None
             if now.last is None:
                 break
-            counts[now.last] = passes.mailboxes[number].receive()
-            left = (left or passes.B * passes.N) - removed(passes.blocks[now.last], counts[now.last])
+            counts.take(now, mailbox)
+            merged = (removed(passes.blocks[index], counts.known[index]) for index in now.counted)
+            left = (left or passes.B * passes.N) - sum(merged)
             rows = self._bucket(left, passes.B * passes.N)
+        if now.counted:
+            counts.late = now, mailbox
         return out.clone(), Facts(passes.kind, passes.blocks, passes.N, counts)
 
     def _passes(self, images: Tensor, leading: int | None, dense: bool, head: bool) -> Passes:
         autocast = ops.autocast_dtype(images.device.type)
         kind = Kind(tuple(images.shape), images.dtype, images.device, autocast, leading, dense, head)
         if kind not in self.passes:
-            self.passes[kind] = Passes(self.model, kind, self.replays)
+            read = self.read_gflop / (FLOAT32 if (autocast or images.dtype) == torch.float32 else 1)
+            self.passes[kind] = Passes(self.model, kind, self.replays, read)
         self.passes.move_to_end(kind)
         if len(self.passes) > KINDS:
             self.replays.wait()  # they may still work in its buffers
@@ -329,7 +379,8 @@ def recorded(facts: Facts) -> Record:
     """What a pass did, by the counts of its blocks."""
     kind, blocks, now, _ = facts
     B, leading = kind.shape[0], None if kind.dense else kind.leading
-    counts = [None if index not in facts.counts else torch.tensor(facts.counts[index]) for index in range(len(blocks))]
+    known = facts.counts.settle()
+    counts = [torch.tensor(known[index]) if index in known else None for index in range(len(blocks))]
     tokens, rows, matched = [], [], []
     for index, (block, found) in enumerate(zip(blocks, counts, strict=True)):
         last = index == len(blocks) - 1

@@ -24,8 +24,8 @@ class Replays:
     def capture(self, run: Callable[[], Any]) -> Callable[[], Any]:
         return run
 
-    def mailbox(self, B: int) -> "Mailbox":
-        return Mailbox(B)
+    def mailbox(self, length: int) -> "Mailbox":
+        return Mailbox(length)
 
     def reset(self) -> None:
         """Nothing that was captured is left."""
@@ -81,8 +81,8 @@ class CUDAGraphs(Replays):
         self.alive.add(replay)
         return replay
 
-    def mailbox(self, B: int) -> "Mailbox":
-        return PinnedMailbox(B, self.side)
+    def mailbox(self, length: int) -> "Mailbox":
+        return PinnedMailbox(length, self.side)
 
     def wait(self) -> None:
         with _capturing:  # no other engine may capture meanwhile
@@ -97,10 +97,10 @@ def replays_on(device: torch.device) -> Replays:
 
 
 class Mailbox:
-    """Counts [B] on their way to the host, where they lie in ``counts``; ``seen``: the same memory for Python."""
+    """Counts [length] on their way to the host, where they lie in ``counts``; ``seen``: the same memory for Python."""
 
-    def __init__(self, B: int) -> None:
-        self._lie_in(torch.full((B,), UNREAD))
+    def __init__(self, length: int) -> None:
+        self._lie_in(torch.full((length,), UNREAD))
 
     def _lie_in(self, counts: Tensor) -> None:
         self.counts, self.seen = counts, counts.numpy()
@@ -125,8 +125,8 @@ class Mailbox:
 class PinnedMailbox(Mailbox):
     """From a GPU, on a stream ``side`` by side with what goes on; ``copied``: the event that the graph records."""
 
-    def __init__(self, B: int, side: torch.cuda.Stream) -> None:
-        self._lie_in(torch.full((B,), UNREAD).pin_memory())
+    def __init__(self, length: int, side: torch.cuda.Stream) -> None:
+        self._lie_in(torch.full((length,), UNREAD).pin_memory())
         self.copied, self.side = torch.cuda.Event(external=True), side
         self.sent: Tensor | None = None
 
@@ -146,6 +146,7 @@ class PinnedMailbox(Mailbox):
         self.copied.synchronize()
         counts = self.seen.tolist()
         if UNREAD in counts:  # the event was not recorded yet: slower, but never wrong
-            torch.cuda.current_stream().synchronize()
+            with _capturing:  # on whatever stream the pass ran
+                torch.cuda.synchronize(self.side.device)
             counts = self.seen.tolist()
         return self._taken(counts)

@@ -1,11 +1,13 @@
 """A stage: the stretch of a pass from one merge to the next, as a plain function from rows to rows.
 
 It computes what the blocks compute, but for the fusion of every residual sum with the norm after it. Which tokens merge
-hangs on the images, so a stage ends where a block has assigned its tokens and attended, and the next one begins with
-the merge, once the host has read how many rows are left. Rows beyond the last image hold garbage that nothing reads.
+depends on the images, so a stage ends where a block has assigned its tokens and attended, and the next one begins with
+the merge, once the host has read how many rows are left. Blocks may also merge within a stage, which then keeps as many
+rows as it began with. Rows beyond the last image hold garbage that nothing reads.
 """
 
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import NamedTuple
 
 import torch
@@ -17,6 +19,8 @@ from torch import Tensor, nn
 from atm_triton import ops
 from atm_triton.block import ATMBlock, is_plain, rows, scale_of
 from atm_triton.packed import Assignment, Images, Packed
+
+LEFT = 0.85  # of its tokens, what a block is taken to leave
 
 
 class Pending(NamedTuple):
@@ -35,17 +39,30 @@ class Pending(NamedTuple):
 
 class Stage(NamedTuple):
     """``first``: the block whose merge begins it, None: it begins with the tokens of the stem; ``last``: the block
-    whose attention ends it, None: the pass ends."""
+    whose attention ends it, None: the pass ends; ``counted``: its blocks whose own counts say how many tokens merge."""
 
     first: int | None
     last: int | None
+    counted: tuple[int, ...]
 
 
-def stages(blocks: Sequence[ATMBlock], leading: int | None) -> list[Stage]:
-    """The stages of a pass: one for all blocks where r is given, else one more than there are blocks with a theta."""
+def stages(blocks: Sequence[ATMBlock], leading: int | None, rows: int, read: float) -> list[Stage]:
+    """The stages of a pass over so many ``rows``: one for all blocks where r is given. Else a stage ends wherever the
+    host reads counts. It does so where all takes the least time, if a read takes as long as ``read`` GFLOP of matrix
+    products and every block with a theta leaves ``LEFT`` of its tokens."""
     may = blocks if leading is None else blocks[:-1]
-    ends = [index for index, block in enumerate(may) if block.theta is not None]
-    return [Stage(first, last) for first, last in zip([None, *ends], [*ends, None], strict=True)]
+    counted = [index for index, block in enumerate(may) if block.theta is not None]
+    gflop = [2e-9 * rows * sum(parameter.numel() for parameter in block.parameters()) for block in blocks]
+    plans: list[tuple[float, tuple[Stage, ...]]] = [(0.0, ())]  # the best up to the start, and up to each read
+    for last in (*counted, None):
+        ways = []
+        for merges, (cost, before) in enumerate(plans):
+            first = before[-1].last if before else None
+            start, end = 0 if first is None else first + 1, len(blocks) if last is None else last + 1
+            stage = Stage(first, last, tuple(index for index in counted if start <= index < end))
+            ways.append((cost + read + LEFT**merges * sum(gflop[start:end]), (*before, stage)))
+        plans.append(min(ways, key=itemgetter(0)))
+    return list(plans[-1][1])
 
 
 def enter(model: VisionTransformer, images: Tensor, out: Tensor | None = None) -> Tensor:
@@ -109,7 +126,7 @@ def run(
         trace: int32 [B N], the rows that the tokens of the first block are in; None: nobody asks.
         may: how many blocks may merge: all, or all but the last.
         leading: how many tokens the last block serves alone, None: all.
-        counted: told the counts [B] of the block that ends the stage, as soon as they are there.
+        counted: told the counts [B] of each block whose own counts say how many tokens merge, once they are there.
         out: where what is to merge is to be written, if it can be helped.
 
     Returns:

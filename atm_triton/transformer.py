@@ -50,7 +50,8 @@ class ATMBlocks(nn.Sequential):
         done = self._last
         if not isinstance(done, Facts):
             return done
-        record = recorded(done)
+        with self.engine.lock:  # another thread's pass reads the same mailbox
+            record = recorded(done)
         if self._last is done:  # no other thread has run since
             self._last = record
         return record

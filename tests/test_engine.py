@@ -6,6 +6,8 @@ import re
 import threading
 import warnings
 from functools import partial
+from itertools import combinations
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +15,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from atm_triton import ATMConfig, apply_patch, ops, remove_patch, summary
+from atm_triton.engine import FLOAT32, recorded
 from atm_triton.graphs import Replays
+from atm_triton.stage import LEFT, stages
 from models import distilled, images_for, vit
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -61,9 +65,9 @@ class Counting(Replays):
 
 
 def patched(model, engine=True, **config):
-    """A patched model whose buckets have few rows."""
+    """A patched model whose engine reads after every merge, for buckets of few rows."""
     model = apply_patch(model.to(DEVICE), ATMConfig(backend="triton", engine=engine, **config))
-    model.engine.step = 4
+    model.engine.step, model.engine.read_gflop = 4, 0
     return model
 
 
@@ -163,6 +167,73 @@ def test_a_given_schedule_is_one_stage():
     for _ in range(3):
         ours(x)
     assert (counting.eager, counting.captured, counting.replayed) == (1, 1, 2)
+
+
+@pytest.mark.parametrize("reads", [4, 1, 0], ids=["each", "some", "none"])
+@pytest.mark.parametrize("adapt", ["batch", "image"])
+@pytest.mark.parametrize("make", [tiny, KINDS["registers"], KINDS["no_class_token"]])
+@torch.inference_mode()
+def test_blocks_merge_within_a_stage_where_a_read_does_not_pay(make, adapt, reads):
+    """What the last stage merged is read when somebody asks for it, or by the next pass."""
+    model, config = make(depth=5), CONFIGS[adapt]
+    batches = [batch(model, seed=seed) for seed in range(3)]
+    expected = [by_blocks(model, x, **config) for x in batches]
+    ours = patched(model, **config)
+    rows = len(batches[0]) * (9 + ours.num_prefix_tokens)
+    gflop = 2e-9 * rows * sum(parameter.numel() for parameter in ours.blocks[0].parameters())
+    ours.engine.read_gflop = FLOAT32 * {4: 0, 1: 0.3 * gflop, 0: 9 * gflop}[reads]
+    counting, facts = counted(ours), []
+    for x, (y, _) in zip(batches, expected, strict=True):
+        torch.testing.assert_close(ours(x), y, rtol=0, atol=1e-5)
+        facts.append(ours.blocks._last)
+    (passes,) = ours.engine.passes.values()
+    assert len(passes.stages) - 1 == reads
+    assert (counting.eager + counting.captured > 2) == (reads > 0)
+    for x, each, (y, record) in zip(batches, facts, expected, strict=True):
+        assert list(map(str, recorded(each).counts)) == list(map(str, record.counts))
+        assert_same(ours, x, y, record)
+    features = ours.forward_features(batches[0])
+    of_blocks = patched(model, engine=False, **config).forward_features(batches[0])
+    torch.testing.assert_close(features, of_blocks, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("theta", [(0.5,) * 6, (None, 0.5, 0.5, None, 0.5, 0.5), (None,) * 6])
+@pytest.mark.parametrize("leading", [1, None])
+def test_the_host_reads_where_all_takes_the_least(theta, leading):
+    blocks = [SimpleNamespace(theta=each, parameters=lambda: [torch.empty(10**6)]) for each in theta]
+    may = [index for index, each in enumerate(theta[: 5 if leading else 6]) if each is not None]
+
+    def cost(ends, read):
+        left, total, now = 1.0, read, 1.0
+        for index in range(6):
+            total += 2 * now  # GFLOP, of 1000 rows
+            left *= LEFT if index in may else 1
+            if index in ends:
+                total, now = total + read, left
+        return total
+
+    ways = [ends for number in range(len(may) + 1) for ends in combinations(may, number)]
+    seen = set()
+    for read in (0.0, 0.1, 0.3, 0.6, 1.0, 1e9):
+        found = stages(blocks, leading, 1000, read)
+        ends = tuple(stage.last for stage in found[:-1])
+        assert cost(ends, read) <= min(cost(way, read) for way in ways) + 1e-9
+        assert [stage.first for stage in found] == [None, *ends] and found[-1].last is None
+        assert [index for stage in found for index in stage.counted] == may
+        seen.add(len(ends))
+    assert len(seen) > 2 or not may
+    assert ends == () and len(stages(blocks, leading, 1000, 0.0)) >= len(may)
+
+
+@torch.inference_mode()
+def test_float32_takes_longer_so_that_a_read_pays_earlier():
+    ours = patched(tiny(), **CONFIGS["image"])
+    ours.engine.read_gflop = 8.0
+    x = batch(ours)
+    ours(x)
+    with torch.autocast(DEVICE, torch.float16):
+        ours(x)
+    assert [passes.read for passes in ours.engine.passes.values()] == [8.0 / FLOAT32, 8.0]
 
 
 @torch.inference_mode()
