@@ -11,7 +11,7 @@ from operator import itemgetter
 from typing import NamedTuple
 
 import torch
-from timm.layers import PatchEmbed
+from timm.layers import Mlp, PatchEmbed
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -139,7 +139,7 @@ def run(
         if before is None:
             x, y = tokens.x, block.norm1(tokens.x)
         else:
-            x, y = residual(tokens.x, before.mlp(y), before.ls2, block.norm1, into and into.x)
+            x, y = residual(tokens.x, feed_forward(before.mlp, y), before.ls2, block.norm1, into and into.x)
         tokens = tokens.with_x(x)
         if leading is not None and index == len(blocks) - 1:
             return block.step_leading(tokens, leading, y).tokens, trace
@@ -156,7 +156,7 @@ def run(
         else:
             tokens, y = block.merge(tokens, attended, assignment)
         before = block
-    return tokens.with_x(tokens.x + rows(before.ls2(before.mlp(y)))), trace
+    return tokens.with_x(tokens.x + rows(before.ls2(feed_forward(before.mlp, y)))), trace
 
 
 def attend(
@@ -195,6 +195,16 @@ def residual(
         return ops.add_norm(x, update, scale_of(scale, x), norm, out)
     x = x + scale(update)
     return x, norm(x)
+
+
+def feed_forward(mlp: nn.Module, y: Tensor) -> Tensor:
+    """The MLP of normalised tokens; where it is timm's own, its first layer and GELU may be one kernel."""
+    modules = (mlp, *(getattr(mlp, name, None) for name in ("fc1", "act", "norm")))
+    drops = (getattr(mlp, name, None) for name in ("drop1", "drop2"))
+    own = tuple(map(type, modules)) == (Mlp, nn.Linear, nn.GELU, nn.Identity) and mlp.act.approximate == "none"
+    if not own or any(type(drop) not in (nn.Dropout, nn.Identity) for drop in drops):
+        return mlp(y)
+    return mlp.fc2(ops.linear_gelu(rows(y), mlp.fc1.weight, mlp.fc1.bias))
 
 
 def project(attn: nn.Module, mixed: Tensor, out: Tensor | None) -> Tensor:

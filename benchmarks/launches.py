@@ -10,8 +10,9 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from atm_triton.kernels import assign, attention, match, merge, stem, unmerge
+from atm_triton.kernels import assign, attention, linear_gelu, match, merge, stem, unmerge
 
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 GROUPINGS = ("alternate", "by size", "halves")  # halves: by size, where no size is known
@@ -47,6 +48,7 @@ STEMS = tuple(  # patch, images' sides, dtype of the convolution, that of images
     for dtypes in ((torch.float32,) * 2, (torch.float16,) * 2, (torch.float16, torch.float32))
     for rest in ((2, True), (0, False))
 )
+LAYERS = ((1, 16, 8), (130, 72, 264), (300, 64, 512))  # rows, channels in and out
 LONG = {  # of kernels/assign.py, for images of a few tokens to be long ones
     "ONE_PROGRAM": 16,
     "JOINED": 16,
@@ -71,6 +73,8 @@ def cases_of_tests() -> Iterator[Case]:
     for C, dtype in itertools.product(CHANNELS, DTYPES):
         yield from merge_cases(C, dtype)
     yield from (stem_case(40, *shape) for shape in STEMS)
+    for (M, K, N), biased in itertools.product(LAYERS, (True, False)):
+        yield linear_gelu_case(K, N, torch.float16, biased, M)
     for (x, attended), affine in itertools.product(itertools.product(DTYPES, repeat=2), (True, False)):
         yield from norm_cases(48, x, attended, affine)
 
@@ -152,6 +156,12 @@ def stem_case(
     return f"stem C={C} {named} {'prefix, bias' if biased else 'neither'}", launch
 
 
+def linear_gelu_case(K: int, N: int, dtype: torch.dtype, biased: bool = True, M: int = 50000) -> Case:
+    bias = tensor(N, dtype=dtype) if biased else None
+    launch = partial(linear_gelu.linear_gelu, tensor(M, K, dtype=dtype), tensor(N, K, dtype=dtype), bias)
+    return f"linear_gelu {K} to {N} {TYPES[dtype]}{'' if biased else ' no bias'}", launch
+
+
 def _named(dtype: torch.dtype, apart: bool) -> str:
     return TYPES[dtype] + (" heads apart" if apart else "")
 
@@ -187,6 +197,7 @@ def code(launch: Launch) -> tuple[Any, ...]:
         "scale",
         "images",
         "rows",
+        "M",
         "B",
         "h",
         "w",
@@ -194,5 +205,8 @@ def code(launch: Launch) -> tuple[Any, ...]:
         *(name for name in arguments if "stride" in name),
     }
     tensors = {name: value.dtype for name, value in arguments.items() if isinstance(value, Tensor)}
+    for name, value in arguments.items():
+        if isinstance(value, TensorDescriptor):
+            tensors[name] = (value.base.dtype, value.block_shape)
     others = {name: value for name, value in arguments.items() if name not in of_run}
     return kernel.__name__, *sorted((name, str(value)) for name, value in (others | tensors | options).items())

@@ -47,6 +47,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 from atm_triton.command import Parser, exit_code
 from atm_triton.env import check_file, write_result
 from atm_triton.kernels import attention
+from atm_triton.kernels.linear_gelu import linear_gelu_kernel
 from benchmarks.launches import (
     GROUPINGS,
     Case,
@@ -55,6 +56,7 @@ from benchmarks.launches import (
     attention_case,
     captured,
     cases_of_tests,
+    linear_gelu_case,
     match_case,
     merge_cases,
     norm_cases,
@@ -101,6 +103,8 @@ CHIPS = {
 }
 
 
+MOVES_TENSORS = ("sm_90", "sm_100")  # have tensor memory accelerators
+
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 AUTOCAST = ((torch.float32, torch.bfloat16), (torch.float32, torch.float16))  # of x and of what attention adds
 DIMENSIONS = (32, 48, 60, 64, 72, 80, 96, 128)
@@ -127,6 +131,8 @@ def cases(full: bool = False) -> Iterator[Case]:
     for C, side in itertools.product((384, 768), (16, 14)):
         of_images = {torch.bfloat16: torch.bfloat16, torch.float16: torch.float32, torch.float32: torch.float32}
         yield from (stem_case(C, (side,) * 2, (14 * side,) * 2, *pair) for pair in of_images.items())
+    for C, ratio, dtype in itertools.product((192, 384, 768, 1024, 1280), (3, 4), (torch.bfloat16, torch.float16)):
+        yield linear_gelu_case(C, ratio * C, dtype)
     yield from ((f"test: {name}", launch) for name, launch in cases_of_tests())
 
 
@@ -174,6 +180,8 @@ def jobs(full: bool = False, once: bool = False) -> list[tuple[str, str, int]]:
     for name, launch in cases(full):
         for chip in CHIPS:
             for index, (kernel, arguments, options) in enumerate(captured_for(chip, launch)):
+                if kernel is linear_gelu_kernel and chip not in MOVES_TENSORS:
+                    continue
                 key: tuple = (configuration(arguments, options, TILES),)
                 if not once:
                     key += (str(specialised(kernel, arguments, options, CHIPS[chip].target)[1]),)

@@ -21,11 +21,11 @@ BUSY = 2  # tiles a multiprocessor: with fewer, torch's two kernels are faster
 
 @triton.jit
 def _gelu(x):
-    """x Phi(x) of float32 as max(x, 0) - |x| Q(|x|), Q(a) = erfc(a / sqrt 2) / 2: log2 Q by a polynomial, fitted to
-    float64's for a of at most 6. It is within 2e-6, and within 2e-5 of its own value above -4, where the exact erf takes
+    """x Phi(x) of float32 as max(x, 0) - |x| Q(|x|), Q(a) = erfc(a / sqrt 2) / 2, whose log2 is a polynomial, fitted to
+    float64's up to a = 6. The result is within 2e-6, and above x = -4 within 2e-5 of its own value. The exact erf takes
     three times as many instructions."""
     above = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    a = tl.minimum(tl.abs(x), 10.0)  # Q is 2^-97 there
+    a = tl.minimum(tl.abs(x), 10.0)  # where Q is 2^-75
     p = -6.9824454e-04 + a * 2.8495014e-05
     p = 7.70417554e-03 + a * p
     p = -5.253243e-02 + a * p
@@ -88,11 +88,12 @@ def pays(M: int, N: int, K: int, dtype: torch.dtype, device: torch.device) -> bo
 
 @cache
 def multiprocessors(device: torch.device) -> int:
-    """Those of a device that has tensor memory accelerators; 0: it has none. By the interpreter there is one."""
+    """Those of a device that has tensor memory accelerators and 224 KiB of shared memory for a program (Hopper, and
+    Blackwell of data centres); 0: it has not. By the interpreter there is one."""
     if device.type != "cuda":
         return int(triton.knobs.runtime.interpret)
     found = torch.cuda.get_device_properties(device)
-    return found.multi_processor_count if found.major >= 9 and not torch.version.hip else 0
+    return found.multi_processor_count if found.major in (9, 10) and not torch.version.hip else 0
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

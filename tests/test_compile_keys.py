@@ -49,7 +49,7 @@ def bounds(lengths):
 
 def launches(model):
     """A name and a call of every launcher for a batch of its own."""
-    from atm_triton.kernels import assign, attention, match, merge, stem, unmerge
+    from atm_triton.kernels import assign, attention, linear_gelu, match, merge, stem, unmerge
 
     H, d, C, P, longest, by_size, dtype = model
     lengths = some_lengths(longest)
@@ -64,6 +64,8 @@ def launches(model):
     norm = (vector, vector, 1e-6)
     patches, position = a_slice(B, 3, 32, 48, dtype=dtype), a_slice(7, C, dtype=dtype)
     yield "stem", stem.stem, (patches, a_slice(C, 3, 16, 16, dtype=dtype), None, position)
+    hidden, half = a_slice(T, C, dtype=torch.float16), a_slice(4 * C, C, dtype=torch.float16)
+    yield "linear_gelu", linear_gelu.linear_gelu, (hidden, half, None)
     yield "match", match.match, (k, sizes, images, P, by_size, 0.9, longest)
     yield "assign", assign.assign, (*pair, r, images, P, longest, slots)
     yield "merge", merge.merge, (x, sizes, *lists)

@@ -327,6 +327,45 @@ def test_patches_are_rows_of_a_matrix_where_they_do_not_overlap(make, side, laun
     assert len(seen) == launches
 
 
+def with_mlp(**changes):
+    """Wide enough for two tiles of the kernel."""
+    model = tiny(mlp_ratio=16)
+    for block in model.blocks:
+        for name, module in changes.items():
+            setattr(block.mlp, name, module.eval())
+    return model
+
+
+MLPS = {  # and in how many blocks its first layer and GELU are one kernel; the last block serves its class token alone
+    "plain": (with_mlp, 2),
+    "no bias": (lambda: with_mlp(fc1=nn.Linear(32, 512, bias=False)), 2),
+    "tanh": (lambda: with_mlp(act=nn.GELU(approximate="tanh")), 0),
+    "another activation": (lambda: with_mlp(act=nn.ReLU()), 0),
+    "a norm": (lambda: with_mlp(norm=nn.LayerNorm(512)), 0),
+    "a dropout of its own": (lambda: with_mlp(drop1=Doubled()), 0),
+    "an adapter": (lambda: with_mlp(fc1=Adapter(nn.Linear(32, 512))), 0),
+    "few rows": (tiny, 0),
+}
+
+
+@pytest.mark.parametrize(("make", "launches"), MLPS.values(), ids=MLPS)
+@torch.inference_mode()
+def test_the_first_layer_of_an_mlp_and_its_gelu_are_one_kernel_in_16_bits(make, launches, monkeypatch):
+    model = make()
+    x = batch(model, 8)
+    seen, kernels = [], ops._kernels()
+    run = kernels.linear_gelu
+    monkeypatch.setattr(kernels, "linear_gelu", lambda *args: seen.append(1) or run(*args))
+    with torch.autocast(DEVICE, torch.float16):
+        expected, _ = by_blocks(model, x, **CONFIGS["static"])
+        assert not seen
+        out = patched(model, **CONFIGS["static"])(x)
+    torch.testing.assert_close(out, expected, rtol=2e-3, atol=2e-3)
+    assert len(seen) == (launches if DEVICE == "cpu" else 0)  # too few rows for a GPU
+    patched(model, **CONFIGS["static"])(x)
+    assert len(seen) == (launches if DEVICE == "cpu" else 0)  # not in float32
+
+
 @pytest.mark.parametrize("channels", [1, 4])
 @torch.inference_mode()
 def test_images_of_other_channels_are_refused_as_ever(channels):

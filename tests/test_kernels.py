@@ -18,12 +18,13 @@ from atm_triton.kernels import assign as assign_kernels
 from atm_triton.kernels import match as match_kernels
 from atm_triton.kernels.assign import assign
 from atm_triton.kernels.attention import attention
+from atm_triton.kernels.linear_gelu import linear_gelu
 from atm_triton.kernels.match import match
 from atm_triton.kernels.merge import add_norm, merge
 from atm_triton.kernels.stem import stem
 from atm_triton.kernels.unmerge import unmerge
 from atm_triton.packed import Images
-from benchmarks.launches import CHANNELS, DTYPES, LONG, SHAPES, STEMS, by_name, captured, cases_of_tests, code
+from benchmarks.launches import CHANNELS, DTYPES, LAYERS, LONG, SHAPES, STEMS, by_name, captured, cases_of_tests, code
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 COSINE = 2e-6  # the similarities are float32's
@@ -394,6 +395,18 @@ def test_stem(patch, sides, dtype, wide, prefix, biased):
     torch.testing.assert_close(
         out[:, prefix:].double(), embedded + position[prefix:].double(), rtol=within, atol=within
     )
+
+
+@pytest.mark.parametrize(("M", "K", "N"), LAYERS)
+@pytest.mark.parametrize("biased", [True, False])
+def test_linear_gelu(M, K, N, biased):
+    """Rounded once. By the interpreter one program takes all tiles."""
+    x = torch.randn(M, K, device=DEVICE).half()
+    weight = (2 * torch.randn(N, K, device=DEVICE) / K**0.5).half()
+    bias = torch.randn(N, device=DEVICE).half() if biased else None
+    exact = [None if each is None else each.double() for each in (x, weight, bias)]
+    want = F.gelu(F.linear(*exact))
+    torch.testing.assert_close(linear_gelu(x, weight, bias).double(), want, rtol=5e-4, atol=1e-5)
 
 
 @dtypes

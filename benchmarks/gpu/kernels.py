@@ -82,6 +82,7 @@ def calls(
     found, r = ops.match(k, sizes, images, 1, False, 0.5, "triton"), torch.full((B,), N - M, device=device)
     assignment = ops.assign(found, r, images, 1, left, True, "triton")
     slots, merged = assignment.slots, x[:left]
+    layer = nn.Linear(C, 4 * C, device=device, dtype=dtype)
 
     def reference_match() -> Any:
         similarity, partner = reference.match(k, sizes, 1, False, images)
@@ -125,6 +126,11 @@ def calls(
             lambda: ops.add_norm(x, attended, None, norm),
             lambda: (x + attended, norm(x + attended)),
             traffic.add_norm_bytes(B, N, C, e),
+        ),
+        "linear_gelu": (
+            lambda: ops.linear_gelu(x, layer.weight, layer.bias),
+            lambda: F.gelu(layer(x)),
+            traffic.linear_gelu_bytes(T, C, 4 * C, e),
         ),
         "attention": (
             lambda: ops.attention(q, k, v, sizes, images, backend="triton", log2_sizes=log2_sizes),

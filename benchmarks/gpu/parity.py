@@ -31,6 +31,7 @@ HALF, BF16, FLOAT = torch.float16, torch.bfloat16, torch.float32
 ROUNDING = {FLOAT: 0.0, HALF: 1.01 * 2**-11, BF16: 1.01 * 2**-8}  # one rounding to the dtype, relative
 ARITHMETIC = 2e-6  # float32 arithmetic, relative to the sum of the magnitudes that are added
 SMALLEST = {FLOAT: 1e-7, HALF: 1e-5, BF16: 1e-7}  # absolute; float16 has no exponents for the smallest probabilities
+GELU = 2e-6  # absolute: how far the kernel's is from the exact one
 BEST, OWN = 1e-6, 2e-6  # a similarity from the largest cosine; the partner's own cosine from it
 
 TESTS = tuple(f"tests/test_{name}.py" for name in ("engine", "kernels", "triton", "packed", "image", "reference"))
@@ -109,6 +110,7 @@ def run(setting: Setting, section: dict[str, Any], _: dict[str, Any]) -> None:
         for case in setting.pick(CASES, TINY):
             rows.append({"case": str(case), "of_tolerance": check_case(case, setting.device)})
         rows.append({"case": "stem", "of_tolerance": {"stem": check_stem(setting)}})
+        rows.append({"case": "linear_gelu", "of_tolerance": {"linear_gelu": check_linear_gelu(setting)}})
         rows.append({"case": "large", "of_tolerance": {"merge": check_large(setting)}})
         section["tests"] = end_tests(tests) if tests else []
     finally:
@@ -270,6 +272,22 @@ def check_stem(setting: Setting) -> float:
         want = embedded + position[1:].double()
         allowed = limit(want, magnitude, dtype) + ROUNDING[dtype] * embedded.abs()  # a convolution rounds too
         shares.append(within(out[:, 1:], want, allowed, "tokens"))
+    return max(shares)
+
+
+def check_linear_gelu(setting: Setting) -> float:
+    """Of the largest share of the tolerance, with as many rows as a batch of 256 has and with an odd number."""
+    shares = []
+    for M, K, N in setting.pick(((50432, 384, 1536), (33001, 768, 3072)), ((300, 64, 512),)):
+        for dtype in setting.pick((BF16, HALF), (HALF,)):
+            tensors = torch.randn(M, K), 2 * torch.randn(N, K) / K**0.5, torch.randn(N)
+            x, weight, bias = (tensor.to(setting.device, dtype) for tensor in tensors)
+            with naming(f"linear_gelu {M} rows, {K} to {N}, {short(dtype)}"), poisoned():
+                out = ops.linear_gelu(x, weight, bias)
+            x, weight, bias = x.double(), weight.double(), bias.double()
+            want = F.gelu(F.linear(x, weight, bias))
+            magnitude = F.linear(x.abs(), weight.abs(), bias.abs())
+            shares.append(within(out, want, limit(want, magnitude, dtype) + GELU, "hidden layer"))
     return max(shares)
 
 

@@ -38,3 +38,8 @@ def add_norm_bytes(B: int, N: int, C: int, e: int) -> int:
 def attention_bytes(B: int, N: int, C: int, e: int) -> int:
     """q, k, v and log2 of the sizes; what comes out."""
     return 4 * B * N * C * e + B * N * 4
+
+
+def linear_gelu_bytes(T: int, K: int, N: int, e: int) -> int:
+    """Rows, weight and bias; the hidden layer."""
+    return (T * (K + N) + N * (K + 1)) * e
