@@ -60,6 +60,10 @@ class ATMBlocks(nn.Sequential):
     def last(self, done: Record | Facts | None) -> None:
         self._last = done
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy gets the record: counts on their way to the host are in memory that cannot be copied."""
+        return {**self.__dict__, "_last": self.last}
+
     def run(
         self,
         x: Tensor,

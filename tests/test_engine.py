@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from atm_triton import ATMConfig, apply_patch, ops, remove_patch, summary
 from atm_triton.engine import FLOAT32, recorded
 from atm_triton.graphs import Replays
+from atm_triton.record import Record
 from atm_triton.stage import LEFT, stages
 from models import distilled, images_for, vit
 
@@ -447,14 +448,18 @@ def test_cast_unpatched_and_patched_anew_while_warm():
     torch.testing.assert_close(unmerged(x), plain, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("adapt", ["static", "image"])
 @torch.inference_mode()
-def test_a_copy_has_an_engine_and_weights_of_its_own():
-    ours = patched(tiny(), **CONFIGS["static"])
+def test_a_copy_has_an_engine_and_weights_of_its_own(adapt):
+    ours = patched(tiny(), **CONFIGS[adapt])
+    ours.engine.read_gflop = 1e9  # the counts are still on their way
     x = batch(ours)
     for _ in range(3):
         expected = ours(x)
     for other in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
         assert other.engine.model is other and not other.engine.graphs
+        assert isinstance(other.blocks._last, Record) and str(other.blocks.last) == str(ours.blocks.last)
+        ours(x)
         for parameter in other.parameters():
             parameter.mul_(0.5)
         assert not torch.equal(other(x), expected)
