@@ -144,17 +144,26 @@ class ATMBlock(Block):
         return Step(Packed.of(x, size))
 
     def _attend_leading(self, y: Tensor, tokens: Packed, n: int) -> Tensor:
-        A, qkv = self.attn.attn_dim, self.attn.qkv
-        bias_q, bias_kv = (None, None) if qkv.bias is None else (qkv.bias[:A], qkv.bias[A:])
-        asking = tokens.images.first(rows(y), n)
-        (q,) = self.heads(F.linear(asking, qkv.weight[:A], bias_q))
-        k, v = self.heads(F.linear(y, qkv.weight[A:], bias_kv))
+        """One query for each leading token; keys and values of all. A qkv that is more than its matrix (an adapter, a
+        quantised or pruned layer, one with hooks) is called as it is, and its other queries are left out."""
+        A, qkv, images = self.attn.num_heads * self.attn.head_dim, self.attn.qkv, tokens.images
+        asking = images.first(rows(y), n)
+        if is_own(qkv, nn.Linear) and type(qkv.weight) in (Tensor, nn.Parameter):
+            bias_q, bias_kv = (None, None) if qkv.bias is None else (qkv.bias[:A], qkv.bias[A:])
+            (q,) = self.heads(F.linear(asking, qkv.weight[:A], bias_q))
+            k, v = self.heads(F.linear(y, qkv.weight[A:], bias_kv))
+        else:
+            q, k, v = self.heads(qkv(y))
+            q = images.first(q.transpose(0, 1), n).flatten(0, 1).transpose(0, 1)
         queries = Images.of(len(asking), n, y.device)
         return self._attend(asking, self.attn.q_norm(q), self.attn.k_norm(k), v, tokens, queries)
 
     def heads(self, projected: Tensor) -> tuple[Tensor, ...]:
         """[..., n H d] to n tensors [H, T, d] that share its memory."""
-        each = projected.view(-1, projected.shape[-1] // self.attn.attn_dim, self.attn.num_heads, self.attn.head_dim)
+        attn = self.attn
+        each = projected.view(
+            -1, projected.shape[-1] // (attn.num_heads * attn.head_dim), attn.num_heads, attn.head_dim
+        )
         return each.permute(1, 2, 0, 3).unbind(0)
 
     def _drop_path(self, drop_path: nn.Module, x: Tensor, images: Images) -> Tensor:
@@ -231,6 +240,8 @@ class ATMBlock(Block):
         attn, images = self.attn, tokens.images
         n = None if self.config.proportional_attention is False else tokens.sizes
         dropout_p = attn.attn_drop.p if self.training else 0.0
+        if not attn.fused_attn and attn.scale != attn.head_dim**-0.5:  # timm's fused attention reads no scale
+            q = q * (attn.scale * attn.head_dim**0.5)
         options = (dropout_p, attn.fused_attn, self.config.backend, tokens.log2_sizes)
         mixed = ops.attention(q, k, v, n, images, queries, *options).transpose(0, 1).flatten(1)
         x = attn.norm((images if queries is None else queries).shaped(mixed))
@@ -239,9 +250,22 @@ class ATMBlock(Block):
 
 def is_plain(scale: nn.Module, norm: nn.Module) -> bool:
     """Whether the residual sum through ``scale`` and its ``norm`` are what one kernel computes."""
-    scales = type(scale) in (nn.Identity, LayerScale) or hasattr(scale, "gamma_like")
-    own = any(m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__ for m in (scale, norm))
-    return type(norm) in (nn.LayerNorm, LayerNorm) and scales and not own
+    scales = is_own(scale, nn.Identity, LayerScale) or (hasattr(scale, "gamma_like") and not is_changed(scale))
+    return scales and is_own(norm, nn.LayerNorm, LayerNorm)
+
+
+def is_own(module: nn.Module, *classes: type) -> bool:
+    """Whether a module is of one of these very classes and does what they do."""
+    return type(module) in classes and not is_changed(module)
+
+
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+def is_changed(module: nn.Module) -> bool:
+    """Whether a call of this module does more than its class: by hooks, or a forward of its own."""
+    own = module.__dict__
+    return "forward" in own or any(own.get(hooks) for hooks in _HOOKS)
 
 
 def scale_of(scale: nn.Module, x: Tensor) -> Tensor | None:

@@ -7,11 +7,14 @@ from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
-from atm_triton.block import ATMBlock
+from atm_triton.block import ATMBlock, is_changed
 from atm_triton.config import ATMConfig
 from atm_triton.engine import Engine
 from atm_triton.transformer import ATMBlocks, MergingTransformer, merging_class
 
+CHANGED = (
+    "hooks or a forward of its own, which would no longer run: remove them, or put them on the norms, attn.proj or mlp"
+)
 _NO_GAP = "it has no point between attention and MLP where tokens could merge"
 _REASONS = {
     "ResPostBlock": "it normalises after attention and MLP, on a path that is not supported",
@@ -70,12 +73,20 @@ def remove_patch(model: VisionTransformer) -> VisionTransformer:
         raise ValueError(f"{type(model).__name__} is not patched; remove_patch undoes apply_patch")
     model.engine.drop()
     (original,) = model.blocks.original
+    _carry_back(model.blocks, original)
     for block, merging in zip(original, model.blocks, strict=True):
         block.training = merging.training
     original.training = model.blocks.training
     model.blocks = original
     model.__class__ = type(model).__bases__[1]
     return model
+
+
+def _carry_back(blocks: ATMBlocks, original: nn.Sequential) -> None:
+    """What was put in the place of a block's parts while it was patched."""
+    for block, merging in zip(original, blocks, strict=True):
+        for name, child in merging.named_children():
+            setattr(block, name, child)
 
 
 def install(model: VisionTransformer, make: Callable[[Block, int], nn.Module], config: ATMConfig) -> VisionTransformer:
@@ -100,7 +111,13 @@ def check_model(model: nn.Module) -> nn.Sequential:
     for method in ("forward", "forward_features", "forward_intermediates"):
         if getattr(base, method) is not getattr(VisionTransformer, method):
             raise TypeError(f"{base.__name__} cannot be merged: it has a {method} of its own")
+        if method in model.__dict__:
+            raise TypeError(f"{base.__name__} cannot be merged: this one has a {method} of its own, set on the object")
     blocks = model.blocks.original[0] if patched else model.blocks
+    if patched:
+        _carry_back(model.blocks, blocks)
+    elif is_changed(blocks):
+        raise TypeError(f"{base.__name__} cannot be merged: blocks has {CHANGED}")
     for index, block in enumerate(blocks):
         reason = _obstacle(block)
         if reason is not None:
@@ -124,6 +141,9 @@ def _obstacle(block: nn.Module) -> str | None:
         return f"Block with {type(block.attn).__name__}: only Attention of timm is supported"
     if type(block.attn.qkv) is not nn.Linear:
         return f"Block whose attn.qkv is {type(block.attn.qkv).__name__}: want nn.Linear (merge adapters into it first)"
-    if any(m._forward_hooks or m._forward_pre_hooks for m in (block, block.attn, block.attn.qkv)):
-        return "Block with forward hooks that would no longer run: remove them, or hook attn.proj or mlp"
+    attn = block.attn
+    for name, module in {"": block, ".attn": attn, ".attn.qkv": attn.qkv, ".attn.attn_drop": attn.attn_drop}.items():
+        called = name != ".attn.attn_drop" or not attn.fused_attn
+        if called and is_changed(module):
+            return f"Block that has on {name.removeprefix('.') or 'itself'} {CHANGED}"
     return None

@@ -4,7 +4,8 @@ Nothing is kept between calls but what the last one did and the engine's graphs,
 """
 
 import functools
-from collections.abc import Callable, Container
+import warnings
+from collections.abc import Callable, Container, Iterator
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from atm_triton import ops
-from atm_triton.block import ATMBlock
+from atm_triton.block import ATMBlock, is_changed
 from atm_triton.config import ATMConfig
 from atm_triton.engine import Engine, Facts, recorded
 from atm_triton.packed import Images, Packed
@@ -85,6 +86,7 @@ class ATMBlocks(nn.Sequential):
             stop: the number of blocks to run, None for all.
             refusal: why the engine does not run, for the record.
         """
+        self._warn_of_what_is_not_called()
         now, trace = Packed.of(x), None
         traces, collected, tokens, rows, counts, matched = [], [], [], [], [], []
         for index, block in enumerate(list(self)[:stop]):
@@ -112,6 +114,26 @@ class ATMBlocks(nn.Sequential):
         )
         self.last = record if len(tokens) == len(self) else None
         return Run(now, traces, rows, collected)
+
+    def _warn_of_what_is_not_called(self) -> None:
+        """The blocks and their attention take sizes along, so they are run, but not called as modules."""
+        if torch.compiler.is_compiling():
+            return
+        for name, module in self._not_called():
+            if is_changed(module):
+                warnings.warn(
+                    f"{name} has hooks or a forward of its own, which a patched model does not call: use those of "
+                    f"its norms, projections or MLP, or of the model",
+                    stacklevel=2,
+                )
+
+    def _not_called(self) -> Iterator[tuple[str, nn.Module]]:
+        yield "blocks", self
+        for index, block in enumerate(self):
+            yield f"blocks.{index}", block
+            yield f"blocks.{index}.attn", block.attn
+            if not block.attn.fused_attn:  # else timm does not call it either
+                yield f"blocks.{index}.attn.attn_drop", block.attn.attn_drop
 
     def unmerge(self, tokens: Packed, trace: Tensor | None, B: int) -> Tensor:
         """All N tokens of the B images, [B, N, C], of those that are left."""
@@ -156,6 +178,8 @@ class MergingTransformer:
 
     def _output(self, images: Tensor, dense: bool, head: bool) -> Tensor:
         """By the engine, or by the blocks where it refuses: logits, or all N normalised tokens; ``dense``: from all."""
+        if torch.jit.is_tracing() and self.blocks.config.adapt != "static":
+            raise ValueError('torch.jit.trace would fix how many tokens merge: patch with adapt="static", or compile')
         mine = self.engine.model is self  # not so in a replica of DataParallel
         done = self.engine.run(images, self._leading(), dense, head) if mine else "a replica has no engine"
         if not isinstance(done, str):

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import threading
+import warnings
 from dataclasses import replace
 from functools import partial
 
@@ -12,6 +13,7 @@ import torch
 from timm.layers import Attention, GluMlp, HybridEmbed, SwiGLU, set_fused_attn
 from timm.models.vision_transformer import Block, ParallelScalingBlock, VisionTransformer
 from torch import nn
+from torch.nn.utils import prune
 
 from atm_triton import ATMBlock, ATMConfig, apply_patch, remove_patch, summary
 from models import distilled, images, images_for, small, vit
@@ -367,15 +369,165 @@ def test_what_cannot_be_merged_is_refused_by_name(make, message):
     assert type(model) is kind and list(model.state_dict()) == parameters
 
 
-def test_hooks_and_adapters_are_refused():
+def set_forward(module):
+    module.forward = lambda x, run=module.forward: 2 * run(x)
+
+
+def unfused(model):
+    for block in model.blocks:
+        block.attn.fused_attn = False
+
+
+CHANGES = {
+    "hook on an attention": (
+        lambda m: m.blocks[1].attn.register_forward_hook(print),
+        "blocks.1 is a Block that has on ",
+    ),
+    "hook on the blocks": (lambda m: m.blocks.register_forward_pre_hook(print), "blocks has hooks or a forward"),
+    "backward hook": (
+        lambda m: m.blocks[0].register_full_backward_hook(print),
+        "blocks.0 is a Block that has on itself",
+    ),
+    "hook where it would run": (
+        lambda m: (unfused(m), m.blocks[2].attn.attn_drop.register_forward_hook(print)),
+        "blocks.2 is a Block that has on attn.attn_drop hooks",
+    ),
+    "forward of an attention": (
+        lambda m: set_forward(m.blocks[0].attn),
+        "blocks.0 is a Block that has on attn hooks or a",
+    ),
+    "forward of a block": (lambda m: set_forward(m.blocks[3]), "blocks.3 is a Block that has on itself hooks or a"),
+    "a model's own": (
+        lambda m: setattr(m, "forward_features", lambda x: x),
+        "cannot be merged: this one has a forward_features of its own, set on the object",
+    ),
+    "adapter": (
+        lambda m: setattr(m.blocks[2].attn, "qkv", nn.Sequential(m.blocks[2].attn.qkv)),
+        "blocks.2 is a Block whose attn.qkv is Sequential",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), CHANGES.values(), ids=CHANGES)
+def test_what_would_no_longer_run_is_refused(change, message):
     model = vit()
-    model.blocks[1].attn.register_forward_hook(lambda *_: None)
-    with pytest.raises(TypeError, match="blocks.1 is a Block with forward hooks"):
+    change(model)
+    with pytest.raises(TypeError, match=message):
         apply_patch(model)
-    model = vit()
-    model.blocks[2].attn.qkv = nn.Sequential(model.blocks[2].attn.qkv)
-    with pytest.raises(TypeError, match="blocks.2 is a Block whose attn.qkv is Sequential"):
-        apply_patch(model)
+    assert type(model) is VisionTransformer
+
+
+@pytest.mark.parametrize("name", ["", "1", "3.attn"])
+def test_what_a_patched_model_does_not_call_is_said(name):
+    model = apply_patch(vit(), NOTHING)
+    module = model.blocks.get_submodule(name)
+    handle = module.register_forward_hook(lambda *_: None)
+    with pytest.warns(
+        UserWarning, match=f"^{'.'.join(filter(None, ('blocks', name)))} has hooks or a forward of its own"
+    ):
+        model(images())
+    handle.remove()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(images())
+
+
+class LoRA(nn.Module):
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.down = base, nn.Linear(base.in_features, 2, bias=False)
+        self.up = nn.Linear(2, base.out_features, bias=False)
+
+    def forward(self, x):
+        return self.base(x) + self.up(self.down(x))
+
+
+def with_lora(qkv):
+    torch.manual_seed(1)
+    return LoRA(qkv)
+
+
+def pruned(qkv):
+    prune.l1_unstructured(qkv, "weight", 0.5)
+    return qkv
+
+
+def normed(qkv):
+    nn.utils.weight_norm(qkv)
+    qkv.weight_g.data *= 1.5
+    return qkv
+
+
+def offloaded(qkv):
+    """As accelerate: the weight comes when the module is called."""
+    weight, run = nn.Parameter(qkv.weight.detach().clone()), qkv.forward
+    qkv.weight = nn.Parameter(weight.to("meta"))
+
+    def forward(x):
+        qkv.weight = weight
+        out = run(x)
+        qkv.weight = nn.Parameter(weight.to("meta"))
+        return out
+
+    qkv.forward = forward
+    return qkv
+
+
+def quantised(qkv):
+    return torch.ao.quantization.quantize_dynamic(nn.Sequential(qkv), {nn.Linear}, torch.qint8)[0]
+
+
+def hooked(qkv):
+    qkv.register_forward_hook(lambda module, args, out: 2 * out)
+    return qkv
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("change", [with_lora, pruned, normed, offloaded, quantised, hooked])
+@pytest.mark.parametrize("make", [vit, partial(distilled, depth=4)])
+def test_what_is_done_to_a_qkv_of_a_patched_model_holds_in_the_last_block_too(make, change):
+    def changed(model):
+        for block in model.blocks:
+            block.attn.qkv = change(block.attn.qkv)
+        return model.eval()
+
+    model = make()
+    x = images_for(model)
+    expected = changed(copy.deepcopy(model))(x)
+    ours = changed(apply_patch(model, NOTHING))
+    torch.testing.assert_close(ours(x), expected, rtol=0, atol=1e-5)
+    if change in (with_lora, pruned, hooked):
+        ours(x).sum().backward()
+        for name, parameter in ours.blocks[-1].attn.named_parameters():
+            assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+def test_the_scale_of_an_attention_is_read_where_timm_reads_it():
+    x = images()
+    for fused in (True, False):
+        model = vit()
+        for block in model.blocks:
+            block.attn.fused_attn, block.attn.scale = fused, 0.7
+        expected = model(x)
+        torch.testing.assert_close(apply_patch(model, NOTHING)(x), expected, rtol=0, atol=1e-5)
+
+
+def test_what_was_replaced_in_a_patched_block_stays_when_the_patch_goes():
+    model, x = apply_patch(vit(), NOTHING), images()
+    model.blocks[1].mlp = nn.Sequential(model.blocks[1].mlp, nn.Linear(32, 32)).eval()
+    model.blocks[2].norm2 = nn.Identity()
+    expected, names = model(x), list(model.state_dict())
+    for again in (apply_patch, remove_patch):
+        again(model, NOTHING) if again is apply_patch else again(model)
+        assert list(model.state_dict()) == names
+        torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("adapt", ["batch", "image"])
+def test_a_trace_that_would_fix_what_merges_is_refused(adapt):
+    model = apply_patch(vit(), ATMConfig(adapt=adapt))
+    with pytest.raises(ValueError, match='torch.jit.trace would fix how many tokens merge: patch with adapt="static"'):
+        torch.jit.trace(model, images(), check_trace=False)
 
 
 def test_other_bad_calls():
