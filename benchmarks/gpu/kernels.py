@@ -1,4 +1,4 @@
-"""Kernels: microseconds and bytes of every operation, beside the reference in eager mode and compiled."""
+"""Kernels: microseconds and bytes of every operation, beside the reference in eager mode."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,42 +10,33 @@ from torch import nn
 from atm_triton import ops, reference
 from atm_triton.packed import Images, Packed
 from benchmarks.gpu import traffic
-from benchmarks.gpu.setting import Setting, one_line, qkv, short, some_sizes
-from benchmarks.gpu.timing import compiled, copy_bandwidth, median_us
+from benchmarks.gpu.setting import Setting, qkv, short, some_sizes
+from benchmarks.gpu.timing import copy_bandwidth, median_us
 
 WIDTHS = {"DeiT-S": (6, 64), "DeiT-B": (12, 64)}  # H, d
 TINY_WIDTHS = {"DeiT-S": (2, 16), "DeiT-B": (3, 16)}
 COPY_BYTES = 2**31
-COMPILING = 70  # seconds of this stage after which no more is compiled for comparison
 
 
 @torch.inference_mode()
 def run(setting: Setting, section: dict[str, Any], _: dict[str, Any]) -> None:
-    start = setting.seconds()
     section["copy_gb_per_second"] = copy_bandwidth(setting.device, setting.pick(COPY_BYTES, 2**20))
     rows = section["rows"] = []
-    for (H, d), B, N, dtype, name in shapes(setting):
-        compiles = name == "first" and setting.has(COMPILING, start + 2 * COMPILING)
-        rows += measure(setting, section["copy_gb_per_second"], B, N, H, d, dtype, compiles)
+    for (H, d), B, N, dtype in shapes(setting):
+        rows += measure(setting, section["copy_gb_per_second"], B, N, H, d, dtype)
+        setting.save()
     section["copy_gb_per_second_after"] = copy_bandwidth(setting.device, setting.pick(COPY_BYTES, 2**20))
 
 
 def shapes(setting: Setting) -> list[tuple]:
-    """(H, d), B, N, dtype, and "first" where the reference is compiled too."""
+    """(H, d), B, N, dtype."""
     widths, tokens = setting.pick((WIDTHS, (197, 149, 101)), (TINY_WIDTHS, (17,)))
-    batches, dtype = setting.pick(((256, 64), torch.bfloat16), ((1,), torch.float32))
-    chosen = [
-        (width, B, N, dtype, "first" if (B, N) == (batches[0], tokens[0]) else "")
-        for width in widths.values()
-        for B in batches
-        for N in tokens
-    ]
-    return chosen + [(widths["DeiT-S"], batches[0], tokens[0], torch.float32, "")]
+    batches, dtype = setting.pick(((256, 64, 8, 1), torch.bfloat16), ((1,), torch.float32))
+    chosen = [(width, B, N, dtype) for width in widths.values() for B in batches for N in tokens]
+    return [*chosen, (widths["DeiT-S"], batches[0], tokens[0], torch.float32)]
 
 
-def measure(
-    setting: Setting, copy: float, B: int, N: int, H: int, d: int, dtype: torch.dtype, compiles: bool
-) -> list[dict[str, Any]]:
+def measure(setting: Setting, copy: float, B: int, N: int, H: int, d: int, dtype: torch.dtype) -> list[dict[str, Any]]:
     """A row for each operation; ``of_copy``: the share of the copy bandwidth."""
     device, rows = setting.device, []
     for operation, (by_kernel, by_reference, size) in calls(setting, B, N, H, d, dtype).items():
@@ -53,19 +44,8 @@ def measure(
         rate = size / microseconds / 1e3
         row = {"operation": operation, "dtype": short(dtype), "B": B, "N": N, "H": H, "d": d}
         row |= {"microseconds": microseconds, "bytes": size, "gb_per_second": rate, "of_copy": rate / copy}
-        row["reference_eager"] = median_us(by_reference, device)
-        row["reference_compiled"] = timed_compiled(by_reference, device) if compiles else "left out"
-        rows.append(row)
+        rows.append(row | {"reference_eager": median_us(by_reference, device)})
     return rows
-
-
-def timed_compiled(call: Callable[[], Any], device: torch.device) -> float | str:
-    """Microseconds by torch.compile, or why there are none."""
-    torch._dynamo.reset()
-    try:
-        return median_us(compiled(call, device), device)
-    except Exception as error:  # another's compiler: what is ours has been measured
-        return one_line(error)
 
 
 def calls(

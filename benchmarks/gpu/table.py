@@ -69,7 +69,7 @@ def sanitize(section: dict[str, Any]) -> list[str]:
 
 
 def kernels(section: dict[str, Any]) -> list[str]:
-    head = ["operation", "dtype", "B", "N", "H", "us", "GB/s", "of copy", "reference us", "compiled us"]
+    head = ["operation", "dtype", "B", "N", "H", "us", "GB/s", "of copy", "reference us"]
     rows = [
         [
             row["operation"],
@@ -79,7 +79,6 @@ def kernels(section: dict[str, Any]) -> list[str]:
             figure(row["gb_per_second"], 0),
             figure(row["of_copy"], 2),
             figure(row["reference_eager"]),
-            figure(row["reference_compiled"])[:40],
         ]
         for row in section["rows"]
     ]
