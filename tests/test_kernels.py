@@ -23,7 +23,7 @@ from atm_triton.kernels.merge import add_norm, merge
 from atm_triton.kernels.stem import stem
 from atm_triton.kernels.unmerge import unmerge
 from atm_triton.packed import Images
-from benchmarks.launches import CHANNELS, DTYPES, LONG, SHAPES, STEMS, by_name, captured, cases_of_tests, code
+from benchmarks.launches import CHANNELS, DTYPES, LONG, MANY, SHAPES, STEMS, by_name, captured, cases_of_tests, code
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 COSINE = 2e-6  # the similarities are float32's
@@ -104,6 +104,32 @@ def test_match(B, H, N, d, P, dtype, by_size):
     torch.testing.assert_close(similarity[in_a], want[in_a], rtol=0, atol=COSINE)
     torch.testing.assert_close(cosine_with(keys, partner, images)[in_a].float(), want[in_a], rtol=0, atol=COSINE)
     assert torch.equal(counts, reference.count(similarity, 0.1, images))
+
+
+@groupings
+@dtypes
+def test_no_result_depends_on_how_many_programs_share_an_image(by_size, dtype, monkeypatch):
+    """To the bit; the programs of a small batch take a tile each, those of a large one all tiles."""
+    images = of_lengths(197, 1, 33, 130)
+    keys, sizes = qkv(361, 2, 32, dtype)[1], some_sizes(361)
+    made, tiles_each = [], match_kernels.tiles_each
+    for many in MANY:  # as if there were so many images
+
+        def each(B, tiles, warps, multiprocessors, many=many):
+            return tiles_each(many, tiles, warps, 132)
+
+        monkeypatch.setattr(match_kernels, "tiles_each", each)
+        made.append(match(keys, sizes, images.cu_seqlens, 1, by_size, 0.1, 197))
+    for other in made[1:]:
+        assert all(map(torch.equal, made[0], other))
+
+
+def test_few_images_take_more_programs_each():
+    """The warps of all fill an H100's 132 multiprocessors with 16 each, as far as there are tiles."""
+    for B, each in ((1, 1), (66, 1), (67, 2), (132, 2), (133, 4), (264, 4), (265, 4), (10**6, 4)):
+        assert match_kernels.tiles_each(B, 4, 8, 132) == each
+    assert match_kernels.tiles_each(10**6, 1, 4, 132) == 1
+    assert [match_kernels.tiles_each(B, 4, 8, 132) for B in MANY] == [1, 2, 4]
 
 
 def match_one(keys, sizes=None, by_size=False):
@@ -492,7 +518,7 @@ def test_no_kernel_sums_floats_in_an_order_of_its_own():
     """Nothing is atomic but the counts, which are integers."""
     calls = [x for node in jit_functions().values() for x in ast.walk(node) if isinstance(x, ast.Call)]
     targets = [ast.unparse(x.args[0]) for x in calls if "atomic" in ast.unparse(x.func)]
-    assert targets == ["counts + image"]
+    assert set(targets) == {"counts + image"}
 
 
 def test_no_kernel_has_more_than_16_arguments_at_run_time():
