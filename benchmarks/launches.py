@@ -65,12 +65,14 @@ def cases_of_tests() -> Iterator[Case]:
             yield match_case(H, N, d, P, grouping, dtype, apart)
         for bias, Nq in itertools.product((True, False), dict.fromkeys((N, 1))):
             yield attention_case(H, N, d, dtype, bias, Nq, apart)
-        yield assign_case(N, P)
+        yield from assign_cases(N, P)
     for grouping, B, dtype in itertools.product(GROUPINGS, MANY, DTYPES):
         yield match_case(2, 197, 32, 1, grouping, dtype, B=B)
+    for P in range(6):
+        yield from assign_cases(256, P)
     for N, P in ((17, 0), (20, 1), (50, 1), (50, 5)):
-        name, launch = assign_case(N, P)
-        yield f"long {name}", partial(_with_short_long_images, launch)
+        for name, launch in assign_cases(N, P):
+            yield f"long {name}", partial(_with_short_long_images, launch)
     for C, dtype in itertools.product(CHANNELS, DTYPES):
         yield from merge_cases(C, dtype)
     yield from (stem_case(40, *shape) for shape in STEMS)
@@ -105,9 +107,12 @@ def match_case(
     return f"match {B} x H={H} N={N} d={d} P={P} {grouping} {_named(dtype, apart)}", launch
 
 
-def assign_case(N: int, P: int) -> Case:
+def assign_cases(N: int, P: int) -> Iterator[Case]:
+    """r of each image; one for all; their mean; and each image's own count of similarities from a threshold on."""
     pair, r = (tensor(2 * N), tensor(2 * N, dtype=torch.int32)), tensor(2, dtype=torch.int64)
-    return f"assign N={N} P={P}", partial(assign.assign, *pair, r, IMAGES, P, N, 2 * N)
+    sources = {"r": (r, {}), "one r": (1, {}), "mean": (r, {"mean": True}), "threshold": (r, {"theta": 0.5})}
+    for name, (r, options) in sources.items():
+        yield f"assign N={N} P={P} {name}", partial(assign.assign, *pair, r, IMAGES, P, N, 2 * N, **options)
 
 
 LISTS = (tensor(394, dtype=torch.int32), tensor(300, 2, dtype=torch.int32), IMAGES)
@@ -189,6 +194,7 @@ def code(launch: Launch) -> tuple[Any, ...]:
     kernel, arguments, options = launch
     of_run = {
         "theta",
+        "given",
         "eps",
         "scale",
         "images",
@@ -200,5 +206,5 @@ def code(launch: Launch) -> tuple[Any, ...]:
         *(name for name in arguments if "stride" in name),
     }
     tensors = {name: value.dtype for name, value in arguments.items() if isinstance(value, Tensor)}
-    others = {name: value for name, value in arguments.items() if name not in of_run}
+    others = {name: value for name, value in arguments.items() if name not in of_run or value is None}
     return kernel.__name__, *sorted((name, str(value)) for name, value in (others | tensors | options).items())

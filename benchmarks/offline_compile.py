@@ -52,7 +52,7 @@ from benchmarks.launches import (
     MANY,
     Case,
     Launch,
-    assign_case,
+    assign_cases,
     attention_case,
     captured,
     cases_of_tests,
@@ -119,7 +119,8 @@ def cases(full: bool = False) -> Iterator[Case]:
     yield from match_table_cases(EVERY_KIND if full else KINDS)
     for grouping, B in itertools.product(GROUPINGS, MANY):  # more heads than load at once
         yield match_case(12, 197, 64, 1, grouping, torch.bfloat16, B=B)
-    yield from (assign_case(2**n + 1, 1) for n in range(3, 14))  # every power of two that the next is rounded to
+    for n in range(3, 14):  # every power of two that the next is rounded to
+        yield from assign_cases(2**n + 1, 1)
     for C, dtype in itertools.product((192, 384, 768, 1024, 1280), DTYPES):
         yield from merge_cases(C, dtype)
         yield from norm_cases(C, dtype, dtype)
