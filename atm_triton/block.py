@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from atm_triton import ops
 from atm_triton.config import ATMConfig
 from atm_triton.packed import Assignment, Images, Packed
-from atm_triton.reference import batch_r, largest_r, of_tokens
+from atm_triton.reference import largest_r, of_tokens
 
 
 class Step(NamedTuple):
@@ -114,11 +114,10 @@ class ATMBlock(Block):
         q, k, v = self.heads(self.attn.qkv(y))
         q, k = self.attn.q_norm(q), self.attn.k_norm(k)
         found = self.match(k, tokens) if merges else None
-        r = None if found is None else self.r_of(found.counts, images)
-        copy = None if r is None or self.given_r(images) is not None else ops.to_host(r)
+        copy = None if found is None or self.given_r(images) is not None else ops.to_host(found.counts)
         attended = self._attend(y, q, k, v, tokens)
         del y, q, k, v  # their memory is wanted again
-        assignment = None if r is None else self.assign(found, r, copy, images)
+        assignment = None if found is None else self.assign(found, copy, images)
         if assignment is None:
             x = images.shaped(tokens.x) + self._drop_path(self.drop_path1, self.ls1(attended), images)
             del attended
@@ -178,12 +177,10 @@ class ATMBlock(Block):
             return 0 if self.theta is None else None
         return min(self.r, largest_r(images.N, self.num_prefix_tokens))
 
-    def r_of(self, counts: Tensor | None, images: Images) -> Tensor:
-        """The r of each image, int64 [B], on the device: where the three ways to adapt differ."""
-        if self.config.adapt == "static":
-            device = images.cu_seqlens.device
-            return torch.full((images.B,), self.given_r(images), dtype=torch.int64, device=device)
-        return batch_r(counts) if self.config.adapt == "batch" else counts
+    def r_of(self, images: Images) -> int | str:
+        """What says the r of each image, for :func:`ops.assign`: where the three ways to adapt differ."""
+        given = self.given_r(images)
+        return self.config.adapt if given is None else given
 
     def match(self, keys: Tensor, tokens: Packed) -> ops.Match | None:
         """Partners by the keys that attention uses (after ``k_norm``); None where r is known to be 0."""
@@ -192,20 +189,23 @@ class ATMBlock(Block):
         options = (self.num_prefix_tokens, self.by_size, self.theta, self.config.backend)
         return ops.match(keys, tokens.sizes, tokens.images, *options)
 
-    def assign(self, found: ops.Match, r: Tensor, copy: ops.HostCopy | None, images: Images) -> Assignment | None:
-        """Which tokens merge; None if none do. Where r hangs on counts, the host waits for it here: attention has given
-        it time."""
+    def assign(self, found: ops.Match, copy: ops.HostCopy | None, images: Images) -> Assignment | None:
+        """Which tokens merge; None if none do. Where r hangs on counts, the host waits for them here: attention has
+        given them time."""
         T, one_r = found.partner.shape[0], self.config.adapt != "image"
         if copy is None:
             T -= images.B * self.given_r(images)
         elif one_r or not torch.compiler.is_compiling():
             removed = int(ops.read(copy).sum())
+            if one_r and images.B:
+                removed -= removed % images.B  # the mean, rounded down, of each
             if removed == 0:
                 return None
             T -= removed
         else:
             T = None
-        return ops.assign(found, r, images, self.num_prefix_tokens, T, one_r, self.config.backend)
+        options = (self.num_prefix_tokens, T, one_r, self.config.backend)
+        return ops.assign(found, self.r_of(images), images, *options)
 
     def merge(self, tokens: Packed, attended: Tensor, assignment: Assignment) -> tuple[Packed, Tensor]:
         """The residual sum of x and ``attended``, merged, and its norm for the MLP."""

@@ -138,7 +138,7 @@ class SimilarityBlock(ATMBlock):
 
     def match(self, keys: Tensor, tokens: Packed) -> None:
         options = (self.num_prefix_tokens, False, None, self.config.backend)
-        similarity, partner, _ = ops.match(keys, None, tokens.images, *options)
+        similarity, partner, *_ = ops.match(keys, None, tokens.images, *options)
         self.found.append(similarity[partner >= 0].view(tokens.images.B, -1).float().cpu())
 
 

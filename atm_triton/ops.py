@@ -30,11 +30,12 @@ KERNEL_PREFIX, KERNEL_CHANNELS = 16, 128  # protected tokens, and channels of a 
 
 class Match(NamedTuple):
     """``similarity`` [T] float32 or above and ``partner`` [T] int32 as :func:`reference.match` gives them; ``counts``
-    [B] int64: the candidates at or above theta, None where no theta was given."""
+    [B] int64: the candidates at or above ``theta``; both None where no theta was given."""
 
     similarity: Tensor
     partner: Tensor
     counts: Tensor | None
+    theta: float | None = None
 
 
 @cache
@@ -102,10 +103,13 @@ _PLAIN = frozenset((Tensor, nn.Parameter, int, float, bool, type(None)))
 def _call(run: Callable[..., Any], *arguments: Any) -> Any:
     """An operation: in eager inference past torch's dispatcher, which costs as much as a launch; under tracing, under
     autograd and for tensors of other classes through it."""
+    return run(*arguments) if _plain(arguments) else getattr(torch.ops.atm_triton, _name(run)).default(*arguments)
+
+
+def _plain(arguments: tuple[Any, ...]) -> bool:
+    """Whether nobody needs to see what becomes of the arguments."""
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    if traced or not _PLAIN.issuperset(map(type, arguments)) or _any_needs_grad(arguments):
-        return getattr(torch.ops.atm_triton, _name(run)).default(*arguments)
-    return run(*arguments)
+    return not traced and _PLAIN.issuperset(map(type, arguments)) and not _any_needs_grad(arguments)
 
 
 def _any_needs_grad(arguments: tuple[Any, ...]) -> bool:
@@ -147,10 +151,10 @@ def match(
     bound = 2.0 if theta is None else theta  # nothing is as similar as that
     if _fits_kernels(backend, keys, num_prefix) or (_traced(keys) and not images.equal):
         found = _call(_match, keys, sizes, images.cu_seqlens, num_prefix, by_size, bound, images.N)
-        return Match(*found[:2], None if theta is None else found[2])
+        return Match(*found[:2], None if theta is None else found[2], theta)
     with torch.no_grad(), _without_autocast(keys.device.type):  # 16-bit cosines would flip decisions
         similarity, partner = reference.match(keys, sizes, num_prefix, by_size, images)
-        return Match(similarity, partner, None if theta is None else reference.count(similarity, theta, images))
+        return Match(similarity, partner, None if theta is None else reference.count(similarity, theta, images), theta)
 
 
 HostCopy = tuple[Tensor, torch.cuda.Event | None]
@@ -173,7 +177,7 @@ def read(copy: HostCopy) -> Tensor:
 
 def assign(
     found: Match,
-    r: Tensor,
+    r: int | Tensor | str,
     images: Images,
     num_prefix: int,
     T: int | None,
@@ -185,39 +189,56 @@ def assign(
 
     Args:
         found: from :func:`match` with the same ``images`` and ``num_prefix``.
-        r: int64 [B], from 0 to the number of tokens in A.
+        r: from 0 to the number of tokens in A: of all images, or int64 [B]; or how it follows from the counts of
+            ``found``: "image", each image its own, or "batch", all images their mean, rounded down.
         T: how many rows are left; None under a compiler, whose graph reads it from the device.
         one_r: r is the same for all images, so that those of one length stay so.
         out: slots, tokens, spans and cu_seqlens, where the kernels are to write them.
 
     Raises:
-        ValueError, TypeError: arguments of another shape, dtype or device.
+        ValueError, TypeError: arguments of another shape, dtype or device; counts are asked for that there are not.
     """
-    similarity, partner, _ = found
-    _check(similarity.dim() == 1 and similarity.shape == partner.shape, "partner", partner, "[T], as similarity")
-    _check(r.shape == (images.B,), "r", r, lambda: f"[{images.B}], one for each image")
-    _check_prefix(num_prefix)
-    if similarity.dtype != torch.float64:  # which the reference makes of float64 keys
-        _check_dtype("similarity", similarity, torch.float32)
-    _check_dtype("partner", partner, torch.int32)
-    _check_dtype("r", r, torch.int64)
-    _check_device("partner", partner, similarity, "similarity")
-    _check_device("r", r, similarity, "similarity")
-    if T is not None and not 0 <= T <= partner.shape[0]:
-        raise ValueError(f"T={T} is outside 0 .. {partner.shape[0]}, the rows that there are")
+    _check_pairs(found, images, num_prefix, T)
+    r, mean, theta = _source_of_r(found, r, images)
+    similarity, partner, begin = found.similarity, found.partner, images.cu_seqlens
     equal = one_r and images.equal
-    if runs_kernels(backend, similarity) or (_traced(partner) and not equal):
-        arguments = (similarity, partner, r, images.cu_seqlens, num_prefix, images.N, -1 if T is None else T)
-        if out is None:
-            slots, tokens, spans, begin = _call(_assign, *arguments)
-        else:
-            with device_of(partner):
-                slots, tokens, spans, begin = _kernels().assign(*arguments, out)
-        T = spans.shape[0]
+    if not (runs_kernels(backend, similarity) or (_traced(partner) and not equal)):
+        of_each = _of_each(r, mean, images, partner.device)
+        slots, begin = reference.assign(similarity, partner, of_each, num_prefix, images)
+        tokens = spans = None
+    elif T is not None and (out is not None or _plain((similarity, partner, r, begin))):
+        with device_of(partner):
+            arguments = (similarity, partner, r, begin, num_prefix, images.N, T, out, theta, mean)
+            slots, tokens, spans, begin = _kernels().assign(*arguments)
     else:
-        (slots, begin), tokens, spans = reference.assign(similarity, partner, r, num_prefix, images), None, None
+        of_each = _of_each(r, mean, images, partner.device)
+        arguments = (similarity, partner, of_each, begin, num_prefix, images.N, -1 if T is None else T)
+        slots, tokens, spans, begin = _call(_assign, *arguments)
+        T = spans.shape[0]
     N = T // images.B if equal and images.B else images.N
     return Assignment(slots, T, Images(begin, N, equal), tokens, spans)
+
+
+def _source_of_r(found: Match, r: int | Tensor | str, images: Images) -> tuple[int | Tensor, bool, float | None]:
+    """What says r; whether its mean is meant; from which similarity on tokens join, if that says the same."""
+    if isinstance(r, str):
+        if r not in ("image", "batch"):
+            raise ValueError(f'r={r!r} is unknown; want "image", "batch", a number or a tensor')
+        if found.counts is None:
+            raise ValueError(f"r={r!r} asks for counts, and nothing was counted; give match a theta")
+        return found.counts, r == "batch", found.theta if r == "image" else None
+    if isinstance(r, Tensor):
+        _check(r.shape == (images.B,), "r", r, lambda: f"[{images.B}], one for each image")
+        _check_dtype("r", r, torch.int64)
+        _check_device("r", r, found.similarity, "similarity")
+    return r, False, None
+
+
+def _of_each(r: int | Tensor, mean: bool, images: Images, device: torch.device) -> Tensor:
+    """r of each image, int64 [B]."""
+    if not isinstance(r, Tensor):
+        return torch.full((images.B,), r, dtype=torch.int64, device=device)
+    return reference.batch_r(r) if mean else r
 
 
 def merge(tokens: Packed, assignment: Assignment, backend: str = "auto") -> Packed:
@@ -420,6 +441,18 @@ def _check_images(name: str, heads: Tensor, images: Images) -> None:
 def _check_prefix(num_prefix: int) -> None:
     if num_prefix < 0:
         raise ValueError(f"num_prefix={num_prefix} is below 0; want the number of protected tokens, 0 or more")
+
+
+def _check_pairs(found: Match, images: Images, num_prefix: int, T: int | None) -> None:
+    similarity, partner = found.similarity, found.partner
+    _check(similarity.dim() == 1 and similarity.shape == partner.shape, "partner", partner, "[T], as similarity")
+    _check_prefix(num_prefix)
+    if similarity.dtype != torch.float64:  # which the reference makes of float64 keys
+        _check_dtype("similarity", similarity, torch.float32)
+    _check_dtype("partner", partner, torch.int32)
+    _check_device("partner", partner, similarity, "similarity")
+    if T is not None and not 0 <= T <= partner.shape[0]:
+        raise ValueError(f"T={T} is outside 0 .. {partner.shape[0]}, the rows that there are")
 
 
 def _check_tokens(tokens: Packed, assignment: Assignment) -> None:

@@ -176,14 +176,14 @@ def attend(
     found = block.match(k, tokens) if merges else None
     if found is None:
         return block.mix(y, q, k, v, tokens), None
-    r, given = block.r_of(found.counts, images), block.given_r(images)
+    given = block.given_r(images)
     if given is None:
         counted(found.counts)
     mixed = block.mix(y, q, k, v, tokens)
     T = len(tokens.x) - (0 if given is None else images.B * given)
     options = (block.num_prefix_tokens, T, given is not None, block.config.backend)
     out = into and (into.slots, into.order, into.spans, into.cu_seqlens)
-    return mixed, ops.assign(found, r, images, *options, out=out)
+    return mixed, ops.assign(found, block.r_of(images), images, *options, out=out)
 
 
 def residual(

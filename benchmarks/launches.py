@@ -41,6 +41,7 @@ SINGLE = (  # H, N, d, P, dtype, heads apart in memory: what one test alone take
     (2, 260, 32, 1, torch.float32, False),
     (2, 70, 60, 0, torch.float32, False),
 )
+MANY = (2, 100, 600)  # images, of which programs of match take one, two and all tiles each: where there are four
 CHANNELS = (3, 6, 32, 48, 384, 1280)
 STEMS = tuple(  # patch, images' sides, dtype of the convolution, that of images and positions, prefix tokens, bias
     (patch, sides, *dtypes, *rest)
@@ -66,10 +67,14 @@ def cases_of_tests() -> Iterator[Case]:
             yield match_case(H, N, d, P, grouping, dtype, apart)
         for bias, Nq in itertools.product((True, False), dict.fromkeys((N, 1))):
             yield attention_case(H, N, d, dtype, bias, Nq, apart)
-        yield assign_case(N, P)
+        yield from assign_cases(N, P)
+    for grouping, B, dtype in itertools.product(GROUPINGS, MANY, DTYPES):
+        yield match_case(2, 197, 32, 1, grouping, dtype, B=B)
+    for P in range(6):
+        yield from assign_cases(256, P)
     for N, P in ((17, 0), (20, 1), (50, 1), (50, 5)):
-        name, launch = assign_case(N, P)
-        yield f"long {name}", partial(_with_short_long_images, launch)
+        for name, launch in assign_cases(N, P):
+            yield f"long {name}", partial(_with_short_long_images, launch)
     for C, dtype in itertools.product(CHANNELS, DTYPES):
         yield from merge_cases(C, dtype)
     yield from (stem_case(40, *shape) for shape in STEMS)
@@ -95,17 +100,23 @@ def qkv(T: int, H: int, d: int, dtype: torch.dtype) -> Tensor:
 IMAGES = tensor(3, dtype=torch.int32)  # where two images begin
 
 
-def match_case(H: int, N: int, d: int, P: int, grouping: str, dtype: torch.dtype, apart: bool = False) -> Case:
-    """``apart``: every head in memory of its own."""
-    keys = tensor(H, 2 * N, d, dtype=dtype) if apart else qkv(2 * N, H, d, dtype)[1]
-    sizes = tensor(2 * N) if grouping == "by size" else None
-    launch = partial(match.match, keys, sizes, IMAGES, P, grouping != "alternate", 0.9, N)
-    return f"match H={H} N={N} d={d} P={P} {grouping} {_named(dtype, apart)}", launch
+def match_case(
+    H: int, N: int, d: int, P: int, grouping: str, dtype: torch.dtype, apart: bool = False, B: int = 2
+) -> Case:
+    """``apart``: every head in memory of its own; ``B``: how many images share the multiprocessors."""
+    keys = tensor(H, B * N, d, dtype=dtype) if apart else qkv(B * N, H, d, dtype)[1]
+    sizes = tensor(B * N) if grouping == "by size" else None
+    images = tensor(B + 1, dtype=torch.int32)
+    launch = partial(match.match, keys, sizes, images, P, grouping != "alternate", 0.9, N)
+    return f"match {B} x H={H} N={N} d={d} P={P} {grouping} {_named(dtype, apart)}", launch
 
 
-def assign_case(N: int, P: int) -> Case:
+def assign_cases(N: int, P: int) -> Iterator[Case]:
+    """r of each image; one for all; their mean; and each image's own count of similarities from a threshold on."""
     pair, r = (tensor(2 * N), tensor(2 * N, dtype=torch.int32)), tensor(2, dtype=torch.int64)
-    return f"assign N={N} P={P}", partial(assign.assign, *pair, r, IMAGES, P, N, 2 * N)
+    sources = {"r": (r, {}), "one r": (1, {}), "mean": (r, {"mean": True}), "threshold": (r, {"theta": 0.5})}
+    for name, (r, options) in sources.items():
+        yield f"assign N={N} P={P} {name}", partial(assign.assign, *pair, r, IMAGES, P, N, 2 * N, **options)
 
 
 LISTS = (tensor(394, dtype=torch.int32), tensor(300, 2, dtype=torch.int32), IMAGES)
@@ -193,6 +204,7 @@ def code(launch: Launch) -> tuple[Any, ...]:
     kernel, arguments, options = launch
     of_run = {
         "theta",
+        "given",
         "eps",
         "scale",
         "images",
@@ -208,5 +220,5 @@ def code(launch: Launch) -> tuple[Any, ...]:
     for name, value in arguments.items():
         if isinstance(value, TensorDescriptor):
             tensors[name] = (value.base.dtype, value.block_shape)
-    others = {name: value for name, value in arguments.items() if name not in of_run}
+    others = {name: value for name, value in arguments.items() if name not in of_run or value is None}
     return kernel.__name__, *sorted((name, str(value)) for name, value in (others | tensors | options).items())

@@ -50,9 +50,10 @@ from atm_triton.kernels import attention
 from atm_triton.kernels.linear_gelu import linear_gelu_kernel
 from benchmarks.launches import (
     GROUPINGS,
+    MANY,
     Case,
     Launch,
-    assign_case,
+    assign_cases,
     attention_case,
     captured,
     cases_of_tests,
@@ -108,7 +109,7 @@ MOVES_TENSORS = ("sm_90", "sm_100")  # have tensor memory accelerators
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 AUTOCAST = ((torch.float32, torch.bfloat16), (torch.float32, torch.float16))  # of x and of what attention adds
 DIMENSIONS = (32, 48, 60, 64, 72, 80, 96, 128)
-TILES = ("BLOCK", "BLOCK_C", "D", "ROWS", "COLUMNS", "CHUNK", "TOKENS", "STAGES")
+TILES = ("BLOCK", "BLOCK_C", "D", "ROWS", "COLUMNS", "CHUNK", "TOKENS", "STAGES", "PER")
 KINDS = (  # dtype, heads apart in memory: every entry of a table with each value; --full: with all together
     (torch.bfloat16, False),
     (torch.float32, True),
@@ -120,7 +121,10 @@ def cases(full: bool = False) -> Iterator[Case]:
     """A name and a launch for every entry of the tables beside the kernels: all their keys, and what else a kernel is
     compiled for; ``full``: all combinations of that. Then those of the tests."""
     yield from match_table_cases(EVERY_KIND if full else KINDS)
-    yield from (assign_case(2**n + 1, 1) for n in range(3, 14))  # every power of two that the next is rounded to
+    for grouping, B in itertools.product(GROUPINGS, MANY):  # more heads than load at once
+        yield match_case(12, 197, 64, 1, grouping, torch.bfloat16, B=B)
+    for n in range(3, 14):  # every power of two that the next is rounded to
+        yield from assign_cases(2**n + 1, 1)
     for C, dtype in itertools.product((192, 384, 768, 1024, 1280), DTYPES):
         yield from merge_cases(C, dtype)
         yield from norm_cases(C, dtype, dtype)
@@ -142,7 +146,8 @@ def match_table_cases(kinds: Iterable[tuple[torch.dtype, bool]]) -> Iterator[Cas
         if N < 577 and d > 64:
             continue
         if kinds is EVERY_KIND or kind == KINDS[0] or N == 197:  # a second kind where registers are scarcest
-            yield match_case(6, N, d, 1, grouping, *kind)
+            for B in MANY if N in (129, 197) else (2,):
+                yield match_case(6, N, d, 1, grouping, *kind, B=B)
 
 
 def captured_for(chip: str, launch: Callable[[], Any]) -> list[Launch]:

@@ -15,8 +15,10 @@ from torch import Tensor
 from atm_triton.kernels import tune
 from atm_triton.kernels.images import aligned, block_for, image_bounds
 
-NO_SLOT = tl.constexpr(2**30)  # sorts behind every slot
-ONE_PROGRAM = 2048  # tokens of an image that one program sorts; a longer image takes two launches and a sort
+NO_SLOT = tl.constexpr(2**30)  # after every slot
+IMAGES = tl.constexpr(256)  # whose r a program reads at once
+TOGETHER = tl.constexpr(8)  # tokens that join and are compared with at once
+ONE_PROGRAM = 2046  # tokens of an image that one program takes, so at most 1023 of A; a longer image takes the long way
 JOINED = 1024  # tokens for a program of join_kernel
 
 
@@ -46,70 +48,158 @@ def _up_to(chosen):
 
 
 @triton.jit
-def _slots_of_image(r, image, start, length, new_cu_seqlens, CHUNK: tl.constexpr):
-    """The first slot of the image, and how many of its tokens join others; notes where its slots begin."""
-    removed = tl.zeros([], tl.int64)  # in all images before this one
-    for first in tl.range(0, image, CHUNK):
-        other = first + tl.arange(0, CHUNK)
-        removed += tl.sum(tl.load(r + other, mask=other < image, other=0), axis=0)
-    slot, joining = (start - removed).to(tl.int32), tl.load(r + image).to(tl.int32)
-    tl.store(new_cu_seqlens + image, slot)
+def _note_slots(new_cu_seqlens, image, first_slot, length, joining):
+    """Where the slots of an image begin; after the last image also where they end."""
+    tl.store(new_cu_seqlens + image, first_slot.to(tl.int32))
     if image == tl.num_programs(0) - 1:
-        tl.store(new_cu_seqlens + image + 1, slot + length - joining)
-    return slot, joining
+        tl.store(new_cu_seqlens + image + 1, (first_slot + length - joining).to(tl.int32))
 
 
 @triton.jit
-def _sorted_by_slot(slot, i, valid, BLOCK: tl.constexpr):
-    """The tokens of an image by slot, then by position; their slots; whether a list begins or ends there; whether a
-    token is there at all."""
-    key = tl.sort(tl.where(valid, slot * BLOCK + i, NO_SLOT))
-    at = key // BLOCK
-    last = BLOCK - 1
-    before = tl.gather(at, tl.maximum(i - 1, 0), 0)
-    after = tl.gather(at, tl.minimum(i + 1, last), 0)
-    filled = key < NO_SLOT
-    return key % BLOCK, at, filled & ((i == 0) | (before != at)), filled & ((i == last) | (after != at)), filled
+def _width(x):
+    """How many low bits of a uint32 may be set: exact, or one too many."""
+    exponent = (x.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 126
+    return tl.where(x == 0, 0, tl.minimum(exponent, 32))
 
 
 @triton.jit
+def _bound_of_few(key, in_a, r):
+    """The r-th largest of up to 1023 keys of A, all others 0: two bits a step, below those that all of A share. A step
+    counts three ways at once, ten bits each."""
+    most = tl.max(key, axis=0)
+    least = tl.min(tl.where(in_a, key, most), axis=0)
+    bits = (_width(least ^ most) + 1) // 2 * 2
+    shared = tl.minimum(bits, 31).to(tl.uint32)
+    bound = tl.where(bits < 32, (most >> shared) << shared, tl.full([], 0, tl.uint32))
+    for step in tl.range(0, bits // 2):
+        unit = tl.full([], 1, tl.uint32) << (bits - 2 - 2 * step).to(tl.uint32)
+        enough = (key >= bound + unit).to(tl.int32)
+        enough += (key >= bound + 2 * unit).to(tl.int32) << 10
+        enough += (key >= bound + 3 * unit).to(tl.int32) << 20
+        enough = tl.sum(enough, axis=0)
+        steps = ((enough & 1023) >= r).to(tl.uint32) + (((enough >> 10) & 1023) >= r).to(tl.uint32)
+        bound += (steps + ((enough >> 20) >= r).to(tl.uint32)) * unit
+    return bound
+
+
+@triton.jit
+def _most_similar(s, in_a, r):
+    """Whether each token is of the ``r`` of A that are most similar, of equally similar ones the first."""
+    key = tl.where(in_a, _ordered(s), tl.full([], 0, tl.uint32))
+    bound = _bound_of_few(key, in_a, r)
+    more, level = in_a & (key > bound), in_a & (key == bound)
+    number = tl.sum(more.to(tl.int32) + (level.to(tl.int32) << 16), axis=0)
+    room = r - (number & 0xFFFF)
+    if (number >> 16) > room:
+        level = level & (_up_to(level) <= room)
+    return (more | level) & (r > 0)
+
+
+@triton.jit
+def _sum_of_first(r, images):
+    """r of the first ``images`` images, added up."""
+    total = tl.zeros([IMAGES], tl.int64)
+    for first in tl.range(0, images, IMAGES):
+        other = first + tl.arange(0, IMAGES)
+        total += tl.load(r + other, mask=other < images, other=0)
+    return tl.sum(total, axis=0)
+
+
+@triton.jit
+def _removed(r, given, image, MEAN: tl.constexpr):
+    """How many tokens of the image join others, and how many of all images before it: ``given`` of each image where r
+    is None; r of each; or the mean of all r, rounded down."""
+    images = tl.num_programs(0)
+    if r is None:
+        joining = given
+    elif MEAN:
+        joining = (_sum_of_first(r, images) // images).to(tl.int32)
+    else:
+        joining = tl.load(r + image).to(tl.int32)
+    if r is None or MEAN:
+        before = image.to(tl.int64) * joining
+    else:
+        before = _sum_of_first(r, image)
+    return joining, before
+
+
+@triton.jit
+def _compared(joiners, number, mine, past):
+    """How many of the ``number`` joiners are below ``mine``, and how many up to ``past``."""
+    both = tl.zeros(mine.shape, tl.int32)
+    for first in tl.range(0, number, TOGETHER):
+        for j in tl.static_range(TOGETHER):
+            other = tl.load(joiners + first + j, mask=first + j < number, other=NO_SLOT)
+            both += (other < mine).to(tl.int32) + ((other <= past).to(tl.int32) << 16)
+    return both & 0xFFFF, both >> 16
+
+
+@triton.jit(do_not_specialize=["given"])
 def assign_kernel(
     similarity,
     partner,
     r,
+    given,
+    theta,
     cu_seqlens,
     slots,
     tokens,
     spans,
     new_cu_seqlens,
     P: tl.constexpr,
+    MEAN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program an image, which makes its lists too."""
+    """One program an image, which makes its lists too. With ``theta`` those join that are at least as similar, which r
+    must count; a NaN does not, and match makes none. Without it the r most similar ones join.
+
+    A token's place in the lists follows from a comparison with those that join, which are few: their numbers pass from
+    thread to thread through ``tokens``.
+    """
     image = tl.program_id(0)
     start, length = image_bounds(cu_seqlens, image)
     i = tl.arange(0, BLOCK)
     valid = i < length
     mate = tl.load(partner + start + i, mask=valid, other=-1)
     s = tl.load(similarity + start + i, mask=valid, other=float("-inf"))
-    first_slot, joining = _slots_of_image(r, image, start, length, new_cu_seqlens, 1024)
-    in_a, key = mate >= 0, _ordered(s)
-    bound, room = _bound(key, in_a, joining)
-    level = in_a & (key == bound)
-    joins = ((in_a & (key > bound)) | (level & (_up_to(level) <= room))) & (joining > 0)
-    stays = in_a & ~joins
+    joining, before = _removed(r, given, image, MEAN)
+    first_slot = start - before
+    in_a = mate >= 0
     in_b = valid & ~in_a & (i >= P)
-    kept = tl.sum(stays.to(tl.int32))
-    slot = tl.where(stays, P + _up_to(stays) - 1, tl.where(in_b, P + kept + _up_to(in_b) - 1, i))
-    slot = tl.where(joins, tl.gather(slot, tl.maximum(mate, 0), 0), slot)
+    up_to = tl.cumsum(in_a.to(tl.int32) + (in_b.to(tl.int32) << 16))  # before any search: it need not wait for that
+    rank_a, rank_b = up_to & 0xFFFF, up_to >> 16
+    mates_rank = tl.gather(rank_b, tl.maximum(mate, 0), 0)
+    if theta is None:
+        joins = _most_similar(s, in_a, joining)
+    else:
+        joins = in_a & (s >= theta)
+    stays = in_a & ~joins
+    rank_stays = _up_to(stays)
+    na = tl.sum(in_a.to(tl.int32), axis=0)
+    kept = tl.maximum(na - joining, 0)
+    slot = tl.where(stays, P + rank_stays - 1, i)
+    slot = tl.where(in_b | joins, P + kept + tl.where(in_b, rank_b, mates_rank) - 1, slot)
     slot = tl.where(joining == 0, i, slot)
-    tl.store(slots + start + i, first_slot + slot, mask=valid)
-    token, at, begins, ends, filled = _sorted_by_slot(slot, i, valid, BLOCK)
-    here = (start + i).to(tl.int32)
-    tl.store(tokens + start + i, (start + token).to(tl.int32), mask=filled)
-    span = spans + 2 * (first_slot.to(tl.int64) + at)
-    tl.store(span, here, mask=begins)
-    tl.store(span + 1, here + 1, mask=ends)
+    tl.store(slots + start + i, (first_slot + slot).to(tl.int32), mask=valid)
+    _note_slots(new_cu_seqlens, image, first_slot, length, joining)
+
+    tokens += start
+    target = tl.where(joins, mate, i)
+    mine = target * BLOCK + i
+    tl.store(tokens + rank_a - rank_stays - 1, mine, mask=joins)
+    tl.debug_barrier()
+    ahead, through = _compared(tokens, na - kept, mine, target * BLOCK + BLOCK - 1)
+    tl.debug_barrier()
+    joined = in_b & (joining > 0)  # B, where tokens may join it
+    place = tl.where(joined | joins, slot + ahead + (joins & (mate < i)).to(tl.int32), slot)
+    tl.store(tokens + place, (start + i).to(tl.int32), mask=valid)
+    begin = (start + slot).to(tl.int32)
+    end = begin + 1 + tl.where(joined, through, 0)
+    alone = valid & ~joined & ~joins
+    span = spans + 2 * (first_slot + slot)
+    tl.store(span, begin, mask=alone | (joined & (rank_b == 1)))
+    tl.store(span + 1, end, mask=alone | joined)
+    tl.store(span + 2, end, mask=joined & (slot + 1 < length - joining))  # where the next one begins
 
 
 @triton.jit
@@ -138,7 +228,9 @@ def assign_long_kernel(
     -1 - its partner, which ``join_kernel`` turns into that one's slot."""
     image = tl.program_id(0)
     start, length = image_bounds(cu_seqlens, image)
-    first_slot, joining = _slots_of_image(r, image, start, length, new_cu_seqlens, CHUNK)
+    joining = tl.load(r + image).to(tl.int32)
+    first_slot = (start - _sum_of_first(r, image)).to(tl.int32)
+    _note_slots(new_cu_seqlens, image, first_slot, length, joining)
     bound, room, kept = _search(similarity + start, partner + start, length, joining, BLOCK)
     stayed = tl.zeros([], tl.int32)  # so far, of A
     passed = tl.zeros([], tl.int32)  # of B
@@ -171,9 +263,10 @@ def join_kernel(slots, cu_seqlens, TOKENS: tl.constexpr):
     tl.store(slots + start + i, tl.load(slots + start - 1 - slot, mask=joins), mask=joins)
 
 
-def assign_table(block: int) -> tune.Config:
-    """``block``: tokens of an image, rounded up to a power of two."""
-    return {"num_warps": max(1, min(8, block // 128))}  # with 16, 2048 tokens spill on sm_80
+def assign_table(block: int, search: bool) -> tune.Config:
+    """``block``: tokens of an image, rounded up to a power of two; ``search``: for the most similar ones. Measured on
+    an H200, triton 3.6.0: 197 and 101 tokens, in batches of 1, 8, 64 and 256."""
+    return {"num_warps": max(1, min(16, block // (64 if search else 32)))}  # two tokens a thread, or one
 
 
 def assign_candidates(block: int) -> list[tune.Config]:
@@ -192,21 +285,25 @@ def assign_long_candidates() -> list[tune.Config]:
 def assign(
     similarity: Tensor,
     partner: Tensor,
-    r: Tensor,
+    r: int | Tensor,
     cu_seqlens: Tensor,
     num_prefix: int,
     longest: int,
     slots: int,
     out: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+    theta: float | None = None,
+    mean: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The merge step in which the most similar tokens of each image join their partners, and its lists.
 
     Args:
         similarity: float32 [T]; partner: int32 [T]; both from match.
-        r: int64 [B], how many tokens of each image join; not above the number of tokens in its A.
+        r: how many tokens of each image join, not above the number of tokens in its A: of all images, or int64 [B].
         cu_seqlens: int32 [B + 1], where each image begins; longest: no image has more tokens.
         slots: how many rows of spans to make: T', the tokens that remain in all, or more.
         out: what is returned, to be written to.
+        theta: r counts the tokens that are at least as similar, so that nothing need be searched for.
+        mean: of every image as many tokens join as the mean of r says, rounded down.
 
     Returns:
         slots int32 [T]; tokens int32 [T]; spans int32 [slots, 2]; cu_seqlens int32 [B + 1] of the merged images. What
@@ -220,19 +317,30 @@ def assign(
     if not (B and T):
         new_cu_seqlens.zero_()  # every image begins and ends at 0
         return out
-    inputs = tuple(map(aligned, (similarity, partner, r, cu_seqlens)))
+    similarity, partner, cu_seqlens = map(aligned, (similarity, partner, cu_seqlens))
     block = block_for(longest)
-    constants, key = {"P": num_prefix, "BLOCK": block}, {"block": block}
     if longest > ONE_PROGRAM:
-        launch = partial(assign_long_kernel[(B,)], *inputs, to.fill_(-1), new_cu_seqlens, **constants)
+        r = aligned(_of_each(r, B, mean, device))
+        launch = partial(assign_long_kernel[(B,)], similarity, partner, r, cu_seqlens, to.fill_(-1), new_cu_seqlens)
+        launch, key = partial(launch, P=num_prefix, BLOCK=block), {"block": block}
         tune.run("assign_long", key, assign_long_table(block), assign_long_candidates, launch)
-        join_kernel[(B, -(-longest // JOINED))](to, inputs[3], JOINED)
+        join_kernel[(B, -(-longest // JOINED))](to, cu_seqlens, JOINED)
         for one, made in zip((tokens, spans), _lists(to, slots), strict=True):
             one.copy_(made)
     else:
-        launch = partial(assign_kernel[(B,)], *inputs, *out, **constants)
-        tune.run("assign", key, assign_table(block), partial(assign_candidates, block), launch)
+        of_each, given = (None, r) if isinstance(r, int) else (aligned(r), 0)
+        launch = partial(assign_kernel[(B,)], similarity, partner, of_each, given, theta, cu_seqlens, *out)
+        launch = partial(launch, P=num_prefix, MEAN=mean, BLOCK=block)
+        key = {"block": block, "search": theta is None}
+        tune.run("assign", key, assign_table(**key), partial(assign_candidates, block), launch)
     return out
+
+
+def _of_each(r: int | Tensor, B: int, mean: bool, device: torch.device) -> Tensor:
+    """r int64 [B]."""
+    if isinstance(r, int):
+        return torch.full((B,), r, dtype=torch.int64, device=device)
+    return (r.sum() // B).expand(B) if mean else r
 
 
 def _lists(to: Tensor, slots: int) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,8 @@
 """Where the images of a batch lie among its rows, and what a kernel asks of the memory that it is given."""
 
+from functools import cache
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -19,6 +22,12 @@ def block_for(n: int) -> int:
     """The side of a tile that holds n: a power of two, and 16 at least, as a dot wants it. Triton's own function for it
     takes as long as a launch."""
     return max(16, 1 << (n - 1).bit_length()) if n > 1 else 16
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """How many programs' worth of hardware a device has; an H100's where it is no GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 def aligned(x: Tensor | None) -> Tensor | None:

@@ -24,7 +24,19 @@ from atm_triton.kernels.merge import add_norm, merge
 from atm_triton.kernels.stem import stem
 from atm_triton.kernels.unmerge import unmerge
 from atm_triton.packed import Images
-from benchmarks.launches import CHANNELS, DTYPES, LAYERS, LONG, SHAPES, STEMS, by_name, captured, cases_of_tests, code
+from benchmarks.launches import (
+    CHANNELS,
+    DTYPES,
+    LAYERS,
+    LONG,
+    MANY,
+    SHAPES,
+    STEMS,
+    by_name,
+    captured,
+    cases_of_tests,
+    code,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 COSINE = 2e-6  # the similarities are float32's
@@ -105,6 +117,32 @@ def test_match(B, H, N, d, P, dtype, by_size):
     torch.testing.assert_close(similarity[in_a], want[in_a], rtol=0, atol=COSINE)
     torch.testing.assert_close(cosine_with(keys, partner, images)[in_a].float(), want[in_a], rtol=0, atol=COSINE)
     assert torch.equal(counts, reference.count(similarity, 0.1, images))
+
+
+@groupings
+@dtypes
+def test_no_result_depends_on_how_many_programs_share_an_image(by_size, dtype, monkeypatch):
+    """To the bit; the programs of a small batch take a tile each, those of a large one all tiles."""
+    images = of_lengths(197, 1, 33, 130)
+    keys, sizes = qkv(361, 2, 32, dtype)[1], some_sizes(361)
+    made, tiles_each = [], match_kernels.tiles_each
+    for many in MANY:  # as if there were so many images
+
+        def each(B, tiles, warps, multiprocessors, many=many):
+            return tiles_each(many, tiles, warps, 132)
+
+        monkeypatch.setattr(match_kernels, "tiles_each", each)
+        made.append(match(keys, sizes, images.cu_seqlens, 1, by_size, 0.1, 197))
+    for other in made[1:]:
+        assert all(map(torch.equal, made[0], other))
+
+
+def test_few_images_take_more_programs_each():
+    """The warps of all fill an H100's 132 multiprocessors with 16 each, as far as there are tiles."""
+    for B, each in ((1, 1), (66, 1), (67, 2), (132, 2), (133, 4), (264, 4), (265, 4), (10**6, 4)):
+        assert match_kernels.tiles_each(B, 4, 8, 132) == each
+    assert match_kernels.tiles_each(10**6, 1, 4, 132) == 1
+    assert [match_kernels.tiles_each(B, 4, 8, 132) for B in MANY] == [1, 2, 4]
 
 
 def match_one(keys, sizes=None, by_size=False):
@@ -197,11 +235,15 @@ def lists_of(slots, T):
     return [[i for i, other in enumerate(slots.tolist()) if other == slot] for slot in range(T)]
 
 
-def check_assign(similarity, partner, r, images, P, slots=None):
+def check_assign(similarity, partner, r, images, P, slots=None, longest=None, given=None, **options):
+    """``given``: how the kernel is told r."""
+    given = r if given is None else given
     want, want_cu_seqlens = reference.assign(similarity, partner, r, P, images)
     T = int(want_cu_seqlens[-1])
     more = T if slots is None else slots
-    got, tokens, spans, cu_seqlens = assign(similarity, partner, r, images.cu_seqlens, P, images.N, more)
+    got, tokens, spans, cu_seqlens = assign(
+        similarity, partner, given, images.cu_seqlens, P, longest or images.N, more, **options
+    )
     assert torch.equal(got, want) and torch.equal(cu_seqlens, want_cu_seqlens)
     assert spans.shape == (more, 2)
     assert read(tokens, spans[:T]) == lists_of(want, T)
@@ -235,6 +277,52 @@ def test_assign_to_a_long_image(by_size, long):
             check_assign(similarity, partner, whole(r, images), images, P)
 
 
+def some_pairs(images, P, values):
+    """similarity and partner of as many tokens of A in each image as there may be, here and there, and their number."""
+    similarity = torch.full((int(images.cu_seqlens[-1]),), -torch.inf)
+    partner = torch.full(similarity.shape, -1, dtype=torch.int32)
+    most = []
+    for start, end in itertools.pairwise(images.cu_seqlens.tolist()):
+        free = P + torch.randperm(max(end - start - P, 0))
+        a, b = free[: len(free) // 2], free[len(free) // 2 :]
+        similarity[start + a] = values(len(a))
+        if len(a):
+            partner[start + a] = b[torch.randint(1 + len(b) // 3, (len(a),))].int()  # many join the same ones
+        most.append(len(a))
+    return similarity.to(DEVICE), partner.to(DEVICE), torch.tensor(most, device=DEVICE)
+
+
+VALUES = {
+    "all apart": lambda n: torch.rand(n) * 2 - 1,
+    "near": lambda n: 0.9 + torch.rand(n) / 1e6,
+    "ties": lambda n: torch.randint(-3, 4, (n,)) / 3,
+    "equal": lambda n: torch.full((n,), 0.5),
+    "zeros": lambda n: torch.tensor([0.0, -0.0]).repeat(n)[:n],
+    "like nothing": lambda n: torch.tensor([reference.NOT_ALIKE, 0.7]).repeat(n)[:n],
+}
+
+
+@pytest.mark.parametrize("values", VALUES.values(), ids=VALUES)
+@pytest.mark.parametrize("P", range(6))
+def test_assign_takes_r_from_four_sources(P, values):
+    """All of them give what the reference gives for the same r."""
+    images = of_lengths(*torch.randint(1, 257, (2,)).tolist(), 1, 2, 7, 256)
+    similarity, partner, most = some_pairs(images, P, values)
+
+    def check(r, given, **options):
+        check_assign(similarity, partner, r, images, P, len(partner), longest=256, given=given, **options)
+
+    for r in (torch.zeros_like(most), (most / 3).long(), most):
+        check(r, r)
+    for theta in (-1.0, 0.5, 0.9):
+        counts = reference.count(similarity, theta, images)
+        check(counts, counts, theta=theta)
+    images = Images.of(6, 20, DEVICE)
+    similarity, partner, _ = some_pairs(images, P, values)
+    check(whole(1, images), torch.tensor([0, 0, 0, 5, 4, 2], device=DEVICE), mean=True)  # 11 / 6
+    check(whole(3, images), 3)
+
+
 @pytest.mark.parametrize("way", ["in one launch", "long"])
 def test_assign_each_image_its_own_count(way, request):
     if way == "long":
@@ -244,15 +332,33 @@ def test_assign_each_image_its_own_count(way, request):
     r = torch.tensor([3, 0, 16, 0, 2], device=DEVICE)
     for slots in (82, 90):  # as many as there will be, and more
         check_assign(similarity, partner, r, images, 1, slots)
+    counts = reference.count(similarity, 0.1, images)
+    check_assign(similarity, partner, counts, images, 1, 103, given=counts, theta=0.1)
+
+
+@groupings
+def test_assign_all_images_one_r_the_long_way(by_size, long):
+    images = Images.of(3, 50, DEVICE)
+    similarity, partner = reference.match(qkv(150, 1, 32)[1], None, 1, by_size, images)
+    check_assign(similarity, partner, whole(4, images), images, 1, given=4)
+    uneven = torch.tensor([9, 0, 5], device=DEVICE)
+    check_assign(similarity, partner, whole(4, images), images, 1, given=uneven, mean=True)
 
 
 def test_assign_fills_no_memory_that_it_then_writes(monkeypatch):
     images = Images.of(3, 19, DEVICE)
-    similarity, partner, _ = match(qkv(57, 2, 32)[1], None, images.cu_seqlens, 1, False, 0.1, 19)
+    similarity, partner, found = match(qkv(57, 2, 32)[1], None, images.cu_seqlens, 1, False, 0.1, 19)
     for name in ("zeros", "full"):
         monkeypatch.setattr(torch, name, None)
     r = torch.tensor([4, 0, 9], device=DEVICE)
-    assert assign(similarity, partner, r, images.cu_seqlens, 1, 19, 44)[3].tolist() == [0, 15, 34, 44]
+    for given, options, ends in (
+        (r, {}, [0, 15, 34, 44]),
+        (r, {"mean": True}, [0, 15, 30, 45]),
+        (4, {}, [0, 15, 30, 45]),
+        (found, {"theta": 0.1}, None),
+    ):
+        made = assign(similarity, partner, given, images.cu_seqlens, 1, 19, 57, **options)[3]
+        assert made.tolist() == ends or ends is None
 
 
 def test_rows_beyond_the_last_image_are_of_no_slot(long):
@@ -505,7 +611,7 @@ def test_no_kernel_sums_floats_in_an_order_of_its_own():
     """Nothing is atomic but the counts, which are integers."""
     calls = [x for node in jit_functions().values() for x in ast.walk(node) if isinstance(x, ast.Call)]
     targets = [ast.unparse(x.args[0]) for x in calls if "atomic" in ast.unparse(x.func)]
-    assert targets == ["counts + image"]
+    assert set(targets) == {"counts + image"}
 
 
 def test_no_kernel_has_more_than_16_arguments_at_run_time():

@@ -46,6 +46,8 @@ def attend(q=keys, k=keys, v=keys, n=sizes, log2_sizes=None):
         (lambda: assign(partner=found().partner.to("meta")), "partner is on meta, similarity on cpu; move one of them"),
         (lambda: assign(torch.tensor([2, 4, 1])), "r has shape [3]; want [2], one for each image"),
         (lambda: assign(r.to("meta")), "r is on meta, similarity on cpu; move one of them"),
+        (lambda: assign("mean"), 'r=\'mean\' is unknown; want "image", "batch", a number or a tensor'),
+        (lambda: assign("image"), "r='image' asks for counts, and nothing was counted; give match a theta"),
         (lambda: assign(T=-1), "T=-1 is outside 0 .. 14, the rows that there are"),
         (lambda: assign(T=15), "T=15 is outside 0 .. 14"),
         (lambda: assign(P=-2), "num_prefix=-2 is below 0"),
