@@ -34,7 +34,9 @@ SMALLEST = {FLOAT: 1e-7, HALF: 1e-5, BF16: 1e-7}  # absolute; float16 has no exp
 GELU = 2e-6  # absolute: how far the kernel's is from the exact one
 BEST, OWN = 1e-6, 2e-6  # a similarity from the largest cosine; the partner's own cosine from it
 
-TESTS = tuple(f"tests/test_{name}.py" for name in ("engine", "kernels", "triton", "packed", "image", "reference"))
+TESTS = tuple(
+    f"tests/test_{name}.py" for name in ("engine", "gelu", "kernels", "triton", "packed", "image", "reference")
+)
 PROCESSES = 12  # most of the time that tests take is compiling
 TESTS_SECONDS = 300
 LOG = "tests.log"
