@@ -191,7 +191,8 @@ def test_blocks_merge_within_a_stage_where_a_read_does_not_pay(make, adapt, read
     assert len(passes.stages) - 1 == reads
     assert (counting.eager + counting.captured > 2) == (reads > 0)
     for x, each, (y, record) in zip(batches, facts, expected, strict=True):
-        assert list(map(str, recorded(each).counts)) == list(map(str, record.counts))
+        on_host = [None if counts is None else counts.cpu() for counts in record.counts]
+        assert list(map(str, recorded(each).counts)) == list(map(str, on_host))
         assert_same(ours, x, y, record)
     features = ours.forward_features(batches[0])
     of_blocks = patched(model, engine=False, **config).forward_features(batches[0])
@@ -354,16 +355,18 @@ MLPS = {  # and in how many blocks its first layer and GELU are one kernel; the 
 def test_the_first_layer_of_an_mlp_and_its_gelu_are_one_kernel_in_16_bits(make, launches, monkeypatch):
     model = make()
     x = batch(model, 8)
+    config = {"adapt": "static", "schedule": (0, 0, 0)}  # in 16 bits other tokens may merge
+    exact, _ = by_blocks(model, x, **config)
     seen, kernels = [], ops._kernels()
     run = kernels.linear_gelu
     monkeypatch.setattr(kernels, "linear_gelu", lambda *args: seen.append(1) or run(*args))
     with torch.autocast(DEVICE, torch.float16):
-        expected, _ = by_blocks(model, x, **CONFIGS["static"])
+        rounded, _ = by_blocks(model, x, **config)
         assert not seen
-        out = patched(model, **CONFIGS["static"])(x)
-    torch.testing.assert_close(out, expected, rtol=2e-3, atol=2e-3)
+        out = patched(model, **config)(x)
+    assert (out - exact).norm() <= 2 * (rounded - exact).norm()
     assert len(seen) == (launches if DEVICE == "cpu" else 0)  # too few rows for a GPU
-    patched(model, **CONFIGS["static"])(x)
+    torch.testing.assert_close(patched(model, **config)(x), exact, rtol=0, atol=1e-5)
     assert len(seen) == (launches if DEVICE == "cpu" else 0)  # not in float32
 
 

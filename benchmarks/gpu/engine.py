@@ -35,7 +35,7 @@ from benchmarks.gpu.setting import Setting, one_line, short
 DIGITS = "digits"
 PLAIN = [*((name, batch) for name in ("DeiT-S", "DeiT-B") for batch in (64, 256, 8, 1)), (DIGITS, 64), (DIGITS, 256)]
 COMPILED = [("DeiT-S", 64), ("DeiT-S", 256), ("DeiT-B", 256), ("DeiT-B", 64)]  # once more, in this order
-COMPILING = 100  # seconds of this stage after which nothing more is compiled
+COMPILING = 150  # seconds of this stage after which nothing more is compiled
 COMPILATION = 80  # seconds that a cell may take that compiles
 REPEATS = 25
 TINY_SIDE = 32
