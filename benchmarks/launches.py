@@ -195,6 +195,7 @@ def code(launch: Launch) -> tuple[Any, ...]:
     of_run = {
         "theta",
         "given",
+        "T",
         "eps",
         "scale",
         "images",
