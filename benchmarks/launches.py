@@ -205,6 +205,7 @@ def code(launch: Launch) -> tuple[Any, ...]:
     of_run = {
         "theta",
         "given",
+        "T",
         "eps",
         "scale",
         "images",

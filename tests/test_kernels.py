@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from atm_triton import reference
 from atm_triton.kernels import assign as assign_kernels
 from atm_triton.kernels import match as match_kernels
+from atm_triton.kernels import merge as merge_kernels
 from atm_triton.kernels.assign import assign
 from atm_triton.kernels.attention import attention
 from atm_triton.kernels.linear_gelu import linear_gelu
@@ -440,6 +441,19 @@ def test_slots_beyond_the_last_are_not_made():
     assert torch.equal(unmerge(out[0], slots), out[0][slots.long()])
 
 
+@pytest.mark.parametrize("C", [48, 384, 1280])
+def test_a_merged_row_does_not_depend_on_its_neighbours(C):
+    """To the bit: an image alone, whose slots are other rows of their programs."""
+    images = Images.of(2, 17, DEVICE)
+    _, T, (tokens, spans), cu_seqlens = some_assignment(images, 6)
+    x, sizes = torch.randn(34, C, device=DEVICE), some_sizes(34)
+    both = merge(x, sizes, tokens, spans, cu_seqlens)
+    first = int(cu_seqlens[1])
+    alone = merge(x[17:], sizes[17:], tokens[17:] - 17, spans[first:] - 17, (cu_seqlens[1:] - first).contiguous())
+    for one, other in zip(both, alone, strict=True):
+        assert one is other is None or torch.equal(one[first:T], other)
+
+
 MIXED = (torch.float32, torch.float16)
 update_dtypes = pytest.mark.parametrize(
     "kinds",
@@ -612,6 +626,21 @@ def test_no_kernel_sums_floats_in_an_order_of_its_own():
     calls = [x for node in jit_functions().values() for x in ast.walk(node) if isinstance(x, ast.Call)]
     targets = [ast.unparse(x.args[0]) for x in calls if "atomic" in ast.unparse(x.func)]
     assert set(targets) == {"counts + image"}
+
+
+def test_tables_name_nothing_that_their_kernels_do_not_take():
+    taken = {name: {argument.arg for argument in node.args.args} for name, node in jit_functions().items()}
+    tables = {
+        "match_image": match_kernels.match_image_table(128, 64, False, torch.float16),
+        "unit_rows": match_kernels.unit_rows_table(300, 64, False),
+        "match_tiles": match_kernels.match_tiles_table(300, 64),
+        "assign": assign_kernels.assign_table(256, True),
+        "assign_long": assign_kernels.assign_long_table(4096),
+        "merge": merge_kernels.merge_table(torch.float16, 384, True),
+        "add_norm": merge_kernels.add_norm_table(torch.float16, 384),
+    }
+    for name, table in tables.items():
+        assert table.keys() - {"num_warps", "num_stages"} <= taken[f"{name}_kernel"], name
 
 
 def test_no_kernel_has_more_than_16_arguments_at_run_time():
