@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from atm_triton.kernels.images import aligned
+from atm_triton.kernels.images import aligned, multiprocessors
 
 ROWS, COLUMNS, DEPTH, STAGES, WARPS = 128, 256, 64, 4, 8  # the fastest of 46 on an H200
 BUSY = 2  # tiles a multiprocessor: with fewer, torch's two kernels are faster
@@ -82,18 +82,17 @@ def pays(M: int, N: int, K: int, dtype: torch.dtype, device: torch.device) -> bo
     Rows must begin at multiples of 16 bytes."""
     if dtype not in (torch.float16, torch.bfloat16) or N % 8 or K % 8:
         return False
-    programs = multiprocessors(device)
-    return programs > 0 and -(-M // ROWS) * -(-N // COLUMNS) >= BUSY * programs
+    return programs(device) > 0 and -(-M // ROWS) * -(-N // COLUMNS) >= BUSY * programs(device)
 
 
 @cache
-def multiprocessors(device: torch.device) -> int:
-    """Those of a device that has tensor memory accelerators and 224 KiB of shared memory for a program (Hopper, and
-    Blackwell of data centres); 0: it has not. By the interpreter there is one."""
+def programs(device: torch.device) -> int:
+    """How many run at once: one on each multiprocessor of a device with tensor memory accelerators and 224 KiB of
+    shared memory for a program (Hopper, and Blackwell of data centres); 0 on another. By the interpreter, one."""
     if device.type != "cuda":
         return int(triton.knobs.runtime.interpret)
-    found = torch.cuda.get_device_properties(device)
-    return found.multi_processor_count if found.major in (9, 10) and not torch.version.hip else 0
+    fits = torch.cuda.get_device_properties(device).major in (9, 10) and not torch.version.hip
+    return multiprocessors(device) if fits else 0
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -109,6 +108,6 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         blocks = ((x, (ROWS, DEPTH)), (weight, (COLUMNS, DEPTH)), (out, (ROWS, COLUMNS // 2)))
         x, weight, to = (TensorDescriptor.from_tensor(aligned(rows), list(block)) for rows, block in blocks)
         shape = {"K": K, "N": N, "ROWS": ROWS, "COLUMNS": COLUMNS, "DEPTH": DEPTH, "STAGES": STAGES}
-        grid = (min(tiles, max(1, multiprocessors(out.device))),)
+        grid = (min(tiles, max(1, programs(out.device))),)
         linear_gelu_kernel[grid](x, weight, aligned(bias), to, M, **shape, num_warps=WARPS, num_stages=STAGES)
     return out
