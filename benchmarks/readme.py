@@ -1,4 +1,4 @@
-"""The tables of README and of docs/, from ``benchmarks/results/``: ``python -m benchmarks.report``."""
+"""The tables of README and docs/engine.md, from ``benchmarks/results/``: ``python -m benchmarks.report``."""
 
 import json
 import re
@@ -11,7 +11,7 @@ from benchmarks.paper import flops, table1, table2
 from benchmarks.paper.cells import saved
 
 ROOT = Path(__file__).parents[1]
-README, ENGINE, KERNELS = ROOT / "README.md", ROOT / "docs" / "engine.md", ROOT / "docs" / "kernels.md"
+README, ENGINE = ROOT / "README.md", ROOT / "docs" / "engine.md"
 AT = 0.5  # the share of FLOPs saved at which methods are compared
 SHOWN = (0.40, 0.50, 0.60, 0.70)  # of the costs that were measured
 
@@ -19,7 +19,7 @@ SHOWN = (0.40, 0.50, 0.60, 0.70)  # of the costs that were measured
 def load(name: str) -> dict[str, Any]:
     if not (RESULTS / name).is_file():
         raise FileNotFoundError(
-            f"{RESULTS / name} is missing, README or a page of docs/ has a table of it; measure it, or check it out"
+            f"{RESULTS / name} is missing, README or docs/engine.md has a table of it; measure it, or check it out"
         )
     return json.loads((RESULTS / name).read_text())
 
@@ -92,26 +92,6 @@ def _beside_a_graph(rows: dict[tuple, dict[str, Any]], cell: tuple[str, int]) ->
         f'- {cell[0]} at batch {cell[1]}: `adapt="image"` is {ours:.2f} times as fast as timm in a CUDA graph; without '
         f"merging (r = 0) the engine alone is {unmerged:.2f} times."
     )
-
-
-def kernel_table(result: dict[str, Any]) -> str:
-    """Of DeiT-S with all its tokens, in bfloat16: microseconds at each batch size, and of the largest the bound."""
-    section = result["stages"]["kernels"]
-    rows = {
-        (row["operation"], row["B"]): row
-        for row in section["rows"]
-        if (row["dtype"], row["H"], row["N"]) == ("bfloat16", 6, 197)
-    }
-    batches = sorted({B for _, B in rows}, reverse=True)
-    copy, most = section["copy_gb_per_second"], batches[0]
-    head = [f"{result['environment']['gpu']}, bfloat16, us", f"MB at batch {most}", f"at {copy:.0f} GB/s", "share"]
-    lines = [f"| {' | '.join([*head, *(f'batch {B}' for B in batches)])} |", f"|{'---|' * (4 + len(batches))}"]
-    for operation in dict.fromkeys(operation for operation, _ in rows):
-        first = rows[operation, most]
-        bound = [f"{first['bytes'] / 1e6:.1f}", f"{first['bytes'] / copy / 1e3:.1f}", f"{first['of_copy']:.2f}"]
-        times = [f"{rows[operation, B]['microseconds']:.1f}" for B in batches]
-        lines.append(f"| {operation} | {' | '.join([*bound, *times])} |")
-    return "\n".join(lines)
 
 
 def invariance_table(result: dict[str, Any]) -> str:
@@ -241,7 +221,6 @@ TABLES = {  # of the files that they come from
 
 
 OF_ENGINE = {"host": (host.table, ("host.json",))}  # in docs/engine.md
-OF_KERNELS = {"kernels": (kernel_table, ("h200_kernels.json",))}  # in docs/kernels.md
 
 
 def fill(text: str, tables: dict[str, Any] = TABLES, root: str = "") -> str:
@@ -260,5 +239,4 @@ def filled() -> dict[Path, str]:
     return {
         README: fill(README.read_text()),
         ENGINE: fill(ENGINE.read_text(), OF_ENGINE, root="../"),
-        KERNELS: fill(KERNELS.read_text(), OF_KERNELS, root="../"),
     }

@@ -73,6 +73,18 @@ def copy_bandwidth(device: torch.device, size: int) -> float:
     return 2 * size / median_us(lambda: target.copy_(source), device) / 1e3
 
 
+def replayed(call: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
+    """The call as a CUDA graph, without what it costs the host; off a GPU the call itself."""
+    if device.type != "cuda":
+        return call
+    for _ in range(WARM_UP):
+        call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        graph.out = call()  # lives as long as the graph writes to it
+    return graph.replay
+
+
 def compiled(call: Callable[..., Any], device: torch.device, **options: Any) -> Callable[..., Any]:
     """By torch.compile, for these shapes alone; on the CPU by its tracing without code of its own."""
     if device.type != "cuda":
