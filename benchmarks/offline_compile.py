@@ -109,7 +109,7 @@ MOVES_TENSORS = ("sm_90", "sm_100")  # have tensor memory accelerators
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 AUTOCAST = ((torch.float32, torch.bfloat16), (torch.float32, torch.float16))  # of x and of what attention adds
 DIMENSIONS = (32, 48, 60, 64, 72, 80, 96, 128)
-TILES = ("BLOCK", "BLOCK_C", "D", "ROWS", "COLUMNS", "CHUNK", "TOKENS", "STAGES", "PER", "PARTS", "PART")
+TILES = ("BLOCK", "BLOCK_C", "D", "ROWS", "COLUMNS", "CHUNK", "TOKENS", "STAGES", "PER", "HEADS", "PARTS", "PART")
 KINDS = (  # dtype, heads apart in memory: every entry of a table with each value; --full: with all together
     (torch.bfloat16, False),
     (torch.float32, True),

@@ -94,10 +94,12 @@ def _head(at, h, stride_h, inside, d: tl.constexpr):
 
 
 @triton.jit
-def _mean_keys(keys, position, valid, stride_h, stride_n, H: tl.constexpr, d: tl.constexpr, D: tl.constexpr):
-    """Keys averaged over the heads [BLOCK, D]. The loads of some heads stand in one basic block, so that none waits for
-    another; those of more would take too many registers."""
-    TOGETHER: tl.constexpr = H if H <= 6 else 3
+def _mean_keys(
+    keys, position, valid, stride_h, stride_n, H: tl.constexpr, d: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr
+):
+    """Keys averaged over the heads [BLOCK, D]. The loads of up to ``HEADS`` heads stand in one basic block, so that
+    none waits for another. Those of more would take too many registers: then half as many stand together."""
+    TOGETHER: tl.constexpr = H if H <= HEADS else HEADS // 2
     REST: tl.constexpr = H % TOGETHER
     c = tl.arange(0, D)
     inside = valid[:, None] & (c < d)[None, :]
@@ -173,6 +175,7 @@ def match_image_kernel(
     D: tl.constexpr,
     ROWS: tl.constexpr,
     PER: tl.constexpr,
+    HEADS: tl.constexpr,
     BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
 ):
@@ -199,9 +202,9 @@ def match_image_kernel(
         member = first + k * ROWS
         a = _positions(order, na, member, False, P, GROUP, ROWS)
         in_a = member + tl.arange(0, ROWS) < na
-        a_mean = _mean_keys(keys, a, in_a, stride_h, stride_n, H, d, D)
+        a_mean = _mean_keys(keys, a, in_a, stride_h, stride_n, H, d, D, HEADS)
         if k == 0:  # after the first loads of A
-            b_unit, b_has = _unit_vectors(_mean_keys(keys, b, in_b, stride_h, stride_n, H, d, D))
+            b_unit, b_has = _unit_vectors(_mean_keys(keys, b, in_b, stride_h, stride_n, H, d, D, HEADS))
             b_high, b_low = _halves(b_unit)
         a_unit, a_has = _unit_vectors(a_mean)
         a_high, a_low = _halves(a_unit)
@@ -254,7 +257,7 @@ def unit_rows_kernel(
     else:
         row = _rank(sizes + start + P, token, free, CHUNK)
     position = P + token
-    vectors, has = _unit_vectors(_mean_keys(keys, position, valid, stride_h, stride_n, H, d, D))
+    vectors, has = _unit_vectors(_mean_keys(keys, position, valid, stride_h, stride_n, H, d, D, 2))
     high, low = _halves(vectors)
     c = tl.arange(0, D)
     at = unit + (start + row)[:, None] * (2 * d) + c[None, :]
@@ -325,19 +328,19 @@ def match_image_table(block: int, d: int, by_size: bool, dtype: torch.dtype) -> 
     """``block``: tokens of a group, rounded up to a power of two; ``by_size``: groups by sizes that differ. What is
     larger spills on one chip or another.
 
-    Measured on an H200, triton 3.6.0, bfloat16: 197 and 101 tokens, 6 heads of 64 channels, and 197 tokens, 3 heads of
-    32, in batches of 1, 8, 64 and 256, both groupings. Tiles of 64 with 4 warps were faster at 256 images alone, by a
-    microsecond.
+    Measured on an H200, triton 3.6.0, bfloat16: 197 and 101 tokens, 6 heads of 64 channels, in batches of 1, 8, 64 and
+    256; 197 tokens, 3 heads of 32, in batches of 1 and 64. At 256 images of 197 tokens tiles of 64 with 4 warps were as
+    fast or a microsecond faster. Not measured: by size four tiles a program; more than 6 heads.
     """
     if block > 16 and (dtype == torch.float32 or d % 16):  # keys, or addresses of small pieces, take more registers
-        return {"ROWS": 16, "num_warps": 8}
-    warps = 8 if block > 64 and attention.BACKEND == "cuda" else 4  # AMD's are twice as wide
-    return {"ROWS": 16 if block <= 32 else 32, "num_warps": warps}
+        return {"ROWS": 16, "HEADS": 6 if block == 64 else 2, "num_warps": 8}
+    warps = 8 if block > 64 and d > 32 and attention.BACKEND == "cuda" else 4  # AMD's are twice as wide
+    return {"ROWS": 16 if block <= 32 else 32, "HEADS": 6, "num_warps": warps}
 
 
 def match_image_candidates(block: int) -> list[tune.Config]:
     rows = [rows for rows in (16, 32, 64, 128) if rows <= block]
-    return tune.every(ROWS=rows, num_warps=(2, 4, 8, 16))
+    return tune.every(ROWS=rows, HEADS=(2, 6, 12), num_warps=(2, 4, 8, 16))
 
 
 def tiles_each(B: int, tiles: int, warps: int, multiprocessors: int) -> int:
@@ -417,12 +420,12 @@ def match(
 def _match_image(B: int, free: int, by_size: bool, arguments: tuple, constants: dict[str, Any]) -> None:
     block, device, counts = block_for((free + 1) // 2), arguments[0].device, arguments[5]
 
-    def launch(ROWS: int, num_warps: int) -> None:
+    def launch(ROWS: int, HEADS: int, num_warps: int) -> None:
         per = tiles_each(B, block // ROWS, num_warps, multiprocessors(device))
         programs = block // (ROWS * per)
         if programs > 1:
             counts.zero_()
-        config = {"ROWS": ROWS, "PER": per, "num_warps": num_warps}
+        config = {"ROWS": ROWS, "PER": per, "HEADS": HEADS, "num_warps": num_warps}
         match_image_kernel[(B * programs,)](*arguments, **constants, BLOCK=block, **config)
 
     key = {"block": block, "d": constants["d"], "by_size": by_size, "dtype": arguments[0].dtype}

@@ -179,7 +179,7 @@ def test_at_exit_it_prints_lines_for_the_table():
     assert done.returncode == 0 and done.stdout == "", done.stderr
     first, second, header, *entries = done.stderr.splitlines()
     for line, by_size in ((first, True), (second, False)):
-        table = '{"ROWS": 16, "num_warps": 4}'
+        table = '{"ROWS": 16, "HEADS": 6, "num_warps": 4}'
         key = f"block=16 d=32 by_size={by_size} dtype=torch.float32"
         assert line.startswith(f"atm-triton tune: match_image {key}: table {table} ")
     assert header.startswith("# first in match_image_table: ")
