@@ -41,7 +41,7 @@ SINGLE = (  # H, N, d, P, dtype, heads apart in memory: what one test alone take
     (2, 260, 32, 1, torch.float32, False),
     (2, 70, 60, 0, torch.float32, False),
 )
-MANY = (2, 100, 600)  # images, of which programs of match take one, two and all tiles each: where there are four
+MANY = (2, 600)  # images, of which programs of match take one tile each, or all
 CHANNELS = (3, 6, 32, 48, 384, 1280)
 STEMS = tuple(  # patch, images' sides, dtype of the convolution, that of images and positions, prefix tokens, bias
     (patch, sides, *dtypes, *rest)

@@ -344,13 +344,11 @@ def match_image_candidates(block: int) -> list[tune.Config]:
 
 
 def tiles_each(B: int, tiles: int, warps: int, multiprocessors: int) -> int:
-    """How many of the ``tiles`` of an image, a power of two, a program takes: few where few images would leave
-    multiprocessors idle, all where they fill each with 16 warps. No result depends on it."""
-    share = multiprocessors * 16 // (B * warps)  # programs of an image
-    each = 1
-    while each < tiles and each * share < tiles:
-        each *= 2
-    return each
+    """How many of the ``tiles`` of an image a program takes: one where few images would leave multiprocessors idle, all
+    where one program an image fills them with 16 warps each or nearly so; nothing between, so that batches share two
+    compiled kernels. No result depends on it."""
+    share = multiprocessors * 16 // (B * warps)  # programs of an image that fit
+    return 1 if 2 * share >= tiles else tiles
 
 
 def unit_rows_table(free: int, d: int, by_size: bool) -> tune.Config:

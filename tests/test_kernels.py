@@ -139,11 +139,11 @@ def test_no_result_depends_on_how_many_programs_share_an_image(by_size, dtype, m
 
 
 def test_few_images_take_more_programs_each():
-    """The warps of all fill an H100's 132 multiprocessors with 16 each, as far as there are tiles."""
-    for B, each in ((1, 1), (66, 1), (67, 2), (132, 2), (133, 4), (264, 4), (265, 4), (10**6, 4)):
+    """One a tile, as long as two fit an image: an H100's 132 multiprocessors take 16 warps each."""
+    for B, each in ((1, 1), (132, 1), (133, 4), (10**6, 4)):
         assert match_kernels.tiles_each(B, 4, 8, 132) == each
     assert match_kernels.tiles_each(10**6, 1, 4, 132) == 1
-    assert [match_kernels.tiles_each(B, 4, 8, 132) for B in MANY] == [1, 2, 4]
+    assert [match_kernels.tiles_each(B, 4, 8, 132) for B in MANY] == [1, 4]
 
 
 def match_one(keys, sizes=None, by_size=False):
