@@ -4,7 +4,7 @@ from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
-from timm.layers import LayerNorm, LayerScale
+from timm.layers import DropPath, LayerNorm, LayerScale
 from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
@@ -68,7 +68,7 @@ class ATMBlock(Block):
         """The merging form of ``block``, on the very same parameters and submodules."""
         merging = cls.__new__(cls)
         nn.Module.__init__(merging)
-        for name, child in block.named_children():
+        for name, child in block._modules.items():  # of two names for one module named_children leaves one out
             merging.add_module(name, child)
         merging.training = block.training
         merging._set_merging(config, block_index, depth, num_prefix_tokens)
@@ -190,7 +190,7 @@ class ATMBlock(Block):
         return ops.match(keys, tokens.sizes, tokens.images, *options)
 
     def assign(self, found: ops.Match, copy: ops.HostCopy | None, images: Images) -> Assignment | None:
-        """Which tokens merge; None if none do. Where r hangs on counts, the host waits for them here: attention has
+        """Which tokens merge; None if none do. Where r depends on counts, the host waits for them here: attention has
         given them time."""
         T, one_r = found.partner.shape[0], self.config.adapt != "image"
         if copy is None:
@@ -225,8 +225,7 @@ class ATMBlock(Block):
             if any(tensor.requires_grad for tensor in (x, attended, *parameters)):
                 return False
         drops = self.training and not isinstance(self.drop_path1, nn.Identity)
-        hooked = self.drop_path1._forward_hooks or self.drop_path1._forward_pre_hooks
-        return is_plain(self.ls1, self.norm2) and not drops and not hooked
+        return is_plain(self.ls1, self.norm2) and is_own(self.drop_path1, nn.Identity, DropPath) and not drops
 
     def _attend(
         self, y: Tensor, q: Tensor, k: Tensor, v: Tensor, tokens: Packed, queries: Images | None = None
@@ -259,13 +258,13 @@ def is_own(module: nn.Module, *classes: type) -> bool:
     return type(module) in classes and not is_changed(module)
 
 
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_CALLED_AROUND = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 def is_changed(module: nn.Module) -> bool:
     """Whether a call of this module does more than its class: by hooks, or a forward of its own."""
     own = module.__dict__
-    return "forward" in own or any(own.get(hooks) for hooks in _HOOKS)
+    return "forward" in own or any(own.get(hooks) for hooks in _CALLED_AROUND)
 
 
 def scale_of(scale: nn.Module, x: Tensor) -> Tensor | None:

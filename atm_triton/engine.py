@@ -63,8 +63,8 @@ class Counts:
 
     def settle(self) -> dict[int, list[int]]:
         if self.late is not None:
-            late, self.late = self.late, None
-            self.take(*late)
+            self.take(*self.late)
+            self.late = None
         return self.known
 
 
@@ -169,9 +169,16 @@ class Engine:
     ``step``: rows of a bucket, None: the multiple of 128 next to a 64th of the first stage's rows; ``read_gflop``: what
     a read takes, as :func:`stages` wants it, for the kinds of passes that have not run yet."""
 
-    def __init__(self, model: VisionTransformer, max_graphs: int = MAX_GRAPHS, max_mib: int = MAX_MIB) -> None:
-        self.model, self.max_graphs, self.max_mib, self.step = model, max_graphs, max_mib, None
-        self.read_gflop = READ_GFLOP
+    def __init__(
+        self,
+        model: VisionTransformer,
+        max_graphs: int = MAX_GRAPHS,
+        max_mib: int = MAX_MIB,
+        step: int | None = None,
+        read_gflop: float = READ_GFLOP,
+    ) -> None:
+        self.model, self.max_graphs, self.max_mib = model, max_graphs, max_mib
+        self.step, self.read_gflop = step, read_gflop
         self.make_replays = replays_on
         self.lock = threading.RLock()
         self.replays: Replays | None = None
@@ -206,10 +213,13 @@ class Engine:
         return f"{captured} graphs (at most {self.max_graphs}) of {held:.0f} MiB (at most {self.max_mib})"
 
     def __deepcopy__(self, memo: dict) -> Self:
-        return type(self)(copy.deepcopy(self.model, memo), self.max_graphs, self.max_mib)
+        return type(self)(copy.deepcopy(self.model, memo), *self._limits())
 
     def __reduce__(self) -> tuple:
-        return type(self), (self.model, self.max_graphs, self.max_mib)
+        return type(self), (self.model, *self._limits())
+
+    def _limits(self) -> tuple[int, int, int | None, float]:
+        return self.max_graphs, self.max_mib, self.step, self.read_gflop
 
     def refusal(self, images: Tensor) -> str | None:
         """Why the engine does not take a pass over ``images`` [B, C, H, W], so that the blocks run; None: it does."""

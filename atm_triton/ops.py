@@ -196,7 +196,7 @@ def assign(
         out: slots, tokens, spans and cu_seqlens, where the kernels are to write them.
 
     Raises:
-        ValueError, TypeError: arguments of another shape, dtype or device; counts are asked for that there are not.
+        ValueError, TypeError: arguments of another shape, dtype or device; counts are asked for, but there are none.
     """
     _check_pairs(found, images, num_prefix, T)
     r, mean, theta = _source_of_r(found, r, images)
@@ -322,13 +322,13 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     those elsewhere. The kernel rounds once, to the dtype of the result; it is within 2e-6 of the exact GELU before.
 
     Args:
-        x: rows [T, C]; weight: [K, C]; bias: [K] or None.
+        x: rows [T, C]; weight: [hidden, C]; bias: [hidden] or None.
 
     Raises:
         ValueError: arguments of another shape or device.
     """
     _check(x.dim() == 2, "x", x, "[T, C]")
-    _check(weight.dim() == 2 and weight.shape[1] == x.shape[1], "weight", weight, lambda: f"[K, {x.shape[1]}]")
+    _check(weight.dim() == 2 and weight.shape[1] == x.shape[1], "weight", weight, lambda: f"[hidden, {x.shape[1]}]")
     _check_device("weight", weight, x)
     if bias is not None:
         _check(bias.shape == weight.shape[:1], "bias", bias, lambda: f"[{len(weight)}]")

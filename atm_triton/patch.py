@@ -13,7 +13,8 @@ from atm_triton.engine import Engine
 from atm_triton.transformer import ATMBlocks, MergingTransformer, merging_class
 
 CHANGED = (
-    "hooks or a forward of its own, which would no longer run: remove them, or put them on the norms, attn.proj or mlp"
+    "hooks or a forward of its own, which would no longer run: remove them, or put them on the norms, attn.qkv, "
+    "attn.proj or mlp"
 )
 _NO_GAP = "it has no point between attention and MLP where tokens could merge"
 _REASONS = {
@@ -85,7 +86,7 @@ def remove_patch(model: VisionTransformer) -> VisionTransformer:
 def _carry_back(blocks: ATMBlocks, original: nn.Sequential) -> None:
     """What was put in the place of a block's parts while it was patched."""
     for block, merging in zip(original, blocks, strict=True):
-        for name, child in merging.named_children():
+        for name, child in merging._modules.items():
             setattr(block, name, child)
 
 
@@ -142,8 +143,8 @@ def _obstacle(block: nn.Module) -> str | None:
     if type(block.attn.qkv) is not nn.Linear:
         return f"Block whose attn.qkv is {type(block.attn.qkv).__name__}: want nn.Linear (merge adapters into it first)"
     attn = block.attn
-    for name, module in {"": block, ".attn": attn, ".attn.qkv": attn.qkv, ".attn.attn_drop": attn.attn_drop}.items():
-        called = name != ".attn.attn_drop" or not attn.fused_attn
+    for name, module in {"itself": block, "attn": attn, "attn.attn_drop": attn.attn_drop}.items():
+        called = module is not attn.attn_drop or not attn.fused_attn
         if called and is_changed(module):
-            return f"Block that has on {name.removeprefix('.') or 'itself'} {CHANGED}"
+            return f"Block that has on {name} {CHANGED}"
     return None

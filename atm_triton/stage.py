@@ -1,4 +1,4 @@
-"""A stage: the stretch of a pass from one merge to the next, as a plain function from rows to rows.
+"""A stage: the stretch of a pass from one merge whose count the host reads to the next, a function from rows to rows.
 
 It computes what the blocks compute, but for the fusion of every residual sum with the norm after it. Which tokens merge
 depends on the images, so a stage ends where a block has assigned its tokens and attended, and the next one begins with
@@ -20,7 +20,7 @@ from atm_triton import ops
 from atm_triton.block import ATMBlock, is_plain, rows, scale_of
 from atm_triton.packed import Assignment, Images, Packed
 
-LEFT = 0.85  # of its tokens, what a block is taken to leave
+LEFT = 0.85  # the share of its tokens that a block with a theta is assumed to keep
 
 
 class Pending(NamedTuple):
@@ -48,8 +48,9 @@ class Stage(NamedTuple):
 
 def stages(blocks: Sequence[ATMBlock], leading: int | None, rows: int, read: float) -> list[Stage]:
     """The stages of a pass over so many ``rows``: one for all blocks where r is given. Else a stage ends wherever the
-    host reads counts. It does so where all takes the least time, if a read takes as long as ``read`` GFLOP of matrix
-    products and every block with a theta leaves ``LEFT`` of its tokens."""
+    host reads counts: where the whole pass takes the least time by a rough model, in which a read takes as long as
+    ``read`` GFLOP of matrix products, a block counts with the rows that enter it, and every block with a theta keeps
+    ``LEFT`` of its tokens."""
     may = blocks if leading is None else blocks[:-1]
     counted = [index for index, block in enumerate(may) if block.theta is not None]
     gflop = [2e-9 * rows * sum(parameter.numel() for parameter in block.parameters()) for block in blocks]

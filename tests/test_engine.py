@@ -461,6 +461,7 @@ def test_a_copy_has_an_engine_and_weights_of_its_own(adapt):
         expected = ours(x)
     for other in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
         assert other.engine.model is other and not other.engine.graphs
+        assert (other.engine.step, other.engine.read_gflop) == (4, 1e9)
         assert isinstance(other.blocks._last, Record) and str(other.blocks.last) == str(ours.blocks.last)
         ours(x)
         for parameter in other.parameters():
@@ -468,6 +469,20 @@ def test_a_copy_has_an_engine_and_weights_of_its_own(adapt):
         assert not torch.equal(other(x), expected)
         assert other.blocks.last.way == "engine"
     assert torch.equal(ours(x), expected)
+
+
+@torch.inference_mode()
+def test_a_drop_path_that_does_something_in_inference_is_called():
+    """By the blocks, which run then, also where a block merges."""
+    base, found = tiny(), []
+    x = batch(base)
+    for backend in ("triton", "reference"):
+        model = apply_patch(copy.deepcopy(base).to(DEVICE), ATMConfig(backend=backend, **CONFIGS["static"]))
+        plain = model(x)
+        model.blocks[0].drop_path1 = Doubled().eval()
+        found.append(model(x))
+        assert not torch.allclose(found[-1], plain, atol=1e-3)
+    torch.testing.assert_close(*found, rtol=0, atol=1e-5)
 
 
 @torch.inference_mode()

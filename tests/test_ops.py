@@ -70,7 +70,7 @@ def attend(q=keys, k=keys, v=keys, n=sizes, log2_sizes=None):
             "images has shape [1, 2, 1, 8]; want [B, 3, H, W]",
         ),
         (lambda: ops.linear_gelu(x[None], x, None), "x has shape [1, 14, 8]; want [T, C]"),
-        (lambda: ops.linear_gelu(x, x[:, 1:], None), "weight has shape [14, 7]; want [K, 8]"),
+        (lambda: ops.linear_gelu(x, x[:, 1:], None), "weight has shape [14, 7]; want [hidden, 8]"),
         (lambda: ops.linear_gelu(x, x, x[0]), "bias has shape [8]; want [14]"),
         (lambda: ops.linear_gelu(x, x.to("meta"), None), "weight is on meta, the tokens on cpu; move one of them"),
         (lambda: ops.add_norm(x, x[1:], None, norm), "attended has shape [13, 8]; want the shape of x"),

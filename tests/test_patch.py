@@ -432,6 +432,11 @@ def test_what_a_patched_model_does_not_call_is_said(name):
         model(images())
 
 
+class Doubled(nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+
 class LoRA(nn.Module):
     def __init__(self, base):
         super().__init__()
@@ -516,6 +521,7 @@ def test_what_was_replaced_in_a_patched_block_stays_when_the_patch_goes():
     model, x = apply_patch(vit(), NOTHING), images()
     model.blocks[1].mlp = nn.Sequential(model.blocks[1].mlp, nn.Linear(32, 32)).eval()
     model.blocks[2].norm2 = nn.Identity()
+    model.blocks[3].ls1 = model.blocks[3].ls2 = Doubled()  # two names of one module
     expected, names = model(x), list(model.state_dict())
     for again in (apply_patch, remove_patch):
         again(model, NOTHING) if again is apply_patch else again(model)

@@ -84,7 +84,7 @@ def calls(
             traffic.match_bytes(B, N, C, e),
         ),
         "assign": (
-            lambda: ops.assign(found, r, images, 1, left, True, "triton"),
+            lambda: ops.assign(found, N - M, images, 1, left, True, "triton"),
             reference_assign,
             traffic.assign_bytes(B, N, M),
         ),

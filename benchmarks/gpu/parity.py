@@ -151,10 +151,12 @@ def check_case(case: Case, device: torch.device) -> dict[str, float]:
     x, attended = (torch.randn(T, H * d, dtype=case.dtype, device=device) for _ in range(2))
     tokens = Packed(x, sizes, images)
     same_r = torch.full((B,), (case.N - 1) // 4, device=device)
-    for r, one_r in ((found.counts, False), *([] if case.differ else [(same_r, True)])):
+    one_each = [] if case.differ else [("batch", True), ((case.N - 1) // 4, True), (same_r, True)]
+    for r, one_r in (("image", False), (found.counts, False), *one_each):
         with naming(f"assign {case}"):
-            ties = found._replace(similarity=found.similarity.mul(50).round().div(50))
-            check_assign(ties, r, images, one_r)
+            if isinstance(r, Tensor):  # counts are of the similarities as they are
+                ties = found._replace(similarity=found.similarity.mul(50).round().div(50))
+                check_assign(ties, r, images, one_r)
             assignment = check_assign(found, r, images, one_r)
         with naming(f"merge {case}"):
             share, merged = check_merge(tokens, assignment)
@@ -293,8 +295,17 @@ def check_linear_gelu(setting: Setting) -> float:
     return max(shares)
 
 
-def check_assign(found: ops.Match, r: Tensor, images: Images, one_r: bool) -> Assignment:
-    slots, cu_seqlens = reference.assign(*found[:2], r, 1, images)
+def r_of_each(found: ops.Match, r: int | Tensor | str) -> Tensor:
+    """What ``ops.assign`` makes of its sources of r."""
+    if isinstance(r, Tensor):
+        return r
+    if isinstance(r, int):
+        return torch.full_like(found.counts, r)
+    return reference.batch_r(found.counts) if r == "batch" else found.counts
+
+
+def check_assign(found: ops.Match, r: int | Tensor | str, images: Images, one_r: bool) -> Assignment:
+    slots, cu_seqlens = reference.assign(*found[:2], r_of_each(found, r), 1, images)
     T = int(cu_seqlens[-1])
     with poisoned():
         assignment = ops.assign(found, r, images, 1, T, one_r, "triton")
