@@ -197,20 +197,21 @@ def add_norm_kernel(
 
 def parts_of(C: int) -> tuple[int, int]:
     """Into how many parts a kernel takes C channels, and the channels of a part, a power of two: 384 are three parts of
-    128. Where that would be too many parts, one that is partly empty."""
+    128. Where that would be too many parts, or small ones, one that is partly empty."""
     part = C & -C
-    return (C // part, part) if C // part <= 5 else (1, block_for(C))
+    return (C // part, part) if C // part <= 5 and part >= 16 else (1, block_for(C))
 
 
 def merge_table(dtype: torch.dtype, C: int, fused: bool) -> tune.Config:
-    """96 bytes of x a thread of two warps, in whole rows; ``fused``: with the norm. A row's bits hang on its dtype and
-    C alone.
+    """96 bytes of x a thread of two warps, in whole rows, in float32 48, or 24 a thread of four: more spills on sm_80.
+    ``fused``: with the norm. A row's bits depend on its dtype and C alone.
 
     Measured on an H200, triton 3.6.0, bfloat16, fused: 384 channels, 1,576 to 50,432 slots; 768, 37,000 and 50,432.
     """
     parts, part = parts_of(C)
-    rows = min(16, max(1, 6144 // (parts * part * dtype.itemsize)))
-    return {"ROWS": 1 << (rows.bit_length() - 1), "num_warps": max(2, min(8, parts * part // 1024))}
+    size, warps = (3072, 4 if C >= 768 else 2) if dtype == torch.float32 else (6144, 2)
+    rows = min(16, max(1, size // (parts * part * dtype.itemsize)))
+    return {"ROWS": 1 << (rows.bit_length() - 1), "num_warps": max(warps, min(8, parts * part // 1024))}
 
 
 def merge_candidates(C: int) -> list[tune.Config]:
