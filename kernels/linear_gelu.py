@@ -60,7 +60,7 @@ def linear_gelu_kernel(
 ):
     """One program for every ``num_programs``-th tile. ``x``, ``weight`` and ``out`` are descriptors, which read 0 and
     write nothing beyond the edges; ``later`` numbers the tiles once more, so that the loop overlaps the end of one with
-    the begin of the next."""
+    the beginning of the next."""
     HALF: tl.constexpr = COLUMNS // 2
     columns = tl.cdiv(N, COLUMNS)
     tiles = tl.cdiv(M, ROWS) * columns
