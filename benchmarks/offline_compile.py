@@ -109,7 +109,21 @@ MOVES_TENSORS = ("sm_90", "sm_100")  # have tensor memory accelerators
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 AUTOCAST = ((torch.float32, torch.bfloat16), (torch.float32, torch.float16))  # of x and of what attention adds
 DIMENSIONS = (32, 48, 60, 64, 72, 80, 96, 128)
-TILES = ("BLOCK", "BLOCK_C", "D", "ROWS", "COLUMNS", "CHUNK", "TOKENS", "STAGES", "PER", "HEADS", "PARTS", "PART")
+TILES = (
+    "BLOCK",
+    "BLOCK_C",
+    "D",
+    "ROWS",
+    "COLUMNS",
+    "CHUNK",
+    "TOKENS",
+    "STAGES",
+    "TAILS",
+    "PER",
+    "HEADS",
+    "PARTS",
+    "PART",
+)
 KINDS = (  # dtype, heads apart in memory: every entry of a table with each value; --full: with all together
     (torch.bfloat16, False),
     (torch.float32, True),
@@ -130,8 +144,8 @@ def cases(full: bool = False) -> Iterator[Case]:
         yield from norm_cases(C, dtype, dtype)
     for dtypes in AUTOCAST:
         yield from norm_cases(768, *dtypes)
-    for dtype, d, apart, bias, Nq in itertools.product(DTYPES, DIMENSIONS, (False, True), (True, False), (197, 1)):
-        yield attention_case(6, 197, d, dtype, bias, Nq, apart)
+    for dtype, d, apart, bias, Nq in itertools.product(DTYPES, DIMENSIONS, (False, True), (True, False), (197, 577, 1)):
+        yield attention_case(6, max(197, Nq), d, dtype, bias, Nq, apart)
     for C, side in itertools.product((384, 768), (16, 14)):
         of_images = {torch.bfloat16: torch.bfloat16, torch.float16: torch.float32, torch.float32: torch.float32}
         yield from (stem_case(C, (side,) * 2, (14 * side,) * 2, *pair) for pair in of_images.items())

@@ -16,6 +16,51 @@ FLOAT32_DOTS = {"cuda": "tf32x3", "hip": "ieee"}  # as accurate as float32, and 
 
 
 @triton.jit
+def _attend(
+    query,
+    k,
+    v,
+    log2_sizes,
+    first,
+    length,
+    scale,
+    k_stride_n,
+    v_stride_n,
+    top,
+    total,
+    mixed,
+    COLUMNS: tl.constexpr,
+    WHOLE: tl.constexpr,
+    d: tl.constexpr,
+    D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Softmax goes on with the keys from ``first`` on, at most COLUMNS; WHOLE: there are as many, which takes no mask.
+    ``top``, ``total``, ``mixed``: the highest score so far, the sum of the terms, and the values that they mix."""
+    j, c = first + tl.arange(0, COLUMNS), tl.arange(0, D)
+    there = j < length
+    inside = (c < d)[None, :]
+    if not WHOLE:
+        inside = inside & there[:, None]
+    keys = tl.load(k + j[:, None] * k_stride_n + c[None, :], mask=inside, other=0.0)
+    s = tl.dot(query, tl.trans(keys), input_precision=PRECISION) * scale
+    if log2_sizes is not None:
+        if WHOLE:
+            s += tl.load(log2_sizes + j)[None, :]
+        else:
+            s += tl.load(log2_sizes + j, mask=there, other=float("-inf"))[None, :]
+    elif not WHOLE:
+        s = tl.where(there[None, :], s, float("-inf"))
+    higher = tl.maximum(top, tl.max(s, axis=1))
+    shrink = tl.exp2(top - higher)
+    p = tl.exp2(s - higher[:, None])
+    values = tl.load(v + j[:, None] * v_stride_n + c[None, :], mask=inside, other=0.0)
+    total = total * shrink + tl.sum(p, axis=1)
+    mixed = tl.dot(p.to(values.dtype), values, mixed * shrink[:, None], input_precision=PRECISION)
+    return higher, total, mixed
+
+
+@triton.jit
 def attention_kernel(
     q,
     k,
@@ -37,9 +82,11 @@ def attention_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     STAGES: tl.constexpr,
+    TAILS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program for some queries of one head of one image. ``scale`` has the factor log2 e in it."""
+    """One program for some queries of one head of one image. ``scale`` has the factor log2 e in it. What keys are left
+    beyond whole tiles take the narrowest of TAILS tiles that holds them: COLUMNS, a half of it, a quarter, ..."""
     tile, head, image = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     first_query, asking = image_bounds(q_cu_seqlens, image)
     if tile * ROWS >= asking:
@@ -49,44 +96,46 @@ def attention_kernel(
     q += first_query * q_stride_n + at_head * q_stride_h
     k += start * k_stride_n + at_head * k_stride_h
     v += start * v_stride_n + at_head * v_stride_h
-    i = tile * ROWS + tl.arange(0, ROWS)
-    c = tl.arange(0, D)
+    out += (first_query * H + head) * d
+    if log2_sizes is not None:
+        log2_sizes += start
+    i, c = tile * ROWS + tl.arange(0, ROWS), tl.arange(0, D)
     inside = (i < asking)[:, None] & (c < d)[None, :]
-    q_tile = tl.load(q + i[:, None] * q_stride_n + c[None, :], mask=inside, other=0.0)
+    query = tl.load(q + i[:, None] * q_stride_n + c[None, :], mask=inside, other=0.0)
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     mixed = tl.zeros([ROWS, D], tl.float32)
-    for first in tl.range(0, length, COLUMNS, num_stages=STAGES):
-        j = first + tl.arange(0, COLUMNS)
-        there = j < length
-        inside_k = there[:, None] & (c < d)[None, :]
-        k_tile = tl.load(k + j[:, None] * k_stride_n + c[None, :], mask=inside_k, other=0.0)
-        s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale
-        if log2_sizes is not None:
-            s += tl.load(log2_sizes + start + j, mask=there, other=float("-inf"))[None, :]
-        else:
-            s = tl.where(there[None, :], s, float("-inf"))
-        higher = tl.maximum(top, tl.max(s, axis=1))
-        shrink = tl.exp2(top - higher)
-        p = tl.exp2(s - higher[:, None])
-        v_tile = tl.load(v + j[:, None] * v_stride_n + c[None, :], mask=inside_k, other=0.0)
-        total = total * shrink + tl.sum(p, axis=1)
-        mixed = tl.dot(p.to(v_tile.dtype), v_tile, mixed * shrink[:, None], input_precision=PRECISION)
-        top = higher
-    at = out + ((first_query + i)[:, None] * H + head) * d + c[None, :]
+    whole = length // COLUMNS * COLUMNS
+    for first in tl.range(0, whole, COLUMNS, num_stages=STAGES):
+        top, total, mixed = _attend(
+            query, k, v, log2_sizes, first, length, scale, k_stride_n, v_stride_n, top, total, mixed,
+            COLUMNS, True, d, D, PRECISION,
+        )  # fmt: skip
+    left = length - whole
+    for n in tl.static_range(TAILS):
+        if (left > (0 if n + 1 == TAILS else (COLUMNS >> (n + 1)))) & (left <= (COLUMNS >> n)):
+            top, total, mixed = _attend(
+                query, k, v, log2_sizes, whole, length, scale, k_stride_n, v_stride_n, top, total, mixed,
+                COLUMNS >> n, False, d, D, PRECISION,
+            )  # fmt: skip
+    at = out + i[:, None] * (H * d) + c[None, :]
     tl.store(at, (mixed / total[:, None]).to(out.dtype.element_ty), mask=inside)
 
 
 def attention_table(dtype: torch.dtype, d: int, Nq: int, bias: bool) -> tune.Config:
     """Tiles for a dtype, channels of a head, the most queries of an image and whether log n is added; what is larger
-    spills on one chip or another."""
+    spills on one chip or another. Narrow tiles pay up to 256 tokens, where much of the work is in the last one."""
     if dtype == torch.float32:  # three products instead of one
         if d > 64:
-            return {"ROWS": 16, "COLUMNS": 32, "STAGES": 2, "num_warps": 8}
+            return {"ROWS": 16, "COLUMNS": 32, "STAGES": 2, "TAILS": 1, "num_warps": 8}
         if Nq <= 16:
-            return {"ROWS": 16, "COLUMNS": 16, "STAGES": 2, "num_warps": 4}
-        return {"ROWS": 64, "COLUMNS": 32, "STAGES": 2, "num_warps": 8}
-    return {"ROWS": 16 if Nq <= 16 else 64, "COLUMNS": 64, "STAGES": 2, "num_warps": 4}
+            return {"ROWS": 16, "COLUMNS": 16, "STAGES": 2, "TAILS": 1, "num_warps": 4}
+        return {"ROWS": 64, "COLUMNS": 32, "STAGES": 2, "TAILS": 1, "num_warps": 8}
+    if Nq <= 16:
+        return {"ROWS": 16, "COLUMNS": 64, "STAGES": 2, "TAILS": 3, "num_warps": 2}
+    if Nq <= 256:
+        return {"ROWS": 64, "COLUMNS": 32, "STAGES": 3, "TAILS": 2, "num_warps": 4}
+    return {"ROWS": 64, "COLUMNS": 64, "STAGES": 2, "TAILS": 3, "num_warps": 4}
 
 
 def attention_candidates(dtype: torch.dtype, Nq: int) -> list[tune.Config]:
@@ -95,7 +144,8 @@ def attention_candidates(dtype: torch.dtype, Nq: int) -> list[tune.Config]:
         rows, columns = (16, 32, 64), (16, 32, 64)
     if Nq <= 16:
         rows = (16,)
-    return tune.every(ROWS=rows, COLUMNS=columns, STAGES=(1, 2, 3, 4), num_warps=(2, 4, 8))
+    every = tune.every(ROWS=rows, COLUMNS=columns, STAGES=(1, 2, 3, 4), TAILS=(1, 2, 3), num_warps=(2, 4, 8))
+    return [config for config in every if config["COLUMNS"] >> config["TAILS"] >= 8]  # a product takes 16 columns
 
 
 def attention(
