@@ -89,6 +89,7 @@ class Passes:
         self.B, self.N = kind.shape[0], 0  # N, and with it the stages, are known once the stem has run
         self.stages: list[Stage] = []
         self.mailboxes: list[Mailbox | None] = []
+        self.branch = replays.branch()
         self.merged_first = False  # whether a block has merged before the first stage ends
         with torch.inference_mode(False):
             self.images = torch.empty(kind.shape, dtype=kind.dtype, device=kind.device)
@@ -113,12 +114,13 @@ class Passes:
                     mailbox.send(torch.cat(found) if len(found) > 1 else counts)
 
             try:
-                left, trace = run(self.blocks, now, tokens, y, trace, may, leading, counted, into)
+                left, trace = run(self.blocks, now, tokens, y, trace, may, leading, counted, self.branch, into)
                 if now.last is None:
                     return self.model.finish(left, trace, self.B, kind.dense, kind.head)
-            finally:
+            finally:  # a capture cannot end while its streams are apart
+                self.branch.join()
                 if mailbox is not None:
-                    mailbox.join()  # a capture cannot end while its streams are apart
+                    mailbox.join()
         made = not self.buffers
         if made:
             self.buffers = [self._buffer(left, trace) for _ in range(2)]

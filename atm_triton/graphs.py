@@ -3,12 +3,15 @@
 import threading
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 UNREAD = -1  # what counts on the host hold until they are there
+PRIORITY = -2  # of the streams that are captured on: torch has 32 of each priority, and libraries take 0, -1 and -3
+STREAMS = 32
 _capturing = threading.Lock()  # CUDA captures one graph at a time in a process
 
 
@@ -27,6 +30,9 @@ class Replays:
     def mailbox(self, length: int) -> "Mailbox":
         return Mailbox(length)
 
+    def branch(self) -> "Branch":
+        return Branch()
+
     def reset(self) -> None:
         """Nothing that was captured is left."""
 
@@ -38,43 +44,79 @@ class Replays:
         return 0.0
 
 
+class CaptureStream:
+    """A stream that nobody else captures on, while somebody has this. cuBLAS's workspace there lies in a pool of its
+    own that is never given up. A graph keeps the address of the workspace, but whoever clears cuBLAS's workspaces, as
+    torch.compile does, frees it: in the pool of another graph, or in none, it would be another tensor's next."""
+
+    made: ClassVar[dict[torch.device, int]] = {}
+    spare: ClassVar[dict[torch.device, list[tuple[torch.cuda.Stream, tuple[int, int], torch.cuda.CUDAGraph]]]] = {}
+
+    def __init__(self, device: torch.device) -> None:
+        spare = self.spare.setdefault(device, [])
+        if spare:
+            torch.cuda.synchronize(device)  # a graph of whoever had it before may be at work
+            self.stream, self.pool, self.graph = spare.pop()
+        elif self.made.get(device, 0) == STREAMS:
+            raise RuntimeError(f"{STREAMS} engines hold graphs on {device}: engine.drop() gives up those of one")
+        else:
+            self.stream, self.pool = torch.cuda.Stream(device, PRIORITY), torch.cuda.graph_pool_handle()
+            self.made[device] = self.made.get(device, 0) + 1
+            self.graph = self.place_workspace()  # is never replayed, and keeps the pool
+        weakref.finalize(self, spare.append, (self.stream, self.pool, self.graph)).atexit = False
+
+    def place_workspace(self) -> torch.cuda.CUDAGraph:
+        """See that this thread's workspace lies in the pool, also after it was cleared: by a capture that uses it."""
+        graph, ones = torch.cuda.CUDAGraph(), torch.ones(16, 16, dtype=torch.float16, device=self.stream.device)
+        _multiply(ones)  # CUDA loads what this needs before the capture
+        with torch.cuda.stream(self.stream):
+            graph.capture_begin(self.pool, "thread_local")
+            try:
+                _multiply(ones)
+            finally:
+                graph.capture_end()
+        return graph
+
+
+def _multiply(ones: Tensor) -> Tensor:
+    """By cuBLAS and by cuBLASLt."""
+    return F.linear(ones, ones, ones[0]) @ ones
+
+
 class CUDAGraphs(Replays):
-    """CUDA graphs from one pool. The engine runs nothing else on their stream, so cuBLAS's workspace there lies in the
-    pool. To clear all workspaces instead would pull those of other graphs of the process from under them."""
+    """CUDA graphs from one pool, captured on one stream."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
-        self.side = torch.cuda.Stream(device)
+        self.copying, self.branching = torch.cuda.Stream(device), torch.cuda.Stream(device)
         self.reset()
 
     def reset(self) -> None:
-        self._renew()
+        self.pool = torch.cuda.graph_pool_handle()
+        self.captures: CaptureStream | None = None
         self.alive: weakref.WeakSet[Callable[[], Any]] = weakref.WeakSet()  # replays that somebody still has
         self.held = 0
 
-    def _renew(self) -> None:
-        """A pool, and a stream on which no workspace lies in another one."""
-        self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self.device)
-
     def capture(self, run: Callable[[], Any]) -> Callable[[], Any]:
-        if not self.alive:  # a pool that no graph uses any more takes none
-            self.reset()
         graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
-        how = {"pool": self.pool, "stream": self.stream, "capture_error_mode": "thread_local"}
         try:
             with _capturing:
-                torch.cuda.current_blas_handle()  # a thread's own, which it cannot make during a capture
+                if not self.alive:  # a pool that no graph uses any more takes none
+                    self.reset()
+                captures = self.captures = self.captures or CaptureStream(self.device)
+                captures.place_workspace()
                 torch.cuda.empty_cache()
                 before = torch.cuda.memory_reserved(self.device)
+                how = {"pool": self.pool, "stream": captures.stream, "capture_error_mode": "thread_local"}
                 with torch.cuda.graph(graph, **how):
                     out = run()
                 self.held += torch.cuda.memory_reserved(self.device) - before
         except BaseException:  # torch leaves its stream current then, and the pool marked as being captured to
             torch.cuda.set_stream(current)
-            self._renew()
+            self.pool = torch.cuda.graph_pool_handle()
             raise
 
-        def replay() -> Any:
+        def replay(captures: CaptureStream = captures) -> Any:  # its workspace is the graph's
             graph.replay()
             return out
 
@@ -82,7 +124,10 @@ class CUDAGraphs(Replays):
         return replay
 
     def mailbox(self, length: int) -> "Mailbox":
-        return PinnedMailbox(length, self.side)
+        return PinnedMailbox(length, self.copying)
+
+    def branch(self) -> "Branch":
+        return StreamBranch(self.branching)
 
     def wait(self) -> None:
         with _capturing:  # no other engine may capture meanwhile
@@ -150,3 +195,32 @@ class PinnedMailbox(Mailbox):
                 torch.cuda.synchronize(self.side.device)
             counts = self.seen.tolist()
         return self._taken(counts)
+
+
+class Branch:
+    """What may run side by side with what is called between it and :meth:`join`."""
+
+    def run(self, call: Callable[..., Any], *args: Any) -> Any:
+        return call(*args)
+
+    def join(self) -> None:
+        """What follows on the device waits for it."""
+
+
+class StreamBranch(Branch):
+    """On a stream of its own. Until the streams join, the memory of what it reads is not to be another tensor's."""
+
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self.stream = stream
+        self.reads: tuple[Any, ...] | None = None
+
+    def run(self, call: Callable[..., Any], *args: Any) -> Any:
+        self.reads = args
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            return call(*args)
+
+    def join(self) -> None:
+        if self.reads is not None:
+            torch.cuda.current_stream().wait_stream(self.stream)
+            self.reads = None

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from atm_triton import ops
 from atm_triton.block import ATMBlock, is_plain, rows, scale_of
+from atm_triton.graphs import Branch
 from atm_triton.packed import Assignment, Images, Packed
 
 LEFT = 0.85  # the share of its tokens that a block with a theta is assumed to keep
@@ -118,6 +119,7 @@ def run(
     may: int,
     leading: int | None,
     counted: Callable[[Tensor], None] | None,
+    branch: Branch,
     out: Pending | None = None,
 ) -> tuple[Packed | Pending, Tensor | None]:
     """From the MLP of the block that has just merged, or from the stem, to the end of the stage.
@@ -128,6 +130,7 @@ def run(
         may: how many blocks may merge: all, or all but the last.
         leading: how many tokens the last block serves alone, None: all.
         counted: told the counts [B] of each block whose own counts say how many tokens merge, once they are there.
+        branch: where tokens are matched and assigned while others attend.
         out: where what is to merge is to be written, if it can be helped.
 
     Returns:
@@ -144,8 +147,9 @@ def run(
         tokens = tokens.with_x(x)
         if leading is not None and index == len(blocks) - 1:
             return block.step_leading(tokens, leading, y).tokens, trace
-        mixed, assignment = attend(block, tokens, y, index < may, counted, into)
+        mixed, assignment = attend(block, tokens, y, index < may, counted, branch, into)
         attended = project(block.attn, mixed, into and into.attended)
+        branch.join()
         if assignment is not None and trace is not None:
             trace = assignment.slots.index_select(0, trace)  # no token is dropped here
         if index == stage.last:
@@ -166,25 +170,32 @@ def attend(
     y: Tensor,
     merges: bool,
     counted: Callable[[Tensor], None] | None,
+    branch: Branch,
     into: Pending | None,
 ) -> tuple[Tensor, Assignment | None]:
-    """A block up to the projection of what its tokens [T, C], of norm ``y``, attend to, and what then merges. Where
-    counts say how much, the assignment has room for all T tokens."""
-    images = tokens.images
-    y = images.shaped(y)
+    """A block up to the projection of what its tokens [T, C], of norm ``y``, attend to, and on the ``branch`` what then
+    merges."""
+    y = tokens.images.shaped(y)
     q, k, v = block.heads(block.attn.qkv(y))
     q, k = block.attn.q_norm(q), block.attn.k_norm(k)
-    found = block.match(k, tokens) if merges else None
+    assignment = branch.run(assign, block, k, tokens, counted, into) if merges else None
+    return block.mix(y, q, k, v, tokens), assignment
+
+
+def assign(
+    block: ATMBlock, keys: Tensor, tokens: Packed, counted: Callable[[Tensor], None] | None, into: Pending | None
+) -> Assignment | None:
+    """What merges; where counts say how much, the assignment has room for all T tokens."""
+    images, found = tokens.images, block.match(keys, tokens)
     if found is None:
-        return block.mix(y, q, k, v, tokens), None
+        return None
     given = block.given_r(images)
     if given is None:
         counted(found.counts)
-    mixed = block.mix(y, q, k, v, tokens)
     T = len(tokens.x) - (0 if given is None else images.B * given)
     options = (block.num_prefix_tokens, T, given is not None, block.config.backend)
     out = into and (into.slots, into.order, into.spans, into.cu_seqlens)
-    return mixed, ops.assign(found, block.r_of(images), images, *options, out=out)
+    return ops.assign(found, block.r_of(images), images, *options, out=out)
 
 
 def residual(

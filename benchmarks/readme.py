@@ -66,16 +66,27 @@ ON_GPU = {  # heading: what the stage calls it
 
 
 def gpu_table(result: dict[str, Any]) -> str:
-    """Milliseconds of a pass; of what merges also time(bound) / time."""
-    rows = {(row["model"], row["batch"], row["name"]): row for row in result["stages"]["engine"]["rows"]}
+    """Milliseconds of a pass; of what merges also time(bound) / time. A session with torch.compile, which is timed
+    after all others, adds what it alone has."""
+    measured, rows = result["stages"]["engine"]["rows"], {}
+    for row in measured:
+        rows.setdefault((row["model"], row["batch"], row["name"]), row)
     names = {name for *_, name in rows}
     shown = {heading: name for heading, name in ON_GPU.items() if name in names}
     made = result["environment"]
     lines = [f"| {made['gpu']}, bfloat16, ms | {' | '.join(shown)} |", f"|{'---|' * (1 + len(shown))}"]
-    for cell in dict.fromkeys(key[:2] for key in rows):
+    cells = dict.fromkeys(key[:2] for key in rows)
+    for cell in cells:
         found = [rows.get((*cell, name)) for name in shown.values()]
         lines.append(f"| {cell[0]}, batch {cell[1]} | {' | '.join(map(_milliseconds, found))} |")
-    lines += ["", *(_beside_a_graph(rows, cell) for cell in dict.fromkeys(key[:2] for key in rows) if cell[1] == 256)]
+    lines += ["", *(_beside_a_graph(rows, cell) for cell in cells if cell[1] == 256)]
+    compiled = {(row["model"], row["batch"], row["name"]): row["milliseconds"] for row in measured if row["session"]}
+    lines += [
+        f"- {cell[0]} at batch {cell[1]}, in a session of its own: `torch.compile` of timm (reduce-overhead) takes "
+        f'{compiled[*cell, "timm, compiled"] / compiled[*cell, "ATM image"]:.2f} times as long as `adapt="image"`.'
+        for cell in cells
+        if {(*cell, "timm, compiled"), (*cell, "ATM image")} <= set(compiled)
+    ]
     return "\n".join(lines)
 
 

@@ -162,6 +162,21 @@ def test_the_second_pass_captures_and_the_third_replays():
 
 
 @torch.inference_mode()
+def test_graphs_outlive_that_all_workspaces_of_cublas_are_freed():
+    """As torch.compile does it. On a GPU there are so many engines, one after the other, that they share streams."""
+    on_gpu, model = DEVICE == "cuda", tiny()
+    x = batch(model)
+    expected = patched(copy.deepcopy(model), **CONFIGS["static"])(x)
+    for _ in range(40 if on_gpu else 1):
+        ours = patched(copy.deepcopy(model), **CONFIGS["static"])
+        ours(x), ours(x)
+        if on_gpu:
+            torch._C._cuda_clearCublasWorkspaces()
+            torch.cuda.empty_cache()
+        torch.testing.assert_close(ours(x), expected, rtol=0, atol=1e-5)
+
+
+@torch.inference_mode()
 def test_a_given_schedule_is_one_stage():
     ours = patched(tiny(), **CONFIGS["static"])
     counting, x = counted(ours), batch(ours)

@@ -22,6 +22,7 @@ from atm_triton.block import ATMBlock
 from atm_triton.config import ATMConfig
 from atm_triton.evaluate import share
 from atm_triton.flops import mean, planned
+from atm_triton.graphs import replays_on
 from atm_triton.inputs import digits_config, open_images, open_model
 from atm_triton.ops import Match
 from atm_triton.packed import Packed
@@ -34,12 +35,13 @@ from benchmarks.gpu.setting import Setting, one_line, short
 
 DIGITS = "digits"
 PLAIN = [*((name, batch) for name in ("DeiT-S", "DeiT-B") for batch in (64, 256, 8, 1)), (DIGITS, 64), (DIGITS, 256)]
+PLAIN += [("ViT-L", 64), ("DINOv2-S", 8)]
 COMPILED = [("DeiT-S", 64), ("DeiT-S", 256), ("DeiT-B", 256), ("DeiT-B", 64)]  # once more, in this order
 COMPILING = 150  # seconds of this stage after which nothing more is compiled
 COMPILATION = 80  # seconds that a cell may take that compiles
 REPEATS = 25
 TINY_SIDE = 32
-R = 8  # tokens of an image that each block of DeiT merges
+SHARE = 1 / 24  # of its tokens at the start a model of 12 blocks merges in each: 8 of DeiT's 197
 WARM_UP, PASSES = 3, 6  # calls before a capture; passes within which the engine must have captured all that it plays
 LOGITS = {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 3e-2}  # relative distance: a tie may fall otherwise
 ROUNDED = 2.0  # how far 16-bit logits may be from those in float32, of the distance that the blocks' own are
@@ -123,7 +125,9 @@ def made(name: str, setting: Setting) -> VisionTransformer:
 
 def deit(model: VisionTransformer, batch: int, setting: Setting) -> Case:
     """Random weights, and thresholds at which as many tokens merge as by the given r."""
-    dtype, r, depth = next(model.parameters()).dtype, setting.pick(R, 1), len(model.blocks)
+    dtype, depth = next(model.parameters()).dtype, len(model.blocks)
+    N = model.patch_embed.num_patches + model.num_prefix_tokens
+    r = setting.pick(int(SHARE * N * 12 / depth), 1)
     images = torch.randn(batch, 3, *model.patch_embed.img_size, dtype=dtype, device=setting.device)
     static = ATMConfig(adapt="static", schedule=(r,) * depth, backend="triton")
     configs = {
@@ -193,32 +197,17 @@ class OneGraph:
     Like the engine it copies the images in and gives logits that are the caller's own."""
 
     def __init__(self, call: Callable[[Tensor], Tensor]) -> None:
-        self.call, self.graph, self.mib = call, None, 0.0
+        self.call, self.replay, self.mib = call, None, 0.0
 
     def __call__(self, images: Tensor) -> Tensor:
-        if not images.is_cuda:
-            return self.call(images)
-        if self.graph is None:
-            self._capture(images)
-        self.images.copy_(images)
-        self.graph.replay()
-        return self.logits.clone()
-
-    def _capture(self, images: Tensor) -> None:
-        self.images, graph = images.clone(), torch.cuda.CUDAGraph()
-        # nothing runs on the second before the capture, so cuBLAS's workspace there lies in the graph's pool: when
-        # torch.compile captures it frees those that lie elsewhere
-        warm, stream = torch.cuda.Stream(), torch.cuda.Stream()
-        warm.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(warm):
+        if self.replay is None:
+            self.images, replays = images.clone(), replays_on(images.device)
             for _ in range(WARM_UP):  # workspaces and modules that CUDA sets up on first use
                 self.call(self.images)
-        torch.cuda.current_stream().wait_stream(warm)
-        torch.cuda.empty_cache()
-        before = torch.cuda.memory_reserved()
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            self.logits = self.call(self.images)
-        self.mib, self.graph = (torch.cuda.memory_reserved() - before) / 2**20, graph
+            self.replay = replays.capture(partial(self.call, self.images))
+            self.mib = replays.mib()
+        self.images.copy_(images)
+        return self.replay().clone()
 
 
 @torch.inference_mode()
@@ -297,6 +286,9 @@ def check(variant: Variant, images: Tensor) -> float:
         else:
             if variant.engine:
                 raise StageError(f"after {PASSES} passes there is more to capture beside {call.engine}")
+        if images.is_cuda:  # as torch.compile does, at times that nobody knows
+            torch._C._cuda_clearCublasWorkspaces()
+            torch.cuda.empty_cache()
         logits, expected = (run(images.flip(0)).double() for run in (call, variant.expected))
     if variant.engine and call.blocks.last.way != "engine":
         raise StageError(f"the engine did not run: {call.blocks.last.way}")

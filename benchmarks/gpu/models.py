@@ -22,7 +22,9 @@ from benchmarks.gpu.setting import Setting, one_line, short
 from benchmarks.gpu.timing import compiled
 from benchmarks.gpu.unfused import UnfusedBlock
 
+MODELS = ("DeiT-S", "DeiT-B", "ViT-L")
 NAMES = {"DeiT-S": "deit_small_patch16_224", "DeiT-B": "deit_base_patch16_224", "ViT-L": "vit_large_patch16_224"}
+NAMES |= {"DINOv2-S": "vit_small_patch14_dinov2"}
 BATCHES = (256, 64, 8, 1)
 SHARE = 3.26 / 4.60  # of the paper's FLOPs: what ATM leaves of DeiT-S without loss, and here of the others too
 REPEATS = 15
@@ -48,7 +50,7 @@ def sessions(setting: Setting) -> list[Session]:
     if setting.tiny:
         return [Session("DeiT-S", torch.float32, 2, True)]
     dtypes = (torch.bfloat16, torch.float16)
-    plain = [Session(name, dtype, batch, False) for name in NAMES for dtype in dtypes for batch in BATCHES]
+    plain = [Session(name, dtype, batch, False) for name in MODELS for dtype in dtypes for batch in BATCHES]
     return plain + [Session(name, torch.bfloat16, batch, True) for name, batch in COMPILED]
 
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from atm_triton.graphs import replays_on
+
 WARM_UP, LEAST, MOST = 3, 5, 60  # calls
 BUDGET = 0.04  # seconds of calls that are timed
 FLUSH = 2**27  # float32 elements that are read between calls: many times any L2
@@ -75,14 +77,9 @@ def copy_bandwidth(device: torch.device, size: int) -> float:
 
 def replayed(call: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
     """The call as a CUDA graph, without what it costs the host; off a GPU the call itself."""
-    if device.type != "cuda":
-        return call
     for _ in range(WARM_UP):
         call()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        graph.out = call()  # lives as long as the graph writes to it
-    return graph.replay
+    return replays_on(device).capture(call)
 
 
 def compiled(call: Callable[..., Any], device: torch.device, **options: Any) -> Callable[..., Any]:
