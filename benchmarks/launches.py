@@ -53,7 +53,7 @@ LAYERS = ((1, 16, 8), (130, 72, 264), (300, 64, 512))  # rows, channels in and o
 LONG = {  # of kernels/assign.py, for images of a few tokens to be long ones
     "ONE_PROGRAM": 16,
     "JOINED": 16,
-    "assign_long_table": lambda block: {"CHUNK": 16, "num_warps": 1},
+    "LONG_CONFIG": {"CHUNK": 16, "num_warps": 1},
 }
 Case = tuple[str, Callable[[], Any]]
 Launch = tuple[Any, dict[str, Any], dict[str, Any]]  # a kernel, its arguments by name, options (warps, stages)

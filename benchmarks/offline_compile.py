@@ -33,7 +33,6 @@ from pathlib import Path
 from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)  # before a kernel is imported
-os.environ.pop("ATM_TRITON_AUTOTUNE", None)  # what is checked is what the tables say
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import torch

@@ -5,14 +5,11 @@ tokens in the order of their slots (within a slot in the order in which they sto
 tokens of a slot begin and end. Slots of all images are numbered through, as are tokens: the merge knows no images.
 """
 
-from functools import partial
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from atm_triton.kernels import tune
 from atm_triton.kernels.images import aligned, block_for, image_bounds
 
 NO_SLOT = tl.constexpr(2**30)  # after every slot
@@ -263,23 +260,13 @@ def join_kernel(slots, cu_seqlens, TOKENS: tl.constexpr):
     tl.store(slots + start + i, tl.load(slots + start - 1 - slot, mask=joins), mask=joins)
 
 
-def assign_table(block: int, search: bool) -> tune.Config:
+def assign_table(block: int, search: bool) -> dict[str, int]:
     """``block``: tokens of an image, rounded up to a power of two; ``search``: for the most similar ones. Measured on
     an H200, triton 3.6.0: 197 and 101 tokens, in batches of 1, 8, 64 and 256."""
     return {"num_warps": max(1, min(16, block // (64 if search else 32)))}  # two tokens a thread, or one
 
 
-def assign_candidates(block: int) -> list[tune.Config]:
-    """More tokens a warp take minutes to compile for some chips."""
-    return tune.every(num_warps=[warps for warps in (1, 2, 4, 8, 16) if block <= 512 * warps])
-
-
-def assign_long_table(block: int) -> tune.Config:
-    return {"CHUNK": 1024, "num_warps": 16}  # what is larger spills on sm_100
-
-
-def assign_long_candidates() -> list[tune.Config]:
-    return tune.every(CHUNK=(1024, 2048, 4096), num_warps=(8, 16))
+LONG_CONFIG = {"CHUNK": 1024, "num_warps": 16}  # of assign_long: what is larger spills on sm_100
 
 
 def assign(
@@ -293,6 +280,7 @@ def assign(
     out: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
     theta: float | None = None,
     mean: bool = False,
+    config: dict[str, int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The merge step in which the most similar tokens of each image join their partners, and its lists.
 
@@ -304,6 +292,7 @@ def assign(
         out: what is returned, to be written to.
         theta: r counts the tokens that are at least as similar, so that nothing need be searched for.
         mean: of every image as many tokens join as the mean of r says, rounded down.
+        config: instead of the table's.
 
     Returns:
         slots int32 [T]; tokens int32 [T]; spans int32 [slots, 2]; cu_seqlens int32 [B + 1] of the merged images. What
@@ -321,18 +310,16 @@ def assign(
     block = block_for(longest)
     if longest > ONE_PROGRAM:
         r = aligned(_of_each(r, B, mean, device))
-        launch = partial(assign_long_kernel[(B,)], similarity, partner, r, cu_seqlens, to.fill_(-1), new_cu_seqlens)
-        launch, key = partial(launch, P=num_prefix, BLOCK=block), {"block": block}
-        tune.run("assign_long", key, assign_long_table(block), assign_long_candidates, launch)
+        tensors = (similarity, partner, r, cu_seqlens, to.fill_(-1), new_cu_seqlens)
+        assign_long_kernel[(B,)](*tensors, P=num_prefix, BLOCK=block, **(config or LONG_CONFIG))
         join_kernel[(B, -(-longest // JOINED))](to, cu_seqlens, JOINED)
         for one, made in zip((tokens, spans), _lists(to, slots), strict=True):
             one.copy_(made)
     else:
         of_each, given = (None, r) if isinstance(r, int) else (aligned(r), 0)
-        launch = partial(assign_kernel[(B,)], similarity, partner, of_each, given, theta, cu_seqlens, *out)
-        launch = partial(launch, P=num_prefix, MEAN=mean, BLOCK=block)
-        key = {"block": block, "search": theta is None}
-        tune.run("assign", key, assign_table(**key), partial(assign_candidates, block), launch)
+        tensors = (similarity, partner, of_each, given, theta, cu_seqlens, *out)
+        config = config or assign_table(block, search=theta is None)
+        assign_kernel[(B,)](*tensors, P=num_prefix, MEAN=mean, BLOCK=block, **config)
     return out
 
 

@@ -9,7 +9,6 @@ out of the subnormals) and three of the four half products are summed. Plain tf3
 the threshold.
 """
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from atm_triton.kernels import attention, tune
+from atm_triton.kernels import attention
 from atm_triton.kernels.images import aligned, block_for, check_strides, image_bounds, multiprocessors
 
 EPS_SQUARED = tl.constexpr(1e-24)
@@ -324,7 +323,7 @@ def match_tiles_kernel(
     tl.atomic_add(counts + image, tl.sum((in_a & (best >= theta)).to(tl.int32)).to(tl.int64))
 
 
-def match_image_table(block: int, d: int, by_size: bool, dtype: torch.dtype) -> tune.Config:
+def match_image_table(block: int, d: int, by_size: bool, dtype: torch.dtype) -> dict[str, int]:
     """``block``: tokens of a group, rounded up to a power of two; ``by_size``: groups by sizes that differ. What is
     larger spills on one chip or another.
 
@@ -338,11 +337,6 @@ def match_image_table(block: int, d: int, by_size: bool, dtype: torch.dtype) -> 
     return {"ROWS": 16 if block <= 32 else 32, "HEADS": 6, "num_warps": warps}
 
 
-def match_image_candidates(block: int) -> list[tune.Config]:
-    rows = [rows for rows in (16, 32, 64, 128) if rows <= block]
-    return tune.every(ROWS=rows, HEADS=(2, 6, 12), num_warps=(2, 4, 8, 16))
-
-
 def tiles_each(B: int, tiles: int, warps: int, multiprocessors: int) -> int:
     """How many of the ``tiles`` of an image a program takes: one where few images would leave multiprocessors idle, all
     where one program an image fills them with 16 warps each or nearly so; nothing between, so that batches share two
@@ -351,27 +345,24 @@ def tiles_each(B: int, tiles: int, warps: int, multiprocessors: int) -> int:
     return 1 if 2 * share >= tiles else tiles
 
 
-def unit_rows_table(free: int, d: int, by_size: bool) -> tune.Config:
-    return {"TOKENS": 32, "CHUNK": 128, "num_warps": 8}
+UNIT_ROWS = {"TOKENS": 32, "CHUNK": 128, "num_warps": 8}
 
 
-def unit_rows_candidates(by_size: bool) -> list[tune.Config]:
-    chunks = (32, 64, 128, 256) if by_size else (128,)
-    return tune.every(TOKENS=(8, 16, 32, 64), CHUNK=chunks, num_warps=(2, 4, 8))
-
-
-def match_tiles_table(free: int, d: int) -> tune.Config:
-    """``free``: tokens that may merge. What is larger spills on one chip or another."""
+def match_tiles_table(d: int) -> dict[str, int]:
+    """What is larger spills on one chip or another."""
     rows, columns = (128, 64) if d <= 64 else (64, 32)
     return {"ROWS": rows, "COLUMNS": columns, "num_warps": 8, "num_stages": 1}
 
 
-def match_tiles_candidates() -> list[tune.Config]:
-    return tune.every(ROWS=(32, 64, 128), COLUMNS=(16, 32, 64, 128), num_warps=(4, 8), num_stages=(1, 2, 3, 4))
-
-
 def match(
-    keys: Tensor, sizes: Tensor | None, cu_seqlens: Tensor, num_prefix: int, by_size: bool, theta: float, longest: int
+    keys: Tensor,
+    sizes: Tensor | None,
+    cu_seqlens: Tensor,
+    num_prefix: int,
+    by_size: bool,
+    theta: float,
+    longest: int,
+    config: dict[str, int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Partners and similarities as :func:`atm_triton.reference.match` defines them, and the counts.
 
@@ -379,6 +370,7 @@ def match(
         keys: [H, T, d]; any strides but 1 for the last.
         sizes: float32 [T]; None for all ones.
         cu_seqlens: int32 [B + 1], where each image begins; longest: no image has more tokens.
+        config: instead of the table's, of the kernel that finds partners.
 
     Returns:
         similarity float32, partner int32, both [T]; counts int64 [B]: the similarities from ``theta`` on.
@@ -406,49 +398,25 @@ def match(
     shape = {"P": num_prefix, "d": d, "D": block_for(d), "GROUP": group.value}
     by_size = sizes is not None
     if free <= WHOLE_IMAGE and d <= 64:
-        _match_image(B, free, by_size, (keys, sizes, cu_seqlens, *out, theta, *strides), shape | {"H": H})
+        _match_image(B, free, by_size, (keys, sizes, cu_seqlens, *out, theta, *strides), shape | {"H": H}, config)
         return out
     unit = torch.empty((T, 2, d), dtype=torch.float16, device=keys.device)
     order = torch.empty(T, dtype=torch.int32, device=keys.device)
-    _unit_rows(B, free, by_size, (keys, sizes, cu_seqlens, unit, order, *out, *strides), shape | {"H": H})
-    _match_tiles(B, free, counts, (unit, order, cu_seqlens, *out, theta), shape)
+    grid = (B, -(-free // UNIT_ROWS["TOKENS"]))
+    unit_rows_kernel[grid](keys, sizes, cu_seqlens, unit, order, *out, *strides, **shape, H=H, **UNIT_ROWS)
+    config = config or match_tiles_table(d)
+    grid = (B, -(-((free + 1) // 2) // config["ROWS"]))
+    match_tiles_kernel[grid](unit, order, cu_seqlens, *out, theta, **shape, **config)
     return out
 
 
-def _match_image(B: int, free: int, by_size: bool, arguments: tuple, constants: dict[str, Any]) -> None:
-    block, device, counts = block_for((free + 1) // 2), arguments[0].device, arguments[5]
-
-    def launch(ROWS: int, HEADS: int, num_warps: int) -> None:
-        per = tiles_each(B, block // ROWS, num_warps, multiprocessors(device))
-        programs = block // (ROWS * per)
-        if programs > 1:
-            counts.zero_()
-        config = {"ROWS": ROWS, "PER": per, "HEADS": HEADS, "num_warps": num_warps}
-        match_image_kernel[(B * programs,)](*arguments, **constants, BLOCK=block, **config)
-
-    key = {"block": block, "d": constants["d"], "by_size": by_size, "dtype": arguments[0].dtype}
-    candidates = partial(match_image_candidates, block)
-    tune.run("match_image", key, match_image_table(**key), candidates, launch)
-
-
-def _unit_rows(B: int, free: int, by_size: bool, arguments: tuple, constants: dict[str, Any]) -> None:
-    d = constants["d"]
-    launch = partial(unit_rows_kernel[lambda meta: (B, -(-free // meta["TOKENS"]))], *arguments, **constants)
-    key = {"free": tune.like(free), "d": d, "by_size": by_size}
-    candidates = partial(unit_rows_candidates, by_size)
-    tune.run("unit_rows", key, unit_rows_table(free, d, by_size), candidates, launch)
-
-
-def _match_tiles(B: int, free: int, counts: Tensor, arguments: tuple, constants: dict[str, Any]) -> None:
-    d, half = constants["d"], (free + 1) // 2
-    launch = partial(match_tiles_kernel[lambda meta: (B, -(-half // meta["ROWS"]))], *arguments, **constants)
-    if tune.SEARCH:
-        launch = partial(_counting_anew, counts, launch)
-    key = {"free": tune.like(free), "d": d}
-    tune.run("match_tiles", key, match_tiles_table(free, d), match_tiles_candidates, launch)
-
-
-def _counting_anew(counts: Tensor, launch: tune.Launch, **config: int) -> None:
-    """A launch that others may have come before: each adds to the counts."""
-    counts.zero_()
-    launch(**config)
+def _match_image(
+    B: int, free: int, by_size: bool, arguments: tuple, constants: dict[str, Any], config: dict[str, int] | None
+) -> None:
+    block, keys, counts = block_for((free + 1) // 2), arguments[0], arguments[5]
+    config = config or match_image_table(block, constants["d"], by_size, keys.dtype)
+    tiles = block // config["ROWS"]
+    per = tiles_each(B, tiles, config["num_warps"], multiprocessors(keys.device))
+    if per < tiles:
+        counts.zero_()
+    match_image_kernel[(B * (tiles // per),)](*arguments, **constants, BLOCK=block, PER=per, **config)

@@ -5,15 +5,11 @@ The fused form does what a block does around a merge in the same pass over memor
 atomics, so every run gives the same bits.
 """
 
-from functools import partial
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from atm_triton.kernels import tune
 from atm_triton.kernels.images import aligned, block_for
 
 Norm = tuple[Tensor | None, Tensor | None, float]  # weight [C], bias [C], eps
@@ -202,28 +198,17 @@ def parts_of(C: int) -> tuple[int, int]:
     return (C // part, part) if C // part <= 5 and part >= 16 else (1, block_for(C))
 
 
-def merge_table(dtype: torch.dtype, C: int, fused: bool) -> tune.Config:
-    """96 bytes of x a thread of two warps, in whole rows, in float32 48, or 24 a thread of four: more spills on sm_80.
-    ``fused``: with the norm. A row's bits depend on its dtype and C alone.
+def rows_table(dtype: torch.dtype, C: int) -> dict[str, int]:
+    """Of merge and add_norm: 96 bytes of x a thread of two warps, in whole rows, in float32 48, or 24 a thread of four:
+    more spills on sm_80. A row's bits depend on its dtype and C alone.
 
-    Measured on an H200, triton 3.6.0, bfloat16, fused: 384 channels, 1,576 to 50,432 slots; 768, 37,000 and 50,432.
+    Measured on an H200, triton 3.6.0, bfloat16, with the norm: 384 channels, 1,576 to 50,432 slots; 768, 37,000 and
+    50,432.
     """
     parts, part = parts_of(C)
     size, warps = (3072, 4 if C >= 768 else 2) if dtype == torch.float32 else (6144, 2)
     rows = min(16, max(1, size // (parts * part * dtype.itemsize)))
     return {"ROWS": 1 << (rows.bit_length() - 1), "num_warps": max(warps, min(8, parts * part // 1024))}
-
-
-def merge_candidates(C: int) -> list[tune.Config]:
-    return tune.every(ROWS=[rows for rows in (1, 2, 4, 8, 16) if rows * C <= 8192 or rows == 1], num_warps=(1, 2, 4, 8))
-
-
-def add_norm_table(dtype: torch.dtype, C: int) -> tune.Config:
-    """As merge; measured with 1,576 to 50,432 rows of either."""
-    return merge_table(dtype, C, True)
-
-
-add_norm_candidates = merge_candidates
 
 
 def merge(
@@ -235,6 +220,7 @@ def merge(
     attended: Tensor | None = None,
     gamma: Tensor | None = None,
     norm: Norm | None = None,
+    config: dict[str, int] | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """Size-weighted means over the tokens of each slot (Definition 2).
 
@@ -247,6 +233,7 @@ def merge(
         attended: [T, C]: what attention adds to the residual stream; x + gamma * attended is merged.
         gamma: [C], the LayerScale; None for 1.
         norm: weight [C], bias [C] (each may be None) and eps of the LayerNorm that follows.
+        config: instead of the table's.
 
     Returns:
         merged [T', C] and its LayerNorm (None without ``norm``), both in the dtype of x, whatever the others have;
@@ -262,15 +249,19 @@ def merge(
         out = (merged, normed, merged_sizes, log2_sizes)
         numbers = (len(cu_seqlens) - 1, *_aligned_norm(norm))
         parts, part = parts_of(C)
-        grid = partial(_programs, slots)
-        launch = partial(merge_kernel[grid], *inputs, *numbers, *out, C=C, PARTS=parts, PART=part)
-        key = {"dtype": x.dtype, "C": C, "fused": norm is not None}
-        tune.run("merge", key, merge_table(**key), partial(merge_candidates, C), launch)
+        config = config or rows_table(x.dtype, C)
+        grid = (-(-slots // config["ROWS"]),)
+        merge_kernel[grid](*inputs, *numbers, *out, C=C, PARTS=parts, PART=part, **config)
     return merged, normed, merged_sizes, log2_sizes
 
 
 def add_norm(
-    x: Tensor, attended: Tensor, gamma: Tensor | None, norm: Norm, out: Tensor | None = None
+    x: Tensor,
+    attended: Tensor,
+    gamma: Tensor | None,
+    norm: Norm,
+    out: Tensor | None = None,
+    config: dict[str, int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """x + gamma * attended, [T, C], written to ``out`` if that is given, and its LayerNorm, both in the dtype of x;
     arguments as in :func:`merge`."""
@@ -280,15 +271,10 @@ def add_norm(
     if T:
         inputs = (*map(aligned, (x, attended, gamma)), *_aligned_norm(norm))
         parts, part = parts_of(C)
-        grid = partial(_programs, T)
-        launch = partial(add_norm_kernel[grid], *inputs, summed, normed, T, C=C, PARTS=parts, PART=part)
-        key = {"dtype": x.dtype, "C": C}
-        tune.run("add_norm", key, add_norm_table(**key), partial(add_norm_candidates, C), launch)
+        config = config or rows_table(x.dtype, C)
+        grid = (-(-T // config["ROWS"]),)
+        add_norm_kernel[grid](*inputs, summed, normed, T, C=C, PARTS=parts, PART=part, **config)
     return summed, normed
-
-
-def _programs(rows: int, meta: dict[str, Any]) -> tuple[int]:
-    return (-(-rows // meta["ROWS"]),)
 
 
 def _aligned_norm(norm: Norm | None) -> Norm:

@@ -1,14 +1,12 @@
 """stem: images to tokens. Patches that do not overlap are rows of a matrix: their embedding is one product, to which
 each token's position is added before it is written."""
 
-from functools import partial
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from atm_triton.kernels import attention, tune
+from atm_triton.kernels import attention
 from atm_triton.kernels.images import aligned
 
 
@@ -61,7 +59,7 @@ def stem_kernel(
     tl.store(out + at, (embedded + moved).to(out.dtype.element_ty), mask=both)
 
 
-def stem_table(dtype: torch.dtype, wide: bool, together: bool) -> tune.Config:
+def stem_table(dtype: torch.dtype, wide: bool, together: bool) -> dict[str, int]:
     """Tiles of patches, of channels and of what is summed over; ``wide``: float32 images beside 16-bit weights;
     ``together``: a patch's row of pixels is 16 bytes or a multiple."""
     if dtype == torch.float32:  # three products instead of one
@@ -71,20 +69,22 @@ def stem_table(dtype: torch.dtype, wide: bool, together: bool) -> tune.Config:
     return {"ROWS": 128, "COLUMNS": 128, "DEPTH": 32 if wide else 64, "STAGES": 3, "num_warps": 8}
 
 
-def stem_candidates(dtype: torch.dtype) -> list[tune.Config]:
-    sides = (32, 64) if dtype == torch.float32 else (64, 128, 256)
-    return tune.every(ROWS=sides, COLUMNS=sides, DEPTH=(32, 64), STAGES=(2, 3, 4), num_warps=(4, 8))
-
-
-def stem(images: Tensor, weight: Tensor, bias: Tensor | None, position: Tensor, out: Tensor | None = None) -> Tensor:
+def stem(
+    images: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    position: Tensor,
+    out: Tensor | None = None,
+    config: dict[str, int] | None = None,
+) -> Tensor:
     """The tokens of images cut into patches that do not overlap.
 
     Args:
         images: [B, channels, H, W], multiples of the patches' sides.
         weight: [C, channels, height, width] of the convolution that embeds a patch; bias: [C] or None, in its dtype.
         position: [N, C]: the prefix tokens, and what is added to each patch.
-
         out: contiguous, to be written to.
+        config: instead of the table's.
 
     Returns:
         [B, N, C] in the dtype of ``position``.
@@ -94,8 +94,9 @@ def stem(images: Tensor, weight: Tensor, bias: Tensor | None, position: Tensor, 
     h, w = H // ph, W // pw
     out = torch.empty((B, N, C), dtype=position.dtype, device=images.device) if out is None else out
     out[:, : N - h * w] = position[: N - h * w]
-    launch = partial(
-        stem_kernel[lambda meta: (-(-C // meta["COLUMNS"]) * -(-B * h * w // meta["ROWS"]),)],
+    wide, together = images.dtype.itemsize > weight.dtype.itemsize, pw * images.dtype.itemsize % 16 == 0
+    config = config or stem_table(weight.dtype, wide, together)
+    stem_kernel[(-(-C // config["COLUMNS"]) * -(-B * h * w // config["ROWS"]),)](
         *map(aligned, (images, weight, bias, position)),
         out,
         B,
@@ -107,8 +108,6 @@ def stem(images: Tensor, weight: Tensor, bias: Tensor | None, position: Tensor, 
         PW=pw,
         C=C,
         PRECISION=attention.FLOAT32_DOTS[attention.BACKEND] if weight.dtype == torch.float32 else None,
+        **config,
     )
-    wide, together = images.dtype.itemsize > weight.dtype.itemsize, pw * images.dtype.itemsize % 16 == 0
-    key = {"dtype": weight.dtype, "wide": wide, "together": together}
-    tune.run("stem", key, stem_table(**key), partial(stem_candidates, weight.dtype), launch)
     return out

@@ -1,13 +1,10 @@
 """unmerge: every token takes the row of its slot. One program a token: a row is read and written once."""
 
-from functools import partial
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from atm_triton.kernels import tune
 from atm_triton.kernels.images import aligned, block_for
 
 
@@ -22,20 +19,17 @@ def unmerge_kernel(x, slots, out, rows, C: tl.constexpr, BLOCK_C: tl.constexpr):
     tl.store(out + token * C + c, row, mask=c < C)
 
 
-def unmerge_table(dtype: torch.dtype, block: int) -> tune.Config:
+def unmerge_table(dtype: torch.dtype, block: int) -> dict[str, int]:
     """``block``: channels, rounded up to a power of two: eight a thread, as in merge."""
     return {"num_warps": max(1, min(8, block // 256))}
 
 
-def unmerge_candidates() -> list[tune.Config]:
-    return tune.every(num_warps=(1, 2, 4, 8))
-
-
-def unmerge(x: Tensor, slots: Tensor) -> Tensor:
+def unmerge(x: Tensor, slots: Tensor, config: dict[str, int] | None = None) -> Tensor:
     """x'[slots], 0 for a dropped token.
 
     Args:
         x: [T', C]; slots: int32 [T], the row that each token takes; any other number than 0 .. T' - 1 drops it.
+        config: instead of the table's.
 
     Returns:
         [T, C] in the dtype of x.
@@ -44,7 +38,6 @@ def unmerge(x: Tensor, slots: Tensor) -> Tensor:
     out = torch.empty((T, C), dtype=x.dtype, device=x.device)
     if T:
         block = block_for(C)
-        launch = partial(unmerge_kernel[(T,)], aligned(x), aligned(slots), out, rows, C=C, BLOCK_C=block)
-        key = {"dtype": x.dtype, "block": block}
-        tune.run("unmerge", key, unmerge_table(**key), unmerge_candidates, launch)
+        config = config or unmerge_table(x.dtype, block)
+        unmerge_kernel[(T,)](aligned(x), aligned(slots), out, rows, C=C, BLOCK_C=block, **config)
     return out

@@ -632,12 +632,12 @@ def test_tables_name_nothing_that_their_kernels_do_not_take():
     taken = {name: {argument.arg for argument in node.args.args} for name, node in jit_functions().items()}
     tables = {
         "match_image": match_kernels.match_image_table(128, 64, False, torch.float16),
-        "unit_rows": match_kernels.unit_rows_table(300, 64, False),
-        "match_tiles": match_kernels.match_tiles_table(300, 64),
+        "unit_rows": match_kernels.UNIT_ROWS,
+        "match_tiles": match_kernels.match_tiles_table(64),
         "assign": assign_kernels.assign_table(256, True),
-        "assign_long": assign_kernels.assign_long_table(4096),
-        "merge": merge_kernels.merge_table(torch.float16, 384, True),
-        "add_norm": merge_kernels.add_norm_table(torch.float16, 384),
+        "assign_long": assign_kernels.LONG_CONFIG,
+        "merge": merge_kernels.rows_table(torch.float16, 384),
+        "add_norm": merge_kernels.rows_table(torch.float16, 384),
     }
     for name, table in tables.items():
         assert table.keys() - {"num_warps", "num_stages"} <= taken[f"{name}_kernel"], name
