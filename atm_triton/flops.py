@@ -7,6 +7,7 @@ beside.
 """
 
 import copy
+from collections import OrderedDict
 from dataclasses import dataclass
 
 import torch
@@ -175,8 +176,6 @@ def _skeleton(model: VisionTransformer) -> VisionTransformer:
     tensors = (*model.parameters(), *model.buffers())
     with torch.inference_mode(False):
         shapes = {id(t): nn.Parameter(t.to("meta")) if isinstance(t, nn.Parameter) else t.to("meta") for t in tensors}
-    skeleton = copy.deepcopy(model, {**shapes, id(model.blocks): nn.Sequential()}).eval()
-    for module in skeleton.modules():
-        module._forward_hooks.clear()
-        module._forward_pre_hooks.clear()
-    return skeleton
+    hooks = (vars(module)[name] for module in model.modules() for name in ("_forward_hooks", "_forward_pre_hooks"))
+    none = {id(each): OrderedDict() for each in hooks}  # not copied either: what they hold may be large
+    return copy.deepcopy(model, {**shapes, **none, id(model.blocks): nn.Sequential()}).eval()

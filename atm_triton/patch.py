@@ -141,6 +141,8 @@ def check_model(model: nn.Module) -> nn.Sequential:
         raise TypeError(f"{base.__name__} cannot be merged: blocks has a {OWN_FORWARD}")
     for index, block in enumerate(model.blocks):
         reason = _obstacle(block)
+        if any(block is other for other in list(model.blocks)[:index]):
+            reason = "block that stands in another place too, and each place merges by its own threshold: copy it"
         if reason is not None:
             raise TypeError(f"{type(model).__name__} cannot be merged: blocks.{index} is a {reason}")
     return model.blocks

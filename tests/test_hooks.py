@@ -302,6 +302,22 @@ def test_remove_patch_leaves_nothing_behind():
     assert [(type(module), set(vars(module))) for module in modules] == before
 
 
+class Kept:
+    """What must not be copied, nor called, to count costs."""
+
+    def hook(self, module, args, out):
+        self.out = out
+
+
+def test_summary_leaves_hooks_alone():
+    model, kept = apply_patch(vit(), STATIC), Kept()
+    for name in ("patch_embed", "norm", "head", "blocks.1"):
+        model.get_submodule(name).register_forward_hook(kept.hook)
+    logits = model(images())
+    assert summary(model).macs > 0
+    assert kept.out is logits
+
+
 def doubled(module, args, out):
     return 2 * out
 

@@ -378,6 +378,10 @@ CHANGES = {
         "blocks.0 is a Block that has on attn a forward",
     ),
     "forward of a block": (lambda m: set_forward(m.blocks[3]), "blocks.3 is a Block that has on itself a forward"),
+    "one block in two places": (
+        lambda m: m.blocks.__setitem__(3, m.blocks[1]),
+        "blocks.3 is a block that stands in another place too",
+    ),
     "a model's own": (
         lambda m: setattr(m, "forward_features", lambda x: x),
         "cannot be merged: this one has a forward_features of its own, set on the object",
