@@ -1,6 +1,7 @@
 """ATMBlock: timm's transformer block with a merge between attention and MLP."""
 
-from typing import Any, NamedTuple, Self
+from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -8,6 +9,7 @@ from timm.layers import DropPath, LayerNorm, LayerScale
 from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+from torch.nn.modules import module as every_module
 
 from atm_triton import ops
 from atm_triton.config import ATMConfig
@@ -15,21 +17,43 @@ from atm_triton.packed import Assignment, Images, Packed
 from atm_triton.reference import largest_r, of_tokens
 
 
-class Step(NamedTuple):
-    """What a block did: the ``tokens`` that leave it, the ``slots`` [T] that those that entered went to (None: nothing
-    merged, the order is as before), and ``counts`` [B], each image's own number of candidates (None where no threshold
-    is at work)."""
+class Step:
+    """A block's part of a pass, beside the values of its tokens. These alone go through the block as a module, so that
+    its hooks see tensors, and what wraps it hands on one keyword. A call leaves what it was given as it is, so that it
+    can be made again, as checkpointing does.
 
-    tokens: Packed
-    slots: Tensor | None = None
-    counts: Tensor | None = None
+    Given: ``before``, the tokens that enter; ``merges``, False: every token stays as it is; ``leading``, how many
+    leading tokens a last block serves alone, None: all. Left by the block: ``after``, the tokens that leave; ``slots``
+    [T], where those that entered went (None: nothing merged, the order is as before); ``counts`` [B], each image's own
+    number of candidates (None where no threshold is at work).
+
+    No tuple and no dataclass: what wraps modules looks for tensors in these, casts them and hands on a copy.
+    """
+
+    def __init__(self, before: Packed, merges: bool = True, leading: int | None = None) -> None:
+        self.before, self.merges, self.leading = before, merges, leading
+        self.after: Packed | None = None
+        self.slots: Tensor | None = None
+        self.counts: Tensor | None = None
+
+
+class ATMAttention(Attention):
+    """timm's ``Attention`` in an :class:`ATMBlock`, whose part in it is ``by``: from the normalised tokens to their
+    projection. It is called as a module, so hooks and wrappers work; without ``by`` it is timm's."""
+
+    def forward(self, x: Tensor, *args: Any, by: Callable[[Tensor], Tensor] | None = None, **options: Any) -> Tensor:
+        return super().forward(x, *args, **options) if by is None else by(x)
 
 
 class ATMBlock(Block):
     """timm's ``Block`` that merges tokens after attention: ``block(x, size) -> (x, size)``.
 
     With ``adapt="image"`` each image merges by its own count, images of different lengths lie one after the other, and
-    it is ``block(x, size)`` or ``block(packed) -> packed``, a :class:`~atm_triton.packed.Packed`.
+    it is ``block(x, size)`` or ``block(packed) -> packed``, a :class:`~atm_triton.packed.Packed`. A block takes what a
+    block returns: ``for block in model.blocks: h = block(h)``.
+
+    Its model calls it as ``block(x, step=step) -> x``, and hooks see that: x [B, N, C], or rows [T, C] of all images
+    once their lengths differ.
 
     Args:
         dim, num_heads, **block_kwargs: as timm's ``Block``.
@@ -47,6 +71,12 @@ class ATMBlock(Block):
         >>> x, size = block(torch.randn(8, 197, 384))
     """
 
+    config: ATMConfig
+    num_prefix_tokens: int
+    by_size: bool
+    r: int | None
+    theta: float | None
+
     def __init__(
         self,
         dim: int,
@@ -61,18 +91,14 @@ class ATMBlock(Block):
         super().__init__(dim, num_heads, depth=block_index, **block_kwargs)
         if type(self.attn) is not Attention:
             raise TypeError(f"attn_layer makes {type(self.attn).__name__}: only Attention of timm is supported")
-        self._set_merging(config or ATMConfig(), block_index, depth, num_prefix_tokens)
+        self.of(self, config or ATMConfig(), block_index, depth, num_prefix_tokens)
 
     @classmethod
     def of(cls, block: Block, config: ATMConfig, block_index: int, depth: int, num_prefix_tokens: int) -> Self:
-        """The merging form of ``block``, on the very same parameters and submodules."""
-        merging = cls.__new__(cls)
-        nn.Module.__init__(merging)
-        for name, child in block._modules.items():  # of two names for one module named_children leaves one out
-            merging.add_module(name, child)
-        merging.training = block.training
-        merging._set_merging(config, block_index, depth, num_prefix_tokens)
-        return merging
+        """Let ``block`` merge, in place: it stays the object that it is, with its hooks; returns it."""
+        cls._set_merging(block, config, block_index, depth, num_prefix_tokens)
+        block.__class__, block.attn.__class__ = cls, ATMAttention
+        return block
 
     def _set_merging(self, config: ATMConfig, block_index: int, depth: int, num_prefix_tokens: int) -> None:
         if not 0 <= block_index < depth:
@@ -84,43 +110,54 @@ class ATMBlock(Block):
         self.r = None if config.schedule is None else config.schedule[block_index]
         self.theta = None if config.adapt == "static" else config.theta(block_index + 1, depth)
 
-    def forward(self, x: Tensor | Packed, size: Tensor | None = None) -> tuple[Tensor, Tensor | None] | Packed:
+    def forward(
+        self, x: Tensor | tuple[Tensor, Tensor | None] | Packed, size: Tensor | None = None, *, step: Step | None = None
+    ) -> tuple[Tensor, Tensor | None] | Packed | Tensor:
         """Attention, merge and MLP.
 
         Args:
-            x: tokens [B, N, C], or what a block with ``adapt="image"`` returned.
+            x: tokens [B, N, C], or what a block returned.
             size: [B, N] float32, the patches that each token stands for; None: one each.
+            step: for the model, whose x may be rows [T, C]: the block's part of a pass. Then x alone is returned.
 
         Returns:
             x [B, M, C] with M <= N, and its sizes [B, M]; None while nothing has merged. With ``adapt="image"`` all of
             it as Packed.
 
         Raises:
-            ValueError: images of different lengths where one r is to hold for the batch.
+            ValueError: images of different lengths where one r is to hold for the batch; TypeError: ``attn`` was
+                replaced by what does not compute by the block.
         """
-        packed = x if isinstance(x, Packed) else Packed.of(x, size)
-        if not packed.images.equal and self.config.adapt != "image":
+        if step is None:
+            return self._alone(x, size)
+        step.after = tokens = self.forward_packed(handed_on(step.before, x), step)
+        return tokens.images.shaped(tokens.x)
+
+    def _alone(
+        self, x: Tensor | tuple[Tensor, Tensor | None] | Packed, size: Tensor | None
+    ) -> tuple[Tensor, Tensor | None] | Packed:
+        """:meth:`forward` without a model."""
+        if not isinstance(x, Packed):
+            x = Packed.of(*x) if isinstance(x, tuple) else Packed.of(x, size)
+        if not x.images.equal and self.config.adapt != "image":
             raise ValueError(f'packed images in a block with adapt={self.config.adapt!r}; want adapt="image"')
-        tokens = self.step(packed).tokens
+        tokens = self.forward_packed(x, Step(x))
         if self.config.adapt == "image":
             return tokens
         size = None if tokens.sizes is None else tokens.images.shaped(tokens.sizes)
         return tokens.images.shaped(tokens.x), size
 
-    def step(self, tokens: Packed, merges: bool = True) -> Step:
-        """:meth:`forward` with its slots and counts; ``merges=False`` leaves every token as it is."""
+    def forward_packed(self, tokens: Packed, step: Step) -> Packed:
+        """:meth:`forward` on rows; notes slots and counts in ``step``."""
+        if step.leading is not None:
+            return self.forward_leading(tokens, step.leading)
         images = tokens.images
-        y = self.norm1(images.shaped(tokens.x))
-        q, k, v = self.heads(self.attn.qkv(y))
-        q, k = self.attn.q_norm(q), self.attn.k_norm(k)
-        found = self.match(k, tokens) if merges else None
-        copy = None if found is None or self.given_r(images) is not None else ops.to_host(found.counts)
-        attended = self._attend(y, q, k, v, tokens)
-        del y, q, k, v  # their memory is wanted again
+        x = images.shaped(tokens.x)
+        attended, (found, copy) = self.called_attn(self.norm1(x), self.attend, tokens, step.merges)
         assignment = None if found is None else self.assign(found, copy, images)
         if assignment is None:
-            x = images.shaped(tokens.x) + self._drop_path(self.drop_path1, self.ls1(attended), images)
-            del attended
+            x = x + self._drop_path(self.drop_path1, self.ls1(attended), images)
+            del attended  # its memory is wanted again
             y = self.norm2(x)
         else:
             tokens, y = self.merge(tokens, attended, assignment)
@@ -128,24 +165,61 @@ class ATMBlock(Block):
             images = tokens.images
             x = images.shaped(tokens.x)
         x = x + self._drop_path(self.drop_path2, self.ls2(self.mlp(y)), images)
-        counts, slots = None if found is None else found.counts, None if assignment is None else assignment.slots
-        return Step(tokens.with_x(rows(x)), slots, counts)
+        step.counts = None if found is None else found.counts
+        step.slots = None if assignment is None else assignment.slots
+        return tokens.with_x(rows(x))
 
-    def step_leading(self, tokens: Packed, n: int, y: Tensor | None = None) -> Step:
+    def forward_leading(self, tokens: Packed, n: int, y: Tensor | None = None) -> Packed:
         """The last block of a model that classifies from its first ``n`` tokens (Appendix A): those tokens alone, from
         one query, projection and MLP row each. ``y``: the norm of all tokens, if it is at hand."""
         images = tokens.images
         y = self.norm1(images.shaped(tokens.x)) if y is None else y
         size = None if tokens.sizes is None else images.first(tokens.sizes, n).flatten()
         x = images.first(tokens.x, n)
-        x = x + self.drop_path1(self.ls1(self._attend_leading(y, tokens, n)))
+        attended, _ = self.called_attn(y, self._attend_leading, tokens, n)
+        x = x + self.drop_path1(self.ls1(attended))
         x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
-        return Step(Packed.of(x, size))
+        return Packed.of(x, size)
 
-    def _attend_leading(self, y: Tensor, tokens: Packed, n: int) -> Tensor:
+    def called_attn(self, y: Tensor, by: Callable[..., tuple[Tensor, Any]], *given: Any) -> tuple[Tensor, Any]:
+        """``attn``, called as a module on the normalised tokens ``y`` and computed ``by`` a method of this block, which
+        gets y and what is ``given``; and what that returns beside."""
+        attn, noted = self.attn, []
+        if type(attn) is Attention:  # put in its place since
+            attn.__class__ = ATMAttention
+        if inside(attn, ATMAttention) is None:
+            raise TypeError(_no_attention(attn))
+
+        def noting(y: Tensor) -> Tensor:
+            out, beside = by(y, *given)
+            noted.append(beside)
+            return out
+
+        out = attn(y, by=noting)
+        if not noted:
+            raise TypeError(_no_attention(attn))
+        return out, noted[0]
+
+    @property
+    def attention(self) -> Attention:
+        """``attn``, also where a wrapper stands in its place."""
+        return inside(self.attn, Attention)
+
+    def attend(self, y: Tensor, tokens: Packed, merges: bool) -> tuple[Tensor, tuple[Any, Any]]:
+        """What attention adds to the tokens of norm ``y`` [..., C]; the partners that it finds on the way, and their
+        counts as they travel to the host."""
+        attn = self.attention
+        q, k, v = self.heads(attn.qkv(y))
+        q, k = attn.q_norm(q), attn.k_norm(k)
+        found = self.match(k, tokens) if merges else None
+        copy = None if found is None or self.given_r(tokens.images) is not None else ops.to_host(found.counts)
+        return self._attend(y, q, k, v, tokens), (found, copy)
+
+    def _attend_leading(self, y: Tensor, tokens: Packed, n: int) -> tuple[Tensor, None]:
         """One query for each leading token; keys and values of all. A qkv that is more than its matrix (an adapter, a
         quantised or pruned layer, one with hooks) is called as it is, and its other queries are left out."""
-        A, qkv, images = self.attn.num_heads * self.attn.head_dim, self.attn.qkv, tokens.images
+        attn, images = self.attention, tokens.images
+        A, qkv = attn.num_heads * attn.head_dim, attn.qkv
         asking = images.first(rows(y), n)
         if is_own(qkv, nn.Linear) and type(qkv.weight) in (Tensor, nn.Parameter):
             bias_q, bias_kv = (None, None) if qkv.bias is None else (qkv.bias[:A], qkv.bias[A:])
@@ -155,11 +229,11 @@ class ATMBlock(Block):
             q, k, v = self.heads(qkv(y))
             q = images.first(q.transpose(0, 1), n).flatten(0, 1).transpose(0, 1)
         queries = Images.of(len(asking), n, y.device)
-        return self._attend(asking, self.attn.q_norm(q), self.attn.k_norm(k), v, tokens, queries)
+        return self._attend(asking, attn.q_norm(q), attn.k_norm(k), v, tokens, queries), None
 
     def heads(self, projected: Tensor) -> tuple[Tensor, ...]:
         """[..., n H d] to n tensors [H, T, d] that share its memory."""
-        attn = self.attn
+        attn = self.attention
         each = projected.view(
             -1, projected.shape[-1] // (attn.num_heads * attn.head_dim), attn.num_heads, attn.head_dim
         )
@@ -224,6 +298,8 @@ class ATMBlock(Block):
             parameters = (*self.norm2.parameters(), *self.ls1.parameters())
             if any(tensor.requires_grad for tensor in (x, attended, *parameters)):
                 return False
+        if every_module._has_any_global_hook():
+            return False
         drops = self.training and not isinstance(self.drop_path1, nn.Identity)
         return is_plain(self.ls1, self.norm2) and is_own(self.drop_path1, nn.Identity, DropPath) and not drops
 
@@ -232,19 +308,41 @@ class ATMBlock(Block):
     ) -> Tensor:
         """The rest of timm's ``Attention`` for the queries of the normalised tokens ``y`` [..., C]; ``queries``: where
         they lie, None: as the tokens."""
-        return self.attn.proj_drop(self.attn.proj(self.mix(y, q, k, v, tokens, queries)))
+        attn = self.attention
+        return attn.proj_drop(attn.proj(self.mix(y, q, k, v, tokens, queries)))
 
     def mix(self, y: Tensor, q: Tensor, k: Tensor, v: Tensor, tokens: Packed, queries: Images | None = None) -> Tensor:
         """What comes before the projection."""
-        attn, images = self.attn, tokens.images
+        attn, images = self.attention, tokens.images
         n = None if self.config.proportional_attention is False else tokens.sizes
-        dropout_p = attn.attn_drop.p if self.training else 0.0
+        dropout_p = attn.attn_drop.p if attn.fused_attn and attn.training else 0.0
+        drop = None if attn.fused_attn or is_idle(attn.attn_drop) else attn.attn_drop
         if not attn.fused_attn and attn.scale != attn.head_dim**-0.5:  # timm's fused attention reads no scale
             q = q * (attn.scale * attn.head_dim**0.5)
-        options = (dropout_p, attn.fused_attn, self.config.backend, tokens.log2_sizes)
+        options = (dropout_p, attn.fused_attn, self.config.backend, tokens.log2_sizes, drop)
         mixed = ops.attention(q, k, v, n, images, queries, *options).transpose(0, 1).flatten(1)
         x = attn.norm((images if queries is None else queries).shaped(mixed))
         return x if attn.gate is None else x * attn.gate(y).sigmoid()
+
+
+def inside(module: nn.Module, cls: type[nn.Module]) -> Any:
+    """``module`` or the first of a class in it, for it may wrap that; None: there is none."""
+    return module if isinstance(module, cls) else next((m for m in module.modules() if isinstance(m, cls)), None)
+
+
+def handed_on(tokens: Packed, x: Tensor) -> Packed:
+    """The tokens with the values x, [B, N, C] or [T, C], that hooks and wrappers may have changed."""
+    x = rows(x)
+    if not torch.compiler.is_compiling() and x.shape != tokens.x.shape:
+        raise ValueError(f"hooks or wrappers left tokens [T, C] of {list(x.shape)}; want {list(tokens.x.shape)}")
+    return tokens.with_x(x)
+
+
+def _no_attention(module: nn.Module) -> str:
+    return (
+        f"attn is {type(module).__name__}, which no block of a patched model can compute; want Attention of timm, or "
+        f"what wraps it and hands keywords on"
+    )
 
 
 def is_plain(scale: nn.Module, norm: nn.Module) -> bool:
@@ -256,6 +354,11 @@ def is_plain(scale: nn.Module, norm: nn.Module) -> bool:
 def is_own(module: nn.Module, *classes: type) -> bool:
     """Whether a module is of one of these very classes and does what they do."""
     return type(module) in classes and not is_changed(module)
+
+
+def is_idle(dropout: nn.Module) -> bool:
+    """Whether a dropout lets everything through and nobody watches it."""
+    return is_own(dropout, nn.Dropout, nn.Identity) and not (dropout.training and getattr(dropout, "p", 0.0) > 0)
 
 
 _CALLED_AROUND = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")

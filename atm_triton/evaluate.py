@@ -16,6 +16,7 @@ from atm_triton.distributed import in_order, silent
 from atm_triton.flops import cost, cost_of_each, unmerged
 from atm_triton.patch import apply_patch
 from atm_triton.record import Number, Record
+from atm_triton.transformer import MergingTransformer
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 Patch = Callable[[VisionTransformer], VisionTransformer]
@@ -64,7 +65,7 @@ def share(model: VisionTransformer) -> VisionTransformer:
     Raises:
         ValueError: the model is patched, or in training mode.
     """
-    if hasattr(model.blocks, "original"):
+    if isinstance(model, MergingTransformer):
         raise ValueError("the model is patched already: remove_patch(model) makes it what it was")
     if model.training:
         raise ValueError("the model is in training mode: call model.eval() first")

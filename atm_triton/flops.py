@@ -7,14 +7,17 @@ beside.
 """
 
 import copy
+from collections import OrderedDict
 from dataclasses import dataclass
 
 import torch
+from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from atm_triton.block import inside
 from atm_triton.record import Number, Record
 from atm_triton.reference import largest_r
 from atm_triton.transformer import leading_tokens
@@ -48,7 +51,7 @@ def block_macs(block: Block, tokens: Number, queries: Number, rows: Number) -> N
     Args:
         tokens: N, that enter the block; queries: whose attention is computed; rows: that the MLP sees.
     """
-    attn = block.attn
+    attn = inside(block.attn, Attention) or block.attn
     A, D = attn.attn_dim, attn.qkv.in_features
     of_query = D * A + 2 * tokens * A + A * attn.proj.out_features + (D * A if attn.gate is not None else 0)
     mlp = sum(m.in_features * m.out_features for m in block.mlp.modules() if isinstance(m, nn.Linear))
@@ -68,6 +71,7 @@ def mean(number: Number) -> int | float:
 
 def cost_of_each(model: VisionTransformer, record: Record) -> Cost:
     """:func:`cost` of every image: tensors [B] where they differ."""
+    blocks = [inside(block, Block) or block for block in model.blocks]
     counts = list(zip(record.tokens, record.queries, record.rows, strict=True))
     stem, stem_norms = _counted(model, "patch_embed", record.image_shape)
     head, head_norms = _counted(model, "forward_head", (_read_by_head(record), model.embed_dim))
@@ -76,14 +80,14 @@ def cost_of_each(model: VisionTransformer, record: Record) -> Cost:
         ends = model.paper_stem(record.image_shape)
     return Cost(
         stem=stem,
-        blocks=tuple(_macs(block, *count) for block, count in zip(model.blocks, counts, strict=True)),
+        blocks=tuple(_macs(block, *count) for block, count in zip(blocks, counts, strict=True)),
         head=head,
         paper=ends
-        + sum(paper_block(model, block, *count) for block, count in zip(model.blocks, counts, strict=True))
+        + sum(paper_block(model, block, *count) for block, count in zip(blocks, counts, strict=True))
         + paper_last_norm(model, counts[-1][2]),
         matching=sum(
             _matching_macs(block, tokens, model.num_prefix_tokens)
-            for block, (tokens, *_), matched in zip(model.blocks, counts, record.matched, strict=True)
+            for block, (tokens, *_), matched in zip(blocks, counts, record.matched, strict=True)
             if matched
         ),
     )
@@ -138,7 +142,7 @@ def _matching_macs(block: Block, tokens: Number, num_prefix: int) -> Number:
     if hasattr(block, "matching_macs"):
         return block.matching_macs(tokens)
     a = (tokens - num_prefix) // 2
-    return a * (tokens - num_prefix - a) * block.attn.head_dim
+    return a * (tokens - num_prefix - a) * inside(block.attn, Attention).head_dim
 
 
 def _read_by_head(record: Record) -> int:
@@ -162,8 +166,16 @@ def _counted(model: VisionTransformer, part: str, shape: tuple[int, ...]) -> tup
 
 
 def _skeleton(model: VisionTransformer) -> VisionTransformer:
-    """The model without blocks, numbers or training: counting leaves the running one as it is."""
+    """The model without blocks, numbers, hooks or training: counting leaves the running one as it is.
+
+    Raises:
+        TypeError: fully_shard has made the model one that cannot be copied.
+    """
+    if hasattr(model, "unshard"):
+        raise TypeError("costs of a model that is sharded as a whole are not counted: model.blocks.last has its tokens")
     tensors = (*model.parameters(), *model.buffers())
     with torch.inference_mode(False):
         shapes = {id(t): nn.Parameter(t.to("meta")) if isinstance(t, nn.Parameter) else t.to("meta") for t in tensors}
-    return copy.deepcopy(model, {**shapes, id(model.blocks): nn.Sequential()}).eval()
+    hooks = (vars(module)[name] for module in model.modules() for name in ("_forward_hooks", "_forward_pre_hooks"))
+    none = {id(each): OrderedDict() for each in hooks}  # not copied either: what they hold may be large
+    return copy.deepcopy(model, {**shapes, **none, id(model.blocks): nn.Sequential()}).eval()

@@ -5,12 +5,13 @@ from operator import contains, is_, itemgetter
 
 import torch
 from timm.layers import DropPath
+from timm.layers.attention import Attention
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.modules import module as every_module
 
 from atm_triton import ops
-from atm_triton.block import ATMBlock
+from atm_triton.block import ATMAttention, ATMBlock
 
 _HELD = itemgetter("_modules", "_parameters", "_buffers")
 _HOOKS = itemgetter("_forward_hooks", "_forward_pre_hooks")
@@ -76,6 +77,8 @@ def _obstacle(model: VisionTransformer, whole: Part) -> str | None:
         return f"{scripted[0]} is compiled by torch.jit, which is not looked into"
     if any(type(tensor) not in (nn.Parameter, Tensor) for tensor in whole.tensors):
         return "a parameter is of a class of its own"
+    if hasattr(model, "unshard"):  # also while they are there, which is when this is asked
+        return "fully_shard frees the parameters after a pass"
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in whole.tensors):
         return "gradients are on: torch.inference_mode() or no_grad() around the call"
     return _of_blocks(model) or (_of_python(model) if whole.python_acts() else None)
@@ -84,9 +87,13 @@ def _obstacle(model: VisionTransformer, whole: Part) -> str | None:
 def _of_blocks(model: VisionTransformer) -> str | None:
     """What the structure of the blocks has against it."""
     blocks = model.blocks
-    if any(type(block) is not ATMBlock for block in blocks):
-        return "a block is of a class of its own"
-    drops = (m for block in blocks for m in (block.attn.proj_drop, block.drop_path1, block.drop_path2))
+    for index, block in enumerate(blocks):
+        if type(block) is not ATMBlock:
+            return f"blocks.{index} is of a class of its own, {type(block).__name__}"
+        if type(block.attn) not in (ATMAttention, Attention):
+            return f"blocks.{index}.attn is of a class of its own, {type(block.attn).__name__}"
+    drops = [m for block in blocks for m in (block.attn.proj_drop, block.drop_path1, block.drop_path2)]
+    drops += [block.attn.attn_drop for block in blocks if not block.attn.fused_attn]
     if any(type(module) not in (nn.Dropout, nn.Identity, DropPath) for module in drops):
         return "a dropout is of a class of its own"
     if model.num_prefix_tokens > ops.KERNEL_PREFIX or blocks[0].attn.head_dim > ops.KERNEL_CHANNELS:

@@ -370,6 +370,7 @@ def attention(
     fused: bool = True,
     backend: str = "auto",
     log2_sizes: Tensor | None = None,
+    drop: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """softmax(q k^T d^-0.5 + log sizes) v (Appendix A): q [H, Tq, d], k and v [H, T, d], sizes [T] float32.
 
@@ -381,6 +382,7 @@ def attention(
         queries: where the queries of the images lie; None: as the keys.
         fused: by torch's scaled_dot_product_attention, where the kernel does not compute it.
         log2_sizes: of ``sizes``, if they are at hand.
+        drop: what the softmax, written out, is to go through, as of :func:`reference.attention`.
 
     Raises:
         ValueError, TypeError: arguments of another shape, dtype or device; "triton" with more channels a head than 128.
@@ -401,14 +403,14 @@ def attention(
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     _check_dtype("k", k, q.dtype)
     _check_dtype("v", v, q.dtype)
-    trains = dropout_p > 0 or any(map(needs_grad, (q, k, v)))
+    trains = dropout_p > 0 or drop is not None or any(map(needs_grad, (q, k, v)))
     equal = images.equal and queries.equal
     fitting = not trains and attention_choice(q.dtype, d, images.N, not equal, sizes is not None) == KERNEL
     if fitting and (_fits_kernels(backend, q) or (_traced(q) and not equal)):
         log2_sizes = None if sizes is None else sizes.log2() if log2_sizes is None else log2_sizes
         return _call(_attention, q, k, v, log2_sizes, queries.cu_seqlens, images.cu_seqlens, queries.N, images.N)
     with _without_autocast(device):
-        return reference.attention(q, k, v, sizes, images, queries, dropout_p=dropout_p, fused=fused)
+        return reference.attention(q, k, v, sizes, images, queries, dropout_p=dropout_p, fused=fused, drop=drop)
 
 
 def _without_autocast(device: str) -> AbstractContextManager:

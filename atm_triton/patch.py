@@ -1,5 +1,6 @@
 """apply_patch and remove_patch: merging in and out of a timm model, in place."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -7,15 +8,12 @@ from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
-from atm_triton.block import ATMBlock, is_changed
+from atm_triton.block import ATMAttention, ATMBlock
 from atm_triton.config import ATMConfig
 from atm_triton.engine import Engine
 from atm_triton.transformer import ATMBlocks, MergingTransformer, merging_class
 
-CHANGED = (
-    "hooks or a forward of its own, which would no longer run: remove them, or put them on the norms, attn.qkv, "
-    "attn.proj or mlp"
-)
+OWN_FORWARD = "forward of its own, which would no longer run: take it off, and put it on after apply_patch"
 _NO_GAP = "it has no point between attention and MLP where tokens could merge"
 _REASONS = {
     "ResPostBlock": "it normalises after attention and MLP, on a path that is not supported",
@@ -28,8 +26,8 @@ _REASONS = {
 def apply_patch(model: VisionTransformer, config: ATMConfig | None = None) -> VisionTransformer:
     """Let the blocks of a timm VisionTransformer merge tokens, in place.
 
-    Parameters stay where they are, under the same names. A patched model is patched anew, never twice over. Wrap or
-    compile a model after patching it, not before.
+    Every module stays the object that it is, with its hooks; parameters keep their names. A patched model is patched
+    anew, never twice over. Wrap, shard or compile a model and its blocks after patching, not before.
 
     Args:
         model: any of timm's VisionTransformer class (or a subclass) whose blocks are ``Block`` with ``Attention``.
@@ -65,39 +63,59 @@ def settled(config: ATMConfig, model: VisionTransformer) -> ATMConfig:
 
 
 def remove_patch(model: VisionTransformer) -> VisionTransformer:
-    """Give a patched model its own class and its own blocks back, the very objects; returns ``model``.
+    """Make a patched model what it was, the very objects, with the hooks that they have now and with what was put in
+    the place of their parts; returns ``model``.
 
     Raises:
-        ValueError: the model is not patched.
+        ValueError: the model is not patched; TypeError: what was done to it since stands in the way, and is named.
     """
     if not isinstance(model, MergingTransformer):
         raise ValueError(f"{type(model).__name__} is not patched; remove_patch undoes apply_patch")
-    model.engine.drop()
-    (original,) = model.blocks.original
-    _carry_back(model.blocks, original)
-    for block, merging in zip(original, model.blocks, strict=True):
-        block.training = merging.training
-    original.training = model.blocks.training
-    model.blocks = original
+    _check_removable(model)
+    if isinstance(model.blocks, ATMBlocks):
+        model.engine.drop()
+    for module in list(model.modules()):
+        if isinstance(module, PATCHED):
+            _unpatch(module)
     model.__class__ = type(model).__bases__[1]
     return model
 
 
-def _carry_back(blocks: ATMBlocks, original: nn.Sequential) -> None:
-    """What was put in the place of a block's parts while it was patched."""
-    for block, merging in zip(original, blocks, strict=True):
-        for name, child in merging._modules.items():
-            setattr(block, name, child)
+PATCHED = (ATMBlocks, ATMBlock, ATMAttention)  # each derived from the class that a module has without a patch
 
 
-def install(model: VisionTransformer, make: Callable[[Block, int], nn.Module], config: ATMConfig) -> VisionTransformer:
-    """Put ``make(block, index)`` in the place of every block of ``model``, taking an earlier patch away."""
+def _unpatch(module: nn.Module) -> None:
+    (own,) = (ours.__base__ for ours in PATCHED if isinstance(module, ours))
+    for cls in type(module).__mro__[: type(module).__mro__.index(own)]:
+        for name in inspect.get_annotations(cls):
+            vars(module).pop(name, None)
+    module.__class__ = own
+
+
+def _check_removable(model: VisionTransformer) -> None:
+    """Refuse what holds for the patched class of a module alone."""
+    for name, module in model.named_modules():
+        for ours in (MergingTransformer, *PATCHED):
+            if not isinstance(module, ours):
+                continue
+            classes = type(module).__mro__
+            what = f"{name or 'the model'} ({type(module).__name__})"
+            if not all(issubclass(cls, ours) for cls in classes[: classes.index(ours)]):
+                raise TypeError(f"{what} got another class while it was patched, as by fully_shard: remove_patch first")
+            if "forward" in vars(module):
+                raise TypeError(f"{what} got a forward of its own while it was patched: take it off first")
+
+
+def install(model: VisionTransformer, make: Callable[[Block, int], ATMBlock], config: ATMConfig) -> VisionTransformer:
+    """Let ``make(block, index)`` turn every block of ``model`` into a merging one, in place, taking an earlier patch
+    away."""
     if isinstance(model, MergingTransformer):
         remove_patch(model)
-    blocks = ATMBlocks([make(block, index) for index, block in enumerate(model.blocks)], model.blocks, config)
-    blocks.training = model.blocks.training
-    model.blocks = blocks
-    blocks.engine = Engine(model)
+    blocks = model.blocks
+    for index, block in enumerate(blocks):
+        make(block, index)
+    blocks.__class__ = ATMBlocks
+    blocks.config, blocks.last, blocks.engine = config, None, Engine(model)
     model.__class__ = merging_class(type(model))
     return model
 
@@ -107,23 +125,27 @@ def check_model(model: nn.Module) -> nn.Sequential:
     if not isinstance(model, VisionTransformer):
         name = type(model).__name__
         raise TypeError(f"{name} cannot be merged: it is not of timm's VisionTransformer class{_other_class(model)}")
-    patched = isinstance(model, MergingTransformer)
-    base = type(model).__bases__[1] if patched else type(model)
+    base = type(model)
+    if isinstance(model, MergingTransformer):
+        _check_removable(model)
+        base = base.__bases__[1]
     for method in ("forward", "forward_features", "forward_intermediates"):
         if getattr(base, method) is not getattr(VisionTransformer, method):
             raise TypeError(f"{base.__name__} cannot be merged: it has a {method} of its own")
         if method in model.__dict__:
             raise TypeError(f"{base.__name__} cannot be merged: this one has a {method} of its own, set on the object")
-    blocks = model.blocks.original[0] if patched else model.blocks
-    if patched:
-        _carry_back(model.blocks, blocks)
-    elif is_changed(blocks):
-        raise TypeError(f"{base.__name__} cannot be merged: blocks has {CHANGED}")
-    for index, block in enumerate(blocks):
+    if type(model.blocks) not in (nn.Sequential, ATMBlocks):
+        what = f"is {type(model.blocks).__name__}; want nn.Sequential: wrap and shard after patching"
+        raise TypeError(f"{base.__name__} cannot be merged: blocks {what}")
+    if "forward" in vars(model.blocks):
+        raise TypeError(f"{base.__name__} cannot be merged: blocks has a {OWN_FORWARD}")
+    for index, block in enumerate(model.blocks):
         reason = _obstacle(block)
+        if any(block is other for other in list(model.blocks)[:index]):
+            reason = "block that stands in another place too, and each place merges by its own threshold: copy it"
         if reason is not None:
             raise TypeError(f"{type(model).__name__} cannot be merged: blocks.{index} is a {reason}")
-    return blocks
+    return model.blocks
 
 
 def _other_class(model: nn.Module) -> str:
@@ -136,15 +158,14 @@ def _other_class(model: nn.Module) -> str:
 
 def _obstacle(block: nn.Module) -> str | None:
     kind = type(block)
-    if kind is not Block:
-        return f"{kind.__name__}: {_REASONS.get(kind.__name__, 'only Block of timm is supported')}"
-    if type(block.attn) is not Attention:
+    if kind is not Block and not isinstance(block, ATMBlock):
+        reason = _REASONS.get(kind.__name__, "only Block of timm is supported; wrap and shard blocks after patching")
+        return f"{kind.__name__}: {reason}"
+    if type(block.attn) not in (Attention, ATMAttention):
         return f"Block with {type(block.attn).__name__}: only Attention of timm is supported"
     if type(block.attn.qkv) is not nn.Linear:
         return f"Block whose attn.qkv is {type(block.attn.qkv).__name__}: want nn.Linear (merge adapters into it first)"
-    attn = block.attn
-    for name, module in {"itself": block, "attn": attn, "attn.attn_drop": attn.attn_drop}.items():
-        called = module is not attn.attn_drop or not attn.fused_attn
-        if called and is_changed(module):
-            return f"Block that has on {name} {CHANGED}"
+    for name, module in {"itself": block, "attn": block.attn}.items():
+        if "forward" in vars(module):
+            return f"Block that has on {name} a {OWN_FORWARD}"
     return None

@@ -16,6 +16,7 @@ derived from its text and checked against its examples, "ours" a choice that it 
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -298,6 +299,7 @@ def attention(
     scale: float | None = None,
     dropout_p: float = 0.0,
     fused: bool = True,
+    drop: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Proportional attention (Appendix A; derived, from ToMe, Section 3): softmax(q k^T * scale + log n) v, with log n
     added to the column of every key, for all heads and queries; an image sees itself alone.
@@ -305,13 +307,15 @@ def attention(
     Args:
         q: [H, Tq, d]; k, v: [H, T, d]; sizes: float32 [T] or None, which stands for all ones; queries: where the
         queries of the images lie, None: as the keys; scale: d^-0.5 by default; fused: by torch's
-        scaled_dot_product_attention, else with the scores written out.
+        scaled_dot_product_attention, else with the scores written out; drop: the softmax goes through it before it is
+        multiplied with v, [B, H, Nq, N], and where lengths differ that of one image after the other, [1, H, Nq, N];
+        None: through a dropout of dropout_p.
 
     Returns:
         [H, Tq, d] in the dtype of q, a view of [Tq, H, d].
     """
     queries = images if queries is None else queries
-    options = (q.shape[-1] ** -0.5 if scale is None else scale, dropout_p, fused)
+    options = (q.shape[-1] ** -0.5 if scale is None else scale, dropout_p, fused, drop)
     bias = None if sizes is None else log_sizes(sizes, q.dtype)
     if images.equal and queries.equal:
         each = (queries, images, images)
@@ -331,7 +335,14 @@ def attention(
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, dropout_p: float, fused: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    fused: bool,
+    drop: Callable[[Tensor], Tensor] | None,
 ) -> Tensor:
     """Of images of one length: q [B, H, Nq, d]; k, v [B, H, N, d]; bias [B, N], log n."""
     bias = None if bias is None else bias[:, None, None, :]
@@ -340,7 +351,8 @@ def _attend(
     scores = (q * scale) @ k.transpose(-2, -1)
     if bias is not None:
         scores = scores + bias
-    probabilities = F.dropout(scores.softmax(dim=-1).to(v.dtype), dropout_p)
+    probabilities = scores.softmax(dim=-1).to(v.dtype)
+    probabilities = F.dropout(probabilities, dropout_p) if drop is None else drop(probabilities)
     return probabilities @ v
 
 

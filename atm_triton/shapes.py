@@ -65,7 +65,7 @@ class Predictor:
     ) -> None:
         self.similarities = similarities
         self.model, self.prefix = model, model.num_prefix_tokens
-        self.blocks = list(getattr(model.blocks, "original", (model.blocks,))[0])
+        self.blocks = list(model.blocks)
         self.leading = leading_tokens(model) if cls_only_last else None
         self.merging = len(self.blocks) - (self.leading is not None)  # blocks that may merge
         record = unmerged(model, image_shape)

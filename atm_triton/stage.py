@@ -146,7 +146,7 @@ def run(
             x, y = residual(tokens.x, feed_forward(before.mlp, y), before.ls2, block.norm1, into and into.x)
         tokens = tokens.with_x(x)
         if leading is not None and index == len(blocks) - 1:
-            return block.step_leading(tokens, leading, y).tokens, trace
+            return block.forward_leading(tokens, leading, y), trace
         mixed, assignment = attend(block, tokens, y, index < may, counted, branch, into)
         attended = project(block.attn, mixed, into and into.attended)
         branch.join()

@@ -59,18 +59,14 @@ class FreeMergeBlock(ATMBlock):
     left: Images
     rows: int
 
-    def step(self, tokens: Packed, merges: bool = True) -> Step:
+    def forward_packed(self, tokens: Packed, step: Step) -> Packed:
         images = tokens.images
         y = self.norm1(images.shaped(tokens.x))
-        if images.equal:
-            attended = self.attn(y)
-        else:
-            q, k, v = self.heads(self.attn.qkv(y))
-            attended = self._attend(y, self.attn.q_norm(q), self.attn.k_norm(k), v, tokens)
+        attended = self.attn(y) if images.equal else self.called_attn(y, self.attend, tokens, False)[0]
         x = images.shaped(tokens.x) + self.drop_path1(self.ls1(attended))
         x = x[:, : self.left.N] if self.left.equal else x.flatten(end_dim=-2)[: self.rows]
         x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
-        return Step(Packed(x.flatten(end_dim=-2), None, self.left))
+        return Packed(x.flatten(end_dim=-2), None, self.left)
 
 
 class CountedBlock(ATMBlock):

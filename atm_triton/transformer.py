@@ -4,9 +4,9 @@ Nothing is kept between calls but what the last one did and the engine's graphs,
 """
 
 import functools
-import warnings
-from collections.abc import Callable, Container, Iterator
-from typing import Any, NamedTuple, Self
+from collections import OrderedDict
+from collections.abc import Callable, Container
+from typing import Any, Self
 
 import torch
 from timm.models._features import feature_take_indices
@@ -16,33 +16,56 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from atm_triton import ops
-from atm_triton.block import ATMBlock, is_changed
+from atm_triton.block import ATMBlock, Step, handed_on, inside
 from atm_triton.config import ATMConfig
 from atm_triton.engine import Engine, Facts, recorded
 from atm_triton.packed import Images, Packed
 from atm_triton.record import Record, number_of
 
 
-class Run(NamedTuple):
-    """The merged ``tokens`` after the last block run, the ``traces``: where the rows that entered the first block are
-    after each block, int32 [B N] (None: nothing has merged, or nobody wants it), with the ``images`` that they are then
-    of, and the unmerged tokens [B, N, C] after each block asked for."""
+class Run:
+    """A pass through the blocks, beside the values of their tokens: like a block's :class:`~atm_triton.block.Step`.
+
+    Given:
+        image_shape: [channels, H, W].
+        leading: how many leading tokens the classifier reads, where the last block serves them alone.
+        dense: the caller wants every token, also those that the classifier does not read.
+        checkpointing: recompute each block in the backward pass.
+        collect: the blocks, from 0, after which to keep the unmerged tokens.
+        stop: the number of blocks to run, None for all.
+        refusal: why the engine does not run, for the record.
+
+    Left: the merged ``tokens`` after the last block run, the ``traces``: where the rows that entered the first block
+    are after each block, int32 [B N] (None: nothing has merged, or nobody wants it), with the ``images`` that they are
+    then of, and the unmerged tokens [B, N, C] ``collected`` after each block asked for.
+    """
 
     tokens: Packed
     traces: list[Tensor | None]
     images: list[Images]
     collected: list[Tensor]
 
+    def __init__(
+        self,
+        image_shape: tuple[int, ...],
+        leading: int | None,
+        dense: bool,
+        checkpointing: bool = False,
+        collect: Container[int] = (),
+        stop: int | None = None,
+        refusal: str = "features of single blocks are asked for",
+    ) -> None:
+        self.image_shape, self.leading, self.dense, self.checkpointing = image_shape, leading, dense, checkpointing
+        self.collect, self.stop, self.refusal = collect, stop, refusal
+
 
 class ATMBlocks(nn.Sequential):
-    """The merging blocks of a patched model, in the place and with the parameter names of its own."""
+    """The blocks of a patched model. A slice of them is a plain sequence of the same blocks, as the whole is where it
+    is called without its model: ``blocks(x)`` gives what the last block returns."""
 
-    def __init__(self, blocks: list[ATMBlock], original: nn.Sequential, config: ATMConfig) -> None:
-        super().__init__(*blocks)
-        self.original = (original,)  # in a tuple: not a submodule, its parameters are already here
-        self.config = config
-        self._last: Record | Facts | None = None
-        self.engine: Engine | None = None  # once the blocks are in their model
+    config: ATMConfig
+    engine: Engine
+    _last: Record | Facts | None
 
     @property
     def last(self) -> Record | None:
@@ -63,85 +86,62 @@ class ATMBlocks(nn.Sequential):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy gets the record: counts on their way to the host are in memory that cannot be copied."""
-        return {**self.__dict__, "_last": self.last}
+        return {**super().__getstate__(), "_last": self.last}
 
-    def run(
-        self,
-        x: Tensor,
-        image_shape: tuple[int, ...],
-        leading: int | None,
-        dense: bool,
-        checkpointing: bool = False,
-        collect: Container[int] = (),
-        stop: int | None = None,
-        refusal: str = "features of single blocks are asked for",
-    ) -> Run:
-        """Run the blocks on tokens [B, N, C].
+    def __getitem__(self, index: int | slice) -> nn.Module:
+        if isinstance(index, slice):
+            return nn.Sequential(OrderedDict(list(self._modules.items())[index]))
+        return super().__getitem__(index)
 
-        Args:
-            leading: how many leading tokens the classifier reads, where the last block serves them alone.
-            dense: the caller wants every token, also those that the classifier does not read.
-            checkpointing: recompute each block in the backward pass.
-            collect: the blocks, from 0, after which to keep the unmerged tokens.
-            stop: the number of blocks to run, None for all.
-            refusal: why the engine does not run, for the record.
-        """
-        self._warn_of_what_is_not_called()
-        now, trace = Packed.of(x), None
-        traces, collected, tokens, rows, counts, matched = [], [], [], [], [], []
-        for index, block in enumerate(list(self)[:stop]):
-            serves_leading = leading is not None and index == len(self) - 1
-            alone = serves_leading and not dense
+    def forward(self, x: Any, *, run: Run | None = None) -> Any:
+        """The tokens x [B, N, C] after the blocks, [B, M, C], or rows [T, C] once lengths differ. ``run``: for the
+        model; without it as any sequence."""
+        if run is None:
+            return super().forward(x)
+        now, trace, B = Packed.of(x), None, len(x)
+        traces, collected, tokens, left, counts, matched = [], [], [], [], [], []
+        for index, block in enumerate(list(self)[: run.stop]):
+            if inside(block, ATMBlock) is None:
+                raise TypeError(_no_block(index, block))
+            serves_leading = run.leading is not None and index == len(self) - 1
+            alone = serves_leading and not run.dense
+            step = Step(now, not serves_leading, run.leading if alone else None)
             tokens.append(now.images)
-            call, option = (block.step_leading, leading) if alone else (block.step, not serves_leading)
-            if checkpointing:
-                now, slots, count = checkpoint(call, now, option, use_reentrant=False)
+            if run.checkpointing:
+                x = checkpoint(block, x, use_reentrant=False, step=step)
             else:
-                now, slots, count = call(now, option)
-            if slots is not None and dense:
+                x = block(x, step=step)
+            if step.after is None:
+                raise TypeError(_no_block(index, block))
+            now, slots, count = handed_on(step.after, x), step.slots, step.counts
+            if slots is not None and run.dense:
                 trace = slots if trace is None else ops.compose(trace, slots)
             traces.append(trace)
-            if index in collect:
-                collected.append(self.unmerge(now, trace, len(x)))
-            rows.append(now.images)
+            if index in run.collect:
+                collected.append(self.unmerge(now, trace, B))
+            left.append(now.images)
             counts.append(count)
             matched.append(slots is not None or count is not None)
-        numbers = {id(images): number_of(images) for images in (*tokens, *rows)}
-        before, after = ([numbers[id(images)] for images in of] for of in (tokens, rows))
-        served = None if dense else leading
-        record = Record(
-            len(x), image_shape, served, *map(tuple, (before, after, counts, matched)), f"blocks: {refusal}"
-        )
+        numbers = {id(images): number_of(images) for images in (*tokens, *left)}
+        before, after = ([numbers[id(images)] for images in of] for of in (tokens, left))
+        served = None if run.dense else run.leading
+        facts = map(tuple, (before, after, counts, matched))
+        record = Record(B, run.image_shape, served, *facts, f"blocks: {run.refusal}")
         self.last = record if len(tokens) == len(self) else None
-        return Run(now, traces, rows, collected)
-
-    def _warn_of_what_is_not_called(self) -> None:
-        """The blocks and their attention take sizes along, so they are run, but not called as modules."""
-        if torch.compiler.is_compiling():
-            return
-        for name, module in self._not_called():
-            if is_changed(module):
-                warnings.warn(
-                    f"{name} has hooks or a forward of its own, which a patched model does not call: use those of "
-                    f"its norms, projections or MLP, or of the model",
-                    stacklevel=2,
-                )
-
-    def _not_called(self) -> Iterator[tuple[str, nn.Module]]:
-        yield "blocks", self
-        for index, block in enumerate(self):
-            yield f"blocks.{index}", block
-            yield f"blocks.{index}.attn", block.attn
-            if not block.attn.fused_attn:  # else timm does not call it either
-                yield f"blocks.{index}.attn.attn_drop", block.attn.attn_drop
+        run.tokens, run.traces, run.images, run.collected = now, traces, left, collected
+        return x
 
     def unmerge(self, tokens: Packed, trace: Tensor | None, B: int) -> Tensor:
         """All N tokens of the B images, [B, N, C], of those that are left."""
         x = tokens.x if trace is None else ops.unmerge(tokens.x, trace, self.config.backend)
         return x.unflatten(0, (B, -1) if B else (B, tokens.images.N))
 
-    def forward(self, x: Tensor) -> Tensor:
-        raise TypeError("the blocks of a patched model pass sizes along: call the model, or remove_patch first")
+
+def _no_block(index: int, module: nn.Module) -> str:
+    return (
+        f"blocks.{index} is {type(module).__name__}; want the block that apply_patch left, or what wraps it and hands "
+        f"keywords on: remove_patch, replace it and apply_patch again"
+    )
 
 
 def leading_tokens(model: VisionTransformer) -> int | None:
@@ -178,7 +178,7 @@ class MergingTransformer:
 
     def _output(self, images: Tensor, dense: bool, head: bool) -> Tensor:
         """By the engine, or by the blocks where it refuses: logits, or all N normalised tokens; ``dense``: from all."""
-        if torch.jit.is_tracing() and self.blocks.config.adapt != "static":
+        if torch.jit.is_tracing() and self._own_blocks().config.adapt != "static":
             raise ValueError('torch.jit.trace would fix how many tokens merge: patch with adapt="static", or compile')
         mine = self.engine.model is self  # not so in a replica of DataParallel
         done = self.engine.run(images, self._leading(), dense, head) if mine else "a replica has no engine"
@@ -190,7 +190,15 @@ class MergingTransformer:
 
     @property
     def engine(self) -> Engine:
-        return self.blocks.engine
+        return self._own_blocks().engine
+
+    def _own_blocks(self) -> ATMBlocks:
+        if not isinstance(self.blocks, ATMBlocks):
+            raise TypeError(
+                f"blocks is {type(self.blocks).__name__}; want the sequence that apply_patch left: wrap single blocks, "
+                f"or remove_patch, replace them and apply_patch again"
+            )
+        return self.blocks
 
     def _apply(self, fn: Callable, recurse: bool = True) -> Self:
         done = super()._apply(fn, recurse)
@@ -227,7 +235,7 @@ class MergingTransformer:
         _refuse_mask(attn_mask, is_causal)
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt={output_fmt!r} is unknown; choose NCHW or NLC")
-        chosen, last = feature_take_indices(len(self.blocks), indices)
+        chosen, last = feature_take_indices(len(self._own_blocks()), indices)
         run = self._run(x, self._leading(), dense=True, collect=chosen, stop=last + 1 if stop_early else None)
         features = [self.norm(tokens) if norm else tokens for tokens in run.collected]
         P = self.num_prefix_tokens
@@ -261,11 +269,14 @@ class MergingTransformer:
         raise ValueError("thresholds belong to a model's depth: remove_patch first, prune, then apply_patch again")
 
     def _leading(self) -> int | None:
-        return leading_tokens(self) if self.blocks.config.cls_only_last else None
+        return leading_tokens(self) if self._own_blocks().config.cls_only_last else None
 
     def _run(self, images: Tensor, leading: int | None, dense: bool, **options: Any) -> Run:
         checkpointing = self.grad_checkpointing and torch.is_grad_enabled()
-        return self.blocks.run(self.stem(images), tuple(images.shape[1:]), leading, dense, checkpointing, **options)
+        run = Run(tuple(images.shape[1:]), leading, dense, checkpointing, **options)
+        x = self.blocks(self.stem(images), run=run)
+        run.tokens = handed_on(run.tokens, x)
+        return run
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         return _new, (type(self).__bases__[1],), self.__dict__  # the class is made on the fly: pickle its base

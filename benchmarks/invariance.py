@@ -33,11 +33,11 @@ class KeepingBlock(ATMBlock):
 
     slots: list[Tensor]
 
-    def step(self, tokens: Packed, merges: bool = True) -> Step:
-        step = super().step(tokens, merges)
+    def forward_packed(self, tokens: Packed, step: Step) -> Packed:
+        left = super().forward_packed(tokens, step)
         slots = torch.arange(len(tokens.x)) if step.slots is None else step.slots.cpu().long()
         self.slots = [image - image[0] for image in slots.split(tokens.images.lengths.tolist())]
-        return step
+        return left
 
 
 def keeping(model: nn.Module, config: ATMConfig) -> nn.Module:

@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from atm_triton import ATMConfig, apply_patch, remove_patch, summary
+from atm_triton.block import Step
 from atm_triton.evaluate import evaluate
 from atm_triton.packed import Packed
 from atm_triton.transformer import leading_tokens
@@ -176,7 +177,7 @@ def test_a_method_is_its_loops(name, settings, more):
     apply_baseline(model, name, **settings)
     tokens = Packed.of(model._pos_embed(model.patch_embed(x)))
     for number, block in enumerate(model.blocks):
-        tokens = block.step(tokens).tokens
+        tokens = block.forward_packed(tokens, Step(tokens))
         loop_x, loop_sizes = zip(*(record[number] for _, record in expected), strict=True)
         merged = tokens.images.shaped(tokens.x)
         torch.testing.assert_close(merged, torch.tensor(loop_x, dtype=torch.float64), rtol=0, atol=1e-9)

@@ -88,16 +88,21 @@ class ReducingBlock(ATMBlock):
     index: int
     depth: int
 
-    def step(self, tokens: Packed, merges: bool = True) -> Step:
-        images = tokens.images
-        x = images.shaped(tokens.x)
-        y = self.norm1(x)
+    def forward_packed(self, tokens: Packed, step: Step) -> Packed:
+        if step.leading is not None:
+            return self.forward_leading(tokens, step.leading)
+        x = tokens.images.shaped(tokens.x)
+        attended, plan = self.called_attn(self.norm1(x), self.planned, tokens, step.merges)
+        x = x + self.drop_path1(self.ls1(attended))
+        tokens, step.slots = self.reduced(tokens.with_x(x.flatten(0, 1)), plan)
+        return self.fed_forward(tokens)
+
+    def planned(self, y: Tensor, tokens: Packed, merges: bool) -> tuple[Tensor, Plan | None]:
+        """What attention adds to the tokens of norm ``y`` [B, N, C], and what then becomes of them."""
         q, k, v = self.heads(self.attn.qkv(y))
         q, k = self.attn.q_norm(q), self.attn.k_norm(k)
-        plan = self.baseline.plan(self, by_image(q, x), by_image(k, x), tokens) if merges else None
-        x = x + self.drop_path1(self.ls1(self._attend(y, q, k, v, tokens)))
-        tokens, slots = self.reduced(tokens.with_x(x.flatten(0, 1)), plan)
-        return Step(self.fed_forward(tokens), slots)
+        plan = self.baseline.plan(self, by_image(q, y), by_image(k, y), tokens) if merges else None
+        return self._attend(y, q, k, v, tokens), plan
 
     def fed_forward(self, tokens: Packed) -> Packed:
         x = tokens.images.shaped(tokens.x)

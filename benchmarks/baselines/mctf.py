@@ -58,6 +58,9 @@ class MCTF(Baseline):
     def block_class(self) -> type[ReducingBlock]:
         return MCTFBlock
 
+    def plan(self, *_: object) -> None:
+        """After attention nothing is left to do."""
+
     def count(self, block: ReducingBlock, N: int) -> int:
         """How many of N tokens a block fuses."""
         chosen = block.index > 0 if self.blocks is None else block.index in self.blocks
@@ -105,16 +108,13 @@ class MCTFBlock(ReducingBlock):
 
     baseline: MCTF
 
-    def step(self, tokens: Packed, merges: bool = True) -> Step:
+    def forward_packed(self, tokens: Packed, step: Step) -> Packed:
         r = self.baseline.count(self, tokens.images.N)
-        return self._fuse(tokens, r) if r else super().step(tokens, merges=False)
+        return self._fuse(tokens, r, step) if r else super().forward_packed(tokens, step)
 
-    def step_leading(self, tokens: Packed, n: int) -> Step:
-        r = self.baseline.count(self, tokens.images.N)
-        return self._fuse(tokens, r, n) if r else super().step_leading(tokens, n)
-
-    def _fuse(self, tokens: Packed, r: int, n: int | None = None) -> Step:
-        """A step that fuses r tokens; the first n of those that are left leave it, None: all."""
+    def _fuse(self, tokens: Packed, r: int, step: Step) -> Packed:
+        """r tokens are fused; the leading ones of those that are left leave, or all."""
+        n = step.leading
         images = tokens.images
         x, size = images.shaped(tokens.x), None if tokens.sizes is None else images.shaped(tokens.sizes)
         attention = self._map(x, size)
@@ -123,11 +123,11 @@ class MCTFBlock(ReducingBlock):
         plan = self.baseline.fused(scores, images.N, r, self.num_prefix_tokens)
         weight = received if size is None else received * size
         plan = plan._replace(weights=weight / sums(weight, plan).gather(1, plan.slots))
-        tokens, slots = self.reduced(tokens, plan)
+        tokens, step.slots = self.reduced(tokens, plan)
         x, size = (tokens.images.shaped(rows) for rows in (tokens.x, tokens.sizes))
-        attended = self._attend_by(_fused_map(attention, plan)[:, :, :n], x)
+        attended, _ = self.called_attn(self.norm1(x), self._attend_by, _fused_map(attention, plan)[:, :, :n])
         x = x[:, :n] + self.drop_path1(self.ls1(attended))
-        return Step(self.fed_forward(Packed.of(x, size[:, :n])), slots)
+        return self.fed_forward(Packed.of(x, size[:, :n]))
 
     def _map(self, x: Tensor, size: Tensor | None) -> Tensor:
         """The attention map [B, H, N, N] of all tokens [B, N, C], from queries and keys alone."""
@@ -140,15 +140,16 @@ class MCTFBlock(ReducingBlock):
             scores = scores + size.log()[:, None, None].to(scores.dtype)
         return scores.softmax(dim=-1)
 
-    def _attend_by(self, attention: Tensor, x: Tensor) -> Tensor:
-        """The rest of timm's ``Attention`` on fused tokens [B, M, C], given the first rows of their map."""
-        attn, y = self.attn, self.norm1(x)
+    def _attend_by(self, y: Tensor, attention: Tensor) -> tuple[Tensor, None]:
+        """The rest of timm's ``Attention`` on fused tokens of norm ``y`` [B, M, C], given the first rows of their
+        map."""
+        attn = self.attn
         (v,) = self.heads(_part(attn.qkv, slice(2 * attn.attn_dim, None), y))
         v = by_image(v, y)
         attended = attn.norm((attn.attn_drop(attention.to(v.dtype)) @ v).transpose(1, 2).flatten(2))
         if attn.gate is not None:
             attended = attended * attn.gate(y[:, : attended.shape[1]]).sigmoid()
-        return attn.proj_drop(attn.proj(attended))
+        return attn.proj_drop(attn.proj(attended)), None
 
     def macs(self, tokens: int, queries: int, rows: int) -> int:
         """Queries, keys and their products of the tokens that enter, values of the M that are left, everything else of

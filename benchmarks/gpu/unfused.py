@@ -18,18 +18,24 @@ images_of = cache(Images.of)  # to say where images of one length lie is no part
 class UnfusedBlock(ATMBlock):
     """A block that merges as ToMe does (even tokens into odd ones), by a given r; sizes in the dtype of x."""
 
-    def step(self, tokens: Packed, merges: bool = True) -> Step:
+    def forward_packed(self, tokens: Packed, step: Step) -> Packed:
+        if step.leading is not None:
+            return self.forward_leading(tokens, step.leading)
         images = tokens.images
         x, size = images.shaped(tokens.x), None if tokens.sizes is None else images.shaped(tokens.sizes)
-        y = self.norm1(x)
-        q, k, v = self.heads(self.attn.qkv(y))
-        x = x + self.drop_path1(self.ls1(self._attend(y, q, k, v, tokens)))
-        r = self.given_r(images) if merges else 0
+        attended, k = self.called_attn(self.norm1(x), self.with_keys, tokens)
+        x = x + self.drop_path1(self.ls1(attended))
+        r = self.given_r(images) if step.merges else 0
         if r:
             x, size = merged(x, size, images.shaped(k.mean(0)), r, self.num_prefix_tokens)
             images = images_of(images.B, images.N - r, x.device)
         x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
-        return Step(Packed(x.flatten(0, 1), None if size is None else size.flatten(), images))
+        return Packed(x.flatten(0, 1), None if size is None else size.flatten(), images)
+
+    def with_keys(self, y: Tensor, tokens: Packed) -> tuple[Tensor, Tensor]:
+        """What attention adds to the tokens of norm ``y`` [B, N, C], and their keys."""
+        q, k, v = self.heads(self.attn.qkv(y))
+        return self._attend(y, q, k, v, tokens), k
 
     def _attend(
         self, y: Tensor, q: Tensor, k: Tensor, v: Tensor, tokens: Packed, queries: Images | None = None
