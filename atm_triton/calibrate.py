@@ -21,7 +21,7 @@ from atm_triton.config import ADAPT, ATMConfig
 from atm_triton.distributed import silent
 from atm_triton.flops import unmerged
 from atm_triton.meter import Mean, Measured, Meter, similarities
-from atm_triton.patch import check_model, settled
+from atm_triton.patch import check_model, knows_sizes
 from atm_triton.search import MANY, SEEN, Found, Search
 from atm_triton.shapes import Predictor, Shape
 
@@ -173,14 +173,14 @@ def calibrate(
     if target.max_gflops is not None:
         _check_reachable(target.max_gflops, Predictor(model, shape, [], cls_only_last), max_merging_blocks)
     settings = {"cls_only_last": cls_only_last, "backend": backend}
-    begin = settled(ATMConfig(proportional_attention=proportional_attention), model)
+    proportional = knows_sizes(model) if proportional_attention is None else proportional_attention
     hidden = silent("" if progress else None)
     with tqdm(total=searching.shapes(), desc="calibrate", unit="shape", disable=hidden) as bar:
         bar.set_postfix_str("the unmerged model")
         meter = Meter(model, parts, settings, notes)
-        found = similarities(model, parts["fit"], ATMConfig(**settings))
+        found = similarities(model, parts["fit"], **settings)
         predictor = Predictor(model, shape, found, cls_only_last)
-        search = Search(meter, predictor, adapt, begin.proportional_attention, max_merging_blocks, seed, bar)
+        search = Search(meter, predictor, adapt, proportional, max_merging_blocks, seed, bar)
         chosen, scale = _found(search, target)
     config = search.config((chosen, scale))
     shared = len(parts["promise"][0]) if adapt == "batch" else 1

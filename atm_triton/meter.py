@@ -143,9 +143,11 @@ class SimilarityBlock(ATMBlock):
 
 
 @torch.inference_mode()
-def similarities(model: VisionTransformer, batches: list[Tensor], config: ATMConfig) -> list[Tensor]:
-    """Of every block the best similarity of each candidate [n, Na] in the unmerged model, of all images."""
+def similarities(model: VisionTransformer, batches: list[Tensor], **fields: object) -> list[Tensor]:
+    """Of every block the best similarity of each candidate [n, Na] in the unmerged model, of all images; ``fields``: of
+    :class:`ATMConfig`."""
     depth = len(model.blocks)
+    config = ATMConfig(thresholds=(None,) * depth, **fields)
 
     def collecting(block: torch.nn.Module, index: int) -> SimilarityBlock:
         made = SimilarityBlock.of(block, config, index, depth, model.num_prefix_tokens)
