@@ -22,6 +22,8 @@ from atm_triton.engine import Engine, Facts, recorded
 from atm_triton.packed import Images, Packed
 from atm_triton.record import Record, number_of
 
+GONE = 0.6  # of the tokens after a quarter of the blocks: a larger share is said
+
 
 class Run(NamedTuple):
     """The merged ``tokens`` after the last block run, the ``traces``: where the rows that entered the first block are
@@ -43,6 +45,7 @@ class ATMBlocks(nn.Sequential):
         self.config = config
         self._last: Record | Facts | None = None
         self.engine: Engine | None = None  # once the blocks are in their model
+        self.warns = True  # where most tokens are gone early; once
 
     @property
     def last(self) -> Record | None:
@@ -53,6 +56,9 @@ class ATMBlocks(nn.Sequential):
             return done
         with self.engine.lock:  # another thread's pass reads the same mailbox
             record = recorded(done)
+        if self.quarter:
+            left = torch.as_tensor(record.rows[self.quarter - 1], dtype=torch.float64)  # on the host, as all of it
+            self._warn_of_what_is_gone(left.mean().item() / record.tokens[0])
         if self._last is done:  # no other thread has run since
             self._last = record
         return record
@@ -101,6 +107,9 @@ class ATMBlocks(nn.Sequential):
             if slots is not None and dense:
                 trace = slots if trace is None else ops.compose(trace, slots)
             traces.append(trace)
+            traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+            if index + 1 == self.quarter and not traced and len(x):
+                self._warn_of_what_is_gone(len(now.x) / (len(x) * x.shape[1]))
             if index in collect:
                 collected.append(self.unmerge(now, trace, len(x)))
             rows.append(now.images)
@@ -126,6 +135,21 @@ class ATMBlocks(nn.Sequential):
                     f"its norms, projections or MLP, or of the model",
                     stacklevel=2,
                 )
+
+    @property
+    def quarter(self) -> int:
+        """A quarter of the blocks."""
+        return len(self) // 4
+
+    def _warn_of_what_is_gone(self, left: float) -> None:
+        """``left``: the share of the tokens that are left after a quarter of the blocks."""
+        if self.warns and left < 1 - GONE:
+            self.warns = False
+            warnings.warn(
+                f"{100 * (1 - left):.0f} % of the tokens are gone after {self.quarter} of {len(self)} blocks, as where "
+                "thresholds are another model's: atm-triton eval tells what that changes, calibrate finds better ones",
+                stacklevel=2,
+            )
 
     def _not_called(self) -> Iterator[tuple[str, nn.Module]]:
         yield "blocks", self

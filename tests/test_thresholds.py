@@ -1,6 +1,7 @@
-"""No thresholds, no merging: where they come from when nobody gives them, and who is refused."""
+"""No thresholds, no merging: where they come from when nobody gives them, who is refused, and what is warned of."""
 
 import json
+import warnings
 
 import pytest
 import timm
@@ -8,13 +9,13 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from atm_triton import ATMBlock, ATMConfig, apply_patch, summary
+from atm_triton import ATMBlock, ATMConfig, Target, apply_patch, calibrate, remove_patch, summary
 from atm_triton.cli import main
 from atm_triton.config import REMEDY
 from atm_triton.evaluate import evaluate
 from atm_triton.inputs import open_model
 from atm_triton.operating_points import PAPER_NAMES
-from models import images_for, small, vit
+from models import images, images_for, small, vit
 
 DEIT = "deit_small_patch16_224"
 AS_FINE_TUNED = {"global_pool": "avg", "num_classes": 1000}
@@ -161,3 +162,96 @@ def test_a_file_without_thresholds_is_refused(text, tmp_path, capsys):
     path.write_text(text)
     assert main(["eval", "--limit", "3", "--config", str(path)]) == 2
     assert capsys.readouterr().err == f"atm-triton: --config {path} has no thresholds; {REMEDY}\n"
+
+
+# ------------------------------------------------------------------------------------------------- what is warned of
+
+MOST = {"thresholds": (-1.0,) * 8}
+GONE = r"^\d+ % of the tokens are gone after 2 of 8 blocks, as where thresholds are another model's: atm-triton eval "
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        ATMConfig(**MOST),
+        ATMConfig(**MOST, adapt="image"),
+        ATMConfig(adapt="static", schedule=(13,) * 8),
+    ],
+    ids=lambda config: config.adapt,
+)
+def test_it_is_said_once_where_most_tokens_are_gone_early(config):
+    model = apply_patch(vit(depth=8), config)
+    with pytest.warns(UserWarning, match=GONE) as said:
+        for _ in range(3):
+            model(images())
+            summary(model)
+    assert len(said) == 1
+    with pytest.warns(UserWarning, match=GONE):  # a patch of its own
+        apply_patch(remove_patch(model), config).forward_features(images())
+
+
+def test_a_pass_of_the_engine_says_it_once_its_record_is_read():
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = apply_patch(vit(depth=8).to(device), ATMConfig(**MOST, backend="triton"))
+    with torch.inference_mode(), warnings.catch_warnings(action="error", category=UserWarning):
+        model(images(1).to(device))
+    with pytest.warns(UserWarning, match=GONE) as said:
+        assert model.blocks.last.way == "engine"
+        summary(model)
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize("r", [0, 7])
+def test_what_is_left_elsewhere_is_not_warned_of(r):
+    """7 of 26 tokens, then 7 of 19: 46 % are left after two blocks, and fewer later."""
+    model = apply_patch(vit(depth=8), ATMConfig(adapt="static", schedule=(r,) * 8))
+    with warnings.catch_warnings(action="error"):
+        model(images())
+        model(images(0))
+        model(images()[:0])
+    few = apply_patch(vit(depth=3), ATMConfig(thresholds=(-1.0,) * 3))
+    with warnings.catch_warnings(action="error"):
+        few(images())
+
+
+def test_an_evaluation_says_it():
+    batches = [(images(), torch.zeros(3))]
+    with pytest.warns(UserWarning, match=GONE):
+        evaluate(vit(depth=8), batches, ATMConfig(**MOST), title=None)
+
+
+@pytest.fixture
+def loader():
+    noise = torch.linspace(0.02, 1, 96)[torch.randperm(96), None, None, None]
+    return [(0.3 + noise * images(96))[i : i + 24] for i in range(0, 96, 24)]
+
+
+def test_a_calibration_says_it_of_what_it_found_alone(loader, monkeypatch):
+    from test_calibrate import SMALL
+
+    for name, value in SMALL.items():
+        monkeypatch.setattr("atm_triton.search." + name, value)
+    with warnings.catch_warnings(action="error"):  # on the way it tries to merge everything
+        calibrate(vit(depth=8), loader, Target(max_kl=1e-4), progress=False)
+    with pytest.warns(UserWarning, match=GONE) as said:
+        calibrate(vit(depth=8), loader, Target(max_kl=1e3), progress=False)
+    assert len(said) == 1
+
+
+def test_a_model_that_answers_all_images_alike_is_not_calibrated(loader):
+    model = vit()
+    with torch.no_grad():
+        model.head.weight.zero_()
+    alike = "^the model answers all images alike, so no merging changes it; check images, weights and head$"
+    for target in (Target(max_kl=0.1), Target(min_agreement=0.9), Target(max_gflops=0.0009)):
+        with pytest.raises(ValueError, match=alike):
+            calibrate(model, loader, target, progress=False)
+    with pytest.raises(ValueError, match=alike):  # one image, over and over
+        calibrate(vit(), [loader[0][:1].expand(24, -1, -1, -1)] * 4, Target(max_kl=0.1), progress=False)
+
+
+def test_blank_images_are_not_calibrated_on():
+    blank = torch.linspace(-1, 1, 96)[:, None, None, None].expand(-1, 3, 40, 40)
+    for images_ in (torch.zeros(96, 3, 40, 40), blank):
+        with pytest.raises(ValueError, match="^the images are blank, each of one value throughout; give images as"):
+            calibrate(vit(), images_.split(24), Target(max_kl=0.1), progress=False)
