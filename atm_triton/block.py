@@ -63,8 +63,8 @@ class ATMBlock(Block):
         num_prefix_tokens: the protected tokens (class, distillation, registers) at the start of the sequence.
 
     Raises:
-        ValueError: ``block_index`` outside the depth, or a ``config`` for another depth; TypeError: an ``attn_layer``
-            other than timm's ``Attention``.
+        ValueError: ``block_index`` outside the depth, or a ``config`` for another depth or without thresholds;
+            TypeError: an ``attn_layer`` other than timm's ``Attention``.
 
     Example:
         >>> block = ATMBlock(384, 6, block_index=0, depth=12, config=ATMConfig(theta_min=0.5, alpha=0.5))

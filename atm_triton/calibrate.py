@@ -21,7 +21,7 @@ from atm_triton.config import ADAPT, ATMConfig
 from atm_triton.distributed import silent
 from atm_triton.flops import unmerged
 from atm_triton.meter import Mean, Measured, Meter, similarities
-from atm_triton.patch import check_model, settled
+from atm_triton.patch import check_model, knows_sizes
 from atm_triton.search import MANY, SEEN, Found, Search
 from atm_triton.shapes import Predictor, Shape
 
@@ -29,6 +29,7 @@ PARTS = {"fit": 3, "choose": 3, "promise": 2}  # in eighths
 LEAST_IMAGES = 64
 ROUGHLY = 256  # images of a part by which a plain shape tells the cost at which a change is too large
 STRIDE = 0.08  # of log10 scale
+ALIKE = 1e-4  # nats: what rounding may do to the log-probabilities of two equal images
 
 
 @dataclass(frozen=True)
@@ -159,8 +160,9 @@ def calibrate(
         progress: show a bar.
 
     Raises:
-        ValueError: a target that cannot be reached, too few images, or of another shape than the model's; TypeError: a
-            model that cannot be merged, or batches of anything but float images.
+        ValueError: a target that cannot be reached, too few images, of another shape than the model's, or blank, or a
+            model that answers all of them alike; TypeError: a model that cannot be merged, or batches of anything but
+            float images.
     """
     check_model(model)
     if adapt not in ADAPT:
@@ -170,21 +172,27 @@ def calibrate(
     parts, number = split_images(loader, seed)
     shape = tuple(parts["fit"][0].shape[1:])
     _check_fits(model, shape)
+    _check_not_blank(parts)
     if target.max_gflops is not None:
         _check_reachable(target.max_gflops, Predictor(model, shape, [], cls_only_last), max_merging_blocks)
     settings = {"cls_only_last": cls_only_last, "backend": backend}
-    begin = settled(ATMConfig(proportional_attention=proportional_attention), model)
+    proportional = knows_sizes(model) if proportional_attention is None else proportional_attention
     hidden = silent("" if progress else None)
     with tqdm(total=searching.shapes(), desc="calibrate", unit="shape", disable=hidden) as bar:
         bar.set_postfix_str("the unmerged model")
         meter = Meter(model, parts, settings, notes)
-        found = similarities(model, parts["fit"], ATMConfig(**settings))
+        if meter.spread() < ALIKE:
+            raise ValueError(
+                "the model answers all images alike, so no merging changes it; check images, weights and head"
+            )
+        found = similarities(model, parts["fit"], **settings)
         predictor = Predictor(model, shape, found, cls_only_last)
-        search = Search(meter, predictor, adapt, begin.proportional_attention, max_merging_blocks, seed, bar)
+        search = Search(meter, predictor, adapt, proportional, max_merging_blocks, seed, bar)
         chosen, scale = _found(search, target)
     config = search.config((chosen, scale))
     shared = len(parts["promise"][0]) if adapt == "batch" else 1
     seen = [meter.measure(config, part) for part in SEEN]
+    meter.warns = True
     promise = Promise.of(meter.measure(config, "promise"), shared, seen)
     passes = meter.images + sum(map(len, parts["fit"]))
     return Calibration(config, target, number, promise, predictor.unmerged, chosen.family, passes, seed)
@@ -219,6 +227,11 @@ def _check_fits(model: VisionTransformer, shape: tuple[int, ...]) -> None:
     except (RuntimeError, AssertionError) as error:
         why = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"images {list(shape)} are not as the model's: {why}; give its channels and size") from error
+
+
+def _check_not_blank(parts: dict[str, list[Tensor]]) -> None:
+    if all(torch.equal(x.amin((2, 3)), x.amax((2, 3))) for batches in parts.values() for x in batches):
+        raise ValueError("the images are blank, each of one value throughout; give images as the model will meet them")
 
 
 def _check_reachable(max_gflops: float, predictor: Predictor, max_merging_blocks: int | None) -> None:

@@ -58,8 +58,10 @@ def bench(args: argparse.Namespace) -> dict[str, Any]:
     keep_freed_memory()
     results = []
     for title, model, batches, config, given, beside in _cases(args):
-        print(f"{title}\n")
+        print(title)
+        _say_source(config)
         _say_logits(model)
+        print()
         rows = measure(model, batches, config, args.repeats, given, beside)
         print(report.throughput_table(rows) + "\n")
         results.append({"title": title, "config": asdict(config), "batch_size": len(batches[0]), "rows": rows})
@@ -98,8 +100,9 @@ def _random_case(args: argparse.Namespace, name: str) -> Case:
     given = name == args.model
     model = _model(args) if given else open_model(name).to(args.device, DTYPES[args.dtype])
     stated = ATMConfig(adapt="static", schedule=(RANDOM_R,) * len(model.blocks))
-    config = _config(args, model, stated if args.adapt in (None, "static") else None)
-    if config.adapt != "static":
+    scheduled = args.adapt in (None, "static") or _configured(args)
+    config = _config(args, model, stated) if scheduled else None
+    if config is None or config.adapt != "static":
         raise ValueError(f"thresholds mean nothing on random images: give {name} a --schedule, or --data DIR")
     shape = data_config(model)["input_size"]
     batch_size = 8 if args.batch_size is None else args.batch_size
@@ -140,7 +143,7 @@ def run_eval(args: argparse.Namespace) -> dict[str, Any]:
     labelled = labels_fit(loader, model)
     outcome = evaluate(model, loader, config, labelled=labelled)
     print(f"{args.model} on {data}, batch {batch_size}, {_where(args)}")
-    print(f'adapt="{config.adapt}"' + (f"; {config.source}" if config.source else ""))
+    _say_source(config)
     _say_logits(model)
     if not labelled:
         print("no top-1: it needs one folder for each class of the model")
@@ -196,12 +199,14 @@ def run_visualize(args: argparse.Namespace) -> dict[str, Any]:
     report.check_plot(args.out, "--out")
     check_weights(args.model, args.checkpoint, args.pretrained)
     model = _model(args)
-    apply_patch(model, _config(args, model))
+    config = _config(args, model)
+    apply_patch(model, config)
     depth = len(model.blocks)
     blocks = args.blocks or sorted({-(-depth * quarter // 4) for quarter in (1, 2, 3, 4)})
     images = [open_image(model, path) for path in args.images]
     rows = [picture(model, image, blocks, path.name) for path, image in zip(args.images, images, strict=True)]
     draw(rows, args.out)
+    _say_source(config)
     print(f"{args.out} written")
     pictures = [{"image": row.title, "gflops": row.gflops, "blocks": row.blocks, "left": row.left} for row in rows]
     return {"model": args.model, "model_kwargs": args.model_kwargs, "pictures": pictures}
@@ -222,6 +227,11 @@ def _model(args: argparse.Namespace) -> VisionTransformer:
     return model.to(args.device, DTYPES[args.dtype])
 
 
+def _say_source(config: ATMConfig) -> None:
+    """Who decides how much merges, and where the thresholds come from."""
+    print(f'adapt="{config.adapt}"' + (f"; {config.source}" if config.source else ""))
+
+
 def _say_logits(model: VisionTransformer) -> None:
     """Which of its answers a model gives, if it has several."""
     if hasattr(model, "logits_are"):
@@ -240,32 +250,44 @@ def _where(args: argparse.Namespace) -> str:
 
 
 def _configured(args: argparse.Namespace) -> bool:
-    given = (args.config, args.alpha, args.beta, args.theta_min, args.schedule, args.max_gflops, args.top1_drop)
-    return any(value is not None for value in given)
+    given = (args.config, args.schedule, args.max_gflops, args.top1_drop)
+    return bool(_curve(args)) or any(value is not None for value in given)
+
+
+def _curve(args: argparse.Namespace) -> dict[str, float]:
+    """What is given of the paper's curve (Eq. 1)."""
+    curve = {name: getattr(args, name) for name in ("alpha", "beta", "theta_min")}
+    return {name: value for name, value in curve.items() if value is not None}
 
 
 def _config(args: argparse.Namespace, model: VisionTransformer, default: ATMConfig | None = None) -> ATMConfig:
-    """What the options say: a file, a preset of the paper or a schedule, or else ``default``, the digits' own (if no
-    option of the paper's curve is given) or the paper's for DeiT-S; and single fields over that."""
+    """What the options say: a file, a preset of the paper, a schedule or a curve, or else ``default``, the digits' own
+    or the paper's for the model; and single fields over that."""
+    curve = _curve(args)
     if args.config is not None:
         config = read_config(args.config, args.model, args.model_kwargs, args.checkpoint)
     elif args.max_gflops is not None or args.top1_drop is not None:
         config = ATMConfig.preset(args.model, args.max_gflops, args.top1_drop)
     elif args.schedule is not None:
         config = ATMConfig(adapt="static", schedule=tuple(args.schedule))
-    elif default is None or _configured(args):
-        on_curve = any(value is not None for value in (args.alpha, args.beta, args.theta_min))
-        config = digits_config(args.adapt) if args.model == DIGITS and not on_curve else ATMConfig()
-    else:
+    elif curve:
+        config = ATMConfig(**curve)
+    elif default is not None:
         config = default
-    names = ("adapt", "alpha", "beta", "theta_min", "split_depth", "backend", "proportional_attention")
-    fields = {name: getattr(args, name) for name in names}
+    elif args.model == DIGITS and args.checkpoint is None and not args.model_kwargs:
+        config = digits_config(args.adapt)
+    else:
+        check_weights(args.model, args.checkpoint, args.pretrained)
+        config = ATMConfig()
+    names = ("adapt", "split_depth", "backend", "proportional_attention")
+    fields = {name: getattr(args, name) for name in names} | curve
     if args.all_tokens_last:
         fields["cls_only_last"] = False
-    given = [name for name in ("alpha", "beta", "theta_min") if fields[name] is not None]
-    if given and (config.adapt == "static" or config.thresholds is not None):
-        options = ", ".join("--" + name.replace("_", "-") for name in given)
+    if curve and (config.adapt == "static" or config.thresholds is not None):
+        options = ", ".join("--" + name.replace("_", "-") for name in curve)
         raise ValueError(f"{options}: no effect beside a schedule or thresholds of each block; leave one of them out")
+    if curve:
+        fields["source"] = ""  # no longer what it says
     config = replace(config, **{name: value for name, value in fields.items() if value is not None})
     config.check_depth(len(model.blocks))
     return settled(config, model)

@@ -12,13 +12,16 @@ from atm_triton.reference import threshold
 
 ADAPT = ("batch", "image", "static")
 BACKENDS = ("auto", "triton", "reference")
+REMEDY = "atm-triton calibrate finds them, or give alpha, beta and theta_min, or thresholds"
 
 
 @dataclass(frozen=True)
 class ATMConfig:
-    """The settings of adaptive token merging; the thresholds default to the paper's for DeiT-S (Table A2, 3.26 GFLOPs).
+    """The settings of adaptive token merging.
 
-    Thresholds belong to a trained model: those of another model over- or under-merge yours.
+    Thresholds belong to a trained model: those of another model over- or under-merge yours. So they have no default:
+    ``alpha``, ``beta`` and ``theta_min`` are given together, or ``thresholds``, or a ``schedule`` in their place.
+    Without any of them :func:`atm_triton.apply_patch` takes the paper's for a model of its tables, and refuses others.
 
     Args:
         alpha: threshold of the first block, a cosine similarity (Eq. 1).
@@ -43,16 +46,16 @@ class ATMConfig:
         source: where the values come from, for people to read.
 
     Raises:
-        TypeError, ValueError: a field of the wrong kind or out of its range.
+        TypeError, ValueError: a field of the wrong kind or out of its range, or a part of Eq. 1 alone.
 
     Example:
         >>> ATMConfig(alpha=0.99, beta=0.04, theta_min=0.88).theta(2, depth=12)
         0.9491892...
     """
 
-    alpha: float = 0.99
-    beta: float = 0.04
-    theta_min: float = 0.88
+    alpha: float | None = None
+    beta: float | None = None
+    theta_min: float | None = None
     split_depth: int | None = None
     adapt: str = "batch"
     schedule: tuple[int, ...] | None = None
@@ -64,10 +67,7 @@ class ATMConfig:
     source: str = ""
 
     def __post_init__(self) -> None:
-        for name, low in (("theta_min", -1), ("alpha", -1), ("beta", 0)):
-            object.__setattr__(self, name, _real(name, getattr(self, name), low, 1))
-        if self.alpha < self.theta_min:
-            raise ValueError(f"alpha={self.alpha} is below theta_min={self.theta_min}; raise alpha or lower theta_min")
+        self._check_curve()
         if self.split_depth is not None:
             object.__setattr__(self, "split_depth", _count("split_depth", self.split_depth))
         self._check_adapt()
@@ -79,6 +79,17 @@ class ATMConfig:
             raise ValueError(f"backend={self.backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
         if not isinstance(self.source, str):
             raise TypeError(f"source={self.source!r} is no text")
+
+    def _check_curve(self) -> None:
+        curve = {name: getattr(self, name) for name in ("alpha", "beta", "theta_min")}
+        given = [name for name, value in curve.items() if value is not None]
+        for name in given:
+            object.__setattr__(self, name, _real(name, curve[name], 0 if name == "beta" else -1, 1))
+        if 0 < len(given) < len(curve):
+            missing = " and ".join(name for name in curve if name not in given)
+            raise ValueError(f"{' and '.join(given)} without {missing}; give all three of them, or thresholds")
+        if given and self.alpha < self.theta_min:
+            raise ValueError(f"alpha={self.alpha} is below theta_min={self.theta_min}; raise alpha or lower theta_min")
 
     def _check_adapt(self) -> None:
         if self.adapt not in ADAPT:
@@ -95,6 +106,11 @@ class ATMConfig:
                 raise ValueError('adapt="static" takes its r from schedule; leave thresholds out')
             object.__setattr__(self, "thresholds", _each("thresholds", self.thresholds, _theta))
 
+    @property
+    def has_thresholds(self) -> bool:
+        """Whether it says how much merges: by Eq. 1, a threshold for each block, or a schedule."""
+        return any(given is not None for given in (self.alpha, self.thresholds, self.schedule))
+
     def check_depth(self, depth: int) -> None:
         """Raise ValueError if this configuration cannot be that of a model with ``depth`` blocks."""
         if self.split_depth is not None and self.split_depth > depth:
@@ -106,11 +122,17 @@ class ATMConfig:
 
     def theta(self, block: int, depth: int) -> float | None:
         """The threshold of a block, counted from 1 as in Eq. 1, of a model with ``depth`` blocks; None: it does not
-        merge."""
+        merge.
+
+        Raises:
+            ValueError: another depth, a block outside it, or no thresholds.
+        """
         self.check_depth(depth)
         _check_block(block, depth)
         if self.thresholds is not None:
             return self.thresholds[block - 1]
+        if self.alpha is None:
+            raise ValueError(f"the configuration has no thresholds; {REMEDY}")
         return threshold(block, self.alpha, self.beta, self.theta_min)
 
     def groups_by_size(self, block: int, depth: int) -> bool:
@@ -147,23 +169,25 @@ class ATMConfig:
         **changes: Any,
     ) -> Self:
         """An operating point of the paper: the most accurate at or below ``max_gflops``, or the cheapest that loses at
-        most ``top1_drop`` points of top-1; ``source`` says which, with the paper's figures.
+        most ``top1_drop`` points of top-1, or without either the cheapest of those that lose least; ``source`` says
+        which, with the paper's figures.
 
         The figures are the paper's, for the checkpoints that it used: another model wants thresholds of its own, which
         :func:`atm_triton.calibrate` finds from images without labels.
 
         Args:
             name: a model of the paper, by timm's name or the paper's ("deit_small_patch16_224", "DeiT-S").
-            max_gflops: 1e9 multiply-accumulates an image; top1_drop: percentage points. Exactly one of the two.
+            max_gflops: 1e9 multiply-accumulates an image; top1_drop: percentage points. At most one of the two.
             fine_tuned: from Table A3 (30 epochs of fine-tuning).
             changes: further fields, such as ``backend``.
 
         Raises:
-            ValueError: an unknown model, a target that the paper does not reach, or not exactly one target.
+            ValueError: an unknown model, a target that the paper does not reach, or both targets.
         """
         point, unmerged = choose(name, max_gflops, top1_drop, fine_tuned)
         source = (
-            f"paper, Table {point.table}, {point.model}{', fine-tuned' if fine_tuned else ''}: "
+            f"paper, Table {point.table}, {point.model}{', fine-tuned' if fine_tuned else ''}, "
+            f"alpha {point.alpha}, beta {point.beta}, theta_min {point.theta_min}: "
             f"{point.gflops:.2f} GFLOPs, {point.top1:.2f} % top-1 on ImageNet-1k "
             f"(unmerged {unmerged.gflops:.2f}, {unmerged.top1:.2f} %)"
         )

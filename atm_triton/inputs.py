@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from atm_triton.config import ATMConfig
+from atm_triton.config import REMEDY, ATMConfig
 from atm_triton.digits import model as digits_model
 from atm_triton.digits.render import render
 from atm_triton.distributed import own_images
@@ -107,6 +107,8 @@ def read_config(path: Path, model: str, model_kwargs: dict[str, Any], checkpoint
         config = ATMConfig.from_json(text)
     except (ValueError, TypeError) as error:
         raise ValueError(f"--config {path}: {error}") from error
+    if not config.has_thresholds:
+        raise ValueError(f"--config {path} has no thresholds; {REMEDY}")
     document = json.loads(text)
     made = document.get("model"), document.get("model_kwargs") or {}
     if made[0] is not None and made != (model, model_kwargs):

@@ -67,6 +67,7 @@ class Meter:
         notes: Path | None = None,
     ) -> None:
         self.fields, self.images = fields, 0
+        self.warns = False  # where most tokens are gone early: a search tries that too
         self._parts: dict[str, list[Tensor]] = {}
         self._marks: dict[str, str] = {}  # what tells parts of one name apart
         self._base: dict[str, list[Tensor]] = {}  # of the batches of this process
@@ -82,6 +83,13 @@ class Meter:
         self._base[part] = unpatched_logits(self._model, [(images, None) for images in own(batches)], title=None)
         self.images += sum(map(len, batches))
 
+    def spread(self) -> float:
+        """By how much the unmerged model's log-probability of a class differs between two images, at most, in nats."""
+        parts = self._base.values()
+        ends = [in_order([torch.stack(x.double().log_softmax(1).aminmax(dim=0)) for x in of_part]) for of_part in parts]
+        low, high = torch.stack([of_batch for of_part in ends for of_batch in of_part]).unbind(1)
+        return (high.amax(0) - low.amin(0)).max().item()
+
     @torch.inference_mode()
     def measure(self, config: ATMConfig, part: str, limit: int | None = None) -> Measured:
         """On the first batches of a part, which hold ``limit`` images or a few more; None: on all."""
@@ -90,6 +98,7 @@ class Meter:
         first = len(batches) if limit is None else min(sum(images < limit for images in counts), len(batches))
         mine = own(batches[:first])
         patched = apply_patch(self._patched, config)
+        patched.blocks.warns = self.warns
         pairs = zip(mine, self._base[part][: len(mine)], strict=True)
         every = in_order([compare(patched, *pair, number) for number, pair in enumerate(pairs)])
         columns = [torch.cat([row[name] for row in every]).double() for name in ("gflops", "kl", "agree", "merged")]
@@ -143,9 +152,11 @@ class SimilarityBlock(ATMBlock):
 
 
 @torch.inference_mode()
-def similarities(model: VisionTransformer, batches: list[Tensor], config: ATMConfig) -> list[Tensor]:
-    """Of every block the best similarity of each candidate [n, Na] in the unmerged model, of all images."""
+def similarities(model: VisionTransformer, batches: list[Tensor], **fields: object) -> list[Tensor]:
+    """Of every block the best similarity of each candidate [n, Na] in the unmerged model, of all images; ``fields``: of
+    :class:`ATMConfig`."""
     depth = len(model.blocks)
+    config = ATMConfig(thresholds=(None,) * depth, **fields)
 
     def collecting(block: torch.nn.Module, index: int) -> SimilarityBlock:
         made = SimilarityBlock.of(block, config, index, depth, model.num_prefix_tokens)

@@ -46,22 +46,23 @@ def operating_points() -> tuple[OperatingPoint, ...]:
 def choose(
     name: str, max_gflops: float | None = None, top1_drop: float | None = None, fine_tuned: bool = False
 ) -> tuple[OperatingPoint, OperatingPoint]:
-    """The most accurate point at or below ``max_gflops``, or the cheapest that loses at most ``top1_drop`` points.
+    """The most accurate point at or below ``max_gflops``, or the cheapest that loses at most ``top1_drop`` points, or
+    without either the cheapest of those that lose nothing, or least where all lose some.
 
     Args:
         name: a name of timm's, with or without its tag ("deit_small_patch16_224.fb_in1k"), or the paper's ("DeiT-S").
-        max_gflops, top1_drop: exactly one of them.
+        max_gflops, top1_drop: at most one of them.
         fine_tuned: choose among the points after 30 epochs of fine-tuning (Table A3) instead.
 
     Returns:
         The chosen point and the model's unmerged one.
 
     Raises:
-        ValueError: an unknown model, a target that no point reaches, or not exactly one target.
+        ValueError: an unknown model, a target that no point reaches, or both targets.
         TypeError: a target that is no number.
     """
-    if (max_gflops is None) == (top1_drop is None):
-        raise ValueError("preset wants exactly one of max_gflops and top1_drop")
+    if max_gflops is not None and top1_drop is not None:
+        raise ValueError("preset wants at most one of max_gflops and top1_drop")
     for what, target in (("max_gflops", max_gflops), ("top1_drop", top1_drop)):
         if target is not None and (isinstance(target, bool) or not isinstance(target, Real) or math.isnan(target)):
             raise TypeError(f"{what}={target!r} is no number")
@@ -72,14 +73,16 @@ def choose(
         raise ValueError(f"the paper has no fine-tuned points for {name!r} (Table A3: DeiT-T, DeiT-S, DeiT-B)")
     unmerged = next(p for p in rows if p.alpha is None)
     merged = [p for p in rows if p.alpha is not None]
+    least = unmerged.top1 - max(p.top1 for p in merged)
     if max_gflops is not None:
         reached = [p for p in merged if p.gflops <= max_gflops]
         best = max(reached, key=lambda p: (p.top1, -p.gflops), default=None)
         lowest = f"{min(p.gflops for p in merged)} GFLOPs; raise max_gflops={max_gflops}"
     else:
-        reached = [p for p in merged if p.top1 >= round(unmerged.top1 - top1_drop, 6)]
+        drop = max(least, 0.0) if top1_drop is None else top1_drop
+        reached = [p for p in merged if p.top1 >= round(unmerged.top1 - drop, 6)]
         best = min(reached, key=lambda p: (p.gflops, -p.top1), default=None)
-        lowest = f"a drop of {unmerged.top1 - max(p.top1 for p in merged):.2f}; raise top1_drop={top1_drop}"
+        lowest = f"a drop of {least:.2f}; raise top1_drop={top1_drop}"
     if best is None:
         raise ValueError(f"the paper's points for {unmerged.model} go no lower than {lowest}")
     return best, unmerged

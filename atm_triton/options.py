@@ -69,16 +69,14 @@ def data_options() -> argparse.ArgumentParser:
 
 def _merging() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(add_help=False)
-    group = options.add_argument_group(
-        "merging (default: the digits' calibrated thresholds, or the paper's for DeiT-S)"
-    )
+    group = options.add_argument_group("merging (default: the paper's for a model of its tables, the digits' own)")
     one = group.add_mutually_exclusive_group()
     one.add_argument("--config", type=Path, help="a JSON file of ATMConfig, or a result file that holds one")
     one.add_argument("--max-gflops", type=float, help="the paper's best operating point at this cost")
     one.add_argument("--top1-drop", type=float, help="the paper's cheapest operating point at this loss, in points")
     one.add_argument("--schedule", type=int, nargs="+", metavar="R", help='r for each block: adapt="static"')
     group.add_argument("--adapt", choices=ADAPT, help="one r a batch (default), each image its own, or a --schedule")
-    group.add_argument("--alpha", type=float, help="threshold of the first block")
+    group.add_argument("--alpha", type=float, help="threshold of the first block; with the next two")
     group.add_argument("--beta", type=float, help="decay rate of the threshold")
     group.add_argument("--theta-min", type=float, help="lowest threshold")
     group.add_argument("--split-depth", type=int, help="blocks that group alternately (3/4 of the depth)")

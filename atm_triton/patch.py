@@ -3,14 +3,18 @@
 import inspect
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
+import timm
+import torch
 from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
 from atm_triton.block import ATMAttention, ATMBlock
-from atm_triton.config import ATMConfig
+from atm_triton.config import REMEDY, ATMConfig
 from atm_triton.engine import Engine
+from atm_triton.operating_points import PAPER_NAMES
 from atm_triton.transformer import ATMBlocks, MergingTransformer, merging_class
 
 OWN_FORWARD = "forward of its own, which would no longer run: take it off, and put it on after apply_patch"
@@ -31,14 +35,17 @@ def apply_patch(model: VisionTransformer, config: ATMConfig | None = None) -> Vi
 
     Args:
         model: any of timm's VisionTransformer class (or a subclass) whose blocks are ``Block`` with ``Attention``.
-        config: what merges, and how much; ``ATMConfig()`` by default.
+        config: what merges, and how much. Without thresholds, or None: the paper's for a model of its tables, told by
+            timm's name, its shape and the published weights that it is made for; whether those are in it is not looked
+            at. ``summary`` says which thresholds these are.
 
     Returns:
         ``model``.
 
     Raises:
         TypeError: the model cannot be merged, named with the reason; it is left as it was.
-        ValueError: ``config`` is for another depth. A backend that cannot run is refused when the model runs.
+        ValueError: ``config`` is for another depth, or has no thresholds and the model is none of the paper's. A
+            backend that cannot run is refused when the model runs.
     """
     config = ATMConfig() if config is None else config
     if not isinstance(config, ATMConfig):
@@ -55,11 +62,55 @@ def apply_patch(model: VisionTransformer, config: ATMConfig | None = None) -> Vi
 
 
 def settled(config: ATMConfig, model: VisionTransformer) -> ATMConfig:
-    """``config`` with what it leaves to the model."""
-    if config.proportional_attention is not None:
-        return config
-    as_mae = model.global_pool == "avg" and model.has_class_token
-    return replace(config, proportional_attention=not as_mae)
+    """``config`` with what it leaves to the model: its thresholds, and whether attention knows sizes.
+
+    Raises:
+        ValueError: no thresholds, and the paper has none for this model.
+    """
+    if not config.has_thresholds:
+        name = _name_in_paper(model)
+        paper = ATMConfig.preset(name)
+        curve = {field: getattr(paper, field) for field in ("alpha", "beta", "theta_min")}
+        config = replace(config, **curve, source=f"{paper.source}; taken for a {name} whose weights were not looked at")
+    if config.proportional_attention is None:
+        config = replace(config, proportional_attention=knows_sizes(model))
+    return config
+
+
+def knows_sizes(model: VisionTransformer) -> bool:
+    """Whether attention adds log n where nothing is said: not where patch tokens are averaged beside a class token."""
+    return not (model.global_pool == "avg" and model.has_class_token)
+
+
+_WEIGHTS = ("tag", "hf_hub_id", "file", "state_dict")  # what in timm's pretrained_cfg tells weights apart
+_AS_FINE_TUNED = {"vit_base_patch16_224.mae": {"global_pool": "avg", "num_classes": 1000}}
+
+
+def _name_in_paper(model: VisionTransformer) -> str:
+    """The name by which the paper's tables know a model.
+
+    Raises:
+        ValueError: they do not know it, or only by its name.
+    """
+    made = getattr(model, "pretrained_cfg", None) or {}
+    name = made.get("architecture")
+    if name not in PAPER_NAMES:
+        name = f"{name}.{made.get('tag')}"
+    if name not in PAPER_NAMES:
+        raise ValueError(f"no thresholds for this {type(model).__name__}: the paper has none; {REMEDY}")
+    with torch.device("meta"):
+        published = timm.create_model(name, **_AS_FINE_TUNED.get(name, {}))
+    if any(made.get(key) != published.pretrained_cfg.get(key) for key in _WEIGHTS):
+        raise ValueError(f"no thresholds for this {name}: the paper's are for other weights; {REMEDY}")
+    if _shape(model) != _shape(published):
+        raise ValueError(f"no thresholds for this {name}: the paper's are for another shape; {REMEDY}")
+    return name
+
+
+def _shape(model: VisionTransformer) -> tuple[Any, ...]:
+    """What tells a model from others of its name."""
+    tensors = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    return tensors, [block.attn.num_heads for block in model.blocks], model.global_pool
 
 
 def remove_patch(model: VisionTransformer) -> VisionTransformer:
@@ -115,7 +166,7 @@ def install(model: VisionTransformer, make: Callable[[Block, int], ATMBlock], co
     for index, block in enumerate(blocks):
         make(block, index)
     blocks.__class__ = ATMBlocks
-    blocks.config, blocks.last, blocks.engine = config, None, Engine(model)
+    blocks.config, blocks.last, blocks.engine, blocks.warns = config, None, Engine(model), True
     model.__class__ = merging_class(type(model))
     return model
 

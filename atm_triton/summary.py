@@ -24,6 +24,7 @@ class Summary:
     cost: Cost
     unmerged: Cost
     way: str  # how the pass ran
+    source: str = ""  # where thresholds or r come from, if the configuration says so
     logits: str = ""  # what the logits are, where a model has several answers
 
     @property
@@ -68,8 +69,8 @@ class Summary:
             f"{self.paper_gflops:.2f} GFLOPs an image ({self.macs:.4e} MACs) of {self.unmerged.paper_gflops:.2f}: "
             f"{100 * self.saved:.1f} % of the MACs saved"
         )
-        lines.append(f"run by: {self.way}")
-        return "\n".join([*lines, *([f"logits: {self.logits}"] if self.logits else [])])
+        said = {"run by": self.way, "merges by": self.source, "logits": self.logits}
+        return "\n".join([*lines, *(f"{what}: {text}" for what, text in said.items() if text)])
 
 
 def _number(value: int | float, width: int) -> str:
@@ -89,4 +90,6 @@ def summary(model: VisionTransformer) -> Summary:
         raise ValueError("the patched model has not run all its blocks yet: call it first")
     whole = cost(model, unmerged(model, record.image_shape))
     way = f"engine, {model.engine}" if record.way == "engine" else record.way
-    return Summary(record, cost(model, record), whole, way, getattr(model, "logits_are", ""))
+    return Summary(
+        record, cost(model, record), whole, way, model.blocks.config.source, getattr(model, "logits_are", "")
+    )

@@ -4,6 +4,7 @@ Nothing is kept between calls but what the last one did and the engine's graphs,
 """
 
 import functools
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Container
 from typing import Any, Self
@@ -21,6 +22,8 @@ from atm_triton.config import ATMConfig
 from atm_triton.engine import Engine, Facts, recorded
 from atm_triton.packed import Images, Packed
 from atm_triton.record import Record, number_of
+
+GONE = 0.6  # of the tokens after a quarter of the blocks: a larger share is said
 
 
 class Run:
@@ -65,6 +68,7 @@ class ATMBlocks(nn.Sequential):
 
     config: ATMConfig
     engine: Engine
+    warns: bool  # where most tokens are gone early; once
     _last: Record | Facts | None
 
     @property
@@ -76,6 +80,9 @@ class ATMBlocks(nn.Sequential):
             return done
         with self.engine.lock:  # another thread's pass reads the same mailbox
             record = recorded(done)
+        if self.quarter:
+            left = torch.as_tensor(record.rows[self.quarter - 1], dtype=torch.float64)  # on the host, as all of it
+            self._warn_of_what_is_gone(left.mean().item() / record.tokens[0])
         if self._last is done:  # no other thread has run since
             self._last = record
         return record
@@ -117,6 +124,9 @@ class ATMBlocks(nn.Sequential):
             if slots is not None and run.dense:
                 trace = slots if trace is None else ops.compose(trace, slots)
             traces.append(trace)
+            traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+            if index + 1 == self.quarter and not traced and B:
+                self._warn_of_what_is_gone(len(now.x) / (B * tokens[0].N))
             if index in run.collect:
                 collected.append(self.unmerge(now, trace, B))
             left.append(now.images)
@@ -130,6 +140,21 @@ class ATMBlocks(nn.Sequential):
         self.last = record if len(tokens) == len(self) else None
         run.tokens, run.traces, run.images, run.collected = now, traces, left, collected
         return x
+
+    @property
+    def quarter(self) -> int:
+        """A quarter of the blocks."""
+        return len(self) // 4
+
+    def _warn_of_what_is_gone(self, left: float) -> None:
+        """``left``: the share of the tokens that are left after a quarter of the blocks."""
+        if self.warns and left < 1 - GONE:
+            self.warns = False
+            warnings.warn(
+                f"{100 * (1 - left):.0f} % of the tokens are gone after {self.quarter} of {len(self)} blocks, as where "
+                "thresholds are another model's: atm-triton eval tells what that changes, calibrate finds better ones",
+                stacklevel=2,
+            )
 
     def unmerge(self, tokens: Packed, trace: Tensor | None, B: int) -> Tensor:
         """All N tokens of the B images, [B, N, C], of those that are left."""

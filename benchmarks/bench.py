@@ -18,7 +18,7 @@ from atm_triton.errors import UnreachableError
 from atm_triton.evaluate import Evaluation, Patch, evaluate, unpatched_logits
 from atm_triton.inputs import open_images, open_model
 from atm_triton.meter import Meter, similarities
-from atm_triton.patch import settled
+from atm_triton.patch import knows_sizes
 from atm_triton.reference import threshold
 from atm_triton.search import Search, ranked
 from atm_triton.shapes import Drawer, Predictor, Shape
@@ -60,7 +60,7 @@ class Bench:
     @cached_property
     def predictor(self) -> Predictor:
         fit = self.parts["fit"]
-        return Predictor(self.model, tuple(fit[0].shape[1:]), similarities(self.model, fit, ATMConfig()), True)
+        return Predictor(self.model, tuple(fit[0].shape[1:]), similarities(self.model, fit), True)
 
     @property
     def depth(self) -> int:
@@ -69,7 +69,7 @@ class Bench:
     @property
     def proportional(self) -> bool:
         """Whether attention knows sizes, where nothing else is said."""
-        return settled(ATMConfig(), self.model).proportional_attention
+        return knows_sizes(self.model)
 
     def goal(self, share: float) -> float:
         """GFLOPs that save this share of the MACs; they count norms too, which are no MACs."""

@@ -101,9 +101,10 @@ def models(kind: str) -> tuple[dict[str, VisionTransformer], Tensor]:
 
     made = {"timm": new()}
     for adapt in ADAPT:
-        schedule = {"schedule": (R[kind],) * 12} if adapt == "static" else {}
+        r = R[kind]  # of thresholds the host reads the same, whatever they are
+        merging = {"schedule": (r,) * 12} if adapt == "static" else {"thresholds": (0.9,) * 12}
         for way in ("blocks", "engine"):
-            model = apply_patch(new(), ATMConfig(adapt=adapt, engine=way == "engine", backend="triton", **schedule))
+            model = apply_patch(new(), ATMConfig(adapt=adapt, engine=way == "engine", backend="triton", **merging))
             model.engine.make_replays = lambda device: Played(device, R[kind])
             made[f"{way}, {adapt}"] = model
     return made, torch.zeros(B, 3, side, side, device=device)

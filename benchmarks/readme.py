@@ -38,6 +38,17 @@ def made_by(*names: str, root: str = "") -> str:
     return "\n".join(lines)
 
 
+def first_example(result: dict[str, Any]) -> str:
+    """What README's first example merges and saves: the images that the bench runs on too."""
+    case = result["cases"][0]
+    rows = {row["name"]: row for row in case["rows"]}
+    timm, atm = rows["timm"], rows["ATM"]
+    return (
+        f"Of the {atm['tokens'][0]:.0f} tokens of an image, {atm['tokens'][-1]:.1f} on average enter the last block; "
+        f"it costs {atm['gflops']:.3f} GFLOPs instead of {timm['gflops']:.3f}."
+    )
+
+
 def throughput_table(*documents: dict[str, Any]) -> str:
     lines = ["| | images/s | speed-up | time(bound) / time | GFLOPs | peak MiB |", "|---|---|---|---|---|---|"]
     for case in (case for document in documents for case in document["cases"]):
@@ -220,6 +231,7 @@ def _kl(row: dict[str, Any] | None) -> str:
 
 
 TABLES = {  # of the files that they come from
+    "first": (first_example, ("cpu_bench_image.json",)),
     "flops": (flops.table, ("paper_flops.json",)),
     "accuracy": (accuracy_table, ("digits_table2.json",)),
     "stress": (table1.table, ("digits_table1.json",)),

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import atm_triton.models  # noqa: F401 (registers them)
 from atm_triton.config import ATMConfig
-from atm_triton.patch import apply_patch, check_model, settled
+from atm_triton.patch import apply_patch, check_model, knows_sizes
 from atm_triton.summary import summary
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
@@ -56,7 +56,7 @@ def features(model: VisionTransformer) -> str:
         "positions of patches alone": model.no_embed_class and prefix + model.has_class_token > 0,
         "no positions": model.pos_embed is None,
         f"{model.global_pool or 'no'} pool": model.global_pool != "token",
-        "no log n by default": not settled(ATMConfig(), model).proportional_attention,
+        "no log n by default": not knows_sizes(model),
         "auxiliary head": hasattr(model, "aux_head"),
     }
     return ", ".join(name for name, holds in found.items() if holds) or "plain"

@@ -145,7 +145,7 @@ def test_the_foretold_cost_of_a_schedule_is_the_measured_one(model, cls_only_las
 
 def test_the_foretold_counts_of_a_first_block_are_those_that_merge(loader):
     model, batches = vit(), [x for x, _ in loader]
-    predictor = Predictor(model, (3, 40, 40), similarities(model, batches, ATMConfig()), True)
+    predictor = Predictor(model, (3, 40, 40), similarities(model, batches), True)
     theta = predictor.similarities[0].median().item()
     patched = apply_patch(vit_of(model), ATMConfig(adapt="image", thresholds=(theta, None, None, None)))
     with torch.inference_mode():
@@ -186,7 +186,7 @@ def test_bad_input(loader):
     with pytest.raises(TypeError, match="ResNet cannot be merged"):
         calibrate(timm.create_model("resnet18"), loader, target)
     with pytest.raises(ValueError, match="the model is patched already: remove_patch"):
-        calibrate(apply_patch(vit()), loader, target)
+        calibrate(apply_patch(vit(), ATMConfig(thresholds=(0.9,) * 4)), loader, target)
     with pytest.raises(ValueError, match="the model is in training mode: call model.eval"):
         calibrate(vit().train(), loader, target)
     with pytest.raises(ValueError, match="^max_merging_blocks=0 is too small; give 1 or more$"):
@@ -269,7 +269,7 @@ def test_the_change_is_told_at_the_cost_of_the_goal(adapt, loader):
     parts, _ = split_images(loader, 0)
     model = vit()
     measuring = Meter(model, parts, {})
-    predictor = Predictor(model, (3, 40, 40), similarities(model, parts["fit"], ATMConfig()), True)
+    predictor = Predictor(model, (3, 40, 40), similarities(model, parts["fit"]), True)
     searched = Search(measuring, predictor, adapt, True, None, 0, tqdm(disable=True))
     goal, shape = 0.8 * whole(model), Shape((1.0,) * 4, adapt)
     drawn = searched.sketched([shape], goal)
@@ -284,7 +284,7 @@ def test_images_in_batches_of_hard_ones_merge_as_many_as_among_others(loader):
     parts, _ = split_images(loader, 0)
     model = vit()
     measuring = Meter(model, parts, {})
-    predictor = Predictor(model, (3, 40, 40), similarities(model, parts["fit"], ATMConfig()), True)
+    predictor = Predictor(model, (3, 40, 40), similarities(model, parts["fit"]), True)
     searched = Search(measuring, predictor, "batch", True, None, 0, tqdm(disable=True))
     goal = 0.8 * whole(model)
     ((_, found),) = searched.sketched([Shape((1.0,) * 4, "batch")], goal)
@@ -415,7 +415,7 @@ def test_bad_input_of_the_command(arguments, message, tmp_path, capsys, monkeypa
 
 def test_grouping_and_attention_are_drawn_too(loader):
     model = vit()
-    predictor = Predictor(model, (3, 40, 40), similarities(model, [batch for batch, _ in loader], ATMConfig()), True)
+    predictor = Predictor(model, (3, 40, 40), similarities(model, [batch for batch, _ in loader]), True)
     drawer = Drawer(predictor, "image", True, None, random.Random(0), 0.8 * whole(model))
     shapes = [drawer.draw(number) for number in range(20)]
     assert {shape.split_depth for shape in shapes} == {None, 4}

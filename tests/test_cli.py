@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from atm_triton import ATMConfig, apply_patch
 from atm_triton.cli import main
 from atm_triton.command import exit_code
+from atm_triton.config import REMEDY
 from atm_triton.evaluate import evaluate
 from atm_triton.inputs import digits_config, open_images, open_model
 
@@ -65,7 +66,7 @@ def test_eval_of_the_papers_other_backbones(tmp_path, folder, capsys):
     """With the class head alone and with the auxiliary one, averaged tokens; arguments go to the model's function."""
     shape = {"depth": 2, "embed_dim": 48, "num_heads": 2}
     options = [f"{name}={value}" for name, value in shape.items()]
-    common = ["--data", str(folder), "--workers", "0", "--alpha", "0.9", "--theta-min", "0.5"]
+    common = ["--data", str(folder), "--workers", "0", "--alpha", "0.9", "--beta", "0.04", "--theta-min", "0.5"]
     for model, own, said in (
         ("lvvit_s", {}, "logits: class head and half the maximum"),
         ("lvvit_s", {"aux_eval": False}, "logits: class head alone (aux_eval=False)"),
@@ -189,6 +190,7 @@ def bad(*arguments):
 
 
 TINY = ("--model", "deit_tiny_patch16_224")
+CURVE = ("--alpha", "0.95", "--beta", "0.04", "--theta-min", "0.9")
 
 
 @pytest.mark.parametrize(
@@ -210,6 +212,13 @@ TINY = ("--model", "deit_tiny_patch16_224")
         bad("eval", "--limit", "0", "limit 0 is too small"),
         bad("eval", "--workers", "-1", "workers -1 is too small"),
         bad("eval", "--alpha", "1.5", "alpha=1.5 is out of range"),
+        bad("eval", "--alpha", "0.9", "alpha without beta and theta_min; give all three of them, or thresholds"),
+        bad(
+            "eval",
+            "--model-kwargs",
+            "num_heads=4",
+            f"no thresholds for this VisionTransformer: the paper has none; {REMEDY}",
+        ),
         bad("eval", "--theta-min", "2", "theta_min=2.0 is out of range"),
         bad("eval", "--beta", "-1", "beta=-1.0 is out of range"),
         bad("eval", "--split-depth", "13", "split_depth=13 is beyond the model's 12 blocks"),
@@ -229,7 +238,7 @@ TINY = ("--model", "deit_tiny_patch16_224")
         bad("bench", *TINY, "--batches", "3", "runs on one random batch; give it --data DIR"),
         bad("bench", "--plot", "bars.foo", "--plot bars.foo: want a name that ends in .png, .pdf or .svg"),
         bad("eval", "--alpha", "0.9", "--schedule", *"8" * 12, "--alpha: no effect beside a schedule or thresholds"),
-        bad("bench", *TINY, "--alpha", "0.95", "thresholds mean nothing on random images: give deit_tiny"),
+        bad("bench", *TINY, *CURVE, "thresholds mean nothing on random images: give deit_tiny"),
         bad("bench", *TINY, "--max-gflops", "1", "thresholds mean nothing on random images"),
         bad("bench", *TINY, "--adapt", "image", "thresholds mean nothing on random images: give deit_tiny"),
         bad("eval", "--json", ".", "--json . is a directory; name a file in it"),
@@ -278,7 +287,7 @@ def test_a_model_argument_without_a_value_is_refused(capsys):
 
 
 def failing(arguments, capsys):
-    assert main(["eval", *TINY, *arguments, "--alpha", "0.95"]) == 2
+    assert main(["eval", *TINY, *arguments, *CURVE]) == 2
     error = capsys.readouterr().err.strip()
     assert error.count("\n") == 0, error
     return error
@@ -319,7 +328,8 @@ def test_broken_weights(tmp_path, capsys):
     state = open_model().state_dict()
     state["norm.weight"][3] = float("nan")
     save_file(state, tmp_path / "nan.safetensors")
-    assert main(["eval", "--checkpoint", str(tmp_path / "nan.safetensors"), "--limit", "3"]) == 2
+    merging = ["--schedule", *["8"] * 12]
+    assert main(["eval", "--checkpoint", str(tmp_path / "nan.safetensors"), "--limit", "3", *merging]) == 2
     assert "the unpatched model's logits of batch 0 hold NaN or infinity" in capsys.readouterr().err
 
 
@@ -372,7 +382,7 @@ def test_a_single_field_leaves_the_digits_others(tmp_path):
 
 def test_the_papers_curve_takes_the_place_of_the_digits_thresholds(tmp_path):
     out = tmp_path / "eval.json"
-    assert main(["eval", *FEW, "--alpha", "0.999", "--theta-min", "0.99", "--json", str(out)]) == 0
+    assert main(["eval", *FEW, "--alpha", "0.999", "--beta", "0.04", "--theta-min", "0.99", "--json", str(out)]) == 0
     config = json.loads(out.read_text())["config"]
     assert config["alpha"] == 0.999 and config["theta_min"] == 0.99 and config["thresholds"] is None
 

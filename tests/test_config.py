@@ -6,18 +6,25 @@ import numpy as np
 import pytest
 
 from atm_triton import ATMConfig
+from atm_triton.config import REMEDY
 from atm_triton.operating_points import PAPER_NAMES, operating_points
 
 BAD = [
     ({"alpha": 1.5}, ValueError, "alpha=1.5 is out of range; give one from -1 to 1"),
-    ({"alpha": 0.8}, ValueError, "alpha=0.8 is below theta_min=0.88; raise alpha or lower theta_min"),
+    (
+        {"alpha": 0.8, "beta": 0.0, "theta_min": 0.88},
+        ValueError,
+        "alpha=0.8 is below theta_min=0.88; raise alpha or lower theta_min",
+    ),
     ({"alpha": "0.9"}, TypeError, "alpha='0.9' is no number"),
     ({"alpha": math.nan}, ValueError, "alpha=nan is out of range"),
     ({"beta": -0.1}, ValueError, "beta=-0.1 is out of range; give one from 0 to 1"),
     ({"beta": 1.1}, ValueError, "beta=1.1 is out of range"),
     ({"beta": True}, TypeError, "beta=True is no number"),
     ({"theta_min": -1.1}, ValueError, "theta_min=-1.1 is out of range; give one from -1 to 1"),
-    ({"theta_min": None}, TypeError, "theta_min=None is no number"),
+    ({"alpha": 0.9}, ValueError, "alpha without beta and theta_min; give all three of them, or thresholds"),
+    ({"alpha": 0.9, "theta_min": 0.8}, ValueError, "alpha and theta_min without beta; give all three"),
+    ({"beta": 0.04, "thresholds": (0.9,)}, ValueError, "beta without alpha and theta_min; give all three"),
     ({"split_depth": -1}, ValueError, "split_depth=-1 is negative"),
     ({"split_depth": 2.0}, TypeError, "split_depth=2.0 is no whole number"),
     ({"adapt": "image", "schedule": (1,)}, ValueError, "adapt='image' with schedule="),
@@ -47,7 +54,7 @@ def test_bad_fields(fields, error, message):
 
 
 def test_theta_follows_eq_1_and_thresholds_override_it():
-    config = ATMConfig()
+    config = ATMConfig(alpha=0.99, beta=0.04, theta_min=0.88)
     assert [round(config.theta(block, 12), 4) for block in (1, 2, 3, 4, 12)] == [0.99, 0.9492, 0.9067, 0.88, 0.88]
     assert ATMConfig(alpha=0.9, theta_min=-1.0, beta=1.0).theta(700, 700) == -1.0
     given = ATMConfig(thresholds=[0.9, 0.8])
@@ -58,6 +65,14 @@ def test_theta_follows_eq_1_and_thresholds_override_it():
     for block in (0, 13):
         with pytest.raises(ValueError, match=f"block={block} is outside 1 .. 12; blocks count from 1"):
             config.theta(block, 12)
+    with pytest.raises(ValueError, match=f"^the configuration has no thresholds; {REMEDY}$"):
+        ATMConfig(adapt="image").theta(1, 12)
+
+
+def test_what_says_how_much_merges():
+    assert ATMConfig(0.9, 0.04, 0.8).has_thresholds and ATMConfig(thresholds=(None,)).has_thresholds
+    assert ATMConfig(adapt="static", schedule=(0,)).has_thresholds
+    assert not ATMConfig(adapt="image", backend="reference").has_thresholds
 
 
 @pytest.mark.parametrize(("depth", "split"), [(12, 9), (16, 12), (20, 15), (14, 10), (1, 0)])
@@ -70,7 +85,7 @@ def test_the_last_quarter_groups_by_size(depth, split):
 
 
 def test_numbers_of_numpy_are_taken_as_pythons():
-    config = ATMConfig(alpha=np.float32(0.5), theta_min=np.float64(0.25), split_depth=np.int64(3))
+    config = ATMConfig(alpha=np.float32(0.5), beta=np.float32(0), theta_min=np.float64(0.25), split_depth=np.int64(3))
     assert (type(config.alpha), type(config.split_depth)) == (float, int)
     assert ATMConfig.from_json(config.to_json()) == config
 
@@ -100,6 +115,7 @@ def test_json_round_trip(config):
         ("[1]", "the configuration is no JSON object but '\\[1\\]'"),
         ('{"alfa": 0.9}', "the configuration has unknown fields: alfa"),
         ('{"alpha": 9}', "alpha=9 is out of range"),
+        ('{"alpha": 0.9}', "alpha without beta and theta_min"),
         ('{"config": 3}', "the configuration is no JSON object"),
     ],
 )
@@ -124,12 +140,14 @@ def test_presets():
     config = ATMConfig.preset("deit_small_patch16_224", max_gflops=3.3)
     assert (config.alpha, config.beta, config.theta_min) == (0.99, 0.04, 0.88)
     assert config.source == (
-        "paper, Table A2, DeiT-S: 3.26 GFLOPs, 79.80 % top-1 on ImageNet-1k (unmerged 4.60, 79.81 %)"
+        "paper, Table A2, DeiT-S, alpha 0.99, beta 0.04, theta_min 0.88: 3.26 GFLOPs, 79.80 % top-1 on ImageNet-1k "
+        "(unmerged 4.60, 79.81 %)"
     )
-    assert ATMConfig.preset("DeiT-S", top1_drop=0.0).source.startswith("paper, Table A2, DeiT-S: 3.38 GFLOPs, 79.82 %")
+    lossless = "paper, Table A2, DeiT-S, alpha 0.99, beta 0.02, theta_min 0.875: 3.38 GFLOPs, 79.82 %"
+    assert ATMConfig.preset("DeiT-S", top1_drop=0.0).source.startswith(lossless)
     assert ATMConfig.preset("deit_small_patch16_224.fb_in1k", max_gflops=3.3) == config
     tuned = ATMConfig.preset("deit-s", top1_drop=0.0, fine_tuned=True)
-    assert tuned.source.startswith("paper, Table A3, DeiT-S, fine-tuned: 2.93 GFLOPs, 79.86 %")
+    assert tuned.source.startswith("paper, Table A3, DeiT-S, fine-tuned, alpha 1.0, beta 0.05, theta_min 0.855: 2.93")
     mae = ATMConfig.preset("vit_base_patch16_224.mae", top1_drop=0.1, backend="reference")
     assert not mae.proportional_attention and not mae.cls_only_last and mae.backend == "reference"
 
@@ -137,6 +155,12 @@ def test_presets():
 def test_every_model_of_the_paper_has_a_preset():
     for ours, paper in PAPER_NAMES.items():
         assert ATMConfig.preset(ours, top1_drop=1.0) == ATMConfig.preset(paper, top1_drop=1.0)
+
+
+def test_without_a_target_a_preset_loses_least():
+    for name in PAPER_NAMES.values():
+        drop = 0.05 if name in ("MAE", "LV-ViT-M") else 0.0  # of those the paper has no point that loses nothing
+        assert ATMConfig.preset(name) == ATMConfig.preset(name, top1_drop=drop)
 
 
 @pytest.mark.parametrize(
@@ -149,8 +173,7 @@ def test_every_model_of_the_paper_has_a_preset():
         ),
         (("DeiT-S", 1.0), "the paper's points for DeiT-S go no lower than 2.56 GFLOPs; raise max_gflops=1.0"),
         (("DeiT-S", None, -0.5), "DeiT-S go no lower than a drop of -0.05; raise top1_drop=-0.5"),
-        (("DeiT-S",), "exactly one of max_gflops and top1_drop"),
-        (("DeiT-S", 3.0, 0.0), "exactly one of max_gflops and top1_drop"),
+        (("DeiT-S", 3.0, 0.0), "at most one of max_gflops and top1_drop"),
         (("LV-ViT-S", 5.0, None, True), "no fine-tuned points for 'LV-ViT-S'"),
     ],
 )

@@ -270,7 +270,7 @@ def test_batches_of_any_size_and_outputs_that_are_the_callers_own():
 @torch.inference_mode()
 def test_from_nothing_to_the_least(theta, adapt):
     model = tiny(class_token=False, global_pool="avg")
-    config = {"adapt": adapt, "alpha": theta, "theta_min": theta}
+    config = {"adapt": adapt, "alpha": theta, "beta": 0.0, "theta_min": theta}
     x = batch(model)
     expected = by_blocks(model, x, **config)
     assert_same(patched(model, **config), x, *expected)

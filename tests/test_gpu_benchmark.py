@@ -161,7 +161,7 @@ def uncapturable(self, run):
 )
 def test_an_engine_at_fault_is_found_out(fault, message, monkeypatch):
     model, x = vit(depth=2, img_size=16), images(2, side=16)
-    config = ATMConfig(alpha=0.5, theta_min=0.3, adapt="image", cls_only_last=False, backend="triton")
+    config = ATMConfig(alpha=0.5, beta=0.04, theta_min=0.3, adapt="image", cls_only_last=False, backend="triton")
     ours, blocks = (engine.patched(model, config, on) for on in (fault != "refused", False))
     play, first = Engine._run, []
     if fault == "off":

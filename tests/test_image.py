@@ -83,7 +83,7 @@ def test_from_nothing_to_the_minimum():
     model = vit(dtype=F64, depth=10, class_token=False, global_pool="avg", pos_embed="none")
     x = images(2, dtype=F64)
     x[0] = 0.5
-    config = ATMConfig(alpha=1 - 1e-9, theta_min=1 - 1e-9, adapt="image")
+    config = ATMConfig(alpha=1 - 1e-9, beta=0.0, theta_min=1 - 1e-9, adapt="image")
     apply_patch(model, config)(x)
     record = summary(model).record
     assert [int(n[0]) if isinstance(n, torch.Tensor) else n for n in record.rows] == [12, 6, 3, *[1] * 7]
@@ -124,7 +124,7 @@ def test_a_block_alone_passes_packed_tokens_on():
     assert len(again.x) == int(again.images.cu_seqlens[-1]) < len(packed.x)
     assert [int(n.sum()) for n in again.sizes.split(again.images.lengths.tolist())] == [17] * 3
     with pytest.raises(ValueError, match="packed images in a block with adapt='batch'; want adapt=\"image\""):
-        ATMBlock(12, 2, block_index=0, depth=4)(packed)
+        ATMBlock(12, 2, block_index=0, depth=4, config=replace(config, adapt="batch"))(packed)
 
 
 def test_summary_tells_the_fewest_and_the_most():

@@ -301,7 +301,7 @@ def test_mae_attends_without_log_n_unless_told():
         found[said] = apply_patch(model, ATMConfig(**schedule, proportional_attention=said))(x)
     assert torch.equal(found[None], found[False]) and not torch.allclose(found[None], found[True], atol=1e-4)
     for other in (vit(), vit(class_token=False, global_pool="avg"), small("lvvit_s")):
-        assert apply_patch(other, ATMConfig()).blocks.config.proportional_attention is True
+        assert apply_patch(other, ATMConfig(**schedule)).blocks.config.proportional_attention is True
 
 
 def test_a_new_classifier_of_lvvit_has_a_new_auxiliary_head():
@@ -333,7 +333,7 @@ def test_checkpoints_load_as_they_were_published(tmp_path, wrap, prefix):
 def test_safetensors_load_into_the_models_own_dtype_also_when_patched(tmp_path):
     state = small("lvvit_s").state_dict()
     save_file(state, tmp_path / "weights.safetensors")
-    model = apply_patch(small("lvvit_s", torch.float64))
+    model = apply_patch(small("lvvit_s", torch.float64), ATMConfig(thresholds=(0.9,) * 4))
     load_checkpoint(model, str(tmp_path / "weights.safetensors"))
     assert all(
         torch.equal(value, state[key].to(value.dtype)) for key, value in remove_patch(model).state_dict().items()

@@ -138,7 +138,7 @@ def test_plots_without_matplotlib_are_refused_before_the_run(tmp_path, monkeypat
 def test_the_thresholds_of_the_nearest_cost_are_taken(tmp_path):
     def file(name, adapt, alpha, gflops):
         path = tmp_path / f"{name}.json"
-        config = asdict(ATMConfig(alpha=alpha, theta_min=0.5, adapt=adapt))
+        config = asdict(ATMConfig(alpha=alpha, beta=0.04, theta_min=0.5, adapt=adapt))
         path.write_text(json.dumps({"config": config} | ({} if gflops is None else {"promise": {"gflops": gflops}})))
         return str(path)
 
@@ -162,6 +162,9 @@ def test_the_thresholds_of_the_nearest_cost_are_taken(tmp_path):
     schedule.write_text(ATMConfig(adapt="static", schedule=(1,) * 12).to_json())
     with pytest.raises(ValueError, match="schedule.json is a schedule; want thresholds"):
         near("image", 0.1, str(schedule))
+    for other_weights in (["--checkpoint", "mine.safetensors"], ["--model-kwargs", "num_heads=4"]):
+        with pytest.raises(ValueError, match="^--config FILE: say ATM's thresholds for digits; atm-triton calibrate"):
+            Thresholds.asked(parsed.parse_args(other_weights))
     for text in ('{"rows": [{}]}', '{"rows": []}'):
         schedule.write_text(text)
         with pytest.raises(ValueError, match="is no result of benchmarks.calibration; make it anew, or give --config"):

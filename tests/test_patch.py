@@ -83,8 +83,8 @@ def test_r_0_changes_no_logit(make):
     before = model(x)
     for config in (
         NOTHING,
-        ATMConfig(alpha=1.0, theta_min=1.0),
-        ATMConfig(alpha=1.0, theta_min=1.0, adapt="image"),
+        ATMConfig(alpha=1.0, beta=0.0, theta_min=1.0),
+        ATMConfig(alpha=1.0, beta=0.0, theta_min=1.0, adapt="image"),
         ATMConfig(schedule=(0,) * 4, adapt="static", split_depth=4),
     ):
         apply_patch(model, config)
@@ -154,7 +154,7 @@ def test_pools_see_every_original_token(kind):
     x = x[:, :, :8].repeat(1, 1, 5, 1)  # every row of patches repeats the first
     before = model(x)
     for adapt in ("batch", "image"):
-        only_equal = {"alpha": 1 - 1e-9, "theta_min": 1 - 1e-9, "split_depth": 4}
+        only_equal = {"thresholds": (1 - 1e-9,) * 4, "split_depth": 4}
         apply_patch(model, ATMConfig(**only_equal, adapt=adapt, proportional_attention=True))
         torch.testing.assert_close(model(x), before, rtol=0, atol=1e-9)
         assert sum(summary(model).r) >= 12
@@ -501,7 +501,7 @@ def test_what_was_replaced_in_a_patched_block_stays_when_the_patch_goes():
 
 @pytest.mark.parametrize("adapt", ["batch", "image"])
 def test_a_trace_that_would_fix_what_merges_is_refused(adapt):
-    model = apply_patch(vit(), ATMConfig(adapt=adapt))
+    model = apply_patch(vit(), replace(EASY, adapt=adapt))
     with pytest.raises(ValueError, match='torch.jit.trace would fix how many tokens merge: patch with adapt="static"'):
         torch.jit.trace(model, images(), check_trace=False)
 
@@ -517,7 +517,7 @@ def test_other_bad_calls():
     assert type(model) is VisionTransformer
     with pytest.raises(ValueError, match="not patched: apply_patch first"):
         summary(model)
-    apply_patch(model)
+    apply_patch(model, EASY)
     with pytest.raises(ValueError, match="has not run all its blocks yet"):
         summary(model)
     for call in (model, model.forward_features, model.forward_intermediates):
@@ -530,13 +530,13 @@ def test_other_bad_calls():
 
 
 def test_triton_is_refused_where_it_cannot_run():
-    model = apply_patch(vit(dtype=torch.float64), ATMConfig(backend="triton"))
+    model = apply_patch(vit(dtype=torch.float64), replace(EASY, backend="triton"))
     with pytest.raises(ValueError, match="the kernels take float16, bfloat16 or float32, not float64; or use"):
         model(images(dtype=torch.float64))
 
 
 def test_a_block_alone():
-    config = ATMConfig(alpha=0.5, theta_min=0.3)
+    config = EASY
     block = ATMBlock(32, 2, block_index=0, depth=4, config=config).eval()
     x, size = block(torch.randn(3, 26, 32))
     assert x.shape[1] < 26 and size.shape == x.shape[:2]

@@ -34,6 +34,21 @@ def test_python_blocks_run(code):
     exec(compile(code, "README.md", "exec"), {})
 
 
+def test_the_first_example_saves_what_stands_below_it(capsys):
+    exec(compile(PYTHON[0], "README.md", "exec"), {})
+    printed = capsys.readouterr().out
+    entering = [line.split()[1] for line in printed.splitlines()[1:13]]
+    cost = re.search(r"([\d.]+) GFLOPs an image \(.*\) of ([\d.]+): ([\d.]+) % of the MACs saved", printed)
+    said = re.search(
+        r"Of the (\d+) tokens of an image, ([\d.]+) on average enter the last block; "
+        r"it costs ([\d.]+) GFLOPs instead of ([\d.]+)\.",
+        TEXT,
+    )
+    assert said.groups()[:2] == (entering[0], entering[-1])
+    assert [f"{float(gflops):.2f}" for gflops in said.groups()[2:]] == list(cost.groups()[:2])
+    assert float(cost[3]) > 50
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A user's directory: weights of a model, a folder of photos in three classes, and one of more."""

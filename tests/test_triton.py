@@ -27,8 +27,15 @@ CONFIGS = {
     "static": {"adapt": "static", "schedule": (3, 5, 2, 4)},
     "batch": {"alpha": 0.5, "theta_min": 0.3, "beta": 0.05},
     "image": {"alpha": 0.5, "theta_min": 0.3, "beta": 0.05, "adapt": "image"},
-    "image_by_size": {"alpha": 0.6, "theta_min": 0.6, "adapt": "image", "split_depth": 1, "cls_only_last": False},
-    "nothing": {"alpha": 1.0, "theta_min": 1.0},
+    "image_by_size": {
+        "alpha": 0.6,
+        "beta": 0.0,
+        "theta_min": 0.6,
+        "adapt": "image",
+        "split_depth": 1,
+        "cls_only_last": False,
+    },
+    "nothing": {"alpha": 1.0, "beta": 0.0, "theta_min": 1.0},
     "all_tokens_last": {"adapt": "static", "schedule": (3, 5, 2, 4), "cls_only_last": False, "split_depth": 0},
     "no_log_n": {"adapt": "static", "schedule": (3, 5, 2, 4), "proportional_attention": False},
 }

@@ -36,7 +36,8 @@ def measure(images: Tensor, labels: Tensor, setting: Setting) -> list[dict[str, 
     dtype = images.dtype
     model, config = open_model().to(setting.device, dtype), replace(digits_config(), backend="triton")
     if setting.tiny:
-        model.blocks, config = model.blocks[:TINY_DEPTH], ATMConfig(alpha=0.9, theta_min=0.8, backend="triton")
+        model.blocks = model.blocks[:TINY_DEPTH]
+        config = ATMConfig(alpha=0.9, beta=0.04, theta_min=0.8, backend="triton")
     merging = {name: apply_patch(share(model), replace(config, adapt=name)) for name in ("batch", "image")}
     found = {"timm": model, **{f"ATM {name}": patched for name, patched in merging.items()}}
     logits = {name: call(images).double() for name, call in found.items()}

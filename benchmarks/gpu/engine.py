@@ -174,7 +174,7 @@ def digits(model: VisionTransformer, batch: int, setting: Setting) -> Case:
     height, width = model.patch_embed.img_size  # tiny: a corner
     images = images[..., -height:, -width:].to(next(model.parameters()))
     configs = {
-        adapt: setting.pick(digits_config(adapt), ATMConfig(alpha=0.9, theta_min=0.8, adapt=adapt))
+        adapt: setting.pick(digits_config(adapt), ATMConfig(alpha=0.9, beta=0.04, theta_min=0.8, adapt=adapt))
         for adapt in ("batch", "image")
     }
     configs = {adapt: replace(config, backend="triton") for adapt, config in configs.items()}
@@ -204,7 +204,7 @@ class FittingBlock(ATMBlock):
 @torch.inference_mode()
 def fitted(model: VisionTransformer, images: Tensor, adapt: str, wanted: int) -> ATMConfig:
     """Thresholds by which each block has ``wanted`` candidates in all ``images`` together."""
-    config = ATMConfig(adapt=adapt, backend="triton")
+    config = ATMConfig(adapt=adapt, thresholds=(1.0,) * len(model.blocks), backend="triton")
 
     def fitting(block: Block, index: int) -> FittingBlock:
         merging = FittingBlock.of(block, config, index, len(model.blocks), model.num_prefix_tokens)

@@ -90,8 +90,8 @@ def block_launches(setting: Setting) -> dict[str, Any]:
     rows = {}
     configs = {
         "static": ATMConfig(adapt="static", schedule=(N // 8,) * 12, backend="triton"),
-        "batch": ATMConfig(alpha=0.2, theta_min=0.1, backend="triton"),
-        "image": ATMConfig(alpha=0.2, theta_min=0.1, adapt="image", backend="triton"),
+        "batch": ATMConfig(alpha=0.2, beta=0.04, theta_min=0.1, backend="triton"),
+        "image": ATMConfig(alpha=0.2, beta=0.04, theta_min=0.1, adapt="image", backend="triton"),
     }
     for name, config in configs.items():
         block = ATMBlock(C, H, qkv_bias=True, block_index=0, depth=12, config=config).eval().to(setting.device)

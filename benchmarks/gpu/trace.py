@@ -53,7 +53,7 @@ def deit_pass(setting: Setting, batch: int, adapt: str = "batch") -> Callable[[]
     """Random weights, and thresholds below which nearly everything lies: what matters is that counts are read."""
     shape = {} if not setting.tiny else {"img_size": 48, "embed_dim": 32, "depth": 3, "num_heads": 2}
     model = timm.create_model("deit_small_patch16_224", **shape).eval().to(setting.device)
-    config = ATMConfig(alpha=0.999, theta_min=0.99, adapt=adapt)
+    config = ATMConfig(alpha=0.999, beta=0.04, theta_min=0.99, adapt=adapt)
     model = apply_patch(model.to(torch.bfloat16) if setting.on_gpu else model, config)
     side = model.patch_embed.img_size
     images = torch.randn(batch, 3, *side, device=setting.device, dtype=next(model.parameters()).dtype)

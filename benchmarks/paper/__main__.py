@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,7 @@ def main(argv: list[str] | None = None) -> int:
         options = _add(names, name, experiment, [experiment.arguments()])
         options.set_defaults(experiment=experiment)
     args = parser.parse_args(argv)
+    warnings.filterwarnings("ignore", r"\d+ % of the tokens are gone")  # so much is tried on purpose
     return exit_code("benchmarks.paper", lambda: run(args))
 
 

@@ -35,7 +35,7 @@ class Thresholds:
             ValueError, OSError: files that hold no thresholds for this model, or none where they must be given.
         """
         if not args.config:
-            if args.model != DIGITS:
+            if args.model != DIGITS or args.checkpoint is not None or args.model_kwargs:
                 raise ValueError(
                     f"--config FILE: say ATM's thresholds for {args.model}; atm-triton calibrate finds them"
                 )
