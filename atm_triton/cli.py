@@ -19,7 +19,7 @@ from atm_triton.calibrate import Target, calibrate
 from atm_triton.command import exit_code
 from atm_triton.config import ATMConfig
 from atm_triton.distributed import rank, start, stop
-from atm_triton.env import check_file, environment, write_result
+from atm_triton.env import check_file, check_outputs, environment, write_result
 from atm_triton.evaluate import evaluate
 from atm_triton.inputs import (
     DIGITS,
@@ -315,12 +315,22 @@ def _run(args: argparse.Namespace) -> None:
     device = getattr(args, "device", "cpu")
     if args.json is not None:
         check_file("--json", args.json)
+    check_outputs(
+        _paths(args, "out", "json", "plot"), list(_paths(args, "checkpoint", "config", "data", "images").values())
+    )
     check_device(device)
     start(device)
     with redirect_stdout(io.StringIO()) if rank() else nullcontext():  # one process reports
         result = args.run(args)
     if args.json is not None and rank() == 0:
         write_result(args.json, result)
+
+
+def _paths(args: argparse.Namespace, *names: str) -> dict[str, Path]:
+    """The files and directories that these options name; the images of visualize are a list, of calibrate a number."""
+    given = {name: getattr(args, name, None) for name in names}
+    several = {f"{name} {path}": path for name, paths in given.items() if isinstance(paths, list) for path in paths}
+    return {f"--{name}": Path(path) for name, path in (given | several).items() if isinstance(path, str | Path)}
 
 
 if __name__ == "__main__":

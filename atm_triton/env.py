@@ -42,6 +42,24 @@ def check_file(option: str, path: Path) -> None:
         raise PermissionError(f"{option} {path} cannot be written; choose another")
 
 
+def check_outputs(outputs: dict[str, Path], inputs: list[Path]) -> None:
+    """Refuse outputs, by their options, that would replace an input or one another.
+
+    Args:
+        inputs: files that are read, and directories whose files are.
+    """
+    taken: dict[Path, str] = {}
+    for option, path in outputs.items():
+        at = path.resolve()
+        for given in inputs:
+            inside = given.is_dir() and given.resolve() in at.parents and path.suffix != ".json"
+            if path.exists() and (at == given.resolve() or inside):
+                raise ValueError(f"{option} {path} would replace what is read from {given}; choose another")
+        if at in taken:
+            raise ValueError(f"{taken[at]} and {option} are one file, {path}; choose another for one of them")
+        taken[at] = option
+
+
 def write_result(path: Path, result: dict[str, Any]) -> None:
     """Write ``result`` and its :func:`environment` as JSON. Who reads the file meanwhile, or stops this, finds what it
     held before."""

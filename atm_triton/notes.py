@@ -1,8 +1,10 @@
 """Measurements that outlive an interrupted run, in a file with a line for each."""
 
+import fcntl
 import json
 import math
 from pathlib import Path
+from typing import TextIO
 
 from atm_triton.distributed import from_first, rank
 
@@ -15,12 +17,13 @@ class Notes:
         mark: numbers that tell what is measured; those of the file must equal them to 1e-5.
 
     Raises:
-        ValueError: the file is of another model, or of other images.
+        ValueError: the file is of another model, or of other images, or another process writes it.
     """
 
     def __init__(self, path: Path | None, mark: list[float]) -> None:
         self._path = path if rank() == 0 else None
-        lines = from_first([] if self._path is None or not self._path.exists() else _lines(self._path))
+        self._file = None if self._path is None else _held(self._path)
+        lines = from_first([] if self._path is None else _lines(self._path))
         if not lines:
             lines = [mark]
         elif len(lines[0]) != len(mark) or not all(map(_close, lines[0], mark)):
@@ -28,17 +31,33 @@ class Notes:
                 f"{path} is of another calibration that was interrupted; delete it, or choose another --out"
             )
         self._known = {name: values for name, *values in lines[1:]}
-        if self._path is not None:
-            self._path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        if self._file is not None:
+            self._file.truncate(0)
+            self._write(*lines)
 
     def get(self, name: str) -> list[float] | None:
         return self._known.get(name)
 
     def add(self, name: str, values: list[float]) -> None:
         self._known[name] = values
-        if self._path is not None:
-            with self._path.open("a") as file:
-                file.write(json.dumps([name, *values]) + "\n")
+        if self._file is not None:
+            self._write([name, *values])
+
+    def _write(self, *lines: list) -> None:
+        self._file.write("".join(json.dumps(line) + "\n" for line in lines))
+        self._file.flush()
+
+
+def _held(path: Path) -> TextIO:
+    """The file, to append to, which nobody else may hold as long as it is open."""
+    file = path.open("a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ValueError(
+            f"{path} is written by a calibration that still runs; wait, or choose another --out"
+        ) from error
+    return file
 
 
 def _lines(path: Path) -> list[list]:

@@ -19,6 +19,7 @@ from atm_triton.evaluate import evaluate
 from atm_triton.flops import cost, unmerged
 from atm_triton.inputs import checksum, open_model
 from atm_triton.meter import Mean, Measured, Meter, hardest, similarities
+from atm_triton.notes import Notes
 from atm_triton.report import calibration_table
 from atm_triton.search import Search, smoothest
 from atm_triton.shapes import Drawer, Predictor, Shape
@@ -385,6 +386,15 @@ def test_a_broken_image_is_left_out_and_named(tmp_path, small_search, capsys):
     assert f"1 image could not be read and was left out: {broken}\n" in capsys.readouterr().out
     document = json.loads(out.read_text())
     assert document["images"] == 69 and document["not_read"] == [str(broken)]
+
+
+def test_two_calibrations_do_not_write_one_file(tmp_path):
+    first = Notes(tmp_path / "out.json.partial", [1.0])
+    with pytest.raises(ValueError, match=r"out\.json\.partial is written by a calibration that still runs; wait, or"):
+        Notes(tmp_path / "out.json.partial", [1.0])
+    first.add("a", [2.0])
+    del first
+    assert Notes(tmp_path / "out.json.partial", [1.0]).get("a") == [2.0]
 
 
 def bad(*arguments):

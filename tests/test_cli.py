@@ -400,3 +400,32 @@ def test_as_a_process():
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == "atm-triton: batch size 0 is too small; give 1 or more\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["calibrate", "--checkpoint", "v.safetensors", "--out", "v.safetensors"], "--out v.safetensors would replace"),
+        (["eval", "--config", "c.json", "--json", "./c.json"], "--json c.json would replace what is read from c.json"),
+        (
+            ["visualize", "photos/in.png", "--out", "photos/in.png"],
+            "--out photos/in.png would replace what is",
+        ),
+        (
+            ["bench", "--data", "photos", "--plot", "photos/in.png"],
+            "--plot photos/in.png would replace what",
+        ),
+        (["bench", "--json", "new.png", "--plot", "new.png"], "--json and --plot are one file, new.png"),
+    ],
+)
+def test_no_input_is_replaced_and_no_result_lost(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    held = {name: name.encode() for name in ("v.safetensors", "c.json", "photos/in.png")}
+    for name, content in held.items():
+        (tmp_path / name).write_bytes(content)
+    needs = ["--max-kl", "1"] if arguments[0] == "calibrate" else []
+    assert main([*arguments, *needs]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"atm-triton: {message}")
+    assert {name: (tmp_path / name).read_bytes() for name in held} == held and not (tmp_path / "new.png").exists()
