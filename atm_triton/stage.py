@@ -148,7 +148,7 @@ def run(
         if leading is not None and index == len(blocks) - 1:
             return block.forward_leading(tokens, leading, y), trace
         mixed, assignment = attend(block, tokens, y, index < may, counted, branch, into)
-        attended = project(block.attn, mixed, into and into.attended)
+        attended = project(block.attention, mixed, into and into.attended)
         branch.join()
         if assignment is not None and trace is not None:
             trace = assignment.slots.index_select(0, trace)  # no token is dropped here
@@ -176,8 +176,9 @@ def attend(
     """A block up to the projection of what its tokens [T, C], of norm ``y``, attend to, and on the ``branch`` what then
     merges."""
     y = tokens.images.shaped(y)
-    q, k, v = block.heads(block.attn.qkv(y))
-    q, k = block.attn.q_norm(q), block.attn.k_norm(k)
+    attn = block.attention
+    q, k, v = block.heads(attn.qkv(y))
+    q, k = attn.q_norm(q), attn.k_norm(k)
     assignment = branch.run(assign, block, k, tokens, counted, into) if merges else None
     return block.mix(y, q, k, v, tokens), assignment
 

@@ -60,6 +60,8 @@ class FreeMergeBlock(ATMBlock):
     rows: int
 
     def forward_packed(self, tokens: Packed, step: Step) -> Packed:
+        if step.leading is not None:
+            return self.forward_leading(tokens, step.leading)
         images = tokens.images
         y = self.norm1(images.shaped(tokens.x))
         attended = self.attn(y) if images.equal else self.called_attn(y, self.attend, tokens, False)[0]
