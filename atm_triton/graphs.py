@@ -208,13 +208,16 @@ class Branch:
 
 
 class StreamBranch(Branch):
-    """On a stream of its own. Until the streams join, the memory of what it reads is not to be another tensor's."""
+    """In a graph, on a stream of its own. Until the streams join, the memory of what it reads is not to be another
+    tensor's. Outside one, what another thread does on a stream of the same number might take memory that is in use."""
 
     def __init__(self, stream: torch.cuda.Stream) -> None:
         self.stream = stream
         self.reads: tuple[Any, ...] | None = None
 
     def run(self, call: Callable[..., Any], *args: Any) -> Any:
+        if not torch.cuda.is_current_stream_capturing():
+            return call(*args)
         self.reads = args
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
