@@ -38,8 +38,8 @@ class Step:
 
 
 class ATMAttention(Attention):
-    """timm's ``Attention`` in an :class:`ATMBlock`, whose part in it is ``by``: from the normalised tokens to their
-    projection. It is called as a module, so hooks and wrappers work; without ``by`` it is timm's."""
+    """timm's ``Attention`` in an :class:`ATMBlock`. The block calls it as a module, so that hooks and wrappers work,
+    with the function ``by`` that computes the projection from the normalised tokens; without ``by`` it is timm's."""
 
     def forward(self, x: Tensor, *args: Any, by: Callable[[Tensor], Tensor] | None = None, **options: Any) -> Tensor:
         return super().forward(x, *args, **options) if by is None else by(x)
@@ -67,7 +67,7 @@ class ATMBlock(Block):
             TypeError: an ``attn_layer`` other than timm's ``Attention``.
 
     Example:
-        >>> block = ATMBlock(384, 6, block_index=0, depth=12, config=ATMConfig(theta_min=0.5, alpha=0.5))
+        >>> block = ATMBlock(384, 6, block_index=0, depth=12, config=ATMConfig(thresholds=(0.5,) * 12))
         >>> x, size = block(torch.randn(8, 197, 384))
     """
 
@@ -104,11 +104,11 @@ class ATMBlock(Block):
         if not 0 <= block_index < depth:
             raise ValueError(f"block_index={block_index} is outside 0 .. {depth - 1}")
         config.check_depth(depth)
-        self.config = config
+        theta = None if config.adapt == "static" else config.theta(block_index + 1, depth)  # it may refuse
+        self.config, self.theta = config, theta
         self.num_prefix_tokens = num_prefix_tokens
         self.by_size = config.groups_by_size(block_index + 1, depth)
         self.r = None if config.schedule is None else config.schedule[block_index]
-        self.theta = None if config.adapt == "static" else config.theta(block_index + 1, depth)
 
     def forward(
         self, x: Tensor | tuple[Tensor, Tensor | None] | Packed, size: Tensor | None = None, *, step: Step | None = None

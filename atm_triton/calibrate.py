@@ -180,11 +180,12 @@ def calibrate(
     hidden = silent("" if progress else None)
     with tqdm(total=searching.shapes(), desc="calibrate", unit="shape", disable=hidden) as bar:
         bar.set_postfix_str("the unmerged model")
-        meter = Meter(model, parts, settings, notes)
+        meter = Meter(model, parts, settings)
         if meter.spread() < ALIKE:
             raise ValueError(
                 "the model answers all images alike, so no merging changes it; check images, weights and head"
             )
+        meter.remember(notes)
         found = similarities(model, parts["fit"], **settings)
         predictor = Predictor(model, shape, found, cls_only_last)
         search = Search(meter, predictor, adapt, proportional, max_merging_blocks, seed, bar)

@@ -118,9 +118,11 @@ class Passes:
                 if now.last is None:
                     return self.model.finish(left, trace, self.B, kind.dense, kind.head)
             finally:  # a capture cannot end while its streams are apart
-                self.branch.join()
-                if mailbox is not None:
-                    mailbox.join()
+                try:
+                    self.branch.join()
+                finally:
+                    if mailbox is not None:
+                        mailbox.join()
         made = not self.buffers
         if made:
             self.buffers = [self._buffer(left, trace) for _ in range(2)]

@@ -53,7 +53,7 @@ def check_outputs(outputs: dict[str, Path], inputs: list[Path]) -> None:
         at = path.resolve()
         for given in inputs:
             inside = given.is_dir() and given.resolve() in at.parents and path.suffix != ".json"
-            if path.exists() and (at == given.resolve() or inside):
+            if path.exists() and (inside or (given.exists() and path.samefile(given))):
                 raise ValueError(f"{option} {path} would replace what is read from {given}; choose another")
         if at in taken:
             raise ValueError(f"{taken[at]} and {option} are one file, {path}; choose another for one of them")

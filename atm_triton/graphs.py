@@ -3,15 +3,15 @@
 import threading
 import weakref
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 UNREAD = -1  # what counts on the host hold until they are there
-PRIORITY = -2  # of the streams that are captured on: torch has 32 of each priority, and libraries take 0, -1 and -3
-STREAMS = 32
+PRIORITY = -2  # of the streams that are captured on: torch has 32 of each priority, and no library takes these
+ENGINES = 32  # that may hold graphs at a time, each with a stream of its own
 _capturing = threading.Lock()  # CUDA captures one graph at a time in a process
 
 
@@ -44,38 +44,56 @@ class Replays:
         return 0.0
 
 
-class CaptureStream:
-    """A stream that nobody else captures on, while somebody has this. cuBLAS's workspace there lies in a pool of its
+class Streams(NamedTuple):
+    """What an engine captures on: the ``main`` stream; ``branch`` and ``copies``, whose short work is not to wait for
+    it; the pool of cuBLAS's workspace on the main one; a graph that keeps the pool, and is never replayed."""
+
+    main: torch.cuda.Stream
+    branch: torch.cuda.Stream
+    copies: torch.cuda.Stream
+    pool: tuple[int, int]
+    keeps: torch.cuda.CUDAGraph
+
+
+class CaptureStreams:
+    """Streams that nobody else captures on, while somebody has this. cuBLAS's workspace there lies in a pool of its
     own that is never given up. A graph keeps the address of the workspace, but whoever clears cuBLAS's workspaces, as
     torch.compile does, frees it: in the pool of another graph, or in none, it would be another tensor's next."""
 
-    made: ClassVar[dict[torch.device, int]] = {}
-    spare: ClassVar[dict[torch.device, list[tuple[torch.cuda.Stream, tuple[int, int], torch.cuda.CUDAGraph]]]] = {}
+    made: ClassVar[dict[int, int]] = {}  # by the device's index
+    spare: ClassVar[dict[int, list[Streams]]] = {}
 
     def __init__(self, device: torch.device) -> None:
-        spare = self.spare.setdefault(device, [])
+        index = torch.cuda.current_device() if device.index is None else device.index
+        spare = self.spare.setdefault(index, [])
         if spare:
-            torch.cuda.synchronize(device)  # a graph of whoever had it before may be at work
-            self.stream, self.pool, self.graph = spare.pop()
-        elif self.made.get(device, 0) == STREAMS:
-            raise RuntimeError(f"{STREAMS} engines hold graphs on {device}: engine.drop() gives up those of one")
+            torch.cuda.synchronize(device)  # a graph of whoever had them before may be at work
+            self.has = spare.pop()
+        elif self.made.get(index, 0) == ENGINES:
+            raise RuntimeError(f"{ENGINES} engines hold graphs on {device}: engine.drop() gives up those of one")
         else:
-            self.stream, self.pool = torch.cuda.Stream(device, PRIORITY), torch.cuda.graph_pool_handle()
-            self.made[device] = self.made.get(device, 0) + 1
-            self.graph = self.place_workspace()  # is never replayed, and keeps the pool
-        weakref.finalize(self, spare.append, (self.stream, self.pool, self.graph)).atexit = False
+            pool, main = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device, PRIORITY)
+            keeps = _place_workspace(main, pool)
+            self.made[index] = self.made.get(index, 0) + 1
+            self.has = Streams(main, *(torch.cuda.Stream(device, PRIORITY - 1) for _ in range(2)), pool, keeps)
+        weakref.finalize(self, spare.append, self.has).atexit = False
 
-    def place_workspace(self) -> torch.cuda.CUDAGraph:
-        """See that this thread's workspace lies in the pool, also after it was cleared: by a capture that uses it."""
-        graph, ones = torch.cuda.CUDAGraph(), torch.ones(16, 16, dtype=torch.float16, device=self.stream.device)
-        _multiply(ones)  # CUDA loads what this needs before the capture
-        with torch.cuda.stream(self.stream):
-            graph.capture_begin(self.pool, "thread_local")
-            try:
-                _multiply(ones)
-            finally:
-                graph.capture_end()
-        return graph
+    def place_workspace(self) -> None:
+        """See that this thread's workspace lies in the pool, also after it was cleared."""
+        _place_workspace(self.has.main, self.has.pool)
+
+
+def _place_workspace(stream: torch.cuda.Stream, pool: tuple[int, int]) -> torch.cuda.CUDAGraph:
+    """A graph that has made cuBLAS allocate its workspace in the pool, if there was none."""
+    graph, ones = torch.cuda.CUDAGraph(), torch.ones(16, 16, dtype=torch.float16, device=stream.device)
+    _multiply(ones)  # CUDA loads what this needs before the capture
+    with torch.cuda.stream(stream):
+        graph.capture_begin(pool, "thread_local")
+        try:
+            _multiply(ones)
+        finally:
+            graph.capture_end()
+    return graph
 
 
 def _multiply(ones: Tensor) -> Tensor:
@@ -84,16 +102,15 @@ def _multiply(ones: Tensor) -> Tensor:
 
 
 class CUDAGraphs(Replays):
-    """CUDA graphs from one pool, captured on one stream."""
+    """CUDA graphs from one pool, captured on streams of their own."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
-        self.copying, self.branching = torch.cuda.Stream(device), torch.cuda.Stream(device)
         self.reset()
 
     def reset(self) -> None:
         self.pool = torch.cuda.graph_pool_handle()
-        self.captures: CaptureStream | None = None
+        self.streams: CaptureStreams | None = None
         self.alive: weakref.WeakSet[Callable[[], Any]] = weakref.WeakSet()  # replays that somebody still has
         self.held = 0
 
@@ -103,11 +120,11 @@ class CUDAGraphs(Replays):
             with _capturing:
                 if not self.alive:  # a pool that no graph uses any more takes none
                     self.reset()
-                captures = self.captures = self.captures or CaptureStream(self.device)
-                captures.place_workspace()
                 torch.cuda.empty_cache()
                 before = torch.cuda.memory_reserved(self.device)
-                how = {"pool": self.pool, "stream": captures.stream, "capture_error_mode": "thread_local"}
+                streams = self.streams = self.streams or CaptureStreams(self.device)
+                streams.place_workspace()
+                how = {"pool": self.pool, "stream": streams.has.main, "capture_error_mode": "thread_local"}
                 with torch.cuda.graph(graph, **how):
                     out = run()
                 self.held += torch.cuda.memory_reserved(self.device) - before
@@ -116,7 +133,7 @@ class CUDAGraphs(Replays):
             self.pool = torch.cuda.graph_pool_handle()
             raise
 
-        def replay(captures: CaptureStream = captures) -> Any:  # its workspace is the graph's
+        def replay(streams: CaptureStreams = streams) -> Any:  # its workspace is the graph's
             graph.replay()
             return out
 
@@ -124,10 +141,15 @@ class CUDAGraphs(Replays):
         return replay
 
     def mailbox(self, length: int) -> "Mailbox":
-        return PinnedMailbox(length, self.copying)
+        return PinnedMailbox(length, self)
 
     def branch(self) -> "Branch":
-        return StreamBranch(self.branching)
+        return StreamBranch(self)
+
+    def side(self, name: str) -> torch.cuda.Stream | None:
+        """One of the streams, while a graph is captured. Elsewhere there is none: another thread's stream may have the
+        same number, and what it does there might take memory that is still read here."""
+        return getattr(self.streams.has, name) if torch.cuda.is_current_stream_capturing() else None
 
     def wait(self) -> None:
         with _capturing:  # no other engine may capture meanwhile
@@ -168,33 +190,54 @@ class Mailbox:
 
 
 class PinnedMailbox(Mailbox):
-    """From a GPU, on a stream ``side`` by side with what goes on; ``copied``: the event that the graph records."""
+    """From a GPU, in a graph side by side with what goes on; ``copied``: the event that tells when they are there."""
 
-    def __init__(self, length: int, side: torch.cuda.Stream) -> None:
+    def __init__(self, length: int, graphs: CUDAGraphs) -> None:
         self._lie_in(torch.full((length,), UNREAD).pin_memory())
-        self.copied, self.side = torch.cuda.Event(external=True), side
-        self.sent: Tensor | None = None
+        self.copied, self.graphs = torch.cuda.Event(external=True), graphs
+        self.aside = Aside()
 
     def send(self, counts: Tensor) -> None:
-        self.sent = counts  # until the streams join its memory is not to be another tensor's
-        self.side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.side):
-            self.counts.copy_(counts, non_blocking=True)
-            self.copied.record()
+        self.aside.run(self.graphs.side("copies"), self._copy, counts)
+
+    def _copy(self, counts: Tensor) -> None:
+        self.counts.copy_(counts, non_blocking=True)
+        self.copied.record()
 
     def join(self) -> None:
-        if self.sent is not None:
-            torch.cuda.current_stream().wait_stream(self.side)
-            self.sent = None
+        self.aside.join()
 
     def receive(self) -> list[int]:
         self.copied.synchronize()
         counts = self.seen.tolist()
         if UNREAD in counts:  # the event was not recorded yet: slower, but never wrong
-            with _capturing:  # on whatever stream the pass ran
-                torch.cuda.synchronize(self.side.device)
+            self.graphs.wait()  # on whatever stream the pass ran
             counts = self.seen.tolist()
         return self._taken(counts)
+
+
+class Aside:
+    """Work on another stream, until the streams join."""
+
+    def __init__(self) -> None:
+        self.stream: torch.cuda.Stream | None = None
+        self.reads: tuple[Any, ...] = ()  # whose memory is not to be another tensor's meanwhile
+
+    def run(self, stream: torch.cuda.Stream | None, call: Callable[..., Any], *args: Any) -> Any:
+        """``stream``: None: on the current one."""
+        if stream is None:
+            return call(*args)
+        self.stream, self.reads = stream, args
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            return call(*args)
+
+    def join(self) -> None:
+        stream, reads = self.stream, self.reads
+        self.stream, self.reads = None, ()
+        if stream is not None:
+            torch.cuda.current_stream().wait_stream(stream)
+        del reads
 
 
 class Branch:
@@ -208,22 +251,13 @@ class Branch:
 
 
 class StreamBranch(Branch):
-    """In a graph, on a stream of its own. Until the streams join, the memory of what it reads is not to be another
-    tensor's. Outside one, what another thread does on a stream of the same number might take memory that is in use."""
+    """In a graph, on a stream beside the main one."""
 
-    def __init__(self, stream: torch.cuda.Stream) -> None:
-        self.stream = stream
-        self.reads: tuple[Any, ...] | None = None
+    def __init__(self, graphs: CUDAGraphs) -> None:
+        self.graphs, self.aside = graphs, Aside()
 
     def run(self, call: Callable[..., Any], *args: Any) -> Any:
-        if not torch.cuda.is_current_stream_capturing():
-            return call(*args)
-        self.reads = args
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
-            return call(*args)
+        return self.aside.run(self.graphs.side("branch"), call, *args)
 
     def join(self) -> None:
-        if self.reads is not None:
-            torch.cuda.current_stream().wait_stream(self.stream)
-            self.reads = None
+        self.aside.join()

@@ -64,7 +64,6 @@ class Meter:
         model: VisionTransformer,
         parts: dict[str, list[Tensor]],
         fields: dict[str, object],
-        notes: Path | None = None,
     ) -> None:
         self.fields, self.images = fields, 0
         self.warns = False  # where most tokens are gone early: a search tries that too
@@ -74,9 +73,13 @@ class Meter:
         self._model, self._patched = model, share(model)
         for name, batches in parts.items():
             self._add(name, batches)
-        size = max(len(batches[0]) for batches in parts.values())
+        self.remember(None)
+
+    def remember(self, path: Path | None) -> None:
+        """Measure nothing twice: what was measured goes to the file, from which an interrupted run goes on."""
+        size = max(len(batches[0]) for batches in self._parts.values())
         logits = [in_order([x.double().abs().mean().item() for x in batches]) for batches in self._base.values()]
-        self._notes = Notes(notes, [POWER, HARDEST, AT_LEAST, size, *(mean for means in logits for mean in means)])
+        self._notes = Notes(path, [POWER, HARDEST, AT_LEAST, size, *(mean for means in logits for mean in means)])
 
     def _add(self, part: str, batches: list[Tensor]) -> None:
         self._parts[part] = batches

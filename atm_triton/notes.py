@@ -1,6 +1,5 @@
 """Measurements that outlive an interrupted run, in a file with a line for each."""
 
-import fcntl
 import json
 import math
 from pathlib import Path
@@ -49,14 +48,18 @@ class Notes:
 
 
 def _held(path: Path) -> TextIO:
-    """The file, to append to, which nobody else may hold as long as it is open."""
+    """The file, to append to, which nobody else may hold as long as it is open, where a system knows locks."""
     file = path.open("a")
     try:
+        import fcntl
+
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise ValueError(
             f"{path} is written by a calibration that still runs; wait, or choose another --out"
         ) from error
+    except (ImportError, OSError):  # Windows; file systems that lock nothing
+        pass
     return file
 
 

@@ -47,7 +47,7 @@ def choose(
     name: str, max_gflops: float | None = None, top1_drop: float | None = None, fine_tuned: bool = False
 ) -> tuple[OperatingPoint, OperatingPoint]:
     """The most accurate point at or below ``max_gflops``, or the cheapest that loses at most ``top1_drop`` points, or
-    without either the cheapest of those that lose nothing, or least where all lose some.
+    without either the cheapest of those that lose nothing, or of those that lose least where all lose some.
 
     Args:
         name: a name of timm's, with or without its tag ("deit_small_patch16_224.fb_in1k"), or the paper's ("DeiT-S").

@@ -69,7 +69,7 @@ def data_options() -> argparse.ArgumentParser:
 
 def _merging() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(add_help=False)
-    group = options.add_argument_group("merging (default: the paper's for a model of its tables, the digits' own)")
+    group = options.add_argument_group("merging (default: thresholds of the paper's tables, or the digits' own)")
     one = group.add_mutually_exclusive_group()
     one.add_argument("--config", type=Path, help="a JSON file of ATMConfig, or a result file that holds one")
     one.add_argument("--max-gflops", type=float, help="the paper's best operating point at this cost")

@@ -82,7 +82,8 @@ def knows_sizes(model: VisionTransformer) -> bool:
     return not (model.global_pool == "avg" and model.has_class_token)
 
 
-_WEIGHTS = ("tag", "hf_hub_id", "file", "state_dict")  # what in timm's pretrained_cfg tells weights apart
+# what in timm's pretrained_cfg tells weights apart
+_WEIGHTS = ("tag", "hf_hub_id", "hf_hub_filename", "url", "file", "state_dict")
 _AS_FINE_TUNED = {"vit_base_patch16_224.mae": {"global_pool": "avg", "num_classes": 1000}}
 
 
@@ -124,8 +125,8 @@ def remove_patch(model: VisionTransformer) -> VisionTransformer:
         raise ValueError(f"{type(model).__name__} is not patched; remove_patch undoes apply_patch")
     _check_removable(model)
     if isinstance(model.blocks, ATMBlocks):
-        model.engine.drop()
-    for module in list(model.modules()):
+        model.blocks.engine.drop()
+    for module in _own_modules(model):
         if isinstance(module, PATCHED):
             _unpatch(module)
     model.__class__ = type(model).__bases__[1]
@@ -133,6 +134,12 @@ def remove_patch(model: VisionTransformer) -> VisionTransformer:
 
 
 PATCHED = (ATMBlocks, ATMBlock, ATMAttention)  # each derived from the class that a module has without a patch
+
+
+def _own_modules(model: nn.Module) -> list[nn.Module]:
+    """The modules of a model, but not those of other patched models in it."""
+    others = [child for child in model.children() if not isinstance(child, MergingTransformer)]
+    return [model, *(module for child in others for module in _own_modules(child))]
 
 
 def _unpatch(module: nn.Module) -> None:
@@ -166,7 +173,8 @@ def install(model: VisionTransformer, make: Callable[[Block, int], ATMBlock], co
     for index, block in enumerate(blocks):
         make(block, index)
     blocks.__class__ = ATMBlocks
-    blocks.config, blocks.last, blocks.engine, blocks.warns = config, None, Engine(model), True
+    blocks.config, blocks.last, blocks.engine = config, None, Engine(model)
+    blocks.depth, blocks.warns, blocks.looked = len(blocks), True, False
     model.__class__ = merging_class(type(model))
     return model
 
@@ -188,10 +196,14 @@ def check_model(model: nn.Module) -> nn.Sequential:
     if type(model.blocks) not in (nn.Sequential, ATMBlocks):
         what = f"is {type(model.blocks).__name__}; want nn.Sequential: wrap and shard after patching"
         raise TypeError(f"{base.__name__} cannot be merged: blocks {what}")
+    if isinstance(model.blocks, ATMBlocks) and model.blocks.engine.model is not model:
+        raise TypeError(f"{base.__name__} cannot be merged: its blocks are another patched model's; copy.deepcopy that")
     if "forward" in vars(model.blocks):
         raise TypeError(f"{base.__name__} cannot be merged: blocks has a {OWN_FORWARD}")
     for index, block in enumerate(model.blocks):
         reason = _obstacle(block)
+        if isinstance(block, ATMBlock) and not isinstance(model.blocks, ATMBlocks):
+            reason = "block of another patched model, which would merge by this one's thresholds: copy.deepcopy it"
         if any(block is other for other in list(model.blocks)[:index]):
             reason = "block that stands in another place too, and each place merges by its own threshold: copy it"
         if reason is not None:

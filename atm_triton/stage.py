@@ -173,8 +173,8 @@ def attend(
     branch: Branch,
     into: Pending | None,
 ) -> tuple[Tensor, Assignment | None]:
-    """A block up to the projection of what its tokens [T, C], of norm ``y``, attend to, and on the ``branch`` what then
-    merges."""
+    """A block's attention before its projection, for tokens [T, C] of norm ``y``; and what merges after it, which is
+    found on the ``branch``."""
     y = tokens.images.shaped(y)
     attn = block.attention
     q, k, v = block.heads(attn.qkv(y))

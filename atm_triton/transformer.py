@@ -68,7 +68,9 @@ class ATMBlocks(nn.Sequential):
 
     config: ATMConfig
     engine: Engine
+    depth: int
     warns: bool  # where most tokens are gone early; once
+    looked: bool  # at the first pass by the engine, whose counts nobody may ask for
     _last: Record | Facts | None
 
     @property
@@ -78,14 +80,24 @@ class ATMBlocks(nn.Sequential):
         done = self._last
         if not isinstance(done, Facts):
             return done
-        with self.engine.lock:  # another thread's pass reads the same mailbox
-            record = recorded(done)
-        if self.quarter:
-            left = torch.as_tensor(record.rows[self.quarter - 1], dtype=torch.float64)  # on the host, as all of it
-            self._warn_of_what_is_gone(left.mean().item() / record.tokens[0])
+        record = self._recorded(done)
         if self._last is done:  # no other thread has run since
             self._last = record
         return record
+
+    def _recorded(self, done: Facts) -> Record:
+        with self.engine.lock:  # another thread's pass reads the same mailbox
+            record = recorded(done)
+        self.looked = True
+        if self.quarter:
+            left = torch.as_tensor(record.rows[self.quarter - 1], dtype=torch.float64)  # on the host, as all of it
+            self._warn_of_what_is_gone(left.mean().item() / record.tokens[0])
+        return record
+
+    def look(self, done: Facts) -> None:
+        """See once whether most tokens are gone early, for those who never ask what merged."""
+        if self.warns and not self.looked:
+            self._recorded(done)
 
     @last.setter
     def last(self, done: Record | Facts | None) -> None:
@@ -209,6 +221,7 @@ class MergingTransformer:
         done = self.engine.run(images, self._leading(), dense, head) if mine else "a replica has no engine"
         if not isinstance(done, str):
             out, self.blocks.last = done
+            self.blocks.look(done[1])
             return out
         run = self._run(images, self._leading(), dense, refusal=done)
         return self.finish(run.tokens, run.traces[-1], len(images), dense, head)
@@ -222,6 +235,11 @@ class MergingTransformer:
             raise TypeError(
                 f"blocks is {type(self.blocks).__name__}; want the sequence that apply_patch left: wrap single blocks, "
                 f"or remove_patch, replace them and apply_patch again"
+            )
+        if len(self.blocks) != self.blocks.depth:
+            raise ValueError(
+                f"{len(self.blocks)} blocks where {self.blocks.depth} were patched, each for its place: remove_patch, "
+                "then add or remove blocks, then apply_patch"
             )
         return self.blocks
 

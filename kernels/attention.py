@@ -32,7 +32,7 @@ def _attend(
     D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Softmax goes on with the keys from ``first`` on, at most COLUMNS; WHOLE: there are as many, which takes no mask.
+    """Continue the softmax with the keys from ``first``, at most COLUMNS; WHOLE: as many, which takes no mask.
     ``top``, ``total``, ``mixed``: the highest score so far, the sum of the terms, and the values that they mix."""
     j, c = first + tl.arange(0, COLUMNS), tl.arange(0, D)
     there = j < length

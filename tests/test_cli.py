@@ -406,6 +406,7 @@ def test_as_a_process():
     ("arguments", "message"),
     [
         (["calibrate", "--checkpoint", "v.safetensors", "--out", "v.safetensors"], "--out v.safetensors would replace"),
+        (["eval", "--config", "c.json", "--json", "linked.json"], "--json linked.json would replace what is read from"),
         (["eval", "--config", "c.json", "--json", "./c.json"], "--json c.json would replace what is read from c.json"),
         (
             ["visualize", "photos/in.png", "--out", "photos/in.png"],
@@ -424,6 +425,7 @@ def test_no_input_is_replaced_and_no_result_lost(arguments, message, tmp_path, m
     held = {name: name.encode() for name in ("v.safetensors", "c.json", "photos/in.png")}
     for name, content in held.items():
         (tmp_path / name).write_bytes(content)
+    (tmp_path / "linked.json").hardlink_to(tmp_path / "c.json")
     needs = ["--max-kl", "1"] if arguments[0] == "calibrate" else []
     assert main([*arguments, *needs]) == 2
     (line,) = capsys.readouterr().err.splitlines()

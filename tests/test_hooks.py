@@ -29,7 +29,7 @@ NOTHING = ATMConfig(adapt="static", schedule=(0,) * 4, cls_only_last=False)
 STATIC = ATMConfig(adapt="static", schedule=(3, 5, 2, 4))
 BATCH = ATMConfig(alpha=0.5, theta_min=0.3, beta=0.05)
 IMAGE = replace(BATCH, adapt="image")
-SAME = {"static": NOTHING, "image": ATMConfig(alpha=1.0, theta_min=1.0, adapt="image", cls_only_last=False)}
+SAME = {"static": NOTHING, "image": ATMConfig(alpha=1.0, beta=0.0, theta_min=1.0, adapt="image", cls_only_last=False)}
 MERGING = {"static": STATIC, "batch": BATCH, "image": IMAGE}
 
 
@@ -255,7 +255,6 @@ class Deaf(nn.Module):
             lambda m: m.blocks.__setitem__(2, nn.Identity()),
             "blocks.2 is Identity; want the block that apply",
         ),
-        (lambda m: m.blocks.append(Block(32, 2)), "blocks.4 is Block; want the block that apply_patch left"),
         (lambda m: setattr(m, "blocks", m.blocks[:2]), "blocks is Sequential; want the sequence that"),
         (lambda m: setattr(m, "blocks", checkpoint_wrapper(m.blocks)), "blocks is CheckpointWrapper; want"),
     ],
@@ -448,3 +447,41 @@ def test_fully_shard_of_two_processes(case):
     )
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.count("the same") == 2
+
+
+def test_blocks_that_another_patched_model_has_are_refused():
+    """In place, they would take the other one's thresholds."""
+    big, small = vit(depth=4), vit(depth=2)
+    small.blocks = torch.nn.Sequential(*big.blocks[:2])
+    apply_patch(big, ATMConfig(thresholds=(None,) * 4))
+    before = [block.theta for block in big.blocks]
+    with pytest.raises(TypeError, match="blocks.0 is a block of another patched model"):
+        apply_patch(small, ATMConfig(thresholds=(-1.0,) * 2))
+    with pytest.raises(TypeError, match="its blocks are another patched model's; copy.deepcopy that"):
+        apply_patch(copy.copy(big), ATMConfig(thresholds=(0.5,) * 4))
+    assert [block.theta for block in big.blocks] == before
+    apply_patch(copy.deepcopy(big), ATMConfig(thresholds=(0.5,) * 4))
+    assert [block.theta for block in big.blocks] == before
+
+
+def test_a_patched_model_within_another_keeps_its_patch():
+    student = vit(depth=2)
+    student.teacher = apply_patch(vit(depth=2), ATMConfig(thresholds=(0.5,) * 2))
+    apply_patch(student, ATMConfig(thresholds=(0.9,) * 2))
+    remove_patch(student)
+    assert [block.theta for block in student.teacher.blocks] == [0.5, 0.5]
+    assert type(student.blocks[0]) is Block
+
+
+@pytest.mark.parametrize(
+    ("change", "number"),
+    [(lambda m: m.blocks.append(Block(32, 2)), 5), (lambda m: m.blocks.__delitem__(1), 3)],
+    ids=["added", "removed"],
+)
+def test_blocks_are_not_added_or_removed_while_patched(change, number):
+    model = apply_patch(vit(), STATIC)
+    change(model)
+    for call in (model, model.forward_features, model.forward_intermediates):
+        with pytest.raises(ValueError, match=f"{number} blocks where 4 were patched, each for its place: remove_patch"):
+            call(images())
+    assert len(remove_patch(model).blocks) == number

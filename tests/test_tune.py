@@ -33,6 +33,11 @@ def test_the_fastest_come_first_and_the_table_s_is_told(capsys, monkeypatch):
     assert [line for line in lines if line.endswith("{'num_warps': 1}  the table says so")]
 
 
+def test_long_images_have_a_search_of_their_own():
+    at = tune.inputs(tune.arguments(["assign", *SMALL, "--B", "1", "--N", "2050"]))
+    assert all(config.keys() == {"CHUNK", "num_warps"} for config in tune.of_assign(at).others)
+
+
 def failing(error):
     def launch(config):
         raise error
@@ -51,7 +56,7 @@ def test_what_does_not_compile_or_fit_is_left_out_and_other_errors_are_seen():
 
 def test_a_table_that_does_not_fit_is_told(capsys, monkeypatch):
     def unfit(at):
-        return tune.Search(failing(OutOfResources(2, 1, "shared memory")), {"num_warps": 4}, [{"num_warps": 8}])
+        return tune.Tuning(failing(OutOfResources(2, 1, "shared memory")), {"num_warps": 4}, [{"num_warps": 8}])
 
     monkeypatch.setitem(tune.KERNELS, "unmerge", unfit)
     assert tune.main(["unmerge", *SMALL]) == 0

@@ -75,6 +75,12 @@ def copy_bandwidth(device: torch.device, size: int) -> float:
     return 2 * size / median_us(lambda: target.copy_(source), device) / 1e3
 
 
+def product_rate(device: torch.device, side: int, dtype: torch.dtype) -> float:
+    """TFLOP/s of a product of two square matrices."""
+    one, other = torch.randn(2, side, side, dtype=dtype, device=device)
+    return 2 * side**3 / median_us(lambda: one @ other, device) / 1e6
+
+
 def replayed(call: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
     """The call as a CUDA graph, without what it costs the host; off a GPU the call itself."""
     for _ in range(WARM_UP):

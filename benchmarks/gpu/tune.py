@@ -19,7 +19,7 @@ from atm_triton import ops
 from atm_triton.command import Parser, exit_code
 from atm_triton.env import environment
 from atm_triton.inputs import check_device
-from atm_triton.kernels.assign import assign, assign_table
+from atm_triton.kernels.assign import LONG_CONFIG, ONE_PROGRAM, assign, assign_table
 from atm_triton.kernels.attention import attention, attention_table
 from atm_triton.kernels.images import block_for
 from atm_triton.kernels.match import WHOLE_IMAGE, match, match_image_table, match_tiles_table
@@ -53,7 +53,7 @@ class Inputs(NamedTuple):
     images: Images
 
 
-class Search(NamedTuple):
+class Tuning(NamedTuple):
     """``launch(config=...)``; what the table says for it; what else may be tried."""
 
     launch: Callable[..., Any]
@@ -66,64 +66,66 @@ def every(**choices: Iterable[int]) -> list[Config]:
     return [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
 
 
-def of_attention(at: Inputs) -> Search:
+def of_attention(at: Inputs) -> Tuning:
     q, k, v = qkv(len(at.x), at.H, at.d, at.x.dtype, at.x.device)
     cu_seqlens = at.images.cu_seqlens
     launch = partial(attention, q, k, v, at.sizes.log2(), cu_seqlens, cu_seqlens, at.N, at.N, at.d**-0.5)
     tiles = (16, 32, 64) if at.x.dtype == torch.float32 else (32, 64, 128)
     others = every(ROWS=tiles, COLUMNS=tiles, STAGES=(1, 2, 3, 4), TAILS=(0, 1, 2, 3), num_warps=(4, 8))
     others = [one for one in others if one["COLUMNS"] >> max(one["TAILS"] - 1, 0) >= 16]  # a product takes 16 columns
-    return Search(launch, attention_table(at.x.dtype, at.d, at.N), others)
+    return Tuning(launch, attention_table(at.x.dtype, at.d, at.N), others)
 
 
-def of_match(at: Inputs) -> Search:
+def of_match(at: Inputs) -> Tuning:
     launch = partial(match, at.keys, at.sizes, at.images.cu_seqlens, 1, at.by_size, 0.5, at.N)
     if at.N - 1 > WHOLE_IMAGE or at.d > 64:
         others = every(ROWS=(32, 64, 128), COLUMNS=(16, 32, 64, 128), num_warps=(4, 8), num_stages=(1, 2, 3, 4))
-        return Search(launch, match_tiles_table(at.d), others)
+        return Tuning(launch, match_tiles_table(at.d), others)
     block = block_for(at.N // 2)
     others = every(ROWS=[n for n in (16, 32, 64, 128) if n <= block], HEADS=(2, 6, 12), num_warps=(2, 4, 8, 16))
-    return Search(launch, match_image_table(block, at.d, at.by_size, at.x.dtype), others)
+    return Tuning(launch, match_image_table(block, at.d, at.by_size, at.x.dtype), others)
 
 
-def of_assign(at: Inputs) -> Search:
+def of_assign(at: Inputs) -> Tuning:
     similarity, partner, _ = match(at.keys, at.sizes, at.images.cu_seqlens, 1, False, 0.5, at.N)
     block, slots = block_for(at.N), at.B * (at.N - at.r)
     launch = partial(assign, similarity, partner, at.r, at.images.cu_seqlens, 1, at.N, slots)
+    if at.N > ONE_PROGRAM:
+        return Tuning(launch, LONG_CONFIG, every(CHUNK=(1024, 2048, 4096), num_warps=(8, 16)))
     warps = [warps for warps in (1, 2, 4, 8, 16) if block <= 512 * warps]  # more tokens a warp take minutes to compile
-    return Search(launch, assign_table(block, search=True), every(num_warps=warps))
+    return Tuning(launch, assign_table(block, search=True), every(num_warps=warps))
 
 
-def of_merge(at: Inputs) -> Search:
+def of_merge(at: Inputs) -> Tuning:
     found = ops.match(at.keys, at.sizes, at.images, 1, False, 0.5, "triton")
     merging = ops.assign(found, at.r, at.images, 1, at.B * (at.N - at.r), True, "triton")
     lists = (merging.tokens, merging.spans, merging.images.cu_seqlens)
     return of_rows(partial(merge, at.x, at.sizes, *lists, at.x, None, NORM), at.x)
 
 
-def of_add_norm(at: Inputs) -> Search:
+def of_add_norm(at: Inputs) -> Tuning:
     return of_rows(partial(add_norm, at.x, at.x, None, NORM), at.x)
 
 
-def of_rows(launch: Callable[..., Any], x: Tensor) -> Search:
+def of_rows(launch: Callable[..., Any], x: Tensor) -> Tuning:
     C = x.shape[1]
     others = every(ROWS=[n for n in (1, 2, 4, 8, 16) if n * C <= 8192 or n == 1], num_warps=(1, 2, 4, 8))
-    return Search(launch, rows_table(x.dtype, C), others)
+    return Tuning(launch, rows_table(x.dtype, C), others)
 
 
-def of_unmerge(at: Inputs) -> Search:
+def of_unmerge(at: Inputs) -> Tuning:
     slots = torch.arange(len(at.x), dtype=torch.int32, device=at.x.device) // 2
     table = unmerge_table(at.x.dtype, block_for(at.x.shape[1]))
-    return Search(partial(unmerge, at.x, slots), table, every(num_warps=(1, 2, 4, 8)))
+    return Tuning(partial(unmerge, at.x, slots), table, every(num_warps=(1, 2, 4, 8)))
 
 
-def of_stem(at: Inputs) -> Search:
+def of_stem(at: Inputs) -> Tuning:
     new, C = partial(torch.randn, dtype=at.x.dtype, device=at.x.device), at.x.shape[1]
     images, weight = new(at.B, 3, PATCH * SIDE, PATCH * SIDE), new(C, 3, PATCH, PATCH)
     sides = (32, 64) if at.x.dtype == torch.float32 else (64, 128, 256)
     others = every(ROWS=sides, COLUMNS=sides, DEPTH=(32, 64), STAGES=(2, 3, 4), num_warps=(4, 8))
     launch = partial(stem, images, weight, None, new(1 + SIDE**2, C))
-    return Search(launch, stem_table(at.x.dtype, wide=False, together=True), others)
+    return Tuning(launch, stem_table(at.x.dtype, wide=False, together=True), others)
 
 
 KERNELS = {
