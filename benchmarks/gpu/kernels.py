@@ -1,4 +1,4 @@
-"""Kernels: microseconds and bytes of every operation, beside the reference in eager mode."""
+"""Kernels: microseconds of every operation, beside its bound and the reference in eager mode."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,19 +11,23 @@ from atm_triton import ops, reference
 from atm_triton.packed import Images, Packed
 from benchmarks.gpu import traffic
 from benchmarks.gpu.setting import Setting, qkv, short, some_sizes
-from benchmarks.gpu.timing import copy_bandwidth, median_us, replayed
+from benchmarks.gpu.timing import copy_bandwidth, median_us, product_rate, replayed
 
 WIDTHS = {"DeiT-S": (6, 64), "DeiT-B": (12, 64)}  # H, d
 TINY_WIDTHS = {"DeiT-S": (2, 16), "DeiT-B": (3, 16)}
 COPY_BYTES = 2**31
+PRODUCT_SIDE = 8192
 
 
 @torch.inference_mode()
 def run(setting: Setting, section: dict[str, Any], _: dict[str, Any]) -> None:
     section["copy_gb_per_second"] = copy_bandwidth(setting.device, setting.pick(COPY_BYTES, 2**20))
-    rows = section["rows"] = []
+    rows, rates = [], {}
+    section |= {"rows": rows, "product_tflop_per_second": rates}
     for (H, d), B, N, dtype in shapes(setting):
-        rows += measure(setting, section["copy_gb_per_second"], B, N, H, d, dtype)
+        if short(dtype) not in rates:
+            rates[short(dtype)] = product_rate(setting.device, setting.pick(PRODUCT_SIDE, 64), dtype)
+        rows += measure(setting, section["copy_gb_per_second"], rates[short(dtype)], B, N, H, d, dtype)
         setting.save()
     section["copy_gb_per_second_after"] = copy_bandwidth(setting.device, setting.pick(COPY_BYTES, 2**20))
 
@@ -36,23 +40,27 @@ def shapes(setting: Setting) -> list[tuple]:
     return [*chosen, (widths["DeiT-S"], batches[0], tokens[0], torch.float32)]
 
 
-def measure(setting: Setting, copy: float, B: int, N: int, H: int, d: int, dtype: torch.dtype) -> list[dict[str, Any]]:
+def measure(
+    setting: Setting, copy: float, product: float, B: int, N: int, H: int, d: int, dtype: torch.dtype
+) -> list[dict[str, Any]]:
     """A row for each operation, by the kernels as a CUDA graph, for their launch may take longer than they do;
-    ``of_copy``: the share of the copy bandwidth."""
+    ``of_copy``: the share of the copy bandwidth; ``bound_us``: what its bytes take at that bandwidth, or its products
+    at the measured rate, whichever is longer."""
     device, rows = setting.device, []
-    for operation, (by_kernel, by_reference, size) in calls(setting, B, N, H, d, dtype).items():
+    for operation, (by_kernel, by_reference, size, flops) in calls(setting, B, N, H, d, dtype).items():
         microseconds = median_us(replayed(by_kernel, device), device)
         rate = size / microseconds / 1e3
         row = {"operation": operation, "dtype": short(dtype), "B": B, "N": N, "H": H, "d": d}
         row |= {"microseconds": microseconds, "bytes": size, "gb_per_second": rate, "of_copy": rate / copy}
+        row |= {"flops": flops, "bound_us": max(size / copy / 1e3, flops / product / 1e6)}
         rows.append(row | {"reference_eager": median_us(by_reference, device)})
     return rows
 
 
 def calls(
     setting: Setting, B: int, N: int, H: int, d: int, dtype: torch.dtype
-) -> dict[str, tuple[Callable[[], Any], Callable[[], Any], int]]:
-    """Of every operation: by the kernels, by the reference, and the bytes that must move."""
+) -> dict[str, tuple[Callable[[], Any], Callable[[], Any], int, int]]:
+    """Of every operation: by the kernels, by the reference, the bytes that must move, and the products' operations."""
     device, C, e = setting.device, H * d, dtype.itemsize
     M = N - max(1, N // 24)  # what a block merges of 197 tokens to save 3 of 10 FLOPs: 8
     images, T, left = Images.of(B, N, device), B * N, B * M
@@ -82,40 +90,48 @@ def calls(
             lambda: ops.match(k, sizes, images, 1, False, 0.5, "triton"),
             reference_match,
             traffic.match_bytes(B, N, C, e),
+            traffic.match_flops(B, N, C),
         ),
         "assign": (
             lambda: ops.assign(found, N - M, images, 1, left, True, "triton"),
             reference_assign,
             traffic.assign_bytes(B, N, M),
+            0,
         ),
         "unmerge": (
             lambda: ops.unmerge(merged, slots, "triton"),
             lambda: reference.unmerge(merged, slots),
             traffic.unmerge_bytes(B, N, M, C, e),
+            0,
         ),
         "merge": (
             lambda: ops.merge(tokens, assignment, "triton"),
             lambda: reference.merge(x, sizes, slots, left),
             traffic.merge_bytes(B, N, M, C, e),
+            0,
         ),
         "add_merge_norm": (
             lambda: ops.add_merge_norm(tokens, attended, None, assignment, norm),
             reference_norm,
             traffic.add_merge_norm_bytes(B, N, M, C, e),
+            0,
         ),
         "add_norm": (
             lambda: ops.add_norm(x, attended, None, norm),
             lambda: (x + attended, norm(x + attended)),
             traffic.add_norm_bytes(B, N, C, e),
+            0,
         ),
         "linear_gelu": (
             lambda: ops.linear_gelu(x, layer.weight, layer.bias),
             lambda: F.gelu(layer(x)),
             traffic.linear_gelu_bytes(T, C, 4 * C, e),
+            traffic.linear_gelu_flops(T, C, 4 * C),
         ),
         "attention": (
             lambda: ops.attention(q, k, v, sizes, images, backend="triton", log2_sizes=log2_sizes),
             lambda: reference.attention(q, k, v, sizes, images, fused=dtype == torch.float32),
             traffic.attention_bytes(B, N, C, e),
+            traffic.attention_flops(B, N, C),
         ),
     }

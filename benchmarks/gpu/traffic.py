@@ -1,4 +1,5 @@
-"""The bytes that an operation must move: every input read once, every output written once.
+"""What an operation cannot do without: the bytes that it must move, every input read once, every output written once,
+and the floating-point operations of its matrix products.
 
 B images, N tokens of C = H d channels, M = N - r after the merge; ``e`` bytes an element; sizes, similarities and
 indices are 4 bytes each, a count and a span 8. Where images begin is next to nothing.
@@ -43,3 +44,17 @@ def attention_bytes(B: int, N: int, C: int, e: int) -> int:
 def linear_gelu_bytes(T: int, K: int, N: int, e: int) -> int:
     """Rows, weight and bias; the hidden layer."""
     return (T * (K + N) + N * (K + 1)) * e
+
+
+def match_flops(B: int, N: int, C: int) -> int:
+    """Every token of A with every token of B."""
+    return 2 * B * (N // 2) * (N - N // 2) * C
+
+
+def attention_flops(B: int, N: int, C: int) -> int:
+    """q k^T, and the probabilities with v."""
+    return 4 * B * N * N * C
+
+
+def linear_gelu_flops(T: int, K: int, N: int) -> int:
+    return 2 * T * K * N
