@@ -89,7 +89,7 @@ def test_batch_is_the_whole_method(make, P, cls_only, proportional):
 
 def test_thresholds_override_eq_1():
     thresholds = (1.0, 0.5, 0.7, 0.6)
-    config = ATMConfig(thresholds=thresholds, split_depth=4, cls_only_last=False)
+    config = ATMConfig(alpha=0.9, beta=0.04, theta_min=0.8, thresholds=thresholds, split_depth=4, cls_only_last=False)
     model = vit(dtype=F64, embed_dim=12)
     r = assert_equal(model, images(4, dtype=F64), config, mean_count(config, 4), size_from=5)
     assert r[0] == 0 and all(n > 0 for n in r[1:])
