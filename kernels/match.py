@@ -140,14 +140,23 @@ def _cosines(a_high, a_low, b_high, b_low):
 
 
 @triton.jit
-def _best(s, a_has, b_has, position, valid):
-    """The largest similarity of each row, and the lowest position that has it. Only ``valid`` columns have a direction;
-    what has none is 0 so far."""
+def _lowest(position, valid, na, P: tl.constexpr, GROUP: tl.constexpr):
+    """The lowest position in B, whatever if B is empty. By size its members stand in no order; else the first is it."""
+    if GROUP == BY_SIZE:
+        return tl.min(tl.where(valid, position, LAST), axis=0)
+    elif GROUP == HALVES:
+        return P + na
+    return P + (P + 1) % 2
+
+
+@triton.jit
+def _best(s, a_has, b_has, position, valid, lowest):
+    """The largest similarity of each row, and the lowest position that has it; ``lowest``: of all columns. Only
+    ``valid`` columns have a direction; what has none is 0 so far."""
     s = tl.minimum(s, tl.where(b_has, float("inf"), tl.where(valid, NOT_ALIKE, float("-inf")))[None, :])
     best = tl.max(s, axis=1)
     found = tl.min(tl.where(s == best[:, None], position[None, :], LAST), axis=1)
-    first = tl.min(tl.where(valid, position, LAST), axis=0)
-    return tl.where(a_has, best, tl.minimum(best, NOT_ALIKE)), tl.where(a_has, found, first)
+    return tl.where(a_has, best, tl.minimum(best, NOT_ALIKE)), tl.where(a_has, found, lowest)
 
 
 @triton.jit
@@ -155,6 +164,34 @@ def _store_outside(similarity, partner, position, valid):
     """Tokens outside A have no partner."""
     tl.store(similarity + position, tl.full(position.shape, float("-inf"), tl.float32), mask=valid)
     tl.store(partner + position, tl.full(position.shape, -1, tl.int32), mask=valid)
+
+
+@triton.jit
+def _match_rows(
+    similarity,
+    partner,
+    theta,
+    a,
+    in_a,
+    a_mean,
+    b,
+    in_b,
+    b_high,
+    b_low,
+    b_has,
+    na,
+    nb,
+    P: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """Partners of a tile of A among all of B; how many similarities are ``theta`` at least."""
+    a_unit, a_has = _unit_vectors(a_mean)
+    a_high, a_low = _halves(a_unit)
+    s = _cosines(a_high, a_low, b_high, b_low)
+    best, found = _best(s, a_has, b_has, b, in_b, _lowest(b, in_b, na, P, GROUP))
+    tl.store(similarity + a, best, mask=in_a)  # -inf where B is empty
+    tl.store(partner + a, tl.where(nb > 0, found, -1), mask=in_a)
+    return tl.sum((in_a & (best >= theta)).to(tl.int32))
 
 
 @triton.jit
@@ -172,6 +209,7 @@ def match_image_kernel(
     H: tl.constexpr,
     d: tl.constexpr,
     D: tl.constexpr,
+    STEP: tl.constexpr,
     ROWS: tl.constexpr,
     PER: tl.constexpr,
     HEADS: tl.constexpr,
@@ -183,6 +221,7 @@ def match_image_kernel(
     PROGRAMS: tl.constexpr = BLOCK // (ROWS * PER)
     image, first = tl.program_id(0) // PROGRAMS, tl.program_id(0) % PROGRAMS * (ROWS * PER)
     start, length = image_bounds(cu_seqlens, image)
+    stride_n *= STEP
     keys += start * stride_n
     similarity += start
     partner += start
@@ -196,22 +235,20 @@ def match_image_kernel(
         _store_outside(similarity, partner, b, in_b)
         p = tl.arange(0, PREFIX)
         _store_outside(similarity, partner, p, p < tl.minimum(P, length))
-    candidates = tl.zeros([], tl.int32)
-    for k in tl.static_range(PER):
+    of_a = tl.arange(0, ROWS)
+    a, in_a = _positions(order, na, first, False, P, GROUP, ROWS), first + of_a < na
+    a_mean = _mean_keys(keys, a, in_a, stride_h, stride_n, H, d, D, HEADS)
+    b_unit, b_has = _unit_vectors(
+        _mean_keys(keys, b, in_b, stride_h, stride_n, H, d, D, HEADS)
+    )  # after A's first loads
+    b_high, b_low = _halves(b_unit)
+    of_b = (b, in_b, b_high, b_low, b_has, na, nb, P, GROUP)
+    candidates = _match_rows(similarity, partner, theta, a, in_a, a_mean, *of_b)
+    for k in tl.range(1, PER, num_stages=1):  # unrolled, addresses of all tiles would take registers from the start
         member = first + k * ROWS
-        a = _positions(order, na, member, False, P, GROUP, ROWS)
-        in_a = member + tl.arange(0, ROWS) < na
+        a, in_a = _positions(order, na, member, False, P, GROUP, ROWS), member + of_a < na
         a_mean = _mean_keys(keys, a, in_a, stride_h, stride_n, H, d, D, HEADS)
-        if k == 0:  # after the first loads of A
-            b_unit, b_has = _unit_vectors(_mean_keys(keys, b, in_b, stride_h, stride_n, H, d, D, HEADS))
-            b_high, b_low = _halves(b_unit)
-        a_unit, a_has = _unit_vectors(a_mean)
-        a_high, a_low = _halves(a_unit)
-        s = _cosines(a_high, a_low, b_high, b_low)
-        best, found = _best(s, a_has, b_has, b, in_b)
-        tl.store(similarity + a, best, mask=in_a)  # -inf where B is empty
-        tl.store(partner + a, tl.where(nb > 0, found, -1), mask=in_a)
-        candidates += tl.sum((in_a & (best >= theta)).to(tl.int32))
+        candidates += _match_rows(similarity, partner, theta, a, in_a, a_mean, *of_b)
     if PROGRAMS == 1:
         tl.store(counts + image, candidates.to(tl.int64))
     else:
@@ -234,6 +271,7 @@ def unit_rows_kernel(
     H: tl.constexpr,
     d: tl.constexpr,
     D: tl.constexpr,
+    STEP: tl.constexpr,
     TOKENS: tl.constexpr,
     CHUNK: tl.constexpr,
     GROUP: tl.constexpr,
@@ -242,6 +280,7 @@ def unit_rows_kernel(
     first A's, then B's, and their positions to ``order``, as -1 - position where a key has no direction."""
     image, tile = tl.program_id(0), tl.program_id(1)
     start, length = image_bounds(cu_seqlens, image)
+    stride_n *= STEP
     keys += start * stride_n
     similarity += start
     partner += start
@@ -314,7 +353,8 @@ def match_tiles_kernel(
         j = first + tl.arange(0, COLUMNS)
         b_high, b_low, b, b_has = _load_rows(unit, order, start + na + j, j < nb, d, D)
         s = _cosines(a_high, a_low, b_high, b_low)
-        here, position = _best(s, a_has, b_has, b, j < nb)
+        lowest = tl.min(tl.where(j < nb, b, LAST), axis=0)
+        here, position = _best(s, a_has, b_has, b, j < nb, lowest)
         better = (here > best) | ((here == best) & (position < found))  # by size, B is not in the order of positions
         best = tl.where(better, here, best)
         found = tl.where(better, position, found)
@@ -393,21 +433,31 @@ def match(
         return out
     sizes, cu_seqlens = aligned(sizes if by_size else None), aligned(cu_seqlens)
     group = (BY_SIZE if sizes is not None else HALVES) if by_size else ALTERNATE
-    strides = (None if keys.stride(0) == d else keys.stride(0), keys.stride(1))
+    stride_n, step = _in_steps(keys.stride(1))
+    strides = (None if keys.stride(0) == d else keys.stride(0), stride_n)
     free = max(longest - num_prefix, 1)
     shape = {"P": num_prefix, "d": d, "D": block_for(d), "GROUP": group.value}
+    of_keys = {"H": H, "STEP": step}
     by_size = sizes is not None
     if free <= WHOLE_IMAGE and d <= 64:
-        _match_image(B, free, by_size, (keys, sizes, cu_seqlens, *out, theta, *strides), shape | {"H": H}, config)
+        _match_image(B, free, by_size, (keys, sizes, cu_seqlens, *out, theta, *strides), shape | of_keys, config)
         return out
     unit = torch.empty((T, 2, d), dtype=torch.float16, device=keys.device)
     order = torch.empty(T, dtype=torch.int32, device=keys.device)
     grid = (B, -(-free // UNIT_ROWS["TOKENS"]))
-    unit_rows_kernel[grid](keys, sizes, cu_seqlens, unit, order, *out, *strides, **shape, H=H, **UNIT_ROWS)
+    unit_rows_kernel[grid](keys, sizes, cu_seqlens, unit, order, *out, *strides, **shape, **of_keys, **UNIT_ROWS)
     config = config or match_tiles_table(d)
     grid = (B, -(-((free + 1) // 2) // config["ROWS"]))
     match_tiles_kernel[grid](unit, order, cu_seqlens, *out, theta, **shape, **config)
     return out
+
+
+def _in_steps(stride: int) -> tuple[int, int]:
+    """A stride as a number of steps and their length, which is compiled in. Of a stride Triton knows only whether it is
+    a multiple of 16: one of 1,080, as 6 heads of 60 channels have, would be loaded channel by channel, each with an
+    address of its own."""
+    step = stride & -stride
+    return (stride // step, step) if 0 < step < 16 else (stride, 1)
 
 
 def _match_image(
