@@ -140,23 +140,14 @@ def _cosines(a_high, a_low, b_high, b_low):
 
 
 @triton.jit
-def _lowest(position, valid, na, P: tl.constexpr, GROUP: tl.constexpr):
-    """The lowest position in B, whatever if B is empty. By size its members stand in no order; else the first is it."""
-    if GROUP == BY_SIZE:
-        return tl.min(tl.where(valid, position, LAST), axis=0)
-    elif GROUP == HALVES:
-        return P + na
-    return P + (P + 1) % 2
-
-
-@triton.jit
-def _best(s, a_has, b_has, position, valid, lowest):
-    """The largest similarity of each row, and the lowest position that has it; ``lowest``: of all columns. Only
-    ``valid`` columns have a direction; what has none is 0 so far."""
+def _best(s, a_has, b_has, position, valid):
+    """The largest similarity of each row, and the lowest position that has it. Only ``valid`` columns have a direction;
+    what has none is 0 so far."""
     s = tl.minimum(s, tl.where(b_has, float("inf"), tl.where(valid, NOT_ALIKE, float("-inf")))[None, :])
     best = tl.max(s, axis=1)
     found = tl.min(tl.where(s == best[:, None], position[None, :], LAST), axis=1)
-    return tl.where(a_has, best, tl.minimum(best, NOT_ALIKE)), tl.where(a_has, found, lowest)
+    first = tl.min(tl.where(valid, position, LAST), axis=0)
+    return tl.where(a_has, best, tl.minimum(best, NOT_ALIKE)), tl.where(a_has, found, first)
 
 
 @triton.jit
@@ -164,34 +155,6 @@ def _store_outside(similarity, partner, position, valid):
     """Tokens outside A have no partner."""
     tl.store(similarity + position, tl.full(position.shape, float("-inf"), tl.float32), mask=valid)
     tl.store(partner + position, tl.full(position.shape, -1, tl.int32), mask=valid)
-
-
-@triton.jit
-def _match_rows(
-    similarity,
-    partner,
-    theta,
-    a,
-    in_a,
-    a_mean,
-    b,
-    in_b,
-    b_high,
-    b_low,
-    b_has,
-    na,
-    nb,
-    P: tl.constexpr,
-    GROUP: tl.constexpr,
-):
-    """Partners of a tile of A among all of B; how many similarities are ``theta`` at least."""
-    a_unit, a_has = _unit_vectors(a_mean)
-    a_high, a_low = _halves(a_unit)
-    s = _cosines(a_high, a_low, b_high, b_low)
-    best, found = _best(s, a_has, b_has, b, in_b, _lowest(b, in_b, na, P, GROUP))
-    tl.store(similarity + a, best, mask=in_a)  # -inf where B is empty
-    tl.store(partner + a, tl.where(nb > 0, found, -1), mask=in_a)
-    return tl.sum((in_a & (best >= theta)).to(tl.int32))
 
 
 @triton.jit
@@ -235,20 +198,22 @@ def match_image_kernel(
         _store_outside(similarity, partner, b, in_b)
         p = tl.arange(0, PREFIX)
         _store_outside(similarity, partner, p, p < tl.minimum(P, length))
-    of_a = tl.arange(0, ROWS)
-    a, in_a = _positions(order, na, first, False, P, GROUP, ROWS), first + of_a < na
-    a_mean = _mean_keys(keys, a, in_a, stride_h, stride_n, H, d, D, HEADS)
-    b_unit, b_has = _unit_vectors(
-        _mean_keys(keys, b, in_b, stride_h, stride_n, H, d, D, HEADS)
-    )  # after A's first loads
-    b_high, b_low = _halves(b_unit)
-    of_b = (b, in_b, b_high, b_low, b_has, na, nb, P, GROUP)
-    candidates = _match_rows(similarity, partner, theta, a, in_a, a_mean, *of_b)
-    for k in tl.range(1, PER, num_stages=1):  # unrolled, addresses of all tiles would take registers from the start
+    candidates = tl.zeros([], tl.int32)
+    for k in tl.static_range(PER):
         member = first + k * ROWS
-        a, in_a = _positions(order, na, member, False, P, GROUP, ROWS), member + of_a < na
+        a = _positions(order, na, member, False, P, GROUP, ROWS)
+        in_a = member + tl.arange(0, ROWS) < na
         a_mean = _mean_keys(keys, a, in_a, stride_h, stride_n, H, d, D, HEADS)
-        candidates += _match_rows(similarity, partner, theta, a, in_a, a_mean, *of_b)
+        if k == 0:  # after the first loads of A
+            b_unit, b_has = _unit_vectors(_mean_keys(keys, b, in_b, stride_h, stride_n, H, d, D, HEADS))
+            b_high, b_low = _halves(b_unit)
+        a_unit, a_has = _unit_vectors(a_mean)
+        a_high, a_low = _halves(a_unit)
+        s = _cosines(a_high, a_low, b_high, b_low)
+        best, found = _best(s, a_has, b_has, b, in_b)
+        tl.store(similarity + a, best, mask=in_a)  # -inf where B is empty
+        tl.store(partner + a, tl.where(nb > 0, found, -1), mask=in_a)
+        candidates += tl.sum((in_a & (best >= theta)).to(tl.int32))
     if PROGRAMS == 1:
         tl.store(counts + image, candidates.to(tl.int64))
     else:
@@ -353,8 +318,7 @@ def match_tiles_kernel(
         j = first + tl.arange(0, COLUMNS)
         b_high, b_low, b, b_has = _load_rows(unit, order, start + na + j, j < nb, d, D)
         s = _cosines(a_high, a_low, b_high, b_low)
-        lowest = tl.min(tl.where(j < nb, b, LAST), axis=0)
-        here, position = _best(s, a_has, b_has, b, j < nb, lowest)
+        here, position = _best(s, a_has, b_has, b, j < nb)
         better = (here > best) | ((here == best) & (position < found))  # by size, B is not in the order of positions
         best = tl.where(better, here, best)
         found = tl.where(better, position, found)
@@ -363,7 +327,7 @@ def match_tiles_kernel(
     tl.atomic_add(counts + image, tl.sum((in_a & (best >= theta)).to(tl.int32)).to(tl.int64))
 
 
-def match_image_table(block: int, d: int, by_size: bool, dtype: torch.dtype) -> dict[str, int]:
+def match_image_table(block: int, d: int, by_size: bool, dtype: torch.dtype, H: int) -> dict[str, int]:
     """``block``: tokens of a group, rounded up to a power of two; ``by_size``: groups by sizes that differ. What is
     larger spills on one chip or another.
 
@@ -374,7 +338,8 @@ def match_image_table(block: int, d: int, by_size: bool, dtype: torch.dtype) -> 
     if block > 16 and (dtype == torch.float32 or d % 16):  # keys, or addresses of small pieces, take more registers
         return {"ROWS": 16, "HEADS": 6 if block == 64 else 2, "num_warps": 8}
     warps = 8 if block > 64 and d > 32 and attention.BACKEND == "cuda" else 4  # AMD's are twice as wide
-    return {"ROWS": 16 if block <= 32 else 32, "HEADS": 6, "num_warps": warps}
+    heads = 2 if block == 64 and d <= 32 else 4 if by_size and H > 6 else 6
+    return {"ROWS": 16 if block <= 32 else 32, "HEADS": heads, "num_warps": warps}
 
 
 def tiles_each(B: int, tiles: int, warps: int, multiprocessors: int) -> int:
@@ -437,8 +402,7 @@ def match(
     strides = (None if keys.stride(0) == d else keys.stride(0), stride_n)
     free = max(longest - num_prefix, 1)
     shape = {"P": num_prefix, "d": d, "D": block_for(d), "GROUP": group.value}
-    of_keys = {"H": H, "STEP": step}
-    by_size = sizes is not None
+    of_keys, by_size = {"H": H, "STEP": step}, sizes is not None
     if free <= WHOLE_IMAGE and d <= 64:
         _match_image(B, free, by_size, (keys, sizes, cu_seqlens, *out, theta, *strides), shape | of_keys, config)
         return out
@@ -464,7 +428,7 @@ def _match_image(
     B: int, free: int, by_size: bool, arguments: tuple, constants: dict[str, Any], config: dict[str, int] | None
 ) -> None:
     block, keys, counts = block_for((free + 1) // 2), arguments[0], arguments[5]
-    config = config or match_image_table(block, constants["d"], by_size, keys.dtype)
+    config = config or match_image_table(block, constants["d"], by_size, keys.dtype, constants["H"])
     tiles = block // config["ROWS"]
     per = tiles_each(B, tiles, config["num_warps"], multiprocessors(keys.device))
     if per < tiles:

@@ -199,9 +199,9 @@ def parts_of(C: int) -> tuple[int, int]:
 
 
 def rows_table(dtype: torch.dtype, C: int) -> dict[str, int]:
-    """Of merge and add_norm: 96 bytes of x a thread of two warps, in whole rows; of one warp where a row has five
-    parts: two would spill on sm_100. In float32 48, or 24 a thread of four: more spills on sm_80. A row's bits depend
-    on its dtype and C alone.
+    """Of merge and add_norm: 96 bytes of x a thread of two warps, in whole rows; of four where a row has five parts:
+    two spill on sm_100. In float32 48, or 24 a thread of four: more spills on sm_80; of rows of up to 16 channels four
+    at a time. A row's bits depend on its dtype and C alone.
 
     Measured on an H200, triton 3.6.0, bfloat16, with the norm: 384 channels, 1,576 to 50,432 slots; 768, 37,000 and
     50,432.
@@ -210,8 +210,9 @@ def rows_table(dtype: torch.dtype, C: int) -> dict[str, int]:
     if dtype == torch.float32:
         size, warps = 3072, 4 if C >= 768 else 2
     else:
-        size, warps = (3072, 1) if parts == 5 else (6144, 2)
-    rows = min(32 // dtype.itemsize, max(1, size // (parts * part * dtype.itemsize)))
+        size, warps = 6144, 4 if parts == 5 else 2
+    most = 4 if dtype == torch.float32 and part <= 16 else 16
+    rows = min(most, max(1, size // (parts * part * dtype.itemsize)))
     return {"ROWS": 1 << (rows.bit_length() - 1), "num_warps": max(warps, min(8, parts * part // 1024))}
 
 

@@ -631,7 +631,7 @@ def test_no_kernel_sums_floats_in_an_order_of_its_own():
 def test_tables_name_nothing_that_their_kernels_do_not_take():
     taken = {name: {argument.arg for argument in node.args.args} for name, node in jit_functions().items()}
     tables = {
-        "match_image": match_kernels.match_image_table(128, 64, False, torch.float16),
+        "match_image": match_kernels.match_image_table(128, 64, False, torch.float16, 6),
         "unit_rows": match_kernels.UNIT_ROWS,
         "match_tiles": match_kernels.match_tiles_table(64),
         "assign": assign_kernels.assign_table(256, True),

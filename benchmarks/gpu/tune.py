@@ -83,7 +83,7 @@ def of_match(at: Inputs) -> Tuning:
         return Tuning(launch, match_tiles_table(at.d), others)
     block = block_for(at.N // 2)
     others = every(ROWS=[n for n in (16, 32, 64, 128) if n <= block], HEADS=(2, 6, 12), num_warps=(2, 4, 8, 16))
-    return Tuning(launch, match_image_table(block, at.d, at.by_size, at.x.dtype), others)
+    return Tuning(launch, match_image_table(block, at.d, at.by_size, at.x.dtype, at.H), others)
 
 
 def of_assign(at: Inputs) -> Tuning:
