@@ -10,12 +10,18 @@ kernel is compiled for beside its table's key varies too: match takes bfloat16 w
 at 197 tokens, float32 with heads apart; merge and LayerNorm take each dtype and autocast's pairs; attention takes each
 dtype with each layout. ``--full`` adds every dtype and layout of match.
 
+``--keep`` takes rows from the file that is there, each with its commit, where neither the kernel's code nor what Triton
+would make of the launch has changed.
+
 ``--triton VERSION ...`` compiles under other versions of Triton than the one installed here, one after the other: each
 is installed in an environment of its own, ``.venv-triton-<version>``, which takes all else from this one.
 """
 
 import argparse
+import ast
+import hashlib
 import itertools
+import json
 import math
 import os
 import re
@@ -24,6 +30,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import tokenize
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -44,7 +51,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from atm_triton.command import Parser, exit_code
-from atm_triton.env import check_file, write_result
+from atm_triton.env import check_file, environment, write_result
 from atm_triton.kernels import attention
 from atm_triton.kernels.linear_gelu import linear_gelu_kernel
 from benchmarks.launches import (
@@ -143,7 +150,8 @@ def cases(full: bool = False) -> Iterator[Case]:
         yield from norm_cases(C, dtype, dtype)
     for dtypes in AUTOCAST:
         yield from norm_cases(768, *dtypes)
-    for dtype, d, apart, bias, Nq in itertools.product(DTYPES, DIMENSIONS, (False, True), (True, False), (197, 577, 1)):
+    types = (torch.bfloat16, torch.float32)  # the tests' launches have float16
+    for dtype, d, apart, bias, Nq in itertools.product(types, DIMENSIONS, (False, True), (True, False), (197, 577, 1)):
         yield attention_case(6, max(197, Nq), d, dtype, bias, Nq, apart)
     for C, side in itertools.product((384, 768), (16, 14)):
         of_images = {torch.bfloat16: torch.bfloat16, torch.float16: torch.float32, torch.float32: torch.float32}
@@ -218,7 +226,39 @@ def described(job: tuple[str, str, int]) -> dict[str, Any]:
     kernel, arguments, options = captured_for(chip, case(name))[index]
     constants = [parameter.name for parameter in kernel.params if parameter.is_constexpr]
     configured = configuration(arguments, options, constants)
-    return {"case": name, "kernel": kernel.__name__, "chip": chip, "configuration": configured}
+    made = str(specialised(kernel, arguments, options, CHIPS[chip].target)[1])
+    row = {"case": name, "kernel": kernel.__name__, "chip": chip, "configuration": configured}
+    return row | {"launch": digest(made), "code": code_of(kernel.fn.__code__.co_filename)}
+
+
+def digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@cache
+def code_of(path: str) -> str:
+    """A digest of what the kernels of a module compile: functions and constants, without comments and docstrings."""
+    return digest("".join(compiled(Path(file).read_text()) for file in (path, Path(path).with_name("images.py"))))
+
+
+def compiled(text: str) -> str:
+    lines, parts = text.splitlines(keepends=True), []
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.FunctionDef) and "triton.jit" in "".join(map(ast.unparse, node.decorator_list)):
+            first, documented = node.decorator_list[0].lineno, ast.get_docstring(node) is not None
+        elif isinstance(node, ast.Assign) and "constexpr" in ast.unparse(node.value):
+            first, documented = node.lineno, False
+        else:
+            continue
+        left_out = range(node.body[0].lineno, node.body[0].end_lineno + 1) if documented else ()
+        code = (
+            line
+            for number, line in enumerate(lines, 1)
+            if first <= number <= node.end_lineno and number not in left_out
+        )
+        tokens = tokenize.generate_tokens(code.__next__)
+        parts += [token.string for token in tokens if token.type not in (tokenize.COMMENT, tokenize.NL)]
+    return " ".join(parts)
 
 
 def compile_job(job: tuple[str, str, int]) -> dict[str, Any]:
@@ -251,11 +291,31 @@ def usage(compiled: Any) -> tuple[int, int]:
     return int(re.search(r"REG:(\d+)", text)[1]), int(re.search(r"STACK:(\d+)", text)[1])
 
 
-def compile_all(processes: int, full: bool, once: bool) -> list[dict[str, Any]]:
-    todo = jobs(full, once)
+def compile_all(processes: int, full: bool, once: bool, kept: Path | None) -> list[dict[str, Any]]:
+    every = jobs(full, once)
+    known = {} if kept is None else known_rows(kept)
+    rows = [known.get(named(described(job))) for job in every]
+    todo = [job for job, row in zip(every, rows, strict=True) if row is None]
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         done = pool.map(compile_job, todo, chunksize=4)
-        return list(tqdm(done, total=len(todo), desc="compile", unit="kernel", disable=None))
+        new = iter(list(tqdm(done, total=len(todo), desc="compile", unit="kernel", disable=None)))
+    commit = environment()["commit"]
+    return [row or next(new) | {"commit": commit} for row in rows]
+
+
+def named(row: dict[str, Any]) -> tuple[str, ...]:
+    """What must be the same for a row to be the same."""
+    return tuple(row[name] for name in ("case", "kernel", "chip", "configuration", "launch", "code"))
+
+
+def known_rows(path: Path) -> dict[tuple[str, ...], dict[str, Any]]:
+    """The rows of a file of this version of Triton."""
+    if not path.is_file():
+        raise FileNotFoundError(f"--keep: {path} is not there; compile everything, without --keep")
+    document = json.loads(path.read_text())
+    if document["environment"]["triton"] != triton.__version__:
+        raise ValueError(f"--keep: {path} is of triton {document['environment']['triton']}, not {triton.__version__}")
+    return {named(row): row for row in document["rows"] if "code" in row}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -318,12 +378,12 @@ def run(args: argparse.Namespace) -> None:
     if args.triton and args.json:
         raise ValueError("--json names one file, --triton writes one a version; give one of them")
     if args.triton not in (None, [triton.__version__]):
-        switches = [f"--{name}" for name in ("full", "once") if getattr(args, name)]
+        switches = [f"--{name}" for name in ("full", "once", "keep") if getattr(args, name)]
         run_under(args.triton, ["--jobs", str(args.jobs), *switches])
         return
     result = args.json or RESULT
     check_file("--json", result)
-    rows = compile_all(args.jobs, args.full, args.once)
+    rows = compile_all(args.jobs, args.full, args.once, result if args.keep else None)
     print(table(rows))
     write_result(result, {"rows": rows})
     bad = [f"{row['case']} on {row['chip']}" for row in rows if not row["fits"]]
@@ -336,6 +396,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="the figures; default: a file of the results for this Triton")
     parser.add_argument("--full", action="store_true", help="all dtypes with heads together and apart: hours")
     parser.add_argument("--once", action="store_true", help="every choice of tiles, warps and stages once: minutes")
+    parser.add_argument("--keep", action="store_true", help="compile only what differs from the file that is there")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
     parser.add_argument("--triton", nargs="+", metavar="VERSION", help="under these versions, which are installed")
     args = parser.parse_args(argv)

@@ -11,9 +11,9 @@ import pytest
 
 from benchmarks.readme import RESULTS
 
-KEYS = ("case", "kernel", "chip", "configuration")
+KEYS = ("case", "kernel", "chip", "configuration", "code")
 ROOT = Path(__file__).parents[1]
-VERSIONS = {"3.6.0": 0, "3.9.0": 9}  # the oldest and the newest triton, and how many entries spill there: to be mended
+VERSIONS = ("3.6.0", "3.9.0")  # the oldest and the newest triton
 
 
 def python(*arguments):
@@ -41,19 +41,24 @@ print(json.dumps([described(job) for job in jobs()]))
 def test_no_choice_of_tiles_warps_and_stages_spills_on_any_chip(tmp_path):
     done = compile_all("--once", "--json", str(tmp_path / "now.json"))
     assert done.returncode == 0, done.stdout + done.stderr
-    now = json.loads((tmp_path / "now.json").read_text())["rows"]
+    document = json.loads((tmp_path / "now.json").read_text())
+    now = document["rows"]
     assert all(row["fits"] and row["programs"] >= 1 for row in now)
+    kept = [row | {"registers": 999} for row in now]
+    kept[0]["code"] = "of another kernel"  # that one is compiled anew
+    (tmp_path / "now.json").write_text(json.dumps(document | {"rows": kept}))
+    assert compile_all("--once", "--keep", "--json", str(tmp_path / "now.json")).returncode == 0
+    then = json.loads((tmp_path / "now.json").read_text())["rows"]
+    assert then == [now[0], *kept[1:]]
 
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_what_was_compiled_is_what_the_tables_say(version):
-    """Also where only tiles, warps or stages have changed; every entry was compiled, and none spilled but those that
-    README tells of, by 16 bytes a thread at most."""
+    """Also where only tiles, warps or stages have changed; every entry was compiled, and none spilled."""
     kept = json.loads((RESULTS / f"offline_compile_triton_{version}.json").read_text())
     assert kept["environment"]["triton"] == version
     assert [{name: row[name] for name in KEYS} for row in kept["rows"]] == rows_without_figures()
-    assert all(row["programs"] >= 1 and row["spilled"] <= 16 for row in kept["rows"])
-    assert sum(not row["fits"] for row in kept["rows"]) == VERSIONS[version]
+    assert all(row["fits"] and row["programs"] >= 1 for row in kept["rows"])
 
 
 def test_what_is_compiled_is_what_triton_would_compile():
