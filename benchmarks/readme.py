@@ -1,4 +1,4 @@
-"""The tables of README and docs/engine.md, from ``benchmarks/results/``: ``python -m benchmarks.report``."""
+"""The tables of README and of pages in docs, from ``benchmarks/results/``: ``python -m benchmarks.report``."""
 
 import json
 import re
@@ -11,7 +11,7 @@ from benchmarks.paper import flops, table1, table2
 from benchmarks.paper.cells import saved
 
 ROOT = Path(__file__).parents[1]
-README, ENGINE = ROOT / "README.md", ROOT / "docs" / "engine.md"
+README, ENGINE, KERNELS = (ROOT / page for page in ("README.md", "docs/engine.md", "docs/kernels.md"))
 AT = 0.5  # the share of FLOPs saved at which methods are compared
 SHOWN = (0.40, 0.50, 0.60, 0.70)  # of the costs that were measured
 
@@ -19,7 +19,7 @@ SHOWN = (0.40, 0.50, 0.60, 0.70)  # of the costs that were measured
 def load(name: str) -> dict[str, Any]:
     if not (RESULTS / name).is_file():
         raise FileNotFoundError(
-            f"{RESULTS / name} is missing, README or docs/engine.md has a table of it; measure it, or check it out"
+            f"{RESULTS / name} is missing, README or a page of docs has a table of it; measure it, or check it out"
         )
     return json.loads((RESULTS / name).read_text())
 
@@ -113,6 +113,27 @@ def _beside_a_graph(rows: dict[tuple, dict[str, Any]], cell: tuple[str, int]) ->
     return (
         f'- {cell[0]} at batch {cell[1]}: `adapt="image"` is {ours:.2f} times as fast as timm in a CUDA graph; without '
         f"merging (r = 0) the engine alone is {unmerged:.2f} times."
+    )
+
+
+def kernels_table(result: dict[str, Any]) -> str:
+    """Microseconds of each operation by the number of images, and what bounds it; of DeiT-S, at its first N."""
+    section = result["stages"]["kernels"]
+    first = section["rows"][0]
+    same = {key: first[key] for key in ("dtype", "N", "H", "d")}
+    rows = [row for row in section["rows"] if all(row[key] == value for key, value in same.items())]
+    found = {(row["operation"], row["B"]): row for row in rows}
+    batches = dict.fromkeys(row["B"] for row in rows)
+    heads = (f"B = {B}, us | bound" for B in batches)
+    lines = [f"| {first['dtype']} | {' | '.join(heads)} |", f"|{'---|' * (1 + 2 * len(batches))}"]
+    for operation in dict.fromkeys(row["operation"] for row in rows):
+        cells = (found[operation, B] for B in batches)
+        told = (f"{row['microseconds']:.1f} | {row['bound_us']:.1f}" for row in cells)
+        lines.append(f"| {operation} | {' | '.join(told)} |")
+    rate = section["product_tflop_per_second"][first["dtype"]]
+    copy = section["copy_gb_per_second"]
+    return "\n".join(
+        [*lines, "", f"The bounds are of {copy:.0f} GB/s and {rate:.0f} TFLOP/s, measured in the same run."]
     )
 
 
@@ -244,6 +265,7 @@ TABLES = {  # of the files that they come from
 
 
 OF_ENGINE = {"host": (host.table, ("host.json",))}  # in docs/engine.md
+OF_KERNELS = {"kernels": (kernels_table, ("h200_kernels.json",))}  # in docs/kernels.md
 
 
 def fill(text: str, tables: dict[str, Any] = TABLES, root: str = "") -> str:
@@ -262,4 +284,5 @@ def filled() -> dict[Path, str]:
     return {
         README: fill(README.read_text()),
         ENGINE: fill(ENGINE.read_text(), OF_ENGINE, root="../"),
+        KERNELS: fill(KERNELS.read_text(), OF_KERNELS, root="../"),
     }

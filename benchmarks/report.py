@@ -19,7 +19,7 @@ INTRODUCTION = (
     "by `python -m benchmarks.report`."
 )
 OTHERS = {
-    file: table for table, files in (readme.TABLES | readme.OF_ENGINE).values() for file in files
+    file: table for table, files in (readme.TABLES | readme.OF_ENGINE | readme.OF_KERNELS).values() for file in files
 }  # than the paper's by their name
 
 

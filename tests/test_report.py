@@ -20,17 +20,17 @@ def test_the_page_is_what_the_result_files_say():
 def test_it_is_written_with_readmes_tables(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(readme, "README", tmp_path / "README.md")
     monkeypatch.setattr(readme, "ENGINE", tmp_path / "engine.md")
-    (tmp_path / "engine.md").write_text("<!-- host -->\nstale text\n<!-- end -->\n")
+    monkeypatch.setattr(readme, "KERNELS", tmp_path / "kernels.md")
+    for name, table in (("engine.md", "host"), ("kernels.md", "kernels")):
+        (tmp_path / name).write_text(f"<!-- {table} -->\nstale text\n<!-- end -->\n")
     (tmp_path / "README.md").write_text(
         "".join(f"<!-- {name} -->\nstale text\n<!-- end -->\n" for name in readme.TABLES)
     )
     monkeypatch.setattr(report, "PAGE", tmp_path / "REPORT.md")
     assert report.main([]) == 0
     written = (tmp_path / "README.md").read_text()
-    assert (
-        "stale text" not in written + (tmp_path / "engine.md").read_text()
-        and readme.made_by("paper_flops.json") in written
-    )
+    pages = [written, *((tmp_path / f"{name}.md").read_text() for name in ("engine", "kernels"))]
+    assert "stale text" not in "".join(pages) and readme.made_by("paper_flops.json") in written
     assert report.main([]) == 0
     assert (tmp_path / "README.md").read_text() == written
     assert (tmp_path / "REPORT.md").read_text() == report.page(readme.RESULTS)
