@@ -54,7 +54,7 @@ def test_it_takes_no_options(capsys):
 def test_a_table_without_its_file_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(readme, "RESULTS", tmp_path)
     with pytest.raises(
-        FileNotFoundError, match="paper_flops.json is missing, README or docs/engine.md has a table of it; measure it"
+        FileNotFoundError, match="paper_flops.json is missing, README or a page of docs has a table of it; measure it"
     ):
         readme.load("paper_flops.json")
 
