@@ -44,9 +44,9 @@ class Replays:
         return 0.0
 
 
-class Streams(NamedTuple):
-    """What an engine captures on: the ``main`` stream; ``branch`` and ``copies``, whose short work is not to wait for
-    it; the pool of cuBLAS's workspace on the main one; a graph that keeps the pool, and is never replayed."""
+class CaptureStreams(NamedTuple):
+    """What an engine captures on: the ``main`` stream; ``branch`` and ``copies``, whose short work goes first; the
+    ``pool`` of cuBLAS's workspace on the main stream; a graph that ``keeps`` the pool and is never replayed."""
 
     main: torch.cuda.Stream
     branch: torch.cuda.Stream
@@ -55,32 +55,33 @@ class Streams(NamedTuple):
     keeps: torch.cuda.CUDAGraph
 
 
-class CaptureStreams:
-    """Streams that nobody else captures on, while somebody has this. cuBLAS's workspace there lies in a pool of its
-    own that is never given up. A graph keeps the address of the workspace, but whoever clears cuBLAS's workspaces, as
-    torch.compile does, frees it: in the pool of another graph, or in none, it would be another tensor's next."""
+class StreamLease:
+    """Capture streams that one engine has at a time. Their cuBLAS workspace lies in a pool of its own that is never
+    freed. A graph keeps the workspace's address, but torch.compile clears all cuBLAS workspaces: in any other pool the
+    allocator could then give that memory to another tensor, or back to the device."""
 
     made: ClassVar[dict[int, int]] = {}  # by the device's index
-    spare: ClassVar[dict[int, list[Streams]]] = {}
+    spare: ClassVar[dict[int, list[CaptureStreams]]] = {}
 
     def __init__(self, device: torch.device) -> None:
         index = torch.cuda.current_device() if device.index is None else device.index
         spare = self.spare.setdefault(index, [])
         if spare:
             torch.cuda.synchronize(device)  # a graph of whoever had them before may be at work
-            self.has = spare.pop()
+            self.streams = spare.pop()
         elif self.made.get(index, 0) == ENGINES:
             raise RuntimeError(f"{ENGINES} engines hold graphs on {device}: engine.drop() gives up those of one")
         else:
             pool, main = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device, PRIORITY)
             keeps = _place_workspace(main, pool)
             self.made[index] = self.made.get(index, 0) + 1
-            self.has = Streams(main, *(torch.cuda.Stream(device, PRIORITY - 1) for _ in range(2)), pool, keeps)
-        weakref.finalize(self, spare.append, self.has).atexit = False
+            branch, copies = (torch.cuda.Stream(device, PRIORITY - 1) for _ in range(2))
+            self.streams = CaptureStreams(main, branch, copies, pool, keeps)
+        weakref.finalize(self, spare.append, self.streams).atexit = False
 
     def place_workspace(self) -> None:
         """See that this thread's workspace lies in the pool, also after it was cleared."""
-        _place_workspace(self.has.main, self.has.pool)
+        _place_workspace(self.streams.main, self.streams.pool)
 
 
 def _place_workspace(stream: torch.cuda.Stream, pool: tuple[int, int]) -> torch.cuda.CUDAGraph:
@@ -110,7 +111,7 @@ class CUDAGraphs(Replays):
 
     def reset(self) -> None:
         self.pool = torch.cuda.graph_pool_handle()
-        self.streams: CaptureStreams | None = None
+        self.lease: StreamLease | None = None
         self.alive: weakref.WeakSet[Callable[[], Any]] = weakref.WeakSet()  # replays that somebody still has
         self.held = 0
 
@@ -122,9 +123,9 @@ class CUDAGraphs(Replays):
                     self.reset()
                 torch.cuda.empty_cache()
                 before = torch.cuda.memory_reserved(self.device)
-                streams = self.streams = self.streams or CaptureStreams(self.device)
-                streams.place_workspace()
-                how = {"pool": self.pool, "stream": streams.has.main, "capture_error_mode": "thread_local"}
+                lease = self.lease = self.lease or StreamLease(self.device)
+                lease.place_workspace()
+                how = {"pool": self.pool, "stream": lease.streams.main, "capture_error_mode": "thread_local"}
                 with torch.cuda.graph(graph, **how):
                     out = run()
                 self.held += torch.cuda.memory_reserved(self.device) - before
@@ -133,7 +134,7 @@ class CUDAGraphs(Replays):
             self.pool = torch.cuda.graph_pool_handle()
             raise
 
-        def replay(streams: CaptureStreams = streams) -> Any:  # its workspace is the graph's
+        def replay(lease: StreamLease = lease) -> Any:  # its workspace is the graph's
             graph.replay()
             return out
 
@@ -147,9 +148,9 @@ class CUDAGraphs(Replays):
         return StreamBranch(self)
 
     def side(self, name: str) -> torch.cuda.Stream | None:
-        """One of the streams, while a graph is captured. Elsewhere there is none: another thread's stream may have the
-        same number, and what it does there might take memory that is still read here."""
-        return getattr(self.streams.has, name) if torch.cuda.is_current_stream_capturing() else None
+        """One of the streams while a graph is captured, None elsewhere: another thread's stream may have the same
+        handle, and its work there could take memory that is still read here."""
+        return getattr(self.lease.streams, name) if torch.cuda.is_current_stream_capturing() else None
 
     def wait(self) -> None:
         with _capturing:  # no other engine may capture meanwhile

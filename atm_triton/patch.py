@@ -36,8 +36,8 @@ def apply_patch(model: VisionTransformer, config: ATMConfig | None = None) -> Vi
     Args:
         model: any of timm's VisionTransformer class (or a subclass) whose blocks are ``Block`` with ``Attention``.
         config: what merges, and how much. Without thresholds, or None: the paper's for a model of its tables, told by
-            timm's name, its shape and the published weights that it is made for; whether those are in it is not looked
-            at. ``summary`` says which thresholds these are.
+            timm's name, its shape and the published weights that it is made for; the weights themselves are not
+            checked. ``summary`` says which thresholds these are.
 
     Returns:
         ``model``.

@@ -23,7 +23,7 @@ from atm_triton.engine import Engine, Facts, recorded
 from atm_triton.packed import Images, Packed
 from atm_triton.record import Record, number_of
 
-GONE = 0.6  # of the tokens after a quarter of the blocks: a larger share is said
+GONE = 0.6  # of the tokens after a quarter of the blocks: warn of a larger share
 
 
 class Run:

@@ -18,10 +18,7 @@ is installed in an environment of its own, ``.venv-triton-<version>``, which tak
 """
 
 import argparse
-import ast
-import hashlib
 import itertools
-import json
 import math
 import os
 import re
@@ -30,7 +27,6 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-import tokenize
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -54,6 +50,7 @@ from atm_triton.command import Parser, exit_code
 from atm_triton.env import check_file, environment, write_result
 from atm_triton.kernels import attention
 from atm_triton.kernels.linear_gelu import linear_gelu_kernel
+from benchmarks.kept_rows import code_of, digest, known_rows, named
 from benchmarks.launches import (
     GROUPINGS,
     MANY,
@@ -231,36 +228,6 @@ def described(job: tuple[str, str, int]) -> dict[str, Any]:
     return row | {"launch": digest(made), "code": code_of(kernel.fn.__code__.co_filename)}
 
 
-def digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-@cache
-def code_of(path: str) -> str:
-    """A digest of what the kernels of a module compile: functions and constants, without comments and docstrings."""
-    return digest("".join(compiled(Path(file).read_text()) for file in (path, Path(path).with_name("images.py"))))
-
-
-def compiled(text: str) -> str:
-    lines, parts = text.splitlines(keepends=True), []
-    for node in ast.parse(text).body:
-        if isinstance(node, ast.FunctionDef) and "triton.jit" in "".join(map(ast.unparse, node.decorator_list)):
-            first, documented = node.decorator_list[0].lineno, ast.get_docstring(node) is not None
-        elif isinstance(node, ast.Assign) and "constexpr" in ast.unparse(node.value):
-            first, documented = node.lineno, False
-        else:
-            continue
-        left_out = range(node.body[0].lineno, node.body[0].end_lineno + 1) if documented else ()
-        code = (
-            line
-            for number, line in enumerate(lines, 1)
-            if first <= number <= node.end_lineno and number not in left_out
-        )
-        tokens = tokenize.generate_tokens(code.__next__)
-        parts += [token.string for token in tokens if token.type not in (tokenize.COMMENT, tokenize.NL)]
-    return " ".join(parts)
-
-
 def compile_job(job: tuple[str, str, int]) -> dict[str, Any]:
     """The row of one launch on one chip."""
     name, chip_name, index = job
@@ -301,21 +268,6 @@ def compile_all(processes: int, full: bool, once: bool, kept: Path | None) -> li
         new = iter(list(tqdm(done, total=len(todo), desc="compile", unit="kernel", disable=None)))
     commit = environment()["commit"]
     return [row or next(new) | {"commit": commit} for row in rows]
-
-
-def named(row: dict[str, Any]) -> tuple[str, ...]:
-    """What must be the same for a row to be the same."""
-    return tuple(row[name] for name in ("case", "kernel", "chip", "configuration", "launch", "code"))
-
-
-def known_rows(path: Path) -> dict[tuple[str, ...], dict[str, Any]]:
-    """The rows of a file of this version of Triton."""
-    if not path.is_file():
-        raise FileNotFoundError(f"--keep: {path} is not there; compile everything, without --keep")
-    document = json.loads(path.read_text())
-    if document["environment"]["triton"] != triton.__version__:
-        raise ValueError(f"--keep: {path} is of triton {document['environment']['triton']}, not {triton.__version__}")
-    return {named(row): row for row in document["rows"] if "code" in row}
 
 
 def table(rows: list[dict[str, Any]]) -> str:

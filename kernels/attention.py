@@ -82,9 +82,9 @@ def attention_kernel(
     TAILS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program for some queries of one head of one image. ``scale`` has the factor log2 e in it. What keys are left
-    beyond whole tiles take the narrowest of TAILS tiles that holds them: COLUMNS, a half of it, a quarter, ... Without
-    TAILS every tile has a mask: that is slower, and takes fewer registers."""
+    """One program for some queries of one head of one image. ``scale`` has the factor log2 e in it. Keys beyond
+    the whole tiles go into the narrowest of TAILS tiles that holds them: COLUMNS, a half of it, a quarter, ... Without
+    TAILS every tile has a mask, which is slower and takes fewer registers."""
     tile, head, image = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     first_query, asking = image_bounds(q_cu_seqlens, image)
     if tile * ROWS >= asking:

@@ -64,6 +64,29 @@ def test_what_was_compiled_is_what_the_tables_say(version):
     assert all(row["fits"] and row["programs"] >= 1 for row in kept["rows"])
 
 
+def test_the_digest_of_a_kernel_s_code_covers_all_that_it_calls():
+    """A module's kernels call functions, and read constants, of their own module or of images.py alone."""
+    code = """
+import importlib
+from pathlib import Path
+import triton.language as tl
+from triton.runtime.jit import JITFunction
+from benchmarks.kept_rows import compiled
+import atm_triton.kernels as kernels
+for path in Path(kernels.__file__).parent.glob("*.py"):
+    if path.stem != "__init__":
+        module = importlib.import_module(f"atm_triton.kernels.{path.stem}")
+        covered = compiled(path.read_text()) + compiled(path.with_name("images.py").read_text())
+        for name, value in vars(module).items():
+            if isinstance(value, JITFunction):
+                assert f"def {name} (" in covered, (path, name)
+            if isinstance(value, tl.constexpr):
+                assert name in covered.split(), (path, name)
+"""
+    done = python("-c", code)
+    assert done.returncode == 0, done.stderr
+
+
 def test_what_is_compiled_is_what_triton_would_compile():
     """Numbers of rows and images stay numbers, also 1 and 16; None and strides that divide by 16 are compiled in."""
     code = """

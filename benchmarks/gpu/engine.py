@@ -110,7 +110,7 @@ def run(setting: Setting, section: dict[str, Any], _: dict[str, Any]) -> None:
 
 def fill_caches(setting: Setting) -> None:
     """Run every cell once, all of them side by side: most of what a cell takes is one compiler after another, and those
-    keep what they compiled on disk. What goes wrong here goes wrong again where it is told."""
+    keep what they compiled on disk. A failure here is reported when the cell is measured."""
     if not setting.on_gpu:
         return
     command = (sys.executable, "-m", "benchmarks.gpu.engine")

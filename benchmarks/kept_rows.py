@@ -1,0 +1,57 @@
+"""What tells whether a row of ``offline_compile`` still holds: the code of its kernel and what is launched."""
+
+import ast
+import hashlib
+import json
+import tokenize
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import triton
+
+
+def digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@cache
+def code_of(path: str) -> str:
+    """A digest of what the kernels of a module compile: functions and constants, without comments and docstrings."""
+    return digest("".join(compiled(Path(file).read_text()) for file in (path, Path(path).with_name("images.py"))))
+
+
+def compiled(text: str) -> str:
+    """The tokens of a module's kernels and constants."""
+    lines, parts = text.splitlines(keepends=True), []
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.FunctionDef) and "triton.jit" in "".join(map(ast.unparse, node.decorator_list)):
+            first, documented = node.decorator_list[0].lineno, ast.get_docstring(node) is not None
+        elif isinstance(node, ast.Assign) and "constexpr" in ast.unparse(node.value):
+            first, documented = node.lineno, False
+        else:
+            continue
+        left_out = range(node.body[0].lineno, node.body[0].end_lineno + 1) if documented else ()
+        code = (
+            line
+            for number, line in enumerate(lines, 1)
+            if first <= number <= node.end_lineno and number not in left_out
+        )
+        tokens = tokenize.generate_tokens(code.__next__)
+        parts += [token.string for token in tokens if token.type not in (tokenize.COMMENT, tokenize.NL)]
+    return " ".join(parts)
+
+
+def named(row: dict[str, Any]) -> tuple[str, ...]:
+    """What must be the same for a row to be the same."""
+    return tuple(row[name] for name in ("case", "kernel", "chip", "configuration", "launch", "code"))
+
+
+def known_rows(path: Path) -> dict[tuple[str, ...], dict[str, Any]]:
+    """The rows of a file of this version of Triton."""
+    if not path.is_file():
+        raise FileNotFoundError(f"--keep: {path} is not there; compile everything, without --keep")
+    document = json.loads(path.read_text())
+    if document["environment"]["triton"] != triton.__version__:
+        raise ValueError(f"--keep: {path} is of triton {document['environment']['triton']}, not {triton.__version__}")
+    return {named(row): row for row in document["rows"] if "code" in row}
