@@ -114,7 +114,6 @@ AUTOCAST = ((torch.float32, torch.bfloat16), (torch.float32, torch.float16))  # 
 DIMENSIONS = (32, 48, 60, 64, 72, 80, 96, 128)
 TILES = (
     "BLOCK",
-    "BLOCK_C",
     "D",
     "ROWS",
     "COLUMNS",

@@ -16,7 +16,7 @@ Norm = tuple[Tensor | None, Tensor | None, float]  # weight [C], bias [C], eps
 
 
 @triton.jit
-def _part(part: tl.constexpr, valid, C: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr):
+def channels(part: tl.constexpr, valid, C: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr):
     """The channels of a part [PART], whether each is one, and whether each of some rows has it."""
     c = part * PART + tl.arange(0, PART)
     inside, mask = c < C, valid[:, None]
@@ -40,7 +40,7 @@ def _rows(
     there is none."""
     rows = ()
     for part in tl.static_range(PARTS):
-        c, inside, mask = _part(part, valid, C, PARTS, PART)
+        c, inside, mask = channels(part, valid, C, PARTS, PART)
         at = token.to(tl.int64)[:, None] * C + c[None, :]
         row = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
         if attended is not None:
@@ -87,7 +87,7 @@ def _store_with_norm(
     at, rounded = slot[:, None] * C, ()
     total = tl.zeros([ROWS, PART], tl.float32)
     for part in tl.static_range(PARTS):
-        c, inside, mask = _part(part, valid, C, PARTS, PART)
+        c, inside, mask = channels(part, valid, C, PARTS, PART)
         row = rows[part].to(out.dtype.element_ty)
         tl.store(out + at + c[None, :], row, mask=mask)
         rounded += (row.to(tl.float32),)  # the norm is that of what is stored
@@ -97,12 +97,12 @@ def _store_with_norm(
         centred = ()
         squares = tl.zeros([ROWS, PART], tl.float32)
         for part in tl.static_range(PARTS):
-            c, inside, mask = _part(part, valid, C, PARTS, PART)
+            c, inside, mask = channels(part, valid, C, PARTS, PART)
             centred += (tl.where(inside[None, :], rounded[part] - mean[:, None], 0.0),)
             squares += centred[part] * centred[part]
         deviation = tl.sqrt_rn(tl.sum(squares, axis=1) / C + eps)
         for part in tl.static_range(PARTS):
-            c, inside, mask = _part(part, valid, C, PARTS, PART)
+            c, inside, mask = channels(part, valid, C, PARTS, PART)
             y = centred[part] / deviation[:, None]
             if weight is not None:
                 y = y * _for_each(weight, c, inside, ROWS)
@@ -199,12 +199,12 @@ def parts_of(C: int) -> tuple[int, int]:
 
 
 def rows_table(dtype: torch.dtype, C: int) -> dict[str, int]:
-    """Of merge and add_norm: 96 bytes of x a thread of two warps, in whole rows; of four where a row has five parts:
-    two spill on sm_100. In float32 48, or 24 a thread of four: more spills on sm_80; of rows of up to 16 channels four
-    at a time. A row's bits depend on its dtype and C alone.
+    """Of merge, add_norm and unmerge: 96 bytes of x a thread of two warps, in whole rows; of four where a row has five
+    parts: two spill on sm_100. In float32 48, or 24 a thread of four: more spills on sm_80; of rows of up to 16
+    channels four at a time. A row's bits depend on its dtype and C alone.
 
-    Measured on an H200, triton 3.6.0, bfloat16, with the norm: 384 channels, 1,576 to 50,432 slots; 768, 37,000 and
-    50,432.
+    Measured on an H200, triton 3.6.0, bfloat16: merge and add_norm with the norm, 384 channels, 1,576 to 50,432 slots;
+    768, 37,000 and 50,432; unmerge to 197, 12,608 and 50,432 tokens of 384 and 768.
     """
     parts, part = parts_of(C)
     if dtype == torch.float32:

@@ -1,27 +1,28 @@
-"""unmerge: every token takes the row of its slot. One program a token: a row is read and written once."""
+"""unmerge: every token takes the row of its slot. A row is read for each of its tokens and written once."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from atm_triton.kernels.images import aligned, block_for
+from atm_triton.kernels.images import aligned
+from atm_triton.kernels.merge import channels, parts_of, rows_table
 
 
-@triton.jit(do_not_specialize=["rows"])
-def unmerge_kernel(x, slots, out, rows, C: tl.constexpr, BLOCK_C: tl.constexpr):
-    """One program a token."""
-    token = tl.program_id(0).to(tl.int64)
-    slot = tl.load(slots + token)
-    c = tl.arange(0, BLOCK_C)
-    width = tl.where((slot >= 0) & (slot < rows), C, 0)  # nothing to read for a dropped token
-    row = tl.load(x + slot.to(tl.int64) * C + c, mask=c < width, other=0.0)
-    tl.store(out + token * C + c, row, mask=c < C)
-
-
-def unmerge_table(dtype: torch.dtype, block: int) -> dict[str, int]:
-    """``block``: channels, rounded up to a power of two: eight a thread, as in merge."""
-    return {"num_warps": max(1, min(8, block // 256))}
+@triton.jit(do_not_specialize=["rows", "T"])
+def unmerge_kernel(
+    x, slots, out, rows, T, C: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr
+):
+    """``ROWS`` tokens a program."""
+    token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    valid = token < T
+    slot = tl.load(slots + token, mask=valid, other=-1)
+    kept = (slot >= 0) & (slot < rows)  # nothing to read for a dropped token
+    for part in tl.static_range(PARTS):
+        c, _, there = channels(part, kept, C, PARTS, PART)
+        row = tl.load(x + slot.to(tl.int64)[:, None] * C + c[None, :], mask=there, other=0.0)
+        c, _, there = channels(part, valid, C, PARTS, PART)
+        tl.store(out + token[:, None] * C + c[None, :], row, mask=there)
 
 
 def unmerge(x: Tensor, slots: Tensor, config: dict[str, int] | None = None) -> Tensor:
@@ -37,7 +38,8 @@ def unmerge(x: Tensor, slots: Tensor, config: dict[str, int] | None = None) -> T
     (rows, C), T = x.shape, len(slots)
     out = torch.empty((T, C), dtype=x.dtype, device=x.device)
     if T:
-        block = block_for(C)
-        config = config or unmerge_table(x.dtype, block)
-        unmerge_kernel[(T,)](aligned(x), aligned(slots), out, rows, C=C, BLOCK_C=block, **config)
+        parts, part = parts_of(C)
+        config = config or rows_table(x.dtype, C)
+        grid = (-(-T // config["ROWS"]),)
+        unmerge_kernel[grid](aligned(x), aligned(slots), out, rows, T, C=C, PARTS=parts, PART=part, **config)
     return out

@@ -7,15 +7,13 @@ kept when it fails; ``results`` holds the sections of the stages before it.
 STAGES = (
     "parity",
     "repeat",
-    "engine",
-    "sanitize",
     "kernels",
     "attention",
+    "engine",
     "host",
-    "models",
-    "digits",
     "trace",
     "memory",
+    "sanitize",
     "targets",
 )
 

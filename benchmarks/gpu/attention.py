@@ -38,7 +38,7 @@ SHAPES = (  # dtype, d, N, B, H; the first of them with flex_attention too, as l
     (BF16, 64, 197, 1, 6),
 )
 TINY = ((FLOAT, 16, 17, 1, 2), (HALF, 16, 17, 1, 2))
-COMPILING = 60  # seconds of this stage after which flex_attention is left out
+COMPILING = 30  # seconds of this stage after which flex_attention is left out
 WRITTEN_OUT = "written out"
 CHECKED = 4  # images whose error is taken
 

@@ -6,7 +6,8 @@ with r = 0. Before anything is timed every variant must give the logits of the s
 
 import copy
 import gc
-import math
+import random
+import statistics
 import subprocess
 import sys
 import warnings
@@ -16,41 +17,33 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import timm
 import torch
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor
 
-from atm_triton.block import ATMBlock
 from atm_triton.config import ATMConfig
 from atm_triton.evaluate import share
 from atm_triton.flops import mean, planned
 from atm_triton.graphs import replays_on
-from atm_triton.inputs import digits_config, open_images, open_model
-from atm_triton.ops import Match
-from atm_triton.packed import Packed
-from atm_triton.patch import apply_patch, install
+from atm_triton.patch import install
 from atm_triton.throughput import free_merge_bound, keep_freed_memory, time_in_turn
 from benchmarks.gpu import StageError
-from benchmarks.gpu.digits import TINY_DEPTH
-from benchmarks.gpu.models import BOUND, NAMES, TIMM, graph, ratio, shuffled
+from benchmarks.gpu.models import DIGITS, Case, made, opened, patched
 from benchmarks.gpu.setting import Setting, one_line, short
+from benchmarks.gpu.timing import compiled
+from benchmarks.gpu.unfused import UnfusedBlock
 
-DIGITS = "digits"
 PLAIN = [*((name, batch) for name in ("DeiT-S", "DeiT-B") for batch in (64, 256, 8, 1)), (DIGITS, 64), (DIGITS, 256)]
 PLAIN += [("ViT-L", 64), ("DINOv2-S", 8)]
 COMPILED = [("DeiT-S", 64), ("DeiT-S", 256), ("DeiT-B", 256), ("DeiT-B", 64)]  # once more, in this order
-COMPILING = 240  # seconds of this stage after which nothing more is compiled
-COMPILATION = 80  # seconds that a cell may take that compiles
+COMPILATION = 60  # seconds that a cell may take that compiles
 WARMING = 90  # seconds that processes have to fill the caches of compilers on disk
 REPEATS = 25
-TINY_SIDE = 32
-SHARE = 1 / 24  # of its tokens at the start a model of 12 blocks merges in each: 8 of DeiT's 197
 WARM_UP, PASSES = 3, 6  # calls before a capture; passes within which the engine must have captured all that it plays
 LOGITS = {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 3e-2}  # relative distance: a tie may fall otherwise
 ROUNDED = 2.0  # how far 16-bit logits may be from those in float32, of the distance that the blocks' own are
-ONE_GRAPH, COMPILED_TOO, WHOLE, UNMERGED = "one graph", "compiled", "ATM static, one graph", "ATM static, r = 0"
-OWN_R = ", image's r"  # marks what merges as many tokens as adapt="image" does, where the others merge another number
+TIMM, BOUND, UNFUSED, ONE_GRAPH, COMPILED_TOO = "timm", "free-merge bound", "unfused", "one graph", "compiled"
+WHOLE, UNMERGED = "ATM static, one graph", "ATM static, r = 0"
 
 
 class Cell(NamedTuple):
@@ -59,17 +52,6 @@ class Cell(NamedTuple):
     name: str
     batch: int
     compiles: bool
-
-
-class Case(NamedTuple):
-    """A model and its images; ``configs``: how it merges, by adapt; ``plans``: a given r for each block that bounds and
-    whole graphs take, by what marks their names; ``plan``: the one that compares with each of ``configs``."""
-
-    model: VisionTransformer
-    images: Tensor
-    configs: dict[str, ATMConfig]
-    plans: dict[str, ATMConfig]
-    plan: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -86,17 +68,17 @@ class Variant:
 
 def run(setting: Setting, section: dict[str, Any], _: dict[str, Any]) -> None:
     keep_freed_memory()
-    start, model = setting.seconds(), (None, None)
+    model = (None, None)
     fill_caches(setting)
     section |= {"rows": [], "left_out": [], "wrong": [], "repeats": setting.pick(REPEATS, 1)}
     section["tolerances"] = {short(dtype): most for dtype, most in LOGITS.items()}
     for cell in cells(setting):
-        if cell.compiles and not (setting.has(0, start + COMPILING) and setting.has(COMPILATION)):
+        if cell.compiles and not setting.has(COMPILATION):
             section["left_out"].append(f"torch.compile of {cell.name} at {cell.batch}: no time")
             continue
         if model[0] != cell.name:
             model = cell.name, made(cell.name, setting)
-        case = (digits if cell.name == DIGITS else deit)(model[1], cell.batch, setting)
+        case = opened(model[1], cell.name, cell.batch, setting)
         section["rows"] += measure(cell, case, setting, section)
         if cell.compiles:
             torch._dynamo.reset()
@@ -127,7 +109,7 @@ def fill_caches(setting: Setting) -> None:
 
 def run_once(name: str, batch: str, compiles: str) -> None:
     setting = Setting(torch.device("cuda"), False, Path(), lambda: None)
-    case = (digits if name == DIGITS else deit)(made(name, setting), int(batch), setting)
+    case = opened(made(name, setting), name, int(batch), setting)
     measure(Cell(name, int(batch), compiles == "True"), case, setting, {"repeats": 1, "wrong": [], "left_out": []})
 
 
@@ -136,88 +118,6 @@ def cells(setting: Setting) -> list[Cell]:
     if setting.tiny:
         return [Cell("DeiT-S", 2, True), Cell(DIGITS, 2, False)]
     return [Cell(*cell, False) for cell in PLAIN] + [Cell(*cell, True) for cell in COMPILED]
-
-
-def made(name: str, setting: Setting) -> VisionTransformer:
-    dtype = setting.pick(torch.bfloat16, torch.float32)  # the interpreter cannot multiply bfloat16
-    if name == DIGITS:
-        model = open_model()
-        if setting.tiny:
-            model.blocks = model.blocks[:TINY_DEPTH].eval()
-            model.set_input_size(TINY_SIDE)
-        return model.to(setting.device, dtype)
-    shape = {} if not setting.tiny else {"img_size": TINY_SIDE, "embed_dim": 32, "depth": 3, "num_heads": 2}
-    with torch.device(setting.device):
-        return timm.create_model(NAMES[name], **shape).eval().to(dtype)
-
-
-def deit(model: VisionTransformer, batch: int, setting: Setting) -> Case:
-    """Random weights, and thresholds at which as many tokens merge as by the given r."""
-    dtype, depth = next(model.parameters()).dtype, len(model.blocks)
-    N = model.patch_embed.num_patches + model.num_prefix_tokens
-    r = setting.pick(int(SHARE * N * 12 / depth), 1)
-    images = torch.randn(batch, 3, *model.patch_embed.img_size, dtype=dtype, device=setting.device)
-    static = ATMConfig(adapt="static", schedule=(r,) * depth, backend="triton")
-    configs = {
-        "static": static,
-        "batch": fitted(model, images, "batch", int((r + 0.5) * batch)),  # rounded down: r, by the widest margin
-        "image": fitted(model, images, "image", r * batch),
-    }
-    return Case(model, images, configs, {"": static}, dict.fromkeys(configs, ""))
-
-
-@torch.inference_mode()
-def digits(model: VisionTransformer, batch: int, setting: Setting) -> Case:
-    """Trained weights with the thresholds that ship. By a given r as many tokens merge as with one r a batch, or as an
-    image merges on average."""
-    images, _ = next(iter(open_images(open_model(), limit=batch, batch_size=batch)))
-    height, width = model.patch_embed.img_size  # tiny: a corner
-    images = images[..., -height:, -width:].to(next(model.parameters()))
-    configs = {
-        adapt: setting.pick(digits_config(adapt), ATMConfig(alpha=0.9, beta=0.04, theta_min=0.8, adapt=adapt))
-        for adapt in ("batch", "image")
-    }
-    configs = {adapt: replace(config, backend="triton") for adapt, config in configs.items()}
-    plans = {}
-    for mark, config in zip(("", OWN_R), configs.values(), strict=True):
-        blocks = patched(model, config, engine=False)
-        blocks(images)
-        r = tuple(round(mean(r)) for r in blocks.blocks.last.merged)
-        plans[mark] = replace(config, adapt="static", schedule=r, thresholds=None)
-    configs = {"static": plans[""], **configs}
-    return Case(model, images, configs, plans, {"static": "", "batch": "", "image": OWN_R})
-
-
-class FittingBlock(ATMBlock):
-    """A block that chooses its theta by the tokens that it sees: ``wanted`` candidates in all images together."""
-
-    wanted: int
-
-    def match(self, keys: Tensor, tokens: Packed) -> Match | None:
-        similarity = super().match(keys, tokens).similarity.sort(descending=True).values
-        last = min(self.wanted, int((similarity > -math.inf).sum())) - 1
-        between = similarity[last : last + 2].double().mean().item()  # midway to the first that is none
-        self.theta = min(max(between, -1.0), 1.0)
-        return super().match(keys, tokens)
-
-
-@torch.inference_mode()
-def fitted(model: VisionTransformer, images: Tensor, adapt: str, wanted: int) -> ATMConfig:
-    """Thresholds by which each block has ``wanted`` candidates in all ``images`` together."""
-    config = ATMConfig(adapt=adapt, thresholds=(1.0,) * len(model.blocks), backend="triton")
-
-    def fitting(block: Block, index: int) -> FittingBlock:
-        merging = FittingBlock.of(block, config, index, len(model.blocks), model.num_prefix_tokens)
-        merging.wanted = wanted
-        return merging
-
-    probe = install(share(model), fitting, config)
-    probe(images)
-    return replace(config, thresholds=tuple(block.theta for block in probe.blocks))
-
-
-def patched(model: VisionTransformer, config: ATMConfig, engine: bool) -> VisionTransformer:
-    return apply_patch(share(model), replace(config, engine=engine))
 
 
 class OneGraph:
@@ -287,6 +187,9 @@ def variants(cell: Cell, case: Case, setting: Setting) -> dict[str, Variant]:
         found[f"{BOUND}{mark}"] = Variant(bound, bound)
         found[f"{BOUND}, {ONE_GRAPH}{mark}"] = Variant(OneGraph(bound), bound)
         found[f"{WHOLE}{mark}"] = Variant(OneGraph(blocks), blocks)
+        if not mark:
+            unfused = install(share(model), partial(unfused_block, model, static), static)
+            found[f"{UNFUSED}, {ONE_GRAPH}"] = Variant(OneGraph(unfused), unfused)
     # the engine alone: timm's last block computes all tokens, so this one does
     unmerged = replace(case.plans[""], schedule=(0,) * len(model.blocks), cls_only_last=False)
     ways = {f"ATM {adapt}": (config, case.plan[adapt]) for adapt, config in case.configs.items()}
@@ -299,6 +202,21 @@ def variants(cell: Cell, case: Case, setting: Setting) -> dict[str, Variant]:
         for name, plain in ((TIMM, share(model)), (BOUND, bounds[""])):
             found[f"{name}, {COMPILED_TOO}"] = Variant(graph(plain, setting), found[name].expected)
     return found
+
+
+def unfused_block(model: VisionTransformer, config: ATMConfig, block: Block, index: int) -> UnfusedBlock:
+    return UnfusedBlock.of(block, config, index, len(model.blocks), model.num_prefix_tokens)
+
+
+def graph(model: VisionTransformer, setting: Setting) -> Callable[[Tensor], Tensor]:
+    """By torch.compile, as one CUDA graph."""
+    run = compiled(model, setting.device, mode="reduce-overhead")
+
+    def call(images: Tensor) -> Tensor:
+        torch.compiler.cudagraph_mark_step_begin()  # the logits of the call before are not wanted any more
+        return run(images)
+
+    return call
 
 
 def check(variant: Variant, images: Tensor) -> float:
@@ -331,6 +249,16 @@ def check(variant: Variant, images: Tensor) -> float:
     if not error <= allowed:
         raise StageError(f"logits are {error:.2g} from {what}, above {allowed:.2g}")
     return error
+
+
+def ratio(above: list[float], below: list[float]) -> float:
+    """The median over the turns of time over time."""
+    return statistics.median(a / b for a, b in zip(above, below, strict=True))
+
+
+def shuffled(runs: dict[str, Callable[[], Any]]) -> dict[str, Callable[[], Any]]:
+    """In an order of chance: what is warmed up last should not always be the same."""
+    return {name: runs[name] for name in random.Random(1).sample(list(runs), len(runs))}
 
 
 def distance(logits: Tensor, expected: Tensor) -> float:

@@ -11,7 +11,7 @@ from atm_triton import ops, reference
 from atm_triton.packed import Images, Packed
 from benchmarks.gpu import traffic
 from benchmarks.gpu.setting import Setting, qkv, short, some_sizes
-from benchmarks.gpu.timing import copy_bandwidth, median_us, product_rate, replayed
+from benchmarks.gpu.timing import copy_bandwidth, empty_us, median_us, product_rate, replayed
 
 WIDTHS = {"DeiT-S": (6, 64), "DeiT-B": (12, 64)}  # H, d
 TINY_WIDTHS = {"DeiT-S": (2, 16), "DeiT-B": (3, 16)}
@@ -21,6 +21,7 @@ PRODUCT_SIDE = 8192
 
 @torch.inference_mode()
 def run(setting: Setting, section: dict[str, Any], _: dict[str, Any]) -> None:
+    section["empty_us"] = empty_us(setting.device)
     section["copy_gb_per_second"] = copy_bandwidth(setting.device, setting.pick(COPY_BYTES, 2**20))
     rows, rates = [], {}
     section |= {"rows": rows, "product_tflop_per_second": rates}

@@ -18,7 +18,7 @@ from benchmarks.gpu.host import OURS
 from benchmarks.gpu.parity import Case, check_case
 from benchmarks.gpu.setting import Setting
 
-TOOLS, SECONDS = ("memcheck", "racecheck"), 150
+TOOLS = ("memcheck", "racecheck")
 FOUND = "found in our kernels"
 CASES = tuple(
     Case(3, *shape, dtype, by_size, differ=by_size)
@@ -41,7 +41,7 @@ def run(setting: Setting, section: dict[str, Any], _: dict[str, Any]) -> None:
     launch_all(setting.device)  # compiled and kept on disk: the tools slow the host down too
     torch.cuda.empty_cache()
     running = {tool: start(program, tool) for tool in TOOLS}
-    section["tools"] = {tool: outcome(process) for tool, process in running.items()}
+    section["tools"] = {tool: outcome(process, setting.left()) for tool, process in running.items()}
     wrong = [f"{tool}: {said}" for tool, said in section["tools"].items() if said.startswith(FOUND)]
     if wrong:
         raise StageError("; ".join(wrong))
@@ -64,14 +64,14 @@ def start(program: str, tool: str) -> subprocess.Popen:
     )
 
 
-def outcome(process: subprocess.Popen) -> str:
+def outcome(process: subprocess.Popen, seconds: float) -> str:
     """What a tool said, in a line that begins with ``FOUND`` where it found something in a kernel of ours."""
     try:
-        text, _ = process.communicate(timeout=SECONDS)
+        text, _ = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
         process.kill()
         process.communicate()
-        return f"not done after {SECONDS} s"
+        return f"not done after {seconds:.1f} s"
     return verdict(text, process.returncode)
 
 

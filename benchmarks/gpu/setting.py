@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-SECONDS = 520  # of a whole run; what is compiled for comparison alone is left out when they run short
+SECONDS = 450  # of a whole run: what only compares, and the sanitizer, get what is left of them
 T = TypeVar("T")
 
 
@@ -32,6 +32,10 @@ class Setting:
 
     def seconds(self) -> float:
         return time.monotonic() - self.started
+
+    def left(self) -> float:
+        """Seconds, 0 at least."""
+        return max(SECONDS - self.seconds(), 0.0)
 
     def has(self, seconds: float, of: float = SECONDS) -> bool:
         """Whether ``seconds`` are left of the first ``of`` of the run."""

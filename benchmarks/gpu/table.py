@@ -84,7 +84,8 @@ def kernels(section: dict[str, Any]) -> list[str]:
     ]
     after = figure(section.get("copy_gb_per_second_after"), 0)
     return [
-        f"copy: {section['copy_gb_per_second']:.0f} GB/s, and {after} after it all",
+        f"copy: {section['copy_gb_per_second']:.0f} GB/s, and {after} after it all; "
+        f"an empty kernel: {figure(section['empty_us'])} us",
         "",
         *grid(head, rows),
     ]
@@ -111,36 +112,6 @@ def host(section: dict[str, Any]) -> list[str]:
     return lines + [f"{name} block: {row['all']} launches, {row['ours']} of them ours" for name, row in launches]
 
 
-def models(section: dict[str, Any]) -> list[str]:
-    head = [
-        "model",
-        "dtype",
-        "batch",
-        "variant",
-        "images/s",
-        "slowest",
-        "fastest",
-        "ms",
-        "x timm",
-        "of bound",
-        "peak MiB",
-    ]
-    rows = [
-        [row["model"], row["dtype"], str(row["batch"]), row["name"]]
-        + [figure(row[key]) for key in ("images_per_second", "slowest", "fastest")]
-        + [figure(row["milliseconds"], 3), figure(row.get("of_timm"), 2), figure(row.get("of_free-merge bound"), 3)]
-        + [figure(row["peak_mib"])]
-        for row in section["rows"]
-    ]
-    plans = section.get("schedules", {}).items()
-    lines = [
-        f"{name}: r = {plan['r']}, {plan['gflops']:.2f} of {plan['gflops_unmerged']:.2f} GFLOPs; "
-        f"float32 logits {plan['error']:.1e} from the reference's"
-        for name, plan in plans
-    ]
-    return [*lines, "", *grid(head, rows)]
-
-
 def trace(section: dict[str, Any]) -> list[str]:
     return [
         f"{name}: {part['reads']} counts read, longest gap {figure(part['longest_gap_microseconds'])} us, "
@@ -165,14 +136,12 @@ def targets(section: dict[str, Any]) -> list[str]:
 MAKERS = {
     "parity": parity,
     "repeat": repeat,
-    "engine": engine,
-    "sanitize": sanitize,
     "kernels": kernels,
     "attention": attention,
+    "engine": engine,
     "host": host,
-    "models": models,
-    "digits": models,
     "trace": trace,
     "memory": memory,
+    "sanitize": sanitize,
     "targets": targets,
 }

@@ -3,7 +3,6 @@
 import operator
 from typing import Any
 
-from benchmarks.gpu.models import BOUND, OURS, TIMM, UNFUSED
 from benchmarks.gpu.setting import Setting
 
 Rows = list[dict[str, Any]]
@@ -11,10 +10,8 @@ Rows = list[dict[str, Any]]
 
 def run(setting: Setting, section: dict[str, Any], results: dict[str, Any]) -> None:
     kernels = results.get("kernels", {}).get("rows", [])
-    models = results.get("models", {}).get("rows", [])
-    digits = results.get("digits", {}).get("rows", [])
     engine = results.get("engine", {}).get("rows", [])
-    section["rows"] = [*of_engine(engine), *of_kernels(kernels), *of_models(models), of_digits(digits)]
+    section["rows"] = [*of_engine(engine), *of_kernels(kernels)]
 
 
 def target(what: str, value: float | None, compare: str, wanted: float) -> dict[str, Any]:
@@ -51,30 +48,3 @@ def of_engine(rows: Rows) -> Rows:
             found.append(target(f"{name}: time / time(one graph)", row["whole"], "<=", 1.1))
             found.append(target(f"{name}: time(bound in one graph) / time", row["of_bound"], ">=", 0.97))
     return found or [target("engine", None, ">=", 0.97)]
-
-
-def of_models(rows: Rows) -> Rows:
-    """Without torch.compile, of every model, dtype and batch."""
-    cells = dict.fromkeys((row["model"], row["dtype"], row["batch"]) for row in rows if not row["session"])
-    cells = cells or dict.fromkeys((row["model"], row["dtype"], row["batch"]) for row in rows)
-    found = []
-    for model, dtype, batch in cells:
-        at = {"model": model, "dtype": dtype, "batch": batch}
-        name = f"{model} {dtype} B={batch}"
-        if batch >= 64 or len(cells) == 1:
-            found.append(target(f"{name}: time(bound) / time", faster(rows, at, OURS, BOUND), ">=", 0.95))
-        if model == "DeiT-S":
-            found.append(target(f"{name}: images/s over timm's", faster(rows, at, OURS, TIMM), ">=", 1.35))
-            found.append(target(f"{name}: images/s over unfused", faster(rows, at, OURS, UNFUSED), ">=", 1.5))
-    return found or [target("models", None, ">=", 0.95)]
-
-
-def of_digits(rows: Rows) -> dict[str, Any]:
-    at = {key: rows[0][key] for key in ("model", "dtype", "batch")} if rows else {}
-    return target("digits: images/s of image over batch", faster(rows, at, "ATM image", "ATM batch"), ">=", 0.95)
-
-
-def faster(rows: Rows, at: dict[str, Any], name: str, than: str) -> float | None:
-    """Images a second of one variant over those of another."""
-    above, below = pick(rows, **at, name=name), pick(rows, **at, name=than)
-    return above["images_per_second"] / below["images_per_second"] if above and below else None

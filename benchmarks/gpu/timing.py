@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from atm_triton.graphs import replays_on
@@ -79,6 +80,16 @@ def product_rate(device: torch.device, side: int, dtype: torch.dtype) -> float:
     """TFLOP/s of a product of two square matrices."""
     one, other = torch.randn(2, side, side, dtype=dtype, device=device)
     return 2 * side**3 / median_us(lambda: one @ other, device) / 1e6
+
+
+@triton.jit
+def _nothing():
+    pass
+
+
+def empty_us(device: torch.device) -> float:
+    """What a kernel that does nothing takes as a graph: no other can take less."""
+    return median_us(replayed(lambda: _nothing[(1,)](), device), device)
 
 
 def replayed(call: Callable[[], Any], device: torch.device) -> Callable[[], Any]:

@@ -25,7 +25,7 @@ from atm_triton.kernels.images import block_for
 from atm_triton.kernels.match import WHOLE_IMAGE, match, match_image_table, match_tiles_table
 from atm_triton.kernels.merge import Norm, add_norm, merge, rows_table
 from atm_triton.kernels.stem import stem, stem_table
-from atm_triton.kernels.unmerge import unmerge, unmerge_table
+from atm_triton.kernels.unmerge import unmerge
 from atm_triton.packed import Images
 from benchmarks.gpu.setting import qkv, some_sizes
 from benchmarks.gpu.timing import median_us, replayed
@@ -115,8 +115,7 @@ def of_rows(launch: Callable[..., Any], x: Tensor) -> Tuning:
 
 def of_unmerge(at: Inputs) -> Tuning:
     slots = torch.arange(len(at.x), dtype=torch.int32, device=at.x.device) // 2
-    table = unmerge_table(at.x.dtype, block_for(at.x.shape[1]))
-    return Tuning(partial(unmerge, at.x, slots), table, every(num_warps=(1, 2, 4, 8)))
+    return of_rows(partial(unmerge, at.x, slots), at.x)
 
 
 def of_stem(at: Inputs) -> Tuning:
