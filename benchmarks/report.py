@@ -1,4 +1,4 @@
-"""All results on one page, and README's tables: ``python -m benchmarks.report``.
+"""All results on one page, and the tables of README and docs: ``python -m benchmarks.report``.
 
 The page, ``benchmarks/results/REPORT.md``, holds the table and the plot of every file there, with the command, machine
 and commit that made it. Nothing is measured, and nothing changes where no result did.
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from atm_triton.command import Parser, exit_code
-from benchmarks import readme
+from benchmarks import pages
 from benchmarks.paper.__main__ import EXPERIMENTS
 
 PAGE = "REPORT.md"
@@ -19,7 +19,11 @@ INTRODUCTION = (
     "by `python -m benchmarks.report`."
 )
 OTHERS = {
-    file: table for table, files in (readme.TABLES | readme.OF_ENGINE | readme.OF_KERNELS).values() for file in files
+    file: table
+    for path, tables in pages.TABLES.items()
+    for table, files in tables.values()
+    for file in files
+    if path != pages.README  # whose tables are extracts
 }  # than the paper's by their name
 
 
@@ -69,10 +73,10 @@ def _table(path: Path, document: dict[str, Any]) -> list[str]:
 
 
 def run() -> None:
-    pages = {readme.RESULTS / PAGE: page(readme.RESULTS), **readme.filled()}
-    for path, text in pages.items():
+    made = {pages.RESULTS / PAGE: page(pages.RESULTS), **pages.filled()}
+    for path, text in made.items():
         path.write_text(text)
-    print(f"written: {', '.join(map(str, pages))}")
+    print(f"written: {', '.join(map(str, made))}")
 
 
 def main(argv: list[str] | None = None) -> int:

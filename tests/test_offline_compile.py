@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.readme import RESULTS
+from benchmarks.pages import RESULTS
 
 KEYS = ("case", "kernel", "chip", "configuration", "code")
 ROOT = Path(__file__).parents[1]

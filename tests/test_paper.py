@@ -20,12 +20,12 @@ from atm_triton.inputs import digits_config, open_images, open_model
 from atm_triton.operating_points import operating_points
 from atm_triton.shapes import Predictor
 from benchmarks import zoo
+from benchmarks.pages import EXPERIMENTS
 from benchmarks.paper import __main__ as paper
 from benchmarks.paper import figure4, figure5, figure6, flops, methods, points, subject, table1, theorem1
 from benchmarks.paper.methods import NEAR, counted, nearest, of_baseline
 from benchmarks.paper.rows import Rows
 from benchmarks.paper.thresholds import Thresholds
-from benchmarks.readme import README
 from models import images, vit
 
 
@@ -331,9 +331,9 @@ def imagenet(tmp_path_factory):
     return place
 
 
-def test_the_line_for_imagenet_in_readme(imagenet, monkeypatch, capsys):
+def test_the_line_for_imagenet_in_docs(imagenet, monkeypatch, capsys):
     """Word for word; what is added makes it short."""
-    text = README.read_text()
+    text = EXPERIMENTS.read_text()
     (line,) = re.findall(r"^python -m benchmarks.paper figure4 --model .*$", text, re.MULTILINE)
     monkeypatch.chdir(imagenet)
     arguments = shlex.split(line, comments=True)[3:]
@@ -390,9 +390,11 @@ def test_an_experiment_runs_on_directories(name, imagenet, narrow, monkeypatch, 
     assert "left out: imagenet/val/n00000250/image.jpg" in capsys.readouterr().out.splitlines()[-1]
 
 
-def test_the_other_line_for_imagenet_in_readme(imagenet, monkeypatch, capsys):
+def test_the_other_line_for_imagenet_in_docs(imagenet, monkeypatch, capsys):
     """Word for word but for the path; weights are not downloaded here."""
-    (line,) = re.findall(r"`atm-triton (eval --model deit_small_patch16_224 --pretrained .*?)`", README.read_text())
+    (line,) = re.findall(
+        r"`atm-triton (eval --model deit_small_patch16_224 --pretrained .*?)`", EXPERIMENTS.read_text()
+    )
     create = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained=False, **more: create(name, **more))
     monkeypatch.chdir(imagenet)

@@ -4,42 +4,45 @@ import json
 
 import pytest
 
-from benchmarks import readme, report
+from benchmarks import pages, report
 from benchmarks.paper.__main__ import EXPERIMENTS
 
 
 def test_the_page_is_what_the_result_files_say():
-    text = (readme.RESULTS / report.PAGE).read_text()
-    assert report.page(readme.RESULTS) == text, "run python -m benchmarks.report"
-    for path in readme.RESULTS.glob("*.json"):
+    text = (pages.RESULTS / report.PAGE).read_text()
+    assert report.page(pages.RESULTS) == text, "run python -m benchmarks.report"
+    for path in pages.RESULTS.glob("*.json"):
         assert f"`{path.name}`: `" in text
-    for path in readme.RESULTS.glob("*.png"):
+    for path in pages.RESULTS.glob("*.png"):
         assert f"]({path.name})" in text
 
 
-def test_it_is_written_with_readmes_tables(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(readme, "README", tmp_path / "README.md")
-    monkeypatch.setattr(readme, "ENGINE", tmp_path / "engine.md")
-    monkeypatch.setattr(readme, "KERNELS", tmp_path / "kernels.md")
-    for name, table in (("engine.md", "host"), ("kernels.md", "kernels")):
-        (tmp_path / name).write_text(f"<!-- {table} -->\nstale text\n<!-- end -->\n")
-    (tmp_path / "README.md").write_text(
-        "".join(f"<!-- {name} -->\nstale text\n<!-- end -->\n" for name in readme.TABLES)
-    )
+def test_it_is_written_with_the_tables_of_all_pages(tmp_path, monkeypatch, capsys):
+    tables = {tmp_path / page.name: tables for page, tables in pages.TABLES.items()}
+    for page, names in tables.items():
+        page.write_text("".join(f"<!-- {name} -->\nstale text\n<!-- end -->\n" for name in names))
+    monkeypatch.setattr(pages, "TABLES", tables)
     monkeypatch.setattr(report, "PAGE", tmp_path / "REPORT.md")
     assert report.main([]) == 0
-    written = (tmp_path / "README.md").read_text()
-    pages = [written, *((tmp_path / f"{name}.md").read_text() for name in ("engine", "kernels"))]
-    assert "stale text" not in "".join(pages) and readme.made_by("paper_flops.json") in written
+    written = [page.read_text() for page in tables]
+    assert "stale text" not in "".join(written) and pages.made_by("paper_flops.json") in "".join(written)
     assert report.main([]) == 0
-    assert (tmp_path / "README.md").read_text() == written
-    assert (tmp_path / "REPORT.md").read_text() == report.page(readme.RESULTS)
+    assert [page.read_text() for page in tables] == written
+    assert (tmp_path / "REPORT.md").read_text() == report.page(pages.RESULTS)
+
+
+def test_a_page_without_a_place_for_its_table_is_named(tmp_path, monkeypatch):
+    page = tmp_path / "guide.md"
+    page.write_text("no table")
+    monkeypatch.setattr(pages, "TABLES", {page: pages.TABLES[pages.BACKBONES]})
+    with pytest.raises(ValueError, match=r"guide\.md has no place for the table 'flops'"):
+        pages.filled()
 
 
 @pytest.mark.parametrize("text", ['{"rows": []}', "[]", "{", '{"environment": {"commit": "x"}}', "ROW"])
 def test_a_file_of_another_version_is_named(text, tmp_path):
     path = tmp_path / f"digits_{next(iter(EXPERIMENTS))}.json"
-    made = json.loads((readme.RESULTS / "digits_table1.json").read_text())
+    made = json.loads((pages.RESULTS / "digits_table1.json").read_text())
     path.write_text(json.dumps(made | {"rows": ["x"]}) if text == "ROW" else text)
     with pytest.raises(ValueError, match=f"^{path}: is no result of this version"):
         report.page(tmp_path)
@@ -52,11 +55,11 @@ def test_it_takes_no_options(capsys):
 
 
 def test_a_table_without_its_file_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    monkeypatch.setattr(pages, "RESULTS", tmp_path)
     with pytest.raises(
         FileNotFoundError, match="paper_flops.json is missing, README or a page of docs has a table of it; measure it"
     ):
-        readme.load("paper_flops.json")
+        pages.load("paper_flops.json")
 
 
 def test_an_experiment_is_found_by_its_name(tmp_path):
@@ -77,13 +80,13 @@ def test_an_experiment_is_found_by_its_name(tmp_path):
 
 
 def test_a_table_is_of_the_file_beside_it(tmp_path):
-    document = json.loads((readme.RESULTS / "paper_flops.json").read_text())
+    document = json.loads((pages.RESULTS / "paper_flops.json").read_text())
     document["models"][0]["parameters"] = 1_230_000
     (tmp_path / "paper_flops.json").write_text(json.dumps(document))
     assert "| 1.23 (5.72) |" in report.page(tmp_path)
 
 
 def test_an_unfinished_file_is_shown_as_far_as_it_goes(tmp_path):
-    document = json.loads((readme.RESULTS / "digits_figure4.json").read_text())
+    document = json.loads((pages.RESULTS / "digits_figure4.json").read_text())
     (tmp_path / "digits_figure4.json").write_text(json.dumps(document | {"rows": document["rows"][:-1]}))
     assert report.page(tmp_path).count("not measured yet") == 1

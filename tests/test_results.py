@@ -7,9 +7,9 @@ import pytest
 
 from atm_triton.digits.model import CONFIG, IMAGE_CONFIG
 from benchmarks.calibration import RAMPS
+from benchmarks.pages import RESULTS, beside_the_curve
 from benchmarks.paper import table1
 from benchmarks.paper.methods import STYLES
-from benchmarks.readme import RESULTS, beside_the_curve
 
 
 def result(name):

@@ -1,11 +1,10 @@
-"""README: every block runs, and every table is what the result files say."""
+"""README and docs: every block runs, every table is what the result files say, every link leads somewhere."""
 
 import re
 import shlex
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import timm
@@ -15,34 +14,44 @@ from safetensors.torch import save_file
 
 from atm_triton import search
 from atm_triton.cli import main
-from benchmarks.readme import README, ROOT, filled
+from benchmarks.pages import README, ROOT, filled
 from test_patch import KINDS
 
-TEXT = README.read_text()
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
-PYTHON = [code for language, code in BLOCKS if language == "python"]
-LINES = [line for language, code in BLOCKS if language == "sh" for line in code.splitlines()]
+PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCKS = [
+    (f"{page.stem}-{number}", language, code)
+    for page in PAGES
+    for number, (language, code) in enumerate(
+        re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+    )
+]
+PYTHON = {name: code for name, language, code in BLOCKS if language == "python"}
+LINES = dict.fromkeys(line for _, language, code in BLOCKS if language == "sh" for line in code.splitlines())
 
 
 def test_every_block_is_python_or_sh():
-    assert {language for language, _ in BLOCKS} == {"python", "sh"}
-    assert len(PYTHON) >= 2 and len(LINES) >= 5
+    assert {language for _, language, _ in BLOCKS} == {"python", "sh"}
+    assert len(PYTHON) >= 4 and len(LINES) >= 10
 
 
-@pytest.mark.parametrize("code", PYTHON, ids=range(len(PYTHON)))
-def test_python_blocks_run(code):
-    exec(compile(code, "README.md", "exec"), {})
+def test_readme_is_read_in_two_minutes():
+    assert len(README.read_text().splitlines()) <= 150
+
+
+@pytest.mark.parametrize("name", PYTHON)
+def test_python_blocks_run(name):
+    exec(compile(PYTHON[name], name, "exec"), {})
 
 
 def test_the_first_example_saves_what_stands_below_it(capsys):
-    exec(compile(PYTHON[0], "README.md", "exec"), {})
+    exec(compile(PYTHON["README-1"], "README.md", "exec"), {})
     printed = capsys.readouterr().out
     entering = [line.split()[1] for line in printed.splitlines()[1:13]]
     cost = re.search(r"([\d.]+) GFLOPs an image \(.*\) of ([\d.]+): ([\d.]+) % of the MACs saved", printed)
     said = re.search(
         r"Of the (\d+) tokens of an image, ([\d.]+) on average enter the last block; "
         r"it costs ([\d.]+) GFLOPs instead of ([\d.]+)\.",
-        TEXT,
+        README.read_text(),
     )
     assert said.groups()[:2] == (entering[0], entering[-1])
     assert [f"{float(gflops):.2f}" for gflops in said.groups()[2:]] == list(cost.groups()[:2])
@@ -86,12 +95,18 @@ def test_the_tables_are_the_result_files():
         assert path.read_text() == text, "run python -m benchmarks.report"
 
 
-def test_every_link_leads_somewhere():
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", TEXT):
-        assert (ROOT / target).exists(), target
-    for name in re.findall(r"`(tests/[\w/]+\.py)`", TEXT):
-        assert Path(ROOT / name).exists(), name
+@pytest.mark.parametrize("page", PAGES, ids=[page.stem for page in PAGES])
+def test_every_link_leads_somewhere(page):
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text()):
+        assert (page.parent / target).exists(), target
+    for name in re.findall(r"`(tests/[\w/]+\.py)`", page.read_text()):
+        assert (ROOT / name).exists(), name
+
+
+def test_readme_links_every_page():
+    linked = set(re.findall(r"\]\((docs/[^)#]+)\)", README.read_text()))
+    assert linked == {f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")}
 
 
 def test_the_kinds_of_model_are_counted():
-    assert f"{len(KINDS)} kinds of model" in TEXT
+    assert f"{len(KINDS)} kinds of model" in (ROOT / "docs/correctness.md").read_text()

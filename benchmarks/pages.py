@@ -11,7 +11,11 @@ from benchmarks.paper import flops, table1, table2
 from benchmarks.paper.cells import saved
 
 ROOT = Path(__file__).parents[1]
-README, ENGINE, KERNELS = (ROOT / page for page in ("README.md", "docs/engine.md", "docs/kernels.md"))
+README = ROOT / "README.md"
+ACCURACY, BACKBONES, CALIBRATION, ENGINE, EXPERIMENTS, KERNELS, PERFORMANCE = (
+    ROOT / f"docs/{page}.md"
+    for page in ("accuracy", "backbones", "calibration", "engine", "experiments", "kernels", "performance")
+)
 AT = 0.5  # the share of FLOPs saved at which methods are compared
 SHOWN = (0.40, 0.50, 0.60, 0.70)  # of the costs that were measured
 
@@ -24,17 +28,48 @@ def load(name: str) -> dict[str, Any]:
     return json.loads((RESULTS / name).read_text())
 
 
-def made_by(*names: str, root: str = "") -> str:
-    """Where a table comes from: file, command, commit and machine; ``root``: the way to the repository's."""
+def named(*names: str) -> str:
+    """Where a table of README comes from: the files, which say what made them."""
+    return f"From {', '.join(f'[`{name}`](benchmarks/results/{name})' for name in names)}."
+
+
+def made_by(*names: str) -> str:
+    """Where a table in docs comes from: file, command, commit and machine."""
     lines = []
     for name in names:
         e = load(name)["environment"]
         commit = (e["commit"] or "none")[:7] + (" and changes" if e["dirty"] else "")
         where = e["cpu"] if e["gpu"] is None else f"{e['gpu']}, driver {e['driver']}, triton {e['triton']}"
         lines.append(
-            f"[`{name}`]({root}benchmarks/results/{name}): `{e['command']}`, {where}, torch {e['torch']}, "
+            f"[`{name}`](../benchmarks/results/{name}): `{e['command']}`, {where}, torch {e['torch']}, "
             f"timm {e['timm']}, commit {commit}."
         )
+    return "\n".join(lines)
+
+
+def headline(gpu: dict[str, Any], cpu: dict[str, Any], digits: dict[str, Any]) -> str:
+    """README's first table: images a second without and with merging, and what that changes on the digits."""
+    rows = {(row["model"], row["batch"], row["name"]): row for row in reversed(gpu["stages"]["engine"]["rows"])}
+    card = gpu["environment"]["gpu"].removeprefix("NVIDIA ")
+    lines = ["| images/s | timm | ATM | |", "|---|---|---|---|"]
+    for model, batch in (("DeiT-S", 256), ("DeiT-B", 256)):
+        before, after = (rows[model, batch, name] for name in ("timm, one graph", "ATM image"))
+        lines.append(
+            f"| {model}, batch {batch}, bfloat16, {card}, each in CUDA graphs | {before['images_per_second']:,.0f} "
+            f"| {after['images_per_second']:,.0f} | {after['of_timm_graph']:.2f} times |"
+        )
+    on_cpu = {row["name"]: row for row in cpu["cases"][0]["rows"]}
+    before, after = on_cpu["timm"], on_cpu["ATM"]
+    lines.append(
+        f"| digits, batch 64, float32, {cpu['environment']['cpu']} | {before['images_per_second']:.0f} "
+        f"| {after['images_per_second']:.0f} | {after['speedup']:.2f} times |"
+    )
+    row = next(row for row in digits["rows"] if row["adapt"] == "image" and row["share"] == AT)
+    quality = row["overall"]
+    lines.append(
+        f"| digits, top-1 with {100 * row['saved']:.0f} % fewer FLOPs, {quality['images']} test images "
+        f"| {quality['top1_unpatched']:.2f} % | {quality['top1']:.2f} % | same class for {quality['agreement']:.2f} % |"
+    )
     return "\n".join(lines)
 
 
@@ -251,38 +286,41 @@ def _kl(row: dict[str, Any] | None) -> str:
     return "" if row is None else f"{row['overall']['kl']:.1e} ± {row['overall']['kl_se']:.0e}"
 
 
-TABLES = {  # of the files that they come from
-    "first": (first_example, ("cpu_bench_image.json",)),
-    "flops": (flops.table, ("paper_flops.json",)),
-    "accuracy": (accuracy_table, ("digits_table2.json",)),
-    "stress": (table1.table, ("digits_table1.json",)),
-    "calibration": (calibration_table, ("digits_calibration.json", "digits_calibrate_512.json")),
-    "gpu": (gpu_table, ("h200_engine.json",)),
-    "throughput": (throughput_table, ("cpu_bench.json", "cpu_bench_image.json")),
-    "invariance": (invariance_table, ("digits_invariance.json",)),
-    "adaptivity": (adaptivity_table, ("digits_adaptivity.json",)),
+TABLES = {  # of each page, from files
+    README: {
+        "headline": (headline, ("h200_engine.json", "cpu_bench_image.json", "digits_adaptivity.json")),
+        "first": (first_example, ("cpu_bench_image.json",)),
+    },
+    ACCURACY: {
+        "accuracy": (accuracy_table, ("digits_table2.json",)),
+        "stress": (table1.table, ("digits_table1.json",)),
+        "invariance": (invariance_table, ("digits_invariance.json",)),
+        "adaptivity": (adaptivity_table, ("digits_adaptivity.json",)),
+    },
+    BACKBONES: {"flops": (flops.table, ("paper_flops.json",))},
+    CALIBRATION: {"calibration": (calibration_table, ("digits_calibration.json", "digits_calibrate_512.json"))},
+    ENGINE: {"host": (host.table, ("host.json",))},
+    KERNELS: {"kernels": (kernels_table, ("h200_kernels.json",))},
+    PERFORMANCE: {
+        "gpu": (gpu_table, ("h200_engine.json",)),
+        "throughput": (throughput_table, ("cpu_bench.json", "cpu_bench_image.json")),
+    },
 }
 
 
-OF_ENGINE = {"host": (host.table, ("host.json",))}  # in docs/engine.md
-OF_KERNELS = {"kernels": (kernels_table, ("h200_kernels.json",))}  # in docs/kernels.md
-
-
-def fill(text: str, tables: dict[str, Any] = TABLES, root: str = "") -> str:
-    """``text`` with what stands between ``<!-- NAME -->`` and ``<!-- end -->`` made anew."""
-    for name, (table, files) in tables.items():
+def fill(page: Path) -> str:
+    """A page with what stands between ``<!-- NAME -->`` and ``<!-- end -->`` made anew."""
+    text = page.read_text()
+    for name, (table, files) in TABLES[page].items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
         if not pattern.search(text):
-            raise ValueError(f"the page has no place for the table {name!r}")
-        content = table(*map(load, files)) + "\n\n" + made_by(*files, root=root)
+            raise ValueError(f"{page.name} has no place for the table {name!r}")
+        source = named(*files) if page == README else made_by(*files)
+        content = f"{table(*map(load, files))}\n\n{source}"
         text = pattern.sub(lambda match, content=content: f"{match[1]}{content}\n{match[2]}", text)
     return text
 
 
 def filled() -> dict[Path, str]:
     """The pages that have tables, as they should be."""
-    return {
-        README: fill(README.read_text()),
-        ENGINE: fill(ENGINE.read_text(), OF_ENGINE, root="../"),
-        KERNELS: fill(KERNELS.read_text(), OF_KERNELS, root="../"),
-    }
+    return {page: fill(page) for page in TABLES}
