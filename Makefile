@@ -1,5 +1,6 @@
 # make test, make bench: create .venv and install on the first run, start at once on the next.
 # make test-oldest: tracing and compiling with the oldest torch and Triton that are supported (3 GB on the first run).
+# make docs: the page site, in build/site, with an environment of its own.
 # make gpu OUT=dir: with the Python on the path, which has torch, triton, timm, pytest and pytest-benchmark.
 
 PYTHON ?= python3
@@ -7,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OPENBLAS_NUM_THREADS := 1
 
-.PHONY: test test-oldest bench microbench gpu lint format clean
+.PHONY: test test-oldest bench microbench docs gpu lint format clean
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 8 --dist worksteal
@@ -21,6 +22,9 @@ bench: $(VENV)/installed
 
 microbench: $(VENV)/installed
 	$(BIN)/python -m pytest -q benchmarks --benchmark-enable --benchmark-only --benchmark-json=microbench.json
+
+docs: $(VENV)-docs/installed
+	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --strict
 
 gpu:
 	$(if $(OUT),,$(error say where the results go: make gpu OUT=dir))
@@ -36,11 +40,16 @@ format: $(VENV)/installed
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest build *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-docs build *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
 
 $(VENV)-oldest/installed: pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)-oldest
 	$(VENV)-oldest/bin/python -m pip install --quiet --editable '.[test]' torch==2.11.0 torchvision==0.26.0 'numpy<2.4'
+	touch $@
+
+$(VENV)-docs/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-docs
+	$(VENV)-docs/bin/python -m pip install --quiet mkdocs-material 'mkdocstrings[python]'
 	touch $@
 
 $(VENV)/installed: pyproject.toml setup.py

@@ -56,7 +56,9 @@ class ATMBlock(Block):
     once their lengths differ.
 
     Args:
-        dim, num_heads, **block_kwargs: as timm's ``Block``.
+        dim: C.
+        num_heads: H.
+        **block_kwargs: further arguments of timm's ``Block``.
         block_index: the position of this block in its model, from 0.
         depth: the number of blocks of the model.
         config: what merges, and how much.
@@ -66,7 +68,7 @@ class ATMBlock(Block):
         ValueError: ``block_index`` outside the depth, or a ``config`` for another depth or without thresholds;
             TypeError: an ``attn_layer`` other than timm's ``Attention``.
 
-    Example:
+    Examples:
         >>> block = ATMBlock(384, 6, block_index=0, depth=12, config=ATMConfig(thresholds=(0.5,) * 12))
         >>> x, size = block(torch.randn(8, 197, 384))
     """

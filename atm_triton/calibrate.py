@@ -152,7 +152,9 @@ def calibrate(
         model: unpatched, in eval mode, on its device; it stays so.
         loader: batches of images [B, C, H, W], or pairs of them and anything; all are kept in memory.
         adapt: "image", "batch" (in batches as large as the loader's), or "static".
-        proportional_attention, cls_only_last, backend: as in :class:`ATMConfig`; with the first the search begins.
+        proportional_attention: as in :class:`ATMConfig`; the search begins with it.
+        cls_only_last: as in :class:`ATMConfig`.
+        backend: as in :class:`ATMConfig`.
         max_merging_blocks: how many blocks may merge; None: any number. Each takes time to match tokens, which no
             count of FLOPs tells: with adapt="image" four of twelve may be faster than eleven at the same GFLOPs.
         seed: of the search; the same seed on the same images gives the same configuration.

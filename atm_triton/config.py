@@ -48,7 +48,7 @@ class ATMConfig:
     Raises:
         TypeError, ValueError: a field of the wrong kind or out of its range, or a part of Eq. 1 alone.
 
-    Example:
+    Examples:
         >>> ATMConfig(alpha=0.99, beta=0.04, theta_min=0.88).theta(2, depth=12)
         0.9491892...
     """

@@ -31,7 +31,7 @@ NOT_ALIKE = -2.0  # below every cosine: the similarity of a token that is simila
 def threshold(block: int, alpha: float, beta: float, theta_min: float) -> float:
     """Eq. 1 (restored): theta_l = max(alpha - (exp(beta (l - 1)) - 1), theta_min), for block l = 1, 2, ...
 
-    Example:
+    Examples:
         >>> [round(threshold(block, 0.99, 0.04, 0.88), 4) for block in (1, 2, 3, 4)]
         [0.99, 0.9492, 0.9067, 0.88]
     """
@@ -199,7 +199,8 @@ def assign(similarity: Tensor, partner: Tensor, r: Tensor, num_prefix: int, imag
     order in which they stood (ToMe's order). An image with r = 0 keeps its order as it is.
 
     Args:
-        similarity, partner: [T], from :func:`match`.
+        similarity: [T], from :func:`match`.
+        partner: [T], from :func:`match`.
         r: int64 [B]; above the number of tokens in A it stands for that.
 
     Returns:
@@ -305,11 +306,17 @@ def attention(
     added to the column of every key, for all heads and queries; an image sees itself alone.
 
     Args:
-        q: [H, Tq, d]; k, v: [H, T, d]; sizes: float32 [T] or None, which stands for all ones; queries: where the
-        queries of the images lie, None: as the keys; scale: d^-0.5 by default; fused: by torch's
-        scaled_dot_product_attention, else with the scores written out; drop: the softmax goes through it before it is
-        multiplied with v, [B, H, Nq, N], and where lengths differ that of one image after the other, [1, H, Nq, N];
-        None: through a dropout of dropout_p.
+        q: [H, Tq, d].
+        k: [H, T, d].
+        v: [H, T, d].
+        sizes: float32 [T]; None for all ones.
+        images: where the keys of each image lie.
+        queries: where the queries of each image lie; None: as the keys.
+        scale: d^-0.5 by default.
+        dropout_p: of a dropout of the softmax.
+        fused: by torch's scaled_dot_product_attention; else the scores are written out.
+        drop: in the place of that dropout, a function of the softmax [B, H, Nq, N]; where lengths differ, of one image
+            after the other, [1, H, Nq, N].
 
     Returns:
         [H, Tq, d] in the dtype of q, a view of [Tq, H, d].

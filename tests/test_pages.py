@@ -1,5 +1,6 @@
 """README and docs: every block runs, every table is what the result files say, every link leads somewhere."""
 
+import doctest
 import re
 import shlex
 import shutil
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from atm_triton import search
+from atm_triton import block, config, reference, search
 from atm_triton.cli import main
 from benchmarks.pages import README, ROOT, filled
 from test_patch import KINDS
@@ -41,6 +42,12 @@ def test_readme_is_read_in_two_minutes():
 @pytest.mark.parametrize("name", PYTHON)
 def test_python_blocks_run(name):
     exec(compile(PYTHON[name], name, "exec"), {})
+
+
+@pytest.mark.parametrize("module", [block, config, reference])
+def test_examples_in_docstrings_run(module):
+    found = doctest.testmod(module, optionflags=doctest.ELLIPSIS)
+    assert found.attempted and not found.failed
 
 
 def test_the_first_example_saves_what_stands_below_it(capsys):
