@@ -151,6 +151,25 @@ def _beside_a_graph(rows: dict[tuple, dict[str, Any]], cell: tuple[str, int]) ->
     )
 
 
+def since_the_first(first: dict[str, Any], now: dict[str, Any]) -> str:
+    """Milliseconds of a pass on one card: by the first version, in eager mode and as one graph, and by the engine."""
+    measured = {(row["model"], row["batch"], row["name"]): row for row in reversed(now["stages"]["engine"]["rows"])}
+    names = {"deit_small_patch16_224": "DeiT-S", "deit_base_patch16_224": "DeiT-B"}
+    lines = [
+        "| ms, bfloat16, r = 8 | timm, eager | first version, eager | in one graph, by hand | now: engine, `"
+        '"static"` | `"image"` |',
+        "|---|---|---|---|---|---|",
+    ]
+    for row in first["graphs"]:
+        model, batch = names[row["model"]], row["B"]
+        ours = (f"{measured[model, batch, f'ATM {adapt}']['milliseconds']:.2f}" for adapt in ("static", "image"))
+        lines.append(
+            f"| {model}, batch {batch} | {row['eager_ms']['timm']:.2f} | {row['eager_ms']['ours']:.2f} "
+            f"| {row['graph_ms']['ours']:.2f} | {' | '.join(ours)} |"
+        )
+    return "\n".join(lines)
+
+
 def kernels_table(result: dict[str, Any]) -> str:
     """Microseconds of each operation by the number of images, and what bounds it; of DeiT-S, at its first N."""
     section = result["stages"]["kernels"]
@@ -303,6 +322,7 @@ TABLES = {  # of each page, from files
     KERNELS: {"kernels": (kernels_table, ("h200_kernels.json",))},
     PERFORMANCE: {
         "gpu": (gpu_table, ("h200_engine.json",)),
+        "since": (since_the_first, ("h200_first.json", "h200_engine.json")),
         "throughput": (throughput_table, ("cpu_bench.json", "cpu_bench_image.json")),
     },
 }

@@ -21,9 +21,9 @@ INTRODUCTION = (
 OTHERS = {
     file: table
     for path, tables in pages.TABLES.items()
-    for table, files in tables.values()
+    for name, (table, files) in tables.items()
     for file in files
-    if path != pages.README  # whose tables are extracts
+    if path != pages.README and name != "since"  # those are extracts
 }  # than the paper's by their name
 
 
