@@ -374,9 +374,9 @@ def attention(
 ) -> Tensor:
     """softmax(q k^T d^-0.5 + log sizes) v (Appendix A): q [H, Tq, d], k and v [H, T, d], sizes [T] float32.
 
-    Under autocast q, k and v take its dtype, as in torch's own attention; log n stays in float32. In inference the
-    kernel computes what :func:`atm_triton.kernels.choice.attention_choice` leaves it; torch's own attention the rest,
-    and all with a gradient or dropout.
+    Under autocast q, k and v take its dtype, as in torch's own attention; log n stays in float32. The kernel computes
+    what :func:`atm_triton.kernels.choice.attention_choice` leaves it, with its derivative where one is wanted; torch's
+    own attention the rest, and all with dropout.
 
     Args:
         queries: where the queries of the images lie; None: as the keys.
@@ -403,12 +403,13 @@ def attention(
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     _check_dtype("k", k, q.dtype)
     _check_dtype("v", v, q.dtype)
-    trains = dropout_p > 0 or drop is not None or any(map(needs_grad, (q, k, v)))
+    trains, drops = any(map(needs_grad, (q, k, v))), dropout_p > 0 or drop is not None
     equal = images.equal and queries.equal
-    fitting = not trains and attention_choice(q.dtype, d, images.N, not equal, sizes is not None) == KERNEL
-    if fitting and (_fits_kernels(backend, q) or (_traced(q) and not equal)):
+    fitting = not drops and attention_choice(q.dtype, d, images.N, not equal, sizes is not None) == KERNEL
+    if fitting and (_fits_kernels(backend, q) or (_traced(q) and not equal and not trains)):
         log2_sizes = None if sizes is None else sizes.log2() if log2_sizes is None else log2_sizes
-        return _call(_attention, q, k, v, log2_sizes, queries.cu_seqlens, images.cu_seqlens, queries.N, images.N)
+        arguments = (q, k, v, log2_sizes, queries.cu_seqlens, images.cu_seqlens, queries.N, images.N)
+        return _call(_attention_forward, *arguments)[0] if trains else _call(_attention, *arguments)
     with _without_autocast(device):
         return reference.attention(q, k, v, sizes, images, queries, dropout_p=dropout_p, fused=fused, drop=drop)
 
@@ -514,10 +515,10 @@ def interpreting() -> bool:
 
 @cache
 def _kernels() -> SimpleNamespace:
-    from atm_triton.kernels import assign, attention, linear_gelu, match, merge, stem, unmerge  # where Triton is
+    from atm_triton.kernels import assign, attention, attention_backward, linear_gelu, match, merge, stem, unmerge
 
     launchers = (match.match, assign.assign, merge.merge, merge.add_norm, unmerge.unmerge, attention.attention)
-    others = (stem.stem, linear_gelu.linear_gelu, linear_gelu.pays)
+    others = (attention_backward.attention_backward, stem.stem, linear_gelu.linear_gelu, linear_gelu.pays)
     return SimpleNamespace(**{launcher.__name__: launcher for launcher in (*launchers, *others)})
 
 
@@ -725,3 +726,68 @@ def _attention(
 def _(q: Tensor, *_: Any) -> Tensor:
     H, Tq, d = q.shape
     return q.new_empty((Tq, H, d)).transpose(0, 1)
+
+
+@operation
+def _attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log2_sizes: Tensor | None,
+    q_cu_seqlens: Tensor,
+    cu_seqlens: Tensor,
+    Nq: int,
+    N: int,
+) -> tuple[Tensor, Tensor]:
+    """:func:`_attention` with a derivative, by the kernels alone; lse float32 [Tq, H]."""
+    lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+    with device_of(q):
+        arguments = (q, k, v, log2_sizes, q_cu_seqlens, cu_seqlens, Nq, N, q.shape[-1] ** -0.5)
+        return _kernels().attention(*arguments, lse), lse
+
+
+@fake(_attention_forward)
+def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    H, Tq, d = q.shape
+    return q.new_empty((Tq, H, d)).transpose(0, 1), q.new_empty((Tq, H), dtype=torch.float32)
+
+
+@operation
+def _attention_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log2_sizes: Tensor | None,
+    q_cu_seqlens: Tensor,
+    cu_seqlens: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    Nq: int,
+    N: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v, in memory [Tq, H, d] and [T, H, d]."""
+    with device_of(q):
+        arguments = (grad, q, k, v, log2_sizes, q_cu_seqlens, cu_seqlens, out, lse, Nq, N, q.shape[-1] ** -0.5)
+        return _kernels().attention_backward(*arguments)
+
+
+@fake(_attention_backward)
+def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple(x.new_empty((x.shape[1], x.shape[0], x.shape[2])).transpose(0, 1) for x in (q, k, v))
+
+
+def _keep_for_attention(ctx: Any, inputs: tuple, output: tuple) -> None:
+    *tensors, ctx.Nq, ctx.N = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _attention_derivative(ctx: Any, grad: Tensor, _: Any) -> tuple:
+    arguments = (grad, *ctx.saved_tensors, ctx.Nq, ctx.N)
+    return *torch.ops.atm_triton.attention_backward(*arguments), *[None] * 5
+
+
+register_autograd(
+    "atm_triton::attention_forward", _attention_derivative, setup_context=_keep_for_attention, lib=_library
+)

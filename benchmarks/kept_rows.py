@@ -3,6 +3,7 @@
 import ast
 import hashlib
 import json
+import re
 import tokenize
 from functools import cache
 from pathlib import Path
@@ -18,7 +19,17 @@ def digest(text: str) -> str:
 @cache
 def code_of(path: str) -> str:
     """A digest of what the kernels of a module compile: functions and constants, without comments and docstrings."""
-    return digest("".join(compiled(Path(file).read_text()) for file in (path, Path(path).with_name("images.py"))))
+    return digest(covered(Path(path)))
+
+
+def covered(path: Path) -> str:
+    """The tokens of its kernels and constants, and of those of the modules that it takes some from."""
+    files = [path]
+    for file in files:
+        taken = re.findall(r"^from atm_triton\.kernels\.(\w+) import", file.read_text(), re.MULTILINE)
+        files += [other for name in taken if (other := path.with_name(f"{name}.py")) not in files]
+    files.sort(key=lambda file: file.stem == "images")  # last
+    return "".join(compiled(file.read_text()) for file in files)
 
 
 def compiled(text: str) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from atm_triton.kernels import assign, attention, linear_gelu, match, merge, stem, unmerge
+from atm_triton.kernels import assign, attention, attention_backward, linear_gelu, match, merge, stem, unmerge
 
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 GROUPINGS = ("alternate", "by size", "halves")  # halves: by size, where no size is known
@@ -67,6 +67,8 @@ def cases_of_tests() -> Iterator[Case]:
             yield match_case(H, N, d, P, grouping, dtype, apart)
         for bias, Nq in itertools.product((True, False), dict.fromkeys((N, 1))):
             yield attention_case(H, N, d, dtype, bias, Nq, apart)
+            if N < 197:
+                yield attention_backward_case(H, N, d, dtype, bias, Nq)
         yield from assign_cases(N, P)
     for grouping, B, dtype in itertools.product(GROUPINGS, MANY, DTYPES):
         yield match_case(2, 197, 32, 1, grouping, dtype, B=B)
@@ -148,6 +150,21 @@ def attention_case(H: int, N: int, d: int, dtype: torch.dtype, bias: bool, Nq: i
     sizes = tensor(2 * N) if bias else None
     launch = partial(attention.attention, q, k, v, sizes, IMAGES, IMAGES, Nq, N, 0.125)
     return f"attention H={H} N={N} d={d} queries={Nq} {_named(dtype, apart)}{_without(sizes)}", launch
+
+
+def attention_backward_case(H: int, N: int, d: int, dtype: torch.dtype, bias: bool, Nq: int) -> Case:
+    """Forward with what the derivative needs, and the derivative."""
+    q, k, v = qkv(2 * N, H, d, dtype)
+    if Nq == 1:
+        q = tensor(2, H, d, dtype=dtype).transpose(0, 1)
+    sizes, Tq = tensor(2 * N) if bias else None, q.shape[1]
+    out, lse = tensor(Tq, H, d, dtype=dtype).transpose(0, 1), tensor(Tq, H)
+
+    def launch() -> None:
+        attention.attention(q, k, v, sizes, IMAGES, IMAGES, Nq, N, 0.125, lse)
+        attention_backward.attention_backward(out, q, k, v, sizes, IMAGES, IMAGES, out, lse, Nq, N, 0.125)
+
+    return f"attention backward H={H} N={N} d={d} queries={Nq} {TYPES[dtype]}{_without(sizes)}", launch
 
 
 def stem_case(

@@ -57,6 +57,7 @@ from benchmarks.launches import (
     Case,
     Launch,
     assign_cases,
+    attention_backward_case,
     attention_case,
     captured,
     cases_of_tests,
@@ -149,6 +150,8 @@ def cases(full: bool = False) -> Iterator[Case]:
     types = (torch.bfloat16, torch.float32)  # the tests' launches have float16
     for dtype, d, apart, bias, Nq in itertools.product(types, DIMENSIONS, (False, True), (True, False), (197, 577, 1)):
         yield attention_case(6, max(197, Nq), d, dtype, bias, Nq, apart)
+    for dtype, d, bias, Nq in itertools.product(types, DIMENSIONS, (True, False), (197, 1)):
+        yield attention_backward_case(6, 197, d, dtype, bias, Nq)
     for C, side in itertools.product((384, 768), (16, 14)):
         of_images = {torch.bfloat16: torch.bfloat16, torch.float16: torch.float32, torch.float32: torch.float32}
         yield from (stem_case(C, (side,) * 2, (14 * side,) * 2, *pair) for pair in of_images.items())

@@ -66,6 +66,7 @@ def attention_kernel(
     q_cu_seqlens,
     cu_seqlens,
     out,
+    lse,
     scale,
     q_stride_h,
     q_stride_n,
@@ -94,7 +95,7 @@ def attention_kernel(
     q += first_query * q_stride_n + at_head * q_stride_h
     k += start * k_stride_n + at_head * k_stride_h
     v += start * v_stride_n + at_head * v_stride_h
-    out += (first_query * H + head) * d
+    at = first_query * H + head  # of what lies as [Tq, H, ...]
     if log2_sizes is not None:
         log2_sizes += start
     i, c = tile * ROWS + tl.arange(0, ROWS), tl.arange(0, D)
@@ -116,8 +117,10 @@ def attention_kernel(
                 query, k, v, log2_sizes, whole, length, scale, k_stride_n, v_stride_n, top, total, mixed,
                 COLUMNS >> n, False, d, D, PRECISION,
             )  # fmt: skip
-    at = out + i[:, None] * (H * d) + c[None, :]
-    tl.store(at, (mixed / total[:, None]).to(out.dtype.element_ty), mask=inside)
+    to = out + at * d + i[:, None] * (H * d) + c[None, :]
+    tl.store(to, (mixed / total[:, None]).to(out.dtype.element_ty), mask=inside)
+    if lse is not None:
+        tl.store(lse + at + i * H, top + tl.log2(total), mask=i < asking)
 
 
 def attention_table(dtype: torch.dtype, d: int, Nq: int) -> dict[str, int]:
@@ -147,6 +150,7 @@ def attention(
     longest_q: int,
     longest: int,
     scale: float,
+    lse: Tensor | None = None,
     config: dict[str, int] | None = None,
 ) -> Tensor:
     """Attention with the logarithm of the sizes added to the scores; an image sees itself alone.
@@ -156,6 +160,7 @@ def attention(
         log2_sizes: float32 [T], log2 of the patches that each token stands for; None for one each.
         q_cu_seqlens, cu_seqlens: int32 [B + 1], where the queries and the keys of each image begin.
         longest_q, longest: no image has more queries, or keys.
+        lse: float32 [Tq, H], to be filled with log2 of the sum that each softmax divides by, for the derivative.
         config: instead of the table's.
 
     Returns:
@@ -175,6 +180,7 @@ def attention(
         config = config or attention_table(q.dtype, d, longest_q)
         attention_kernel[(-(-longest_q // config["ROWS"]), H, B)](
             *tensors,
+            lse,
             scale * LOG2_E,
             *(stride for x in (q, k, v) for stride in x.stride()[:2]),
             H=H,

@@ -49,7 +49,7 @@ def bounds(lengths):
 
 def launches(model):
     """A name and a call of every launcher for a batch of its own."""
-    from atm_triton.kernels import assign, attention, linear_gelu, match, merge, stem, unmerge
+    from atm_triton.kernels import assign, attention, attention_backward, linear_gelu, match, merge, stem, unmerge
 
     H, d, C, P, longest, by_size, dtype = model
     lengths = some_lengths(longest)
@@ -73,6 +73,9 @@ def launches(model):
     yield "add_norm", merge.add_norm, (x, attended, vector, norm)
     yield "unmerge", unmerge.unmerge, (a_slice(slots, C, dtype=dtype), a_slice(T, **ints))
     yield "attention", attention.attention, (q, k, v, sizes, images, images, longest, longest, 0.125)
+    out, lse = a_slice(T, H, d, dtype=dtype).transpose(0, 1), a_slice(T, H, **floats)
+    trained = (out, q, k, v, sizes, images, images, out, lse, longest, longest, 0.125)
+    yield "attention backward", attention_backward.attention_backward, trained
     # a model's own queries begin a tensor
     queries = (of_class.clone(), k, v, sizes, ones, images, 1, longest, 0.125)
     yield "attention of one query", attention.attention, queries

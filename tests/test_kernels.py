@@ -19,6 +19,7 @@ from atm_triton.kernels import match as match_kernels
 from atm_triton.kernels import merge as merge_kernels
 from atm_triton.kernels.assign import assign
 from atm_triton.kernels.attention import attention
+from atm_triton.kernels.attention_backward import attention_backward
 from atm_triton.kernels.linear_gelu import linear_gelu
 from atm_triton.kernels.match import match
 from atm_triton.kernels.merge import add_norm, merge
@@ -573,6 +574,66 @@ def test_attention_of_other_queries():
     torch.testing.assert_close(got, want, rtol=2e-6, atol=2e-6)
 
 
+def gradients(q, k, v, sizes, queries, images, grad):
+    """Of q, k and v: by the kernels, and by the reference in float64."""
+    log2_sizes, lse = None if sizes is None else sizes.log2(), torch.empty(q.shape[1], q.shape[0], device=DEVICE)
+    arguments = (q, k, v, log2_sizes, queries.cu_seqlens, images.cu_seqlens)
+    numbers = (queries.N, images.N, q.shape[-1] ** -0.5)
+    out = attention(*arguments, *numbers, lse)
+    assert torch.equal(out, attention(*arguments, *numbers))  # the same with what the derivative needs
+    got = attention_backward(grad, *arguments, out, lse, *numbers)
+    exact = [x.double().requires_grad_() for x in (q, k, v)]
+    reference.attention(*exact, sizes, images, queries, fused=False).backward(grad.double())
+    return got, [x.grad for x in exact]
+
+
+def assert_gradients(got, want, dtype):
+    """Relative to the largest, or to 1: a gradient is a sum whose terms, about as large as that, cancel."""
+    for one, exact in zip(got, want, strict=True):
+        assert one.dtype == dtype and one.transpose(0, 1).is_contiguous()
+        error = (one.double() - exact).abs().max() / exact.abs().max().clamp(min=1)
+        assert error <= VALUE[dtype]
+
+
+SHORT = [shape for shape in SHAPES if shape[2] < 197]
+
+
+@pytest.mark.parametrize("sized", [True, False], ids=["sizes", "no sizes"])
+@dtypes
+@pytest.mark.parametrize(("B", "H", "N", "d", "P"), SHORT, ids=str)
+def test_attention_backward(B, H, N, d, P, dtype, sized):
+    """All tokens ask, and the first of each image alone."""
+    images = Images.of(B, N, DEVICE)
+    q, k, v = qkv(B * N, H, d, dtype)
+    sizes = some_sizes(B * N) if sized else None
+    for queries in {N: images, 1: Images.of(B, 1, DEVICE)}.values():
+        asking = q if queries.N == N else q[:, ::N]
+        grad = torch.randn(H, queries.B * queries.N, d, device=DEVICE).to(dtype)
+        assert_gradients(*gradients(asking, k, v, sizes, queries, images, grad), dtype)
+
+
+@pytest.mark.parametrize("lengths", [(17, 1, 70, 33), (5, 90)], ids=str)
+def test_attention_backward_of_packed_images_is_that_of_each_alone(lengths):
+    images, T = of_lengths(*lengths), sum(lengths)
+    q, k, v = qkv(T, 2, 60)
+    sizes, grad = some_sizes(T), torch.randn(2, T, 60, device=DEVICE)
+    got, want = gradients(q, k, v, sizes, images, images, grad)
+    assert_gradients(got, want, torch.float32)
+    for start, end in itertools.pairwise(images.cu_seqlens.tolist()):
+        alone = Images(Images.of(1, end - start, DEVICE).cu_seqlens, images.N, False)  # as long as among the others
+        parts = [x[:, start:end] for x in (q, k, v)]
+        others, _ = gradients(*parts, sizes[start:end], alone, alone, grad[:, start:end])
+        for one, other in zip(got, others, strict=True):
+            assert torch.equal(one[:, start:end], other)  # to the bit
+
+
+def test_attention_backward_of_other_queries():
+    images, queries = of_lengths(17, 1, 33), of_lengths(2, 5, 20)
+    q, (_, k, v) = qkv(27, 2, 32)[0], qkv(51, 2, 32)
+    grad = torch.randn(2, 27, 32, device=DEVICE)
+    assert_gradients(*gradients(q, k, v, some_sizes(51), queries, images, grad), torch.float32)
+
+
 @pytest.mark.parametrize("B", [0, 2])
 @pytest.mark.parametrize("longest", [0, 5, 3000])
 def test_without_tokens_nothing_is_launched(B, longest, monkeypatch):
@@ -586,7 +647,10 @@ def test_without_tokens_nothing_is_launched(B, longest, monkeypatch):
     x = torch.empty(0, 16, device=DEVICE)
     assert [len(rows) for rows in merge(x, None, tokens, spans, cu_seqlens, x, None, (None, None, 0))] == [0] * 4
     assert add_norm(x, x, None, (None, None, 0))[1].shape == unmerge(x, slots).shape == (0, 16)
-    assert attention(q, k, v, None, cu_seqlens, cu_seqlens, longest, longest, 1.0).shape == (2, 0, 32)
+    empty = (q, k, v, None, cu_seqlens, cu_seqlens)
+    assert attention(*empty, longest, longest, 1.0).shape == (2, 0, 32)
+    lse = torch.empty(0, 2, device=DEVICE)
+    assert [x.shape for x in attention_backward(q, *empty, q, lse, longest, longest, 1.0)] == [(2, 0, 32)] * 3
 
 
 def test_what_no_kernel_can_take_is_refused():
