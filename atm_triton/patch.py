@@ -15,7 +15,7 @@ from atm_triton.block import ATMAttention, ATMBlock
 from atm_triton.config import REMEDY, ATMConfig
 from atm_triton.engine import Engine
 from atm_triton.operating_points import PAPER_NAMES
-from atm_triton.transformer import ATMBlocks, MergingTransformer, merging_class
+from atm_triton.transformer import ATMBlocks, MergingTransformer, knows_sizes, merging_class
 
 OWN_FORWARD = "forward of its own, which would no longer run: take it off, and put it on after apply_patch"
 _NO_GAP = "it has no point between attention and MLP where tokens could merge"
@@ -57,8 +57,10 @@ def apply_patch(model: VisionTransformer, config: ATMConfig | None = None) -> Vi
     blocks = check_model(model)
     depth = len(blocks)
     config.check_depth(depth)
+    by_pool = config.proportional_attention is None
     config = settled(config, model)
-    return install(model, merging, config)
+    install(model, merging, config).blocks.by_pool = by_pool
+    return model
 
 
 def settled(config: ATMConfig, model: VisionTransformer) -> ATMConfig:
@@ -75,11 +77,6 @@ def settled(config: ATMConfig, model: VisionTransformer) -> ATMConfig:
     if config.proportional_attention is None:
         config = replace(config, proportional_attention=knows_sizes(model))
     return config
-
-
-def knows_sizes(model: VisionTransformer) -> bool:
-    """Whether attention adds log n where nothing is said: not where patch tokens are averaged beside a class token."""
-    return not (model.global_pool == "avg" and model.has_class_token)
 
 
 # what in timm's pretrained_cfg tells weights apart

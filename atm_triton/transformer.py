@@ -7,6 +7,7 @@ import functools
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Container
+from dataclasses import replace
 from typing import Any, Self
 
 import torch
@@ -71,6 +72,7 @@ class ATMBlocks(nn.Sequential):
     depth: int
     warns: bool  # where most tokens are gone early; once
     looked: bool  # at the first pass by the engine, whose counts nobody may ask for
+    by_pool: bool = False  # how the model pools says whether attention knows sizes
     _last: Record | Facts | None
 
     @property
@@ -112,6 +114,35 @@ class ATMBlocks(nn.Sequential):
             return nn.Sequential(OrderedDict(list(self._modules.items())[index]))
         return super().__getitem__(index)
 
+    def __setitem__(self, index: int, module: nn.Module) -> None:
+        if inside(module, ATMBlock) is None:
+            raise TypeError(_no_block(index, module))
+        super().__setitem__(index, module)
+
+    def _refuse(self, *_: Any, **__: Any) -> None:
+        raise ValueError(
+            "blocks of a patched model cannot be added or removed, for each merges as its place says: remove_patch, "
+            "then change them, then apply_patch"
+        )
+
+    append = extend = insert = pop = __delitem__ = __iadd__ = __imul__ = _refuse
+
+    def own(self, index: int, module: nn.Module) -> ATMBlock | None:
+        """``module``, or the block in it, if it merges as this place says; None: it does not."""
+        block = inside(module, ATMBlock)
+        if block is None or block.block_index != index:
+            return None
+        return block if block.config is self.config or block.config == self.config else None
+
+    def know_sizes(self, proportional: bool) -> None:
+        """Let attention know sizes, or not, from now on."""
+        config = replace(self.config, proportional_attention=proportional)
+        for index, module in enumerate(self):
+            block = self.own(index, module)
+            if block is not None:
+                block.config = config
+        self.config = config
+
     def forward(self, x: Any, *, run: Run | None = None) -> Any:
         """The tokens x [B, N, C] after the blocks, [B, M, C], or rows [T, C] once lengths differ. ``run``: for the
         model; without it as any sequence."""
@@ -120,7 +151,7 @@ class ATMBlocks(nn.Sequential):
         now, trace, B = Packed.of(x), None, len(x)
         traces, collected, tokens, left, counts, matched = [], [], [], [], [], []
         for index, block in enumerate(list(self)[: run.stop]):
-            if inside(block, ATMBlock) is None:
+            if self.own(index, block) is None:
                 raise TypeError(_no_block(index, block))
             serves_leading = run.leading is not None and index == len(self) - 1
             alone = serves_leading and not run.dense
@@ -198,6 +229,11 @@ def leading_tokens(model: VisionTransformer) -> int | None:
 _HEADS = (VisionTransformer.forward_head, VisionTransformerDistilled.forward_head)
 
 
+def knows_sizes(model: VisionTransformer) -> bool:
+    """Whether attention adds log n where nothing is said: not where patch tokens are averaged beside a class token."""
+    return not (model.global_pool == "avg" and model.has_class_token)
+
+
 class MergingTransformer:
     """Mixed in before a model's own class while it is patched. What a caller sees is what the model always returns:
     logits, or features of all N tokens, where merged tokens share one value."""
@@ -241,6 +277,8 @@ class MergingTransformer:
                 f"{len(self.blocks)} blocks where {self.blocks.depth} were patched, each for its place: remove_patch, "
                 "then add or remove blocks, then apply_patch"
             )
+        if self.blocks.by_pool and self.blocks.config.proportional_attention != knows_sizes(self):
+            self.blocks.know_sizes(knows_sizes(self))
         return self.blocks
 
     def _apply(self, fn: Callable, recurse: bool = True) -> Self:

@@ -332,6 +332,30 @@ def test_a_new_classifier_on_a_patched_model():
     assert summary(model).record.rows[-1] == 26 - 3 - 5 - 2 - 4  # patch tokens are read now: the last block merges
 
 
+@pytest.mark.parametrize("adapt", ["static", "batch", "image"])
+def test_log_n_is_settled_by_how_the_model_pools_when_it_runs(adapt):
+    """As if it had been patched with the classifier that it has then; what was said outright stays."""
+    config, x = STATIC if adapt == "static" else replace(EASY, adapt=adapt), images()
+    own = vit()
+    patched = [
+        apply_patch(copy.deepcopy(own), replace(config, proportional_attention=said)) for said in (None, True, False)
+    ]
+    unsaid, with_log_n, without = patched
+    for pool, same in (("token", with_log_n), ("avg", without), ("max", with_log_n), ("avg", without)):
+        for model in patched:
+            model.global_pool = pool
+        assert torch.equal(unsaid(x), same(x)) and not torch.equal(with_log_n(x), without(x)), pool
+        assert torch.equal(unsaid.forward_features(x), same.forward_features(x))
+        assert unsaid.blocks.config.proportional_attention is (pool != "avg")
+    for model in patched:
+        model.global_pool = "token"
+        model.reset_classifier(3, "avg")
+        model.head.load_state_dict(unsaid.head.state_dict())
+    later = apply_patch(copy.deepcopy(remove_patch(copy.deepcopy(unsaid))), config)
+    assert torch.equal(unsaid(x), later(x)) and torch.equal(unsaid(x), without(x))
+    assert not torch.equal(unsaid(x), with_log_n(x))
+
+
 class Odd(VisionTransformer):
     def forward_features(self, x):
         return super().forward_features(x)
