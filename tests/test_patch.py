@@ -356,6 +356,48 @@ def test_log_n_is_settled_by_how_the_model_pools_when_it_runs(adapt):
     assert not torch.equal(unsaid(x), with_log_n(x))
 
 
+def outcome(call, *arguments, **options):
+    """What a call returns, or its kind of error."""
+    try:
+        return call(*arguments, **options)
+    except Exception as error:
+        return type(error)
+
+
+@pytest.mark.parametrize("batch", [0, 2])
+@pytest.mark.parametrize("adapt", ["static", "batch", "image"])
+@pytest.mark.parametrize(
+    "options", [{}, {"dynamic_img_size": True}, {"dynamic_img_size": True, "dynamic_img_pad": True}], ids=str
+)
+@torch.no_grad()
+def test_images_of_any_size_and_none_at_all_are_taken_where_timm_takes_them(options, adapt, batch):
+    """timm refuses an empty batch where it resamples positions, or shapes features as images."""
+    own = vit(**options)
+    config = STATIC if adapt == "static" else replace(EASY, adapt=adapt)
+    nothing = replace(STATIC, schedule=(0,) * 4) if adapt == "static" else ATMConfig(thresholds=(1.0,) * 4, adapt=adapt)
+    merging, same = (apply_patch(copy.deepcopy(own), each) for each in (config, nothing))
+    taken = 0
+    for side in ((40, 40), (64, 48), (44, 40), (8, 8)):
+        x = torch.randn(batch, 3, *side)
+        for name, given in (
+            ("forward", {}),
+            ("forward_features", {}),
+            ("forward_intermediates", {"indices": [1], "intermediates_only": True}),
+            ("forward_intermediates", {"indices": [1], "intermediates_only": True, "output_fmt": "NLC"}),
+        ):
+            expected, equal, found = (outcome(getattr(model, name), x, **given) for model in (own, same, merging))
+            if isinstance(expected, type):
+                assert equal is found is expected
+                continue
+            taken += 1
+            expected, equal, found = (each[0] if isinstance(each, list) else each for each in (expected, equal, found))
+            torch.testing.assert_close(equal, expected, rtol=1e-4, atol=1e-5)
+            assert found.shape == expected.shape
+            if name == "forward":
+                assert str(summary(merging)) and len(summary(merging).r) == 4
+    assert taken or not batch
+
+
 class Odd(VisionTransformer):
     def forward_features(self, x):
         return super().forward_features(x)
