@@ -179,8 +179,9 @@ def install(model: VisionTransformer, make: Callable[[Block, int], ATMBlock], co
 def check_model(model: nn.Module) -> nn.Sequential:
     """The model's own blocks, if all of them can merge; else TypeError with the reason."""
     if not isinstance(model, VisionTransformer):
-        name = type(model).__name__
-        raise TypeError(f"{name} cannot be merged: it is not of timm's VisionTransformer class{_other_class(model)}")
+        name, where = type(model).__name__, type(model).__module__
+        of = f"it is not of timm's VisionTransformer class but of {where}"
+        raise TypeError(f"{name} cannot be merged: {of}{_other_class(model)}")
     base = type(model)
     if isinstance(model, MergingTransformer):
         _check_removable(model)
@@ -209,8 +210,10 @@ def check_model(model: nn.Module) -> nn.Sequential:
 
 
 def _other_class(model: nn.Module) -> str:
-    if isinstance(model, nn.Module) and any(isinstance(part, VisionTransformer) for part in model.modules()):
-        return "; patch the bare model, before compiling or wrapping it"
+    parts = model.named_modules() if isinstance(model, nn.Module) else ()
+    held = next((name for name, part in parts if isinstance(part, VisionTransformer)), None)
+    if held is not None:
+        return f"; patch the bare model in it, {held}, before compiling or wrapping it"
     if getattr(model, "rope", None) is not None:
         return "; its keys are rotated by their position, and a merged token has no single one"
     return ""

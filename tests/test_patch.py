@@ -9,6 +9,7 @@ from functools import partial
 import pytest
 import timm
 import torch
+import torchvision
 from timm.layers import Attention, GluMlp, HybridEmbed, SwiGLU, set_fused_attn
 from timm.models.vision_transformer import Block, ParallelScalingBlock, VisionTransformer
 from torch import nn
@@ -414,7 +415,15 @@ REFUSED = {
         lambda: timm.create_model("eva02_tiny_patch14_224"),
         "Eva cannot be merged: .*its keys are rotated",
     ),
-    "wrapper": (lambda: nn.DataParallel(vit()), "DataParallel cannot be merged: .*patch the bare model"),
+    "torchvision": (
+        lambda: torchvision.models.VisionTransformer(32, 16, 1, 2, 32, 64),
+        "VisionTransformer cannot be merged: .*class but of torchvision.models.vision_transformer$",
+    ),
+    "wrapper": (lambda: nn.DataParallel(vit()), "DataParallel cannot be merged: .*patch the bare model in it, module,"),
+    "tower": (
+        lambda: nn.ModuleDict({"text": nn.Linear(1, 1), "visual": nn.ModuleDict({"trunk": vit()})}),
+        "but of torch.nn.modules.container; patch the bare model in it, visual.trunk, before compiling or wrapping it$",
+    ),
     "parallel": (partial(vit, block_fn=ParallelScalingBlock), "ParallelScalingBlock: it has no point between"),
     "respost": (lambda: timm.create_model("vit_base_patch16_rpn_224", depth=1), "ResPostBlock: it normalises after"),
     "attention": (lambda: timm.create_model("vit_dlittle_patch16_reg1_gap_256", depth=1), "with DiffAttention"),
