@@ -15,10 +15,11 @@ from timm.models._features import feature_take_indices
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.utils.checkpoint import checkpoint
 
 from atm_triton import ops
-from atm_triton.block import ATMBlock, Step, handed_on, inside
+from atm_triton.block import ATMBlock, Step, handed_on, inside, is_changed
 from atm_triton.config import ATMConfig
 from atm_triton.engine import Engine, Facts, recorded
 from atm_triton.packed import Images, Packed
@@ -241,12 +242,12 @@ class MergingTransformer:
     blocks: ATMBlocks
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        _refuse_mask(attn_mask, is_causal)
+        _refuse(x, attn_mask, is_causal)
         # a head that pools over patch tokens reads all N, so that a merged one counts by its size
         return self._output(x, dense=leading_tokens(self) is None, head=True)
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        _refuse_mask(attn_mask, is_causal)
+        _refuse(x, attn_mask, is_causal)
         return self._output(x, dense=True, head=False)
 
     def _output(self, images: Tensor, dense: bool, head: bool) -> Tensor:
@@ -292,7 +293,9 @@ class MergingTransformer:
 
     def finish(self, tokens: Packed, trace: Tensor | None, B: int, dense: bool, head: bool) -> Tensor:
         """What comes after the last block: the norm of the tokens that the classifier reads, or of all N; the head."""
-        if dense:
+        if dense and is_changed(self.norm):  # who watches it sees all N tokens
+            x = self.norm(self.blocks.unmerge(tokens, trace, B))
+        elif dense:
             x = self.norm(tokens.images.shaped(tokens.x)).flatten(0, -2)
             x = self.blocks.unmerge(tokens.with_x(x), trace, B)
         else:
@@ -313,7 +316,7 @@ class MergingTransformer:
         is_causal: bool = False,
     ) -> Any:
         """As timm's: features of all N tokens after the chosen blocks, and the final ones."""
-        _refuse_mask(attn_mask, is_causal)
+        _refuse(x, attn_mask, is_causal)
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt={output_fmt!r} is unknown; choose NCHW or NLC")
         chosen, last = feature_take_indices(len(self._own_blocks()), indices)
@@ -363,7 +366,12 @@ class MergingTransformer:
         return _new, (type(self).__bases__[1],), self.__dict__  # the class is made on the fly: pickle its base
 
 
-def _refuse_mask(attn_mask: Tensor | None, is_causal: bool) -> None:
+def _refuse(images: Tensor, attn_mask: Tensor | None, is_causal: bool) -> None:
+    if isinstance(images, Proxy):
+        raise TypeError(
+            "torch.fx, which create_feature_extractor uses, cannot trace a patched model: only values say what merges; "
+            "take forward_intermediates or hooks (docs/features.md)"
+        )
     if attn_mask is not None or is_causal:
         raise ValueError("a mask of N tokens does not fit once tokens merge: leave attn_mask and is_causal out")
 
