@@ -120,13 +120,13 @@ class ATMBlocks(nn.Sequential):
             raise TypeError(_no_block(index, module))
         super().__setitem__(index, module)
 
-    def _refuse(self, *_: Any, **__: Any) -> None:
+    def _fixed(self, *_: Any, **__: Any) -> None:
         raise ValueError(
             "blocks of a patched model cannot be added or removed, for each merges as its place says: remove_patch, "
             "then change them, then apply_patch"
         )
 
-    append = extend = insert = pop = __delitem__ = __iadd__ = __imul__ = _refuse
+    append = extend = insert = pop = __delitem__ = __iadd__ = __imul__ = _fixed
 
     def own(self, index: int, module: nn.Module) -> ATMBlock | None:
         """``module``, or the block in it, if it merges as this place says; None: it does not."""
