@@ -74,6 +74,7 @@ class ATMBlock(Block):
     """
 
     config: ATMConfig
+    block_index: int
     num_prefix_tokens: int
     by_size: bool
     r: int | None
@@ -107,7 +108,7 @@ class ATMBlock(Block):
             raise ValueError(f"block_index={block_index} is outside 0 .. {depth - 1}")
         config.check_depth(depth)
         theta = None if config.adapt == "static" else config.theta(block_index + 1, depth)  # it may refuse
-        self.config, self.theta = config, theta
+        self.config, self.block_index, self.theta = config, block_index, theta
         self.num_prefix_tokens = num_prefix_tokens
         self.by_size = config.groups_by_size(block_index + 1, depth)
         self.r = None if config.schedule is None else config.schedule[block_index]

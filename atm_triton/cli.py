@@ -64,6 +64,8 @@ def bench(args: argparse.Namespace) -> dict[str, Any]:
         print()
         rows = measure(model, batches, config, args.repeats, given, beside)
         print(report.throughput_table(rows) + "\n")
+        if (warning := report.slower(rows)) is not None:
+            print(warning + "\n")
         results.append({"title": title, "config": asdict(config), "batch_size": len(batches[0]), "rows": rows})
     if args.plot is not None:
         report.throughput_plot(results, args.plot)

@@ -36,8 +36,8 @@ class ATMConfig:
         thresholds: a threshold for each block instead of Eq. 1, None where a block does not merge, nor look for
             partners; for "batch" and "image".
         proportional_attention: add log n to the attention scores of a token that stands for n patches (Appendix A).
-            None: as the model wants it. Not where patch tokens are averaged beside a class token, as MAE is fine-tuned
-            (Appendix A: MAE runs without); else it does, and so does a block alone.
+            None: as the model wants it when it runs. Not where patch tokens are averaged beside a class token, as MAE
+            is fine-tuned (Appendix A: MAE runs without); else it does, and so does a block alone.
         cls_only_last: where the classifier reads the class token alone, the last block does not merge and computes
             that token only (Appendix A); it changes no logit. False: the last block merges as every other.
         backend: "auto" takes the Triton kernels where they can run and the plain-torch reference elsewhere; "triton"

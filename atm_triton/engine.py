@@ -37,7 +37,7 @@ KINDS = 4  # of passes whose buffers are kept
 
 class Kind(NamedTuple):
     """What passes must share to share graphs: the images' shape, dtype and device, autocast's dtype (None: off),
-    ``leading``, ``dense`` and ``head`` as in :meth:`Engine.run`."""
+    ``leading``, ``dense`` and ``head`` as in :meth:`Engine.run`, and how the model pools."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -46,6 +46,7 @@ class Kind(NamedTuple):
     leading: int | None
     dense: bool
     head: bool
+    pool: str
 
 
 class Counts:
@@ -336,7 +337,8 @@ class Engine:
 
     def _passes(self, images: Tensor, leading: int | None, dense: bool, head: bool) -> Passes:
         autocast = ops.autocast_dtype(images.device.type)
-        kind = Kind(tuple(images.shape), images.dtype, images.device, autocast, leading, dense, head)
+        asked = leading, dense, head, self.model.global_pool
+        kind = Kind(tuple(images.shape), images.dtype, images.device, autocast, *asked)
         if kind not in self.passes:
             read = self.read_gflop / (FLOAT32 if (autocast or images.dtype) == torch.float32 else 1)
             self.passes[kind] = Passes(self.model, kind, self.replays, read)

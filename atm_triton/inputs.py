@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import random
 from collections.abc import Iterator
 from difflib import get_close_matches
 from pathlib import Path
@@ -146,22 +147,25 @@ class DigitImages(Dataset):
 
 class NamedImages(ImageFolder):
     """torchvision's ImageFolder, whose errors say which file is to blame; grey for a model of one channel. ``lenient``:
-    an image that cannot be read is (None, its path) instead."""
+    an image that cannot be read is (None, its path) instead. ``spare``: samples to take others from."""
 
     def __init__(self, root: str, channels: int) -> None:
-        self.mode, self.lenient = "L" if channels == 1 else "RGB", False
+        self.mode, self.lenient, self.spare = "L" if channels == 1 else "RGB", False, []
         super().__init__(root, loader=self.open)
 
     def open(self, path: str) -> Image.Image:
         return Image.open(path).convert(self.mode)
 
     def __getitem__(self, index: int) -> tuple[Tensor | None, int | str]:
+        return self.read(*self.samples[index])
+
+    def read(self, path: str, label: int) -> tuple[Tensor | None, int | str]:
         try:
-            return super().__getitem__(index)
+            return self.transform(self.open(path)), label
         except Exception as error:
             if self.lenient:
-                return None, self.samples[index][0]
-            raise ValueError(f"{self.samples[index][0]} is no readable image: {error}") from error
+                return None, path
+            raise ValueError(f"{path} is no readable image: {error}") from error
 
 
 class AnyImages(NamedImages):
@@ -177,8 +181,8 @@ class AnyImages(NamedImages):
 
 
 class ReadableImages:
-    """Batches of a :class:`NamedImages` loader without the images that cannot be read. ``broken``: their paths, as far
-    as they have been met."""
+    """Batches of a :class:`NamedImages` loader without the images that cannot be read, then as many others, as far as
+    there are spare ones. ``broken``: the paths of those that cannot be read, as far as they have been met."""
 
     def __init__(self, loader: DataLoader) -> None:
         self.loader, self.dataset, self.broken = loader, loader.dataset, set()
@@ -187,10 +191,27 @@ class ReadableImages:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        missing = 0
         for images, labels, broken in self.loader:
             self.broken.update(broken)
+            missing += len(broken)
             if len(images):
                 yield images, labels
+        others = self._others(missing)
+        for first in range(0, len(others), self.loader.batch_size):
+            yield default_collate(others[first : first + self.loader.batch_size])
+
+    def _others(self, missing: int) -> list[tuple[Tensor, int]]:
+        others, spare = [], self.dataset.spare
+        for sample in random.Random(0).sample(spare, len(spare)):
+            if len(others) == missing:
+                break
+            row = self.dataset.read(*sample)
+            if row[0] is None:
+                self.broken.add(row[1])
+            else:
+                others.append(row)
+        return others
 
     @staticmethod
     def collate(rows: list[tuple[Tensor | None, int | str]]) -> tuple[Tensor, Tensor, list[str]]:
@@ -219,7 +240,8 @@ def open_images(
         limit: as many images as this, of a directory spread over all of it.
         labelled: False: a directory may hold its images in any way, and what stands for labels means nothing.
         dealt: of several processes each gets its own batches.
-        lenient: leave out what cannot be read, as :class:`ReadableImages`, where it would else be an error.
+        lenient: leave out what cannot be read, as :class:`ReadableImages`, where it would else be an error; where a
+            limit and no label is asked for, others of the directory take its place.
 
     Raises:
         ValueError: bad numbers, or digits for a model of another shape; OSError: a directory without images.
@@ -241,7 +263,11 @@ def open_images(
     dataset = (_folders if labelled else _anywhere)(data, config["input_size"][0])
     if limit is not None and limit < len(dataset.samples):
         every = len(dataset.samples) / limit
-        dataset.samples = [dataset.samples[int(number * every)] for number in range(limit)]
+        chosen = [int(number * every) for number in range(limit)]
+        if not labelled and not dealt:
+            rest = sorted({*range(len(dataset.samples))} - {*chosen})
+            dataset.spare = [dataset.samples[number] for number in rest]
+        dataset.samples = [dataset.samples[number] for number in chosen]
     if dealt:
         dataset.samples = [dataset.samples[i] for i in own_images(len(dataset.samples), batch_size)]
     dataset.lenient = lenient

@@ -90,6 +90,8 @@ def _of_blocks(model: VisionTransformer) -> str | None:
     for index, block in enumerate(blocks):
         if type(block) is not ATMBlock:
             return f"blocks.{index} is of a class of its own, {type(block).__name__}"
+        if blocks.own(index, block) is None:
+            return f"blocks.{index} is not the block that apply_patch left there"
         if type(block.attn) not in (ATMAttention, Attention):
             return f"blocks.{index}.attn is of a class of its own, {type(block.attn).__name__}"
     drops = [m for block in blocks for m in (block.attn.proj_drop, block.drop_path1, block.drop_path2)]

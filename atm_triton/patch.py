@@ -15,7 +15,7 @@ from atm_triton.block import ATMAttention, ATMBlock
 from atm_triton.config import REMEDY, ATMConfig
 from atm_triton.engine import Engine
 from atm_triton.operating_points import PAPER_NAMES
-from atm_triton.transformer import ATMBlocks, MergingTransformer, merging_class
+from atm_triton.transformer import ATMBlocks, MergingTransformer, knows_sizes, merging_class
 
 OWN_FORWARD = "forward of its own, which would no longer run: take it off, and put it on after apply_patch"
 _NO_GAP = "it has no point between attention and MLP where tokens could merge"
@@ -57,8 +57,10 @@ def apply_patch(model: VisionTransformer, config: ATMConfig | None = None) -> Vi
     blocks = check_model(model)
     depth = len(blocks)
     config.check_depth(depth)
+    by_pool = config.proportional_attention is None
     config = settled(config, model)
-    return install(model, merging, config)
+    install(model, merging, config).blocks.by_pool = by_pool
+    return model
 
 
 def settled(config: ATMConfig, model: VisionTransformer) -> ATMConfig:
@@ -75,11 +77,6 @@ def settled(config: ATMConfig, model: VisionTransformer) -> ATMConfig:
     if config.proportional_attention is None:
         config = replace(config, proportional_attention=knows_sizes(model))
     return config
-
-
-def knows_sizes(model: VisionTransformer) -> bool:
-    """Whether attention adds log n where nothing is said: not where patch tokens are averaged beside a class token."""
-    return not (model.global_pool == "avg" and model.has_class_token)
 
 
 # what in timm's pretrained_cfg tells weights apart
@@ -182,8 +179,9 @@ def install(model: VisionTransformer, make: Callable[[Block, int], ATMBlock], co
 def check_model(model: nn.Module) -> nn.Sequential:
     """The model's own blocks, if all of them can merge; else TypeError with the reason."""
     if not isinstance(model, VisionTransformer):
-        name = type(model).__name__
-        raise TypeError(f"{name} cannot be merged: it is not of timm's VisionTransformer class{_other_class(model)}")
+        name, where = type(model).__name__, type(model).__module__
+        of = f"it is not of timm's VisionTransformer class but of {where}"
+        raise TypeError(f"{name} cannot be merged: {of}{_other_class(model)}")
     base = type(model)
     if isinstance(model, MergingTransformer):
         _check_removable(model)
@@ -212,8 +210,10 @@ def check_model(model: nn.Module) -> nn.Sequential:
 
 
 def _other_class(model: nn.Module) -> str:
-    if isinstance(model, nn.Module) and any(isinstance(part, VisionTransformer) for part in model.modules()):
-        return "; patch the bare model, before compiling or wrapping it"
+    parts = model.named_modules() if isinstance(model, nn.Module) else ()
+    held = next((name for name, part in parts if isinstance(part, VisionTransformer)), None)
+    if held is not None:
+        return f"; patch the bare model in it, {held}, before compiling or wrapping it"
     if getattr(model, "rope", None) is not None:
         return "; its keys are rotated by their position, and a merged token has no single one"
     return ""

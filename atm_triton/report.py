@@ -28,6 +28,13 @@ def throughput_table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def slower(rows: list[dict[str, Any]]) -> str | None:
+    """Which ways to merge are slower than the unpatched model; None: none is."""
+    ours = [row for row in rows if row["name"].startswith("ATM") and row["speedup"] < 1]
+    told = " and ".join(f"{row['name']} has {row['speedup']:.2f} of timm's speed" for row in ours)
+    return f"merging does not pay here: {told}; it does with larger batches, models or images" if ours else None
+
+
 def evaluation_table(outcome: Evaluation) -> str:
     """All images, then the deciles from the easiest to the hardest."""
     lines = [

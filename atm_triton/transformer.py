@@ -7,6 +7,7 @@ import functools
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Container
+from dataclasses import replace
 from typing import Any, Self
 
 import torch
@@ -14,10 +15,11 @@ from timm.models._features import feature_take_indices
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.utils.checkpoint import checkpoint
 
 from atm_triton import ops
-from atm_triton.block import ATMBlock, Step, handed_on, inside
+from atm_triton.block import ATMBlock, Step, handed_on, inside, is_changed
 from atm_triton.config import ATMConfig
 from atm_triton.engine import Engine, Facts, recorded
 from atm_triton.packed import Images, Packed
@@ -71,6 +73,7 @@ class ATMBlocks(nn.Sequential):
     depth: int
     warns: bool  # where most tokens are gone early; once
     looked: bool  # at the first pass by the engine, whose counts nobody may ask for
+    by_pool: bool = False  # how the model pools says whether attention knows sizes
     _last: Record | Facts | None
 
     @property
@@ -112,6 +115,35 @@ class ATMBlocks(nn.Sequential):
             return nn.Sequential(OrderedDict(list(self._modules.items())[index]))
         return super().__getitem__(index)
 
+    def __setitem__(self, index: int, module: nn.Module) -> None:
+        if inside(module, ATMBlock) is None:
+            raise TypeError(_no_block(index, module))
+        super().__setitem__(index, module)
+
+    def _fixed(self, *_: Any, **__: Any) -> None:
+        raise ValueError(
+            "blocks of a patched model cannot be added or removed, for each merges as its place says: remove_patch, "
+            "then change them, then apply_patch"
+        )
+
+    append = extend = insert = pop = __delitem__ = __iadd__ = __imul__ = _fixed
+
+    def own(self, index: int, module: nn.Module) -> ATMBlock | None:
+        """``module``, or the block in it, if it merges as this place says; None: it does not."""
+        block = inside(module, ATMBlock)
+        if block is None or block.block_index != index:
+            return None
+        return block if block.config is self.config or block.config == self.config else None
+
+    def know_sizes(self, proportional: bool) -> None:
+        """Let attention know sizes, or not, from now on."""
+        config = replace(self.config, proportional_attention=proportional)
+        for index, module in enumerate(self):
+            block = self.own(index, module)
+            if block is not None:
+                block.config = config
+        self.config = config
+
     def forward(self, x: Any, *, run: Run | None = None) -> Any:
         """The tokens x [B, N, C] after the blocks, [B, M, C], or rows [T, C] once lengths differ. ``run``: for the
         model; without it as any sequence."""
@@ -120,7 +152,7 @@ class ATMBlocks(nn.Sequential):
         now, trace, B = Packed.of(x), None, len(x)
         traces, collected, tokens, left, counts, matched = [], [], [], [], [], []
         for index, block in enumerate(list(self)[: run.stop]):
-            if inside(block, ATMBlock) is None:
+            if self.own(index, block) is None:
                 raise TypeError(_no_block(index, block))
             serves_leading = run.leading is not None and index == len(self) - 1
             alone = serves_leading and not run.dense
@@ -198,6 +230,11 @@ def leading_tokens(model: VisionTransformer) -> int | None:
 _HEADS = (VisionTransformer.forward_head, VisionTransformerDistilled.forward_head)
 
 
+def knows_sizes(model: VisionTransformer) -> bool:
+    """Whether attention adds log n where nothing is said: not where patch tokens are averaged beside a class token."""
+    return not (model.global_pool == "avg" and model.has_class_token)
+
+
 class MergingTransformer:
     """Mixed in before a model's own class while it is patched. What a caller sees is what the model always returns:
     logits, or features of all N tokens, where merged tokens share one value."""
@@ -205,12 +242,12 @@ class MergingTransformer:
     blocks: ATMBlocks
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        _refuse_mask(attn_mask, is_causal)
+        _refuse(x, attn_mask, is_causal)
         # a head that pools over patch tokens reads all N, so that a merged one counts by its size
         return self._output(x, dense=leading_tokens(self) is None, head=True)
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        _refuse_mask(attn_mask, is_causal)
+        _refuse(x, attn_mask, is_causal)
         return self._output(x, dense=True, head=False)
 
     def _output(self, images: Tensor, dense: bool, head: bool) -> Tensor:
@@ -241,6 +278,8 @@ class MergingTransformer:
                 f"{len(self.blocks)} blocks where {self.blocks.depth} were patched, each for its place: remove_patch, "
                 "then add or remove blocks, then apply_patch"
             )
+        if self.blocks.by_pool and self.blocks.config.proportional_attention != knows_sizes(self):
+            self.blocks.know_sizes(knows_sizes(self))
         return self.blocks
 
     def _apply(self, fn: Callable, recurse: bool = True) -> Self:
@@ -254,7 +293,9 @@ class MergingTransformer:
 
     def finish(self, tokens: Packed, trace: Tensor | None, B: int, dense: bool, head: bool) -> Tensor:
         """What comes after the last block: the norm of the tokens that the classifier reads, or of all N; the head."""
-        if dense:
+        if dense and is_changed(self.norm):  # who watches it sees all N tokens
+            x = self.norm(self.blocks.unmerge(tokens, trace, B))
+        elif dense:
             x = self.norm(tokens.images.shaped(tokens.x)).flatten(0, -2)
             x = self.blocks.unmerge(tokens.with_x(x), trace, B)
         else:
@@ -275,7 +316,7 @@ class MergingTransformer:
         is_causal: bool = False,
     ) -> Any:
         """As timm's: features of all N tokens after the chosen blocks, and the final ones."""
-        _refuse_mask(attn_mask, is_causal)
+        _refuse(x, attn_mask, is_causal)
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt={output_fmt!r} is unknown; choose NCHW or NLC")
         chosen, last = feature_take_indices(len(self._own_blocks()), indices)
@@ -325,7 +366,12 @@ class MergingTransformer:
         return _new, (type(self).__bases__[1],), self.__dict__  # the class is made on the fly: pickle its base
 
 
-def _refuse_mask(attn_mask: Tensor | None, is_causal: bool) -> None:
+def _refuse(images: Tensor, attn_mask: Tensor | None, is_causal: bool) -> None:
+    if isinstance(images, Proxy):
+        raise TypeError(
+            "torch.fx, which create_feature_extractor uses, cannot trace a patched model: only values say what merges; "
+            "take forward_intermediates or hooks (docs/features.md)"
+        )
     if attn_mask is not None or is_causal:
         raise ValueError("a mask of N tokens does not fit once tokens merge: leave attn_mask and is_causal out")
 

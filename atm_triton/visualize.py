@@ -1,13 +1,17 @@
-"""Pictures of merged tokens: which patches of an image are one token after each block."""
+"""Merged tokens in numbers and in pictures: which patches are one token after each block, and what they attend to."""
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from timm.layers.attention import Attention
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from atm_triton.block import ATMBlock
 from atm_triton.inputs import data_config
 from atm_triton.summary import summary
 from atm_triton.transformer import MergingTransformer
@@ -31,8 +35,7 @@ def merge_map(model: VisionTransformer, image: Tensor) -> list[Tensor]:
     Raises:
         ValueError: the model is not patched, or more than one image.
     """
-    if not isinstance(model, MergingTransformer):
-        raise ValueError(f"{type(model).__name__} is not patched: apply_patch first")
+    _check_patched(model)
     images = image if image.dim() == 4 else image.unsqueeze(0)
     if images.dim() != 4 or len(images) != 1:
         raise ValueError(f"image has shape {list(image.shape)}; want one image, [C, H, W]")
@@ -46,6 +49,65 @@ def merge_map(model: VisionTransformer, image: Tensor) -> list[Tensor]:
         slots = (as_they_were if trace is None else trace.cpu().long())[0, P:]
         maps.append(torch.where(slots < 0, -1, slots - P).view(rows, columns))
     return maps
+
+
+def _check_patched(model: VisionTransformer) -> None:
+    if not isinstance(model, MergingTransformer):
+        raise ValueError(f"{type(model).__name__} is not patched: apply_patch first")
+
+
+def attention_maps(model: VisionTransformer, images: Tensor) -> list[Tensor]:
+    """The mean attention of the heads in each block of a patched model, between the N tokens that entered the first.
+
+    A token that merged attends as the one that it is part of, and what that one is given is shared out evenly among its
+    tokens, as log n means it: rows sum to 1, and where equal tokens merge, these are the maps of the unpatched model.
+    What was dropped has zeros.
+
+    Args:
+        model: patched, in eval mode; images: [B, C, H, W], as the model takes them.
+
+    Returns:
+        For each block [B, N, N] in the model's dtype, queries first; with gradients where they are on. The last block
+        attends from all tokens here, also where the classifier reads one.
+
+    Raises:
+        ValueError: the model is not patched, or images of another shape.
+    """
+    _check_patched(model)
+    if images.dim() != 4 or len(images) == 0:
+        raise ValueError(f"images has shape {list(images.shape)}; want one image or more, [B, C, H, W]")
+    with ExitStack() as stack:
+        blocks = [block for block in model.blocks.modules() if isinstance(block, ATMBlock)]  # also in wrappers
+        seen = [stack.enter_context(_attending(block.attention)) for block in blocks]
+        traces = model.traces(images)
+    as_they_were = torch.arange(model.blocks.last.tokens[0], device=images.device).expand(len(images), -1)
+    entered = [as_they_were if trace is None else trace.long() for trace in (None, *traces[:-1])]
+    return [_of_all(found, tokens) for found, tokens in zip(seen, entered, strict=True)]
+
+
+@contextmanager
+def _attending(attn: Attention) -> Iterator[list[Tensor]]:
+    """The attention [H, M, M] of each image, written out: as the fused one, which reads no scale of the module's."""
+    seen, own = [], (attn.fused_attn, attn.scale)
+    if attn.fused_attn:
+        attn.fused_attn, attn.scale = False, attn.head_dim**-0.5
+    hook = attn.attn_drop.register_forward_hook(lambda _, args, out: seen.extend(out))
+    try:
+        yield seen
+    finally:
+        hook.remove()
+        attn.fused_attn, attn.scale = own
+
+
+def _of_all(maps: list[Tensor], entered: Tensor) -> Tensor:
+    """``maps`` [H, M, M] of each image between all its tokens, [B, N, N]; ``entered`` [B, N]: which of M each is."""
+    whole = []
+    for attention, token in zip(maps, entered, strict=True):
+        there = token >= 0
+        sizes = token[there].bincount(minlength=attention.shape[-1])
+        shared = (attention.mean(0) / sizes)[token][:, token]
+        whole.append(torch.where(there & there.unsqueeze(1), shared, 0))
+    return torch.stack(whole)
 
 
 def pixels(model: VisionTransformer, image: Tensor) -> np.ndarray:

@@ -5,8 +5,12 @@ import re
 from pathlib import Path
 from typing import Any
 
+import timm
+
+from atm_triton.digits import model as digits_model
 from benchmarks import host
 from benchmarks.bench import RESULTS
+from benchmarks.gpu.models import DIGITS, NAMES
 from benchmarks.paper import flops, table1, table2
 from benchmarks.paper.cells import saved
 
@@ -170,6 +174,43 @@ def since_the_first(first: dict[str, Any], now: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def pays_table(gpu: dict[str, Any], *cpu: dict[str, Any]) -> str:
+    """How many times as fast as timm, by model, size of image, batch and way to adapt; less than once in bold."""
+    card, processor = gpu["environment"]["gpu"], cpu[0]["environment"]["cpu"]
+    found = {f"{card}, bfloat16, each in CUDA graphs": {}, f"{processor}, float32": {}}
+    on_gpu, on_cpu = found.values()
+    for row in gpu["stages"]["engine"]["rows"]:
+        if row["name"] in _WAYS and not row["session"]:
+            on_gpu.setdefault((row["model"], row["batch"]), {})[_WAYS[row["name"]]] = row["of_timm_graph"]
+    for case in (case for document in cpu for case in document["cases"]):
+        (row,) = (row for row in case["rows"] if row["name"] == "ATM")
+        cell = case["title"].partition(",")[0], case["batch_size"]
+        on_cpu.setdefault(cell, {})[case["config"]["adapt"]] = row["speedup"]
+    heads = " | ".join(f'`"{adapt}"`' for adapt in _WAYS.values())
+    lines = [f"| times as fast as timm | pixels | batch | {heads} |", f"|{'---|' * 6}"]
+    for where, cells in found.items():
+        lines.append(f"| **{where}** | | | | | |")
+        for model, batch in sorted(cells):
+            times = (_times(cells[model, batch].get(adapt)) for adapt in _WAYS.values())
+            name, side = _model(model)
+            lines.append(f"| {name} | {side} | {batch} | {' | '.join(times)} |")
+    return "\n".join(lines)
+
+
+_WAYS = {"ATM static": "static", "ATM batch": "batch", "ATM image": "image"}
+
+
+def _model(name: str) -> tuple[str, int]:
+    """A model as pages name it, and the side of its images."""
+    timms = {DIGITS: digits_model.NAME, **NAMES}.get(name, name)
+    short = {long: short for short, long in NAMES.items()}.get(timms, name)
+    return short, timm.get_pretrained_cfg(timms).input_size[-1]
+
+
+def _times(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:.2f}" if ratio >= 1 else f"**{ratio:.2f}**"
+
+
 def kernels_table(result: dict[str, Any]) -> str:
     """Microseconds of each operation by the number of images, and what bounds it; of DeiT-S, at its first N."""
     section = result["stages"]["kernels"]
@@ -321,6 +362,7 @@ TABLES = {  # of each page, from files
     ENGINE: {"host": (host.table, ("host.json",))},
     KERNELS: {"kernels": (kernels_table, ("h200_kernels.json",))},
     PERFORMANCE: {
+        "pays": (pays_table, ("h200_engine.json", "cpu_bench.json", "cpu_bench_image.json")),
         "gpu": (gpu_table, ("h200_engine.json",)),
         "since": (since_the_first, ("h200_first.json", "h200_engine.json")),
         "throughput": (throughput_table, ("cpu_bench.json", "cpu_bench_image.json")),

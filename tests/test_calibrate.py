@@ -17,7 +17,7 @@ from atm_triton.calibrate import Promise, split_images
 from atm_triton.cli import main
 from atm_triton.evaluate import evaluate
 from atm_triton.flops import cost, unmerged
-from atm_triton.inputs import checksum, open_model
+from atm_triton.inputs import checksum, open_images, open_model
 from atm_triton.meter import Mean, Measured, Meter, hardest, similarities
 from atm_triton.notes import Notes
 from atm_triton.report import calibration_table
@@ -386,6 +386,46 @@ def test_a_broken_image_is_left_out_and_named(tmp_path, small_search, capsys):
     assert f"1 image could not be read and was left out: {broken}\n" in capsys.readouterr().out
     document = json.loads(out.read_text())
     assert document["images"] == 69 and document["not_read"] == [str(broken)]
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_others_take_the_place_of_images_that_cannot_be_read(workers, tmp_path, small_search, capsys):
+    for number in range(81):
+        pixels = torch.randint(0, 255, (112, 112), dtype=torch.uint8).numpy()
+        Image.fromarray(pixels).save(tmp_path / f"{number:02}.png")
+    chosen = [int(number * 81 / 64) for number in range(64)]
+    left = sorted({*range(81)} - {*chosen})
+    broken = [tmp_path / f"{number:02}.png" for number in (chosen[5], chosen[40], *left[:15])]
+    for path in broken:
+        path.write_bytes(b"no image")
+    out = tmp_path / "found.json"
+    options = ["--data", str(tmp_path), "--images", "64", "--batch-size", "16", "--workers", workers]
+    assert main(["calibrate", "--max-gflops", "0.25", *options, "--out", str(out)]) == 0
+    named = capsys.readouterr().out.splitlines()[0]
+    document = json.loads(out.read_text())
+    assert document["images"] == 64 and f": {', '.join(document['not_read'])}" in named
+    assert {str(path) for path in broken[:2]} <= {*document["not_read"]} <= {*map(str, broken)}
+    broken = tmp_path / f"{left[-1]:02}.png"
+    broken.write_bytes(b"no image")
+    assert main(["calibrate", "--max-gflops", "0.25", *options, "--out", str(out)]) == 2
+    assert "63 images are too few to calibrate on" in capsys.readouterr().err
+
+
+def test_no_image_takes_the_place_of_one_to_judge_by(tmp_path):
+    model = open_model()
+    for number in range(9):
+        Image.fromarray(torch.zeros(112, 112, dtype=torch.uint8).numpy()).save(tmp_path / f"{number}.png")
+    (tmp_path / "0.png").write_bytes(b"no image")
+    folder = tmp_path / "all" / "class"
+    folder.mkdir(parents=True)
+    for path in tmp_path.glob("*.png"):
+        path.rename(folder / path.name)
+    for labelled, number in ((True, 2), (False, 3)):
+        loader = open_images(model, str(tmp_path / "all"), limit=3, batch_size=2, labelled=labelled, lenient=True)
+        for _ in range(2):
+            batches = list(loader)
+            assert sum(len(images) for images, _ in batches) == number and len(batches[0][0]) == 1
+        assert loader.broken == {str(folder / "0.png")}
 
 
 def test_two_calibrations_do_not_write_one_file(tmp_path):

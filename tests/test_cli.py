@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from atm_triton import ATMConfig, apply_patch
+from atm_triton import ATMConfig, apply_patch, report
 from atm_triton.cli import main
 from atm_triton.command import exit_code
 from atm_triton.config import REMEDY
@@ -162,10 +162,13 @@ def test_eval_by_each_images_own_count(tmp_path):
     assert easy["gflops"] < hard["gflops"]
 
 
-def test_bench_of_a_given_model_and_schedule(capsys):
+def test_bench_of_a_given_model_and_schedule(tmp_path, capsys):
     arguments = ["--model", "deit_tiny_patch16_224", "--batch-size", "1", "--repeats", "1"]
+    arguments += ["--json", str(tmp_path / "bench.json")]
     assert main(["bench", *arguments, "--schedule", *["13"] * 12, "--split-depth", "12"]) == 0
     printed = capsys.readouterr().out
+    (case,) = json.loads((tmp_path / "bench.json").read_text())["cases"]
+    assert ("merging does not pay here: ATM has 0." in printed) == (case["rows"][3]["speedup"] < 1)
     assert "ToMe, r = 13" in printed and "random weights" in printed
     assert "197 184 171 158 145 132 119 106 93 80 67 54" in printed
 
@@ -176,6 +179,21 @@ def test_env(tmp_path, capsys):
     assert "backend_reason" in capsys.readouterr().out
     facts = json.loads(out.read_text())["environment"]
     assert {"torch", "timm", "cpu", "commit", "dirty", "utc", "command"} <= facts.keys()
+
+
+def test_bench_says_where_merging_does_not_pay():
+    """Of what merges by ATM: not of the bound, nor of what is timed beside it."""
+
+    def rows(**speedups):
+        names = {"timm": 1, "free-merge bound": 0.7, "ToMe": 0.6, "one r a batch": 0.5} | speedups
+        return [{"name": name, "speedup": speedup} for name, speedup in names.items()]
+
+    assert report.slower(rows(ATM=1.0)) is None
+    assert report.slower(rows(ATM=0.831)) == (
+        "merging does not pay here: ATM has 0.83 of timm's speed; it does with larger batches, models or images"
+    )
+    said = report.slower(rows(**{"ATM": 0.9, 'ATM, adapt="batch"': 0.8}))
+    assert "ATM has 0.90 of timm's speed and ATM, adapt=\"batch\" has 0.80 of timm's speed; " in said
 
 
 @pytest.mark.parametrize("command", ["bench", "eval", "calibrate", "env"])

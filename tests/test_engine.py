@@ -120,6 +120,33 @@ def test_features_of_all_tokens(config):
         assert ours.blocks.last.way == "engine"
 
 
+@torch.inference_mode()
+def test_how_the_model_pools_may_change_between_passes():
+    """With it what attention knows of sizes, and what follows the blocks, which nothing else that is asked tells."""
+    model = tiny(global_pool="avg")
+    x = batch(model)
+    ours, expected = patched(copy.deepcopy(model), **CONFIGS["image"]), patched(model, False, **CONFIGS["image"])
+    seen = []
+    for pool in ("avg", "max", "token", "avg", "max") * 2:
+        ours.global_pool = expected.global_pool = pool
+        seen.append(expected(x))
+        torch.testing.assert_close(ours(x), seen[-1], rtol=0, atol=1e-5)
+        assert ours.blocks.last.way == "engine"
+    assert not torch.allclose(seen[0], seen[1], atol=1e-3) and not torch.allclose(seen[1], seen[2], atol=1e-3)
+    assert len(ours.engine.passes) == 3  # each with graphs of its own
+
+
+@torch.inference_mode()
+def test_a_block_in_anothers_place_is_refused_before_it_is_captured():
+    model = patched(tiny(), **CONFIGS["image"])
+    x = batch(model)
+    model(x)
+    model.blocks[1] = copy.deepcopy(model.blocks[0])
+    assert model.engine.refusal(x) == "blocks.1 is not the block that apply_patch left there"
+    with pytest.raises(TypeError, match="blocks.1 is ATMBlock; want the block that apply_patch left"):
+        model(x)
+
+
 @pytest.mark.parametrize("step", [1, 7, 1000], ids=["on the edge", "off it", "all rows"])
 @torch.inference_mode()
 def test_what_lies_beyond_the_last_image_reaches_nothing(step):

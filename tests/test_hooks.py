@@ -252,7 +252,7 @@ class Deaf(nn.Module):
         (lambda m: setattr(m.blocks[1], "attn", Foreign()), "attn is Foreign, .*; want Attention of timm"),
         (lambda m: setattr(m.blocks[3], "attn", Deaf(m.blocks[3].attn)), "attn is Deaf, .*hands keywords on"),
         (
-            lambda m: m.blocks.__setitem__(2, nn.Identity()),
+            lambda m: setattr(m.blocks, "2", nn.Identity()),
             "blocks.2 is Identity; want the block that apply",
         ),
         (lambda m: setattr(m, "blocks", m.blocks[:2]), "blocks is Sequential; want the sequence that"),
@@ -474,11 +474,68 @@ def test_a_patched_model_within_another_keeps_its_patch():
 
 
 @pytest.mark.parametrize(
+    "change",
+    [
+        lambda blocks: blocks.append(Block(32, 2)),
+        lambda blocks: blocks.extend([Block(32, 2)]),
+        lambda blocks: blocks.insert(0, Block(32, 2)),
+        lambda blocks: blocks.pop(1),
+        lambda blocks: blocks.__delitem__(-1),
+        lambda blocks: blocks.__iadd__(nn.Sequential(Block(32, 2))),
+        lambda blocks: blocks.__imul__(2),
+    ],
+    ids=["append", "extend", "insert", "pop", "del", "+=", "*="],
+)
+def test_blocks_are_not_added_or_removed_while_patched(change):
+    model, x = apply_patch(vit(), STATIC), images()
+    before, own = model(x), list(model.blocks)
+    with pytest.raises(ValueError, match="blocks of a patched model cannot be added or removed, .*: remove_patch") as e:
+        change(model.blocks)
+    assert "\n" not in str(e.value)
+    assert all(one is other for one, other in zip(model.blocks, own, strict=True)) and torch.equal(model(x), before)
+    change(remove_patch(model).blocks)
+    assert len(model.blocks) != 4
+
+
+def test_a_block_that_cannot_merge_takes_no_place():
+    model, x = apply_patch(vit(), STATIC), images()
+    before = model(x)
+    with pytest.raises(TypeError, match="blocks.1 is Block; want the block that apply_patch left"):
+        model.blocks[1] = Block(32, 2)
+    assert torch.equal(model(x), before)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.blocks.__setitem__(1, copy.deepcopy(m.blocks[2])),
+        lambda m: m.blocks.__setitem__(1, m.blocks[2]),
+        lambda m: m.blocks.__setitem__(1, apply_patch(vit(), IMAGE).blocks[1]),
+    ],
+    ids=["a copy of another place", "two places", "another configuration"],
+)
+def test_a_block_that_merges_as_another_place_says_is_refused(change):
+    model = apply_patch(vit(), STATIC)
+    change(model)
+    with pytest.raises(TypeError, match="blocks.1 is ATMBlock; want the block that apply_patch left"):
+        model(images())
+
+
+def test_a_block_may_be_replaced_by_its_like():
+    model, x = apply_patch(vit(), STATIC), images()
+    before, twin = model(x), apply_patch(vit(), STATIC)
+    model.blocks[1] = copy.deepcopy(model.blocks[1])
+    assert torch.equal(model(x), before)
+    model.blocks[1] = twin.blocks[1]
+    assert not torch.equal(model(x), before)
+
+
+@pytest.mark.parametrize(
     ("change", "number"),
-    [(lambda m: m.blocks.append(Block(32, 2)), 5), (lambda m: m.blocks.__delitem__(1), 3)],
+    [(lambda m: m.blocks.add_module("4", Block(32, 2)), 5), (lambda m: delattr(m.blocks, "1"), 3)],
     ids=["added", "removed"],
 )
-def test_blocks_are_not_added_or_removed_while_patched(change, number):
+def test_blocks_that_came_or_went_otherwise_are_counted(change, number):
     model = apply_patch(vit(), STATIC)
     change(model)
     for call in (model, model.forward_features, model.forward_intermediates):

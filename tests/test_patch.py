@@ -9,6 +9,7 @@ from functools import partial
 import pytest
 import timm
 import torch
+import torchvision
 from timm.layers import Attention, GluMlp, HybridEmbed, SwiGLU, set_fused_attn
 from timm.models.vision_transformer import Block, ParallelScalingBlock, VisionTransformer
 from torch import nn
@@ -332,6 +333,72 @@ def test_a_new_classifier_on_a_patched_model():
     assert summary(model).record.rows[-1] == 26 - 3 - 5 - 2 - 4  # patch tokens are read now: the last block merges
 
 
+@pytest.mark.parametrize("adapt", ["static", "batch", "image"])
+def test_log_n_is_settled_by_how_the_model_pools_when_it_runs(adapt):
+    """As if it had been patched with the classifier that it has then; what was said outright stays."""
+    config, x = STATIC if adapt == "static" else replace(EASY, adapt=adapt), images()
+    own = vit()
+    patched = [
+        apply_patch(copy.deepcopy(own), replace(config, proportional_attention=said)) for said in (None, True, False)
+    ]
+    unsaid, with_log_n, without = patched
+    for pool, same in (("token", with_log_n), ("avg", without), ("max", with_log_n), ("avg", without)):
+        for model in patched:
+            model.global_pool = pool
+        assert torch.equal(unsaid(x), same(x)) and not torch.equal(with_log_n(x), without(x)), pool
+        assert torch.equal(unsaid.forward_features(x), same.forward_features(x))
+        assert unsaid.blocks.config.proportional_attention is (pool != "avg")
+    for model in patched:
+        model.global_pool = "token"
+        model.reset_classifier(3, "avg")
+        model.head.load_state_dict(unsaid.head.state_dict())
+    later = apply_patch(copy.deepcopy(remove_patch(copy.deepcopy(unsaid))), config)
+    assert torch.equal(unsaid(x), later(x)) and torch.equal(unsaid(x), without(x))
+    assert not torch.equal(unsaid(x), with_log_n(x))
+
+
+def outcome(call, *arguments, **options):
+    """What a call returns, or its kind of error."""
+    try:
+        return call(*arguments, **options)
+    except Exception as error:
+        return type(error)
+
+
+@pytest.mark.parametrize("batch", [0, 2])
+@pytest.mark.parametrize("adapt", ["static", "batch", "image"])
+@pytest.mark.parametrize(
+    "options", [{}, {"dynamic_img_size": True}, {"dynamic_img_size": True, "dynamic_img_pad": True}], ids=str
+)
+@torch.no_grad()
+def test_images_of_any_size_and_none_at_all_are_taken_where_timm_takes_them(options, adapt, batch):
+    """timm refuses an empty batch where it resamples positions, or shapes features as images."""
+    own = vit(**options)
+    config = STATIC if adapt == "static" else replace(EASY, adapt=adapt)
+    nothing = replace(STATIC, schedule=(0,) * 4) if adapt == "static" else ATMConfig(thresholds=(1.0,) * 4, adapt=adapt)
+    merging, same = (apply_patch(copy.deepcopy(own), each) for each in (config, nothing))
+    taken = 0
+    for side in ((40, 40), (64, 48), (44, 40), (8, 8)):
+        x = torch.randn(batch, 3, *side)
+        for name, given in (
+            ("forward", {}),
+            ("forward_features", {}),
+            ("forward_intermediates", {"indices": [1], "intermediates_only": True}),
+            ("forward_intermediates", {"indices": [1], "intermediates_only": True, "output_fmt": "NLC"}),
+        ):
+            expected, equal, found = (outcome(getattr(model, name), x, **given) for model in (own, same, merging))
+            if isinstance(expected, type):
+                assert equal is found is expected
+                continue
+            taken += 1
+            expected, equal, found = (each[0] if isinstance(each, list) else each for each in (expected, equal, found))
+            torch.testing.assert_close(equal, expected, rtol=1e-4, atol=1e-5)
+            assert found.shape == expected.shape
+            if name == "forward":
+                assert str(summary(merging)) and len(summary(merging).r) == 4
+    assert taken or not batch
+
+
 class Odd(VisionTransformer):
     def forward_features(self, x):
         return super().forward_features(x)
@@ -348,7 +415,15 @@ REFUSED = {
         lambda: timm.create_model("eva02_tiny_patch14_224"),
         "Eva cannot be merged: .*its keys are rotated",
     ),
-    "wrapper": (lambda: nn.DataParallel(vit()), "DataParallel cannot be merged: .*patch the bare model"),
+    "torchvision": (
+        lambda: torchvision.models.VisionTransformer(32, 16, 1, 2, 32, 64),
+        "VisionTransformer cannot be merged: .*class but of torchvision.models.vision_transformer$",
+    ),
+    "wrapper": (lambda: nn.DataParallel(vit()), "DataParallel cannot be merged: .*patch the bare model in it, module,"),
+    "tower": (
+        lambda: nn.ModuleDict({"text": nn.Linear(1, 1), "visual": nn.ModuleDict({"trunk": vit()})}),
+        "but of torch.nn.modules.container; patch the bare model in it, visual.trunk, before compiling or wrapping it$",
+    ),
     "parallel": (partial(vit, block_fn=ParallelScalingBlock), "ParallelScalingBlock: it has no point between"),
     "respost": (lambda: timm.create_model("vit_base_patch16_rpn_224", depth=1), "ResPostBlock: it normalises after"),
     "attention": (lambda: timm.create_model("vit_dlittle_patch16_reg1_gap_256", depth=1), "with DiffAttention"),

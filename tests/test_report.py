@@ -31,6 +31,20 @@ def test_it_is_written_with_the_tables_of_all_pages(tmp_path, monkeypatch, capsy
     assert (tmp_path / "REPORT.md").read_text() == report.page(pages.RESULTS)
 
 
+def test_where_merging_pays_is_told_cell_by_cell():
+    gpu, cpu = (json.loads((pages.RESULTS / f"{name}.json").read_text()) for name in ("h200_engine", "cpu_bench"))
+    lines = pages.pays_table(gpu, cpu).splitlines()
+    measured = {(row["model"], row["batch"]) for row in gpu["stages"]["engine"]["rows"]}
+    assert len(lines) == 4 + len(measured) + len(cpu["cases"])
+    for row in gpu["stages"]["engine"]["rows"]:
+        if row["name"] == "ATM image" and not row["session"]:
+            cells, ratio = (row["model"], str(row["batch"])), row["of_timm_graph"]
+            on_gpu = (line.split(" | ") for line in lines[3 : 3 + len(measured)])
+            (found,) = (line for line in on_gpu if (line[0][2:], line[2]) == cells)
+            assert found[-1] == (f"{ratio:.2f} |" if ratio >= 1 else f"**{ratio:.2f}** |")
+    assert any(line.startswith("| DINOv2-S | 518 | 8 |") for line in lines)
+
+
 def test_a_page_without_a_place_for_its_table_is_named(tmp_path, monkeypatch):
     page = tmp_path / "guide.md"
     page.write_text("no table")
