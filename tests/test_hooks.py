@@ -291,6 +291,19 @@ def test_a_forward_set_while_patched_is_in_the_way_of_remove_patch(name):
     remove_patch(model)
 
 
+@pytest.mark.parametrize("name", ["", "blocks", "blocks.2", "blocks.2.attn", "blocks.2.mlp"])
+def test_a_forward_that_is_the_classs_own_is_none(name):
+    """accelerate leaves it on a module when it takes its hooks off."""
+    model, x = vit(), images()
+    expected = model(x)
+    for call in (lambda: apply_patch(model, NOTHING), lambda: apply_patch(model, STATIC), lambda: remove_patch(model)):
+        module = model.get_submodule(name)
+        module.forward = module.forward
+        call()
+        assert "forward" not in vars(module)
+    assert torch.equal(model(x), expected)
+
+
 def test_remove_patch_leaves_nothing_behind():
     model = vit()
     modules = list(model.modules())
