@@ -77,6 +77,7 @@ class Watch:
             handle.remove()
 
 
+@pytest.mark.works_with("torch", "forward and backward hooks on every module")
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")
 @pytest.mark.parametrize("config", SAME.values(), ids=SAME)
 @pytest.mark.parametrize("fused", [True, False])
@@ -395,6 +396,7 @@ def wraps(kind):
     return lambda module: isinstance(module, kind)
 
 
+@pytest.mark.works_with("torch", "apply_activation_checkpointing after patching")
 @pytest.mark.parametrize("impl", list(CheckpointImpl))
 @pytest.mark.parametrize("config", MERGING.values(), ids=MERGING)
 def test_activation_checkpointing_of_blocks_computes_twice_and_the_same(config, impl):
@@ -450,8 +452,18 @@ def test_what_is_wrapped_or_changed_before_patching_is_refused_by_name():
         apply_patch(model)
 
 
-@pytest.mark.parametrize("case", ["blocks", "parts", "model first", "refusals"])
-def test_fully_shard_of_two_processes(case):
+FSDP2 = pytest.mark.works_with("torch", "FSDP2 (fully_shard of blocks, parts and the model) on two processes")
+PARALLEL = pytest.mark.works_with("torch", "DistributedDataParallel and tensor parallel layers on two processes")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        *(pytest.param(case, marks=FSDP2) for case in ("blocks", "parts", "model first", "refusals")),
+        *(pytest.param(case, marks=PARALLEL) for case in ("data", "tensor")),
+    ],
+)
+def test_two_processes_share_a_model(case):
     """One process with the same images gives the same logits and gradients."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
