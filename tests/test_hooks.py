@@ -456,13 +456,10 @@ FSDP2 = pytest.mark.works_with("torch", "FSDP2 (fully_shard of blocks, parts and
 PARALLEL = pytest.mark.works_with("torch", "DistributedDataParallel and tensor parallel layers on two processes")
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        *(pytest.param(case, marks=FSDP2) for case in ("blocks", "parts", "model first", "refusals")),
-        *(pytest.param(case, marks=PARALLEL) for case in ("data", "tensor")),
-    ],
-)
+SHARED = dict.fromkeys(["blocks", "parts", "model first", "refusals"], FSDP2) | {"parallel": PARALLEL}
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, marks=mark) for case, mark in SHARED.items()])
 def test_two_processes_share_a_model(case):
     """One process with the same images gives the same logits and gradients."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
