@@ -69,9 +69,44 @@ def test_it_works_where_it_is_installed(site, tmp_path):
     assert "% of the MACs saved" in done.stdout
 
 
-def test_the_kernels_are_not_importable_by_their_folders_name():
-    done = subprocess.run([sys.executable, "-c", "import kernels"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and "import atm_triton.kernels" in done.stderr
+ASKED_FOR = """
+from importlib import import_module
+assert import_module("kernels").__version__ == VERSION  # as libraries do that look for what is installed
+try:
+    from kernels import match
+except ImportError as error:
+    assert "cannot import name 'match' from 'kernels'" in str(error)
+else:
+    assert match == "another's"
+try:
+    import kernels.merge
+except ModuleNotFoundError as error:
+    assert error.name == "kernels.merge"
+"""
+
+
+def asked_for(version, *path):
+    """Run in the checkout, with more places to look in."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))}
+    code = ASKED_FOR.replace("VERSION", repr(version))
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_kernels_give_way_to_a_distribution_of_their_name(tmp_path):
+    """Also past another checkout, and where places stand on the path twice."""
+    shutil.copytree(ROOT / "kernels", tmp_path / "checkout" / "kernels")
+    (tmp_path / "site" / "kernels").mkdir(parents=True)
+    (tmp_path / "site" / "kernels" / "__init__.py").write_text("__version__, match = '0.17.3', \"another's\"\n")
+    asked_for("0.17.3", tmp_path / "site")
+    asked_for("0.17.3", *(tmp_path / "checkout", ROOT) * 2, tmp_path / "site")
+
+
+def test_without_one_there_is_nothing_under_their_name(tmp_path):
+    (tmp_path / "kernels").mkdir()
+    asked_for("0", tmp_path)
+    done = subprocess.run([sys.executable, "-c", "import kernels; kernels.match"], cwd=ROOT, capture_output=True)
+    assert done.returncode == 1 and b"import atm_triton.kernels" in done.stderr
 
 
 def test_no_import_runs_upward():
