@@ -4,8 +4,10 @@ import sys
 
 import torch
 import torch.distributed as dist
+from timm.models.vision_transformer import Block
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
@@ -149,8 +151,25 @@ def tensor_parallel(mesh, x):
     torch.testing.assert_close(first(x), apply_patch(alone, CONFIGS["image"])(x), rtol=0, atol=1e-9)
 
 
+def fully_sharded_data_parallel(mesh, x):
+    """The older one, which puts a wrapper in the place of each block."""
+    for config in CONFIGS.values():
+        alone = apply_patch(new(), config)
+        options = {"auto_wrap_policy": ModuleWrapPolicy({Block}), "device_id": torch.device("cpu")}
+        sharded = FullyShardedDataParallel(apply_patch(new(), config), use_orig_params=True, **options)
+        assert isinstance(sharded.module.blocks[0], FullyShardedDataParallel)
+        out, expected = sharded(x), alone(x)
+        torch.testing.assert_close(out, expected, rtol=0, atol=1e-9)
+        out.square().sum().backward()
+        expected.square().sum().backward()
+        with FullyShardedDataParallel.summon_full_params(sharded, with_grads=True):
+            for one, other in zip(sharded.parameters(), alone.parameters(), strict=True):
+                torch.testing.assert_close(one.grad, other.grad, rtol=0, atol=1e-9)
+
+
 def parallel(mesh, x):
     distributed_data_parallel(mesh, x)
+    fully_sharded_data_parallel(mesh, x)
     tensor_parallel(mesh, x)
 
 

@@ -243,6 +243,15 @@ def in_another_layout(model, x):
     return model(x.to(memory_format=torch.channels_last).flip(-1).transpose(-1, -2))
 
 
+def of_another_size(model, x):
+    model.set_input_size(img_size=(48, 32))
+    return model(x.repeat(1, 1, 2, 1)[:, :, :48, :32])
+
+
+def reparameterized(model, x):
+    return timm.utils.reparameterize_model(model)(x)
+
+
 WHOLE = {
     with_other_weights: with_torch("torch.func: functional_call, grad; jvp and second derivatives at r = 0"),
     gradient: with_torch("torch.func: functional_call, grad; jvp and second derivatives at r = 0"),
@@ -256,6 +265,8 @@ WHOLE = {
     saved_whole: with_torch("copy.copy, torch.save of a whole model"),
     averaged: with_torch("AveragedModel"),
     exponentially_averaged: with_timm("ModelEmaV3"),
+    of_another_size: with_timm("set_input_size, reparameterize_model"),
+    reparameterized: with_timm("set_input_size, reparameterize_model"),
     inference_tensors: with_torch("inference tensors, as images and as parameters"),
     parametrized_itself: with_torch("a parametrization of pos_embed"),
     heads_pruned: with_torch("pruned heads, tied layers"),
@@ -276,7 +287,7 @@ def test_what_is_done_with_a_whole_model(done, config):
     assert_same(done(apply_patch(new(), config), x), expected)
 
 
-SAME_LOGITS = (materialised, saved_whole)
+SAME_LOGITS = (materialised, saved_whole, reparameterized)
 
 
 @with_torch("nn.Module.compile of the model")

@@ -453,7 +453,7 @@ def test_what_is_wrapped_or_changed_before_patching_is_refused_by_name():
 
 
 FSDP2 = pytest.mark.works_with("torch", "FSDP2 (fully_shard of blocks, parts and the model) on two processes")
-PARALLEL = pytest.mark.works_with("torch", "DistributedDataParallel and tensor parallel layers on two processes")
+PARALLEL = pytest.mark.works_with("torch", "DDP, FSDP1 and tensor parallel layers on two processes")
 
 
 SHARED = dict.fromkeys(["blocks", "parts", "model first", "refusals"], FSDP2) | {"parallel": PARALLEL}
