@@ -43,15 +43,16 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines + [f"| {name} | {of} | {'; '.join(what)} |" for (name, of), what in shown.items()])
 
 
-def main() -> int:
+def main(tests: Path = TESTS, path: Path = RESULTS / "integration.json") -> int:
+    """Run what is marked in ``tests`` and write ``path``, if every test passed and none was skipped; the exit code."""
     shown = Shown()
-    everywhere = ["-o", "norecursedirs=.*", str(TESTS)]  # also in tests/integration
+    everywhere = ["-o", "norecursedirs=.*", str(tests)]  # also in tests/integration
     code = pytest.main(["-q", "-m", "works_with", "--durations", "10", *everywhere], plugins=[shown])
     if code or shown.not_passed or not shown.rows:
         print("not written: " + (", ".join(shown.not_passed) or "nothing was tested"), file=sys.stderr)
         return int(code) or 1
     rows = [{"library": library, "version": version(library), "what": what} for library, what in sorted(shown.rows)]
-    write_result(RESULTS / "integration.json", {"rows": rows})
+    write_result(path, {"rows": rows})
     return 0
 
 

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from benchmarks import host
+from benchmarks import host, integration
 from benchmarks.bench import RESULTS
 from benchmarks.paper import flops, table1, table2
 from benchmarks.paper.cells import saved
@@ -16,6 +16,7 @@ ACCURACY, BACKBONES, CALIBRATION, ENGINE, EXPERIMENTS, KERNELS, PERFORMANCE = (
     ROOT / f"docs/{page}.md"
     for page in ("accuracy", "backbones", "calibration", "engine", "experiments", "kernels", "performance")
 )
+WORKS_WITH = ROOT / "docs/works-with.md"
 AT = 0.5  # the share of FLOPs saved at which methods are compared
 SHOWN = (0.40, 0.50, 0.60, 0.70)  # of the costs that were measured
 
@@ -325,6 +326,7 @@ TABLES = {  # of each page, from files
         "since": (since_the_first, ("h200_first.json", "h200_engine.json")),
         "throughput": (throughput_table, ("cpu_bench.json", "cpu_bench_image.json")),
     },
+    WORKS_WITH: {"works-with": (integration.table, ("integration.json",))},
 }
 
 

@@ -271,7 +271,7 @@ WHOLE = {
     parametrized_itself: with_torch("a parametrization of pos_embed"),
     heads_pruned: with_torch("pruned heads, tied layers"),
     tied: with_torch("pruned heads, tied layers"),
-    watched_by_all: with_torch("hooks on all modules"),
+    watched_by_all: with_torch("hooks on all modules at once (on the last qkv alone they need one of its own)"),
     with_deterministic_algorithms: with_torch("deterministic algorithms, save_on_cpu"),
     activations_off_the_device: with_torch("deterministic algorithms, save_on_cpu"),
     in_another_layout: with_torch("images in any memory format"),
