@@ -1,6 +1,7 @@
 # make test, make bench: create .venv and install on the first run, start at once on the next.
 # make test-oldest: tracing and compiling with the oldest torch and Triton that are supported (3 GB on the first run).
 # make docs: the page site, in build/site, with an environment of its own.
+# make test-integration: a patched model in the hands of other libraries (2 GB on the first run), and the table of it.
 # make gpu OUT=dir: with the Python on the path, which has torch, triton, timm, pytest and pytest-benchmark.
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OPENBLAS_NUM_THREADS := 1
 
-.PHONY: test test-oldest bench microbench docs gpu lint format clean
+.PHONY: test test-oldest test-integration bench microbench docs gpu lint format clean
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 8 --dist worksteal
@@ -16,6 +17,9 @@ test: lint
 test-oldest: $(VENV)-oldest/installed
 	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest -q tests/test_triton.py tests/test_image.py -k \
 		"compiles or one_graph or break or hands"
+
+test-integration: $(VENV)-integration/installed
+	OMP_NUM_THREADS=1 $(VENV)-integration/bin/python -m benchmarks.integration
 
 bench: $(VENV)/installed
 	$(BIN)/atm-triton bench
@@ -40,7 +44,7 @@ format: $(VENV)/installed
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest $(VENV)-docs build *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-docs $(VENV)-integration build *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
 
 $(VENV)-oldest/installed: pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)-oldest
@@ -50,6 +54,11 @@ $(VENV)-oldest/installed: pyproject.toml setup.py
 $(VENV)-docs/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)-docs
 	$(VENV)-docs/bin/python -m pip install --quiet mkdocs-material 'mkdocstrings[python]'
+	touch $@
+
+$(VENV)-integration/installed: pyproject.toml setup.py
+	$(PYTHON) -m venv $(VENV)-integration
+	$(VENV)-integration/bin/python -m pip install --quiet --editable '.[integration]'
 	touch $@
 
 $(VENV)/installed: pyproject.toml setup.py

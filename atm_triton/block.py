@@ -224,7 +224,7 @@ class ATMBlock(Block):
         attn, images = self.attention, tokens.images
         A, qkv = attn.num_heads * attn.head_dim, attn.qkv
         asking = images.first(rows(y), n)
-        if is_own(qkv, nn.Linear) and type(qkv.weight) in (Tensor, nn.Parameter):
+        if is_matrix(qkv):
             bias_q, bias_kv = (None, None) if qkv.bias is None else (qkv.bias[:A], qkv.bias[A:])
             (q,) = self.heads(F.linear(asking, qkv.weight[:A], bias_q))
             k, v = self.heads(F.linear(y, qkv.weight[A:], bias_kv))
@@ -357,6 +357,11 @@ def is_plain(scale: nn.Module, norm: nn.Module) -> bool:
 def is_own(module: nn.Module, *classes: type) -> bool:
     """Whether a module is of one of these very classes and does what they do."""
     return type(module) in classes and not is_changed(module)
+
+
+def is_matrix(linear: nn.Module) -> bool:
+    """Whether a linear layer is its weight and bias alone, so that some rows of them do for some outputs."""
+    return is_own(linear, nn.Linear) and type(linear.weight) in (Tensor, nn.Parameter)
 
 
 def is_idle(dropout: nn.Module) -> bool:

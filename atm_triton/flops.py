@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from atm_triton.block import inside
+from atm_triton.block import inside, is_matrix
 from atm_triton.record import Number, Record
 from atm_triton.reference import largest_r
 from atm_triton.transformer import leading_tokens
@@ -52,10 +52,17 @@ def block_macs(block: Block, tokens: Number, queries: Number, rows: Number) -> N
         tokens: N, that enter the block; queries: whose attention is computed; rows: that the MLP sees.
     """
     attn = inside(block.attn, Attention) or block.attn
-    A, D = attn.attn_dim, attn.qkv.in_features
-    of_query = D * A + 2 * tokens * A + A * attn.proj.out_features + (D * A if attn.gate is not None else 0)
-    mlp = sum(m.in_features * m.out_features for m in block.mlp.modules() if isinstance(m, nn.Linear))
-    return 2 * tokens * D * A + queries * of_query + rows * mlp
+    qkv, A = linear_macs(attn.qkv), attn.num_heads * attn.head_dim
+    of_query = 2 * tokens * A + linear_macs(attn.proj) + (0 if attn.gate is None else linear_macs(attn.gate))
+    asking = queries if is_matrix(attn.qkv) else tokens
+    return (2 * tokens + asking) * qkv // 3 + queries * of_query + rows * linear_macs(block.mlp)
+
+
+def linear_macs(module: nn.Module) -> int:
+    """A row through the linear layers in a module: an adapter's beside the one that it adapts, and those that are not
+    torch's own but say their features, as quantised ones do."""
+    inner = sum(map(linear_macs, module.children()))
+    return inner or getattr(module, "in_features", 0) * getattr(module, "out_features", 0)
 
 
 def cost(model: VisionTransformer, record: Record) -> Cost:
@@ -114,7 +121,7 @@ def planned(
     skeleton = _skeleton(model)
     with torch.no_grad():
         image = torch.zeros(1, *image_shape, device="meta", dtype=next(skeleton.parameters()).dtype)
-        patches = skeleton.patch_embed(image).numel() // model.embed_dim
+        patches = _run(skeleton, "patch_embed", image).numel() // model.embed_dim
     leading = leading_tokens(model) if cls_only_last else None
     P = model.num_prefix_tokens
     left, tokens, rows, matched = patches + P, [], [], []
@@ -161,8 +168,23 @@ def _counted(model: VisionTransformer, part: str, shape: tuple[int, ...]) -> tup
     with torch.inference_mode(False), torch.enable_grad():
         x = torch.zeros(1, *shape, device="meta", dtype=next(skeleton.parameters()).dtype)
         with sdpa_kernel(SDPBackend.MATH), counter:
-            getattr(skeleton, part)(x)
+            _run(skeleton, part, x)
     return counter.get_total_flops() // 2, sum(normed)
+
+
+def _run(skeleton: VisionTransformer, part: str, x: Tensor) -> Tensor:
+    """A part of the model on meta tensors.
+
+    Raises:
+        TypeError: it runs on numbers alone.
+    """
+    try:
+        return getattr(skeleton, part)(x)
+    except NotImplementedError as error:
+        raise TypeError(
+            f"costs are not counted: {part} does not run without numbers, as where it is quantised or offloaded; "
+            "model.blocks.last has the tokens"
+        ) from error
 
 
 def _skeleton(model: VisionTransformer) -> VisionTransformer:

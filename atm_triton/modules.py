@@ -2,6 +2,7 @@
 
 from itertools import chain, repeat
 from operator import contains, is_, itemgetter
+from typing import Any
 
 import torch
 from timm.layers import DropPath
@@ -16,6 +17,7 @@ from atm_triton.block import ATMAttention, ATMBlock
 _HELD = itemgetter("_modules", "_parameters", "_buffers")
 _HOOKS = itemgetter("_forward_hooks", "_forward_pre_hooks")
 _TRAINING = itemgetter("training")
+_KNOWN = ("torch.", "timm.", "atm_triton.")  # whose plain attributes nobody changes between passes
 _FORWARD, _POINTER = "forward", Tensor.data_ptr
 MODULES = 24  # of a part: so many are asked while the host waits for a stage anyway
 
@@ -26,19 +28,20 @@ class Modules:
     are still the same reads nothing else."""
 
     def __init__(self, model: VisionTransformer) -> None:
-        owns = [module.__dict__ for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
-        whole = Part(owns, owns[1:])  # a model's own hooks run around what is captured
+        found = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
+        whole = Part(found, found[1:])  # a model's own hooks run around what is captured
         self.objects, self.obstacle = whole.objects, _obstacle(model, whole)
-        self.pointers = whole.pointers
+        self.pointers, self.settings = whole.pointers, whole.settings
         self.memory = [] if self.obstacle else [tensor.untyped_storage() for tensor in whole.tensors]
-        self.parts = [Part(owns[:1], [])] if self.obstacle is None else []
-        for first in range(1, len(owns) if self.obstacle is None else 1, MODULES):
-            self.parts.append(Part(owns[first : first + MODULES], owns[first : first + MODULES]))
+        self.parts = [Part(found[:1], [])] if self.obstacle is None else []
+        for first in range(1, len(found) if self.obstacle is None else 1, MODULES):
+            self.parts.append(Part(found[first : first + MODULES], found[first : first + MODULES]))
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Modules) or len(self.objects) != len(other.objects):
             return False
-        return self.pointers == other.pointers and all(map(is_, self.objects, other.objects))
+        same = self.pointers == other.pointers and self.settings == other.settings
+        return same and all(map(is_, self.objects, other.objects))
 
     __hash__ = None
 
@@ -46,14 +49,19 @@ class Modules:
 class Part:
     """Some modules, by what they are made of, and those of them of which Python must do nothing in a pass."""
 
-    def __init__(self, owns: list[dict], captured: list[dict]) -> None:
-        self.owns, self.captured = owns, captured
-        self.objects = self._objects()
+    def __init__(self, modules: list[nn.Module], captured: list[nn.Module]) -> None:
+        self.owns, self.captured = ([module.__dict__ for module in some] for some in (modules, captured))
+        self.strangers = [module.__dict__ for module in modules if not type(module).__module__.startswith(_KNOWN)]
+        self.objects, self.settings = self._objects(), self._settings()
         self.tensors = [each for each in self.objects if isinstance(each, Tensor)]
         self.pointers = list(map(_POINTER, self.tensors))
 
     def _objects(self) -> list[nn.Module | Tensor | None]:
         return list(chain.from_iterable(map(dict.values, chain.from_iterable(map(_HELD, self.owns)))))
+
+    def _settings(self) -> list[Any]:
+        """What modules of others keep in plain attributes, such as the adapter that PEFT has made active."""
+        return list(map(_plain, self.strangers))
 
     def python_acts(self) -> bool:
         """Whether a pass runs Python that a graph would skip, or a module trains."""
@@ -68,7 +76,18 @@ class Part:
         now = self._objects()
         if len(now) != len(self.objects) or not all(map(is_, now, self.objects)) or self.python_acts():
             return False
+        if self.strangers and self._settings() != self.settings:
+            return False
         return list(map(_POINTER, self.tensors)) == self.pointers
+
+
+def _plain(value: Any) -> Any:
+    """Of numbers, strings and what holds them a copy that can be compared; None of all else."""
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return list(map(_plain, value))
+    return value if isinstance(value, (bool, int, float, str)) else None
 
 
 def _obstacle(model: VisionTransformer, whole: Part) -> str | None:

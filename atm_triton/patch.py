@@ -147,8 +147,18 @@ def _unpatch(module: nn.Module) -> None:
     module.__class__ = own
 
 
+def _forget_forwards(model: nn.Module) -> None:
+    """Take off each forward set on a module that is none but its class's, as accelerate leaves behind: it would run in
+    another class too."""
+    for module in model.modules():
+        own = vars(module).get("forward")
+        if getattr(own, "__func__", None) is type(module).forward and own.__self__ is module:
+            del module.forward
+
+
 def _check_removable(model: VisionTransformer) -> None:
     """Refuse what holds for the patched class of a module alone."""
+    _forget_forwards(model)
     for name, module in model.named_modules():
         for ours in (MergingTransformer, *PATCHED):
             if not isinstance(module, ours):
@@ -183,6 +193,7 @@ def check_model(model: nn.Module) -> nn.Sequential:
         of = f"it is not of timm's VisionTransformer class but of {where}"
         raise TypeError(f"{name} cannot be merged: {of}{_other_class(model)}")
     base = type(model)
+    _forget_forwards(model)
     if isinstance(model, MergingTransformer):
         _check_removable(model)
         base = base.__bases__[1]
@@ -226,8 +237,6 @@ def _obstacle(block: nn.Module) -> str | None:
         return f"{kind.__name__}: {reason}"
     if type(block.attn) not in (Attention, ATMAttention):
         return f"Block with {type(block.attn).__name__}: only Attention of timm is supported"
-    if type(block.attn.qkv) is not nn.Linear:
-        return f"Block whose attn.qkv is {type(block.attn.qkv).__name__}: want nn.Linear (merge adapters into it first)"
     for name, module in {"itself": block, "attn": block.attn}.items():
         if "forward" in vars(module):
             return f"Block that has on {name} a {OWN_FORWARD}"

@@ -238,7 +238,7 @@ def merge(x: Tensor, sizes: Tensor | None, slots: Tensor, T: int) -> tuple[Tenso
         merged x [T', C] in the dtype of x, and merged sizes [T'] float32; a slot with no token is 0 with size 0.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
-    sizes = torch.ones(slots.shape, device=x.device) if sizes is None else sizes
+    sizes = torch.ones(slots.shape, dtype=torch.float32, device=x.device) if sizes is None else sizes
     n, slot = sizes.to(dtype), _or_last(slots, T)
     tokens, first = _by_slot(slot, T)
     merged_n = n.new_zeros(T + 1).index_add_(0, slot, n)  # the last entry takes the dropped tokens

@@ -8,7 +8,7 @@ from typing import Any
 import timm
 
 from atm_triton.digits import model as digits_model
-from benchmarks import host
+from benchmarks import host, integration
 from benchmarks.bench import RESULTS
 from benchmarks.gpu.models import DIGITS, NAMES
 from benchmarks.paper import flops, table1, table2
@@ -20,6 +20,7 @@ ACCURACY, BACKBONES, CALIBRATION, ENGINE, EXPERIMENTS, KERNELS, PERFORMANCE = (
     ROOT / f"docs/{page}.md"
     for page in ("accuracy", "backbones", "calibration", "engine", "experiments", "kernels", "performance")
 )
+WORKS_WITH = ROOT / "docs/works-with.md"
 AT = 0.5  # the share of FLOPs saved at which methods are compared
 SHOWN = (0.40, 0.50, 0.60, 0.70)  # of the costs that were measured
 
@@ -367,6 +368,7 @@ TABLES = {  # of each page, from files
         "since": (since_the_first, ("h200_first.json", "h200_engine.json")),
         "throughput": (throughput_table, ("cpu_bench.json", "cpu_bench_image.json")),
     },
+    WORKS_WITH: {"works-with": (integration.table, ("integration.json",))},
 }
 
 

@@ -4,6 +4,7 @@ import timm
 import torch
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
 import atm_triton.models  # noqa: F401 (registers them)
 
@@ -32,6 +33,23 @@ def spread(model):
             elif name in ("cls_token", "dist_token", "reg_token", "pos_embed") and parameter.requires_grad:
                 parameter.normal_(std=0.5)
     return model.eval()
+
+
+class LoRA(nn.Module):
+    """A linear layer with an adapter of rank 2 beside it."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.down = base, nn.Linear(base.in_features, 2, bias=False)
+        self.up = nn.Linear(2, base.out_features, bias=False)
+
+    def forward(self, x):
+        return self.base(x) + self.up(self.down(x))
+
+
+def with_lora(linear):
+    torch.manual_seed(1)
+    return LoRA(linear).to(linear.weight.dtype)
 
 
 def distilled(dtype=torch.float32, **changes):

@@ -1,11 +1,16 @@
-"""Two processes shard a patched model, as ``torchrun --nproc-per-node 2 sharding.py CASE``."""
+"""Two processes share a patched model, as ``torchrun --nproc-per-node 2 sharding.py CASE``."""
 
 import sys
 
 import torch
 import torch.distributed as dist
+from timm.models.vision_transformer import Block
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
 
 from atm_triton import ATMConfig, apply_patch, remove_patch, summary
 from models import images, vit
@@ -106,15 +111,78 @@ def refusals(mesh, x):
         assert why == "a parameter is of a class of its own" or "CPU" in why or "reference" in why, why
 
 
+def distributed_data_parallel(mesh, x):
+    """Each process has images of its own; gradients are the mean of both."""
+    mine = x.roll(dist.get_rank(), dims=2)
+    for config in CONFIGS.values():
+        alone = apply_patch(new(), config)
+        (alone(x).square().sum() / 2 + alone(x.roll(1, dims=2)).square().sum() / 2).backward()
+        model = DistributedDataParallel(apply_patch(new(), config))
+        model(mine).square().sum().backward()
+        assert sum(summary(model.module).r) > 0
+        expected = gradients(alone)
+        for name, gradient in gradients(model.module).items():
+            torch.testing.assert_close(gradient, expected[name], rtol=0, atol=1e-9)
+
+
+def tensor_parallel(mesh, x):
+    """Each process has half of an MLP's inner channels, and of the outputs of ``qkv`` before they are gathered."""
+    plan = {"attn.qkv": ColwiseParallel(output_layouts=Replicate())}
+    plan |= {"mlp.fc1": ColwiseParallel(), "mlp.fc2": RowwiseParallel()}
+    for config in CONFIGS.values():
+        alone, ours = apply_patch(new(), config), apply_patch(new(), config)
+        for block in ours.blocks:
+            parallelize_module(block, mesh, plan)
+        assert isinstance(ours.blocks[3].attn.qkv.weight, DTensor)
+        out, expected = ours(x), alone(x)
+        torch.testing.assert_close(out, expected, rtol=0, atol=1e-9)
+        assert summary(ours).r == summary(alone).r and sum(summary(ours).r) > 0
+        out.square().sum().backward()
+        expected.square().sum().backward()
+        of_alone = gradients(alone)
+        for name, gradient in gradients(ours).items():
+            torch.testing.assert_close(gradient, of_alone[name], rtol=0, atol=1e-9)
+        remove_patch(ours)
+        torch.testing.assert_close(ours(x), remove_patch(alone)(x), rtol=0, atol=1e-9)
+    first = new()
+    for block in first.blocks:
+        parallelize_module(block, mesh, plan)
+    apply_patch(first, CONFIGS["image"])
+    torch.testing.assert_close(first(x), apply_patch(alone, CONFIGS["image"])(x), rtol=0, atol=1e-9)
+
+
+def fully_sharded_data_parallel(mesh, x):
+    """The older one, which puts a wrapper in the place of each block."""
+    for config in CONFIGS.values():
+        alone = apply_patch(new(), config)
+        options = {"auto_wrap_policy": ModuleWrapPolicy({Block}), "device_id": torch.device("cpu")}
+        sharded = FullyShardedDataParallel(apply_patch(new(), config), use_orig_params=True, **options)
+        assert isinstance(sharded.module.blocks[0], FullyShardedDataParallel)
+        out, expected = sharded(x), alone(x)
+        torch.testing.assert_close(out, expected, rtol=0, atol=1e-9)
+        out.square().sum().backward()
+        expected.square().sum().backward()
+        with FullyShardedDataParallel.summon_full_params(sharded, with_grads=True):
+            for one, other in zip(sharded.parameters(), alone.parameters(), strict=True):
+                torch.testing.assert_close(one.grad, other.grad, rtol=0, atol=1e-9)
+
+
+def parallel(mesh, x):
+    distributed_data_parallel(mesh, x)
+    fully_sharded_data_parallel(mesh, x)
+    tensor_parallel(mesh, x)
+
+
+OTHERS = {"refusals": refusals, "model first": model_first, "parallel": parallel}
+
+
 def main(case):
     dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (2,))
     torch.manual_seed(0)
     x = images(dtype=torch.float64)
-    if case == "refusals":
-        refusals(mesh, x)
-    elif case == "model first":
-        model_first(mesh, x)
+    if case in OTHERS:
+        OTHERS[case](mesh, x)
     else:
         after_patching({"blocks": shard_blocks, "parts": shard_parts}[case], mesh, x)
     dist.barrier()

@@ -1,5 +1,6 @@
 """The methods of others against loops written from the description of their code, and against what they published."""
 
+import copy
 import math
 import runpy
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from atm_triton.packed import Packed
 from atm_triton.transformer import leading_tokens
 from benchmarks.baselines import BASELINES, Baseline, Plan, apply_baseline, baseline
 from loops import cosine
-from models import distilled, images, images_for, small, vit
+from models import distilled, images, images_for, small, vit, with_lora
 
 # Each loop takes the tokens x of one image before and after attention, its keys and queries [H][N][d], its sizes and
 # the block, and says which old tokens, each with its weight, make up every new one.
@@ -385,6 +386,17 @@ def test_a_method_runs_in_16_bits(name):
     logits = apply_baseline(model, name, **SETTINGS[name])(x)
     half = model.to(torch.bfloat16)(x.to(torch.bfloat16))
     assert half.dtype == torch.bfloat16 and half.shape == logits.shape and half.isfinite().all()
+
+
+def test_mctf_calls_a_qkv_that_is_more_than_its_matrix():
+    """With an adapter it does what it does with the adapter's product added to the weights."""
+    model, x = vit(dtype=torch.float64), images(dtype=torch.float64)
+    adapted = copy.deepcopy(model)
+    for block, other in zip(model.blocks, adapted.blocks, strict=True):
+        adapter = other.attn.qkv = with_lora(other.attn.qkv)
+        block.attn.qkv.weight.data += adapter.up.weight @ adapter.down.weight
+    expected, got = (apply_baseline(each, "mctf", r=4)(x) for each in (model, adapted))
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-9)
 
 
 def test_a_method_is_evaluated_as_a_configuration_is():

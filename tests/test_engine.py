@@ -464,6 +464,47 @@ def test_weights_loaded_in_place_keep_the_graphs_and_replaced_ones_drop_them():
     )  # a replay was under way, and thrown away, when it came to light
 
 
+class Switched(Adapter):
+    """As PEFT: what is active, and how much, are no tensors."""
+
+    def __init__(self, linear):
+        super().__init__(linear)
+        self.active, self.scaling = ["default"], {"default": 2.0, "other": -1.0}
+
+    def forward(self, x):
+        return self.linear(x) + sum(self.scaling[name] * self.up(self.down(x)) for name in self.active)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda adapter: adapter.active.clear(),
+        lambda adapter: setattr(adapter, "active", ["other"]),
+        lambda adapter: adapter.scaling.update(default=0.5),
+    ],
+    ids=["off", "another", "scaled"],
+)
+@torch.inference_mode()
+def test_an_adapter_that_is_switched_is_captured_anew(change):
+    model, config = tiny(), CONFIGS["static"]
+    adapter = model.blocks[1].mlp.fc1 = Switched(model.blocks[1].mlp.fc1).eval()
+    x = batch(model)
+    twin = copy.deepcopy(model)
+    change(twin.blocks[1].mlp.fc1)
+    expected, _ = by_blocks(twin, x, **config)
+    ours = patched(model, **config)
+    counting = counted(ours)
+    for _ in range(3):
+        before = ours(x)
+    change(adapter)
+    out = ours(x)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)
+    assert not torch.allclose(out, before, atol=1e-3)
+    assert (counting.eager, counting.replayed) == (2, 3)  # that replay was thrown away
+    ours(x), ours(x)
+    assert (counting.eager, counting.captured, counting.replayed) == (2, 2, 5)
+
+
 def test_a_move_that_moves_nothing_keeps_the_graphs():
     """Also outside inference mode, where the engine would not run."""
     ours = patched(tiny(), **CONFIGS["static"])

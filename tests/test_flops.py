@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from atm_triton import ATMConfig, apply_patch, summary
 from atm_triton.flops import cost, planned, unmerged
-from models import distilled, images, vit
+from models import distilled, images, vit, with_lora
 
 
 @pytest.fixture
@@ -87,6 +87,34 @@ def test_macs_equal_torchs_counter(unfused, make, last, merged):
     assert counter.get_total_flops() // 2 == s.macs + s.cost.matching
     if not merged:
         assert s.cost.matching == 0
+
+
+@pytest.mark.parametrize("part", ["attn.qkv", "attn.proj", "mlp.fc1"])
+def test_adapters_are_counted_as_torch_counts_them(unfused, part):
+    model = apply_patch(vit(), ATMConfig(adapt="static", schedule=(3, 5, 2, 4)))
+    for block in model.blocks:
+        parent = block.get_submodule(part.split(".")[0])
+        setattr(parent, part.split(".")[1], with_lora(block.get_submodule(part)))
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(images(1))
+    s = summary(model)
+    assert counter.get_total_flops() // 2 == s.macs + s.cost.matching
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*quantize_per_tensor:UserWarning")
+def test_quantised_layers_are_counted_or_refused():
+    model = apply_patch(vit(), ATMConfig(adapt="static", schedule=(3, 5, 2, 4)))
+    model(images(1))
+    expected = summary(model).macs
+    for block in model.blocks:
+        torch.ao.quantization.quantize_dynamic(block.mlp, {torch.nn.Linear}, torch.qint8, inplace=True)
+    assert type(model.blocks[0].mlp.fc1) is not torch.nn.Linear
+    model(images(1))
+    assert summary(model).macs == expected
+    torch.ao.quantization.quantize_dynamic(model, {"head"}, torch.qint8, inplace=True)
+    model(images(1))
+    with pytest.raises(TypeError, match="forward_head does not run without numbers, as where it is quantised or off"):
+        summary(model)
 
 
 @pytest.mark.parametrize("last", [True, False], ids=["cls-only-last", "all-tokens-last"])

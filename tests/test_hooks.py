@@ -77,6 +77,7 @@ class Watch:
             handle.remove()
 
 
+@pytest.mark.works_with("torch", "forward and backward hooks on every module")
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")
 @pytest.mark.parametrize("config", SAME.values(), ids=SAME)
 @pytest.mark.parametrize("fused", [True, False])
@@ -291,6 +292,19 @@ def test_a_forward_set_while_patched_is_in_the_way_of_remove_patch(name):
     remove_patch(model)
 
 
+@pytest.mark.parametrize("name", ["", "blocks", "blocks.2", "blocks.2.attn", "blocks.2.mlp"])
+def test_a_forward_that_is_the_classs_own_is_none(name):
+    """accelerate leaves it on a module when it takes its hooks off."""
+    model, x = vit(), images()
+    expected = model(x)
+    for call in (lambda: apply_patch(model, NOTHING), lambda: apply_patch(model, STATIC), lambda: remove_patch(model)):
+        module = model.get_submodule(name)
+        module.forward = module.forward
+        call()
+        assert "forward" not in vars(module)
+    assert torch.equal(model(x), expected)
+
+
 def test_remove_patch_leaves_nothing_behind():
     model = vit()
     modules = list(model.modules())
@@ -382,6 +396,7 @@ def wraps(kind):
     return lambda module: isinstance(module, kind)
 
 
+@pytest.mark.works_with("torch", "apply_activation_checkpointing after patching")
 @pytest.mark.parametrize("impl", list(CheckpointImpl))
 @pytest.mark.parametrize("config", MERGING.values(), ids=MERGING)
 def test_activation_checkpointing_of_blocks_computes_twice_and_the_same(config, impl):
@@ -437,8 +452,15 @@ def test_what_is_wrapped_or_changed_before_patching_is_refused_by_name():
         apply_patch(model)
 
 
-@pytest.mark.parametrize("case", ["blocks", "parts", "model first", "refusals"])
-def test_fully_shard_of_two_processes(case):
+FSDP2 = pytest.mark.works_with("torch", "FSDP2 (fully_shard of blocks, parts and the model) on two processes")
+PARALLEL = pytest.mark.works_with("torch", "DDP, FSDP1 and tensor parallel layers on two processes")
+
+
+SHARED = dict.fromkeys(["blocks", "parts", "model first", "refusals"], FSDP2) | {"parallel": PARALLEL}
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, marks=mark) for case, mark in SHARED.items()])
+def test_two_processes_share_a_model(case):
     """One process with the same images gives the same logits and gradients."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 def wheel(tmp_path_factory):
     """Built from a copy: building leaves folders behind."""
     folder = tmp_path_factory.mktemp("build")
-    skipped = shutil.ignore_patterns(".git", ".venv", "build", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis")
+    skipped = shutil.ignore_patterns(".git", ".venv*", "build", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis")
     shutil.copytree(ROOT, folder / "source", ignore=skipped)
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "."]
     subprocess.run([*command, "--wheel-dir", str(folder)], cwd=folder / "source", check=True)

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from atm_triton import ATMBlock, ATMConfig, apply_patch, remove_patch, summary
-from models import distilled, images, images_for, small, vit
+from models import distilled, images, images_for, small, vit, with_lora
 
 
 def vit_with_attention(dtype=torch.float32, **options):
@@ -461,10 +461,6 @@ CHANGES = {
         lambda m: setattr(m, "forward_features", lambda x: x),
         "cannot be merged: this one has a forward_features of its own, set on the object",
     ),
-    "adapter": (
-        lambda m: setattr(m.blocks[2].attn, "qkv", nn.Sequential(m.blocks[2].attn.qkv)),
-        "blocks.2 is a Block whose attn.qkv is Sequential",
-    ),
 }
 
 
@@ -480,21 +476,6 @@ def test_what_would_no_longer_run_is_refused(change, message):
 class Doubled(nn.Module):
     def forward(self, x):
         return 2 * x
-
-
-class LoRA(nn.Module):
-    def __init__(self, base):
-        super().__init__()
-        self.base, self.down = base, nn.Linear(base.in_features, 2, bias=False)
-        self.up = nn.Linear(2, base.out_features, bias=False)
-
-    def forward(self, x):
-        return self.base(x) + self.up(self.down(x))
-
-
-def with_lora(qkv):
-    torch.manual_seed(1)
-    return LoRA(qkv)
 
 
 def pruned(qkv):
@@ -535,7 +516,8 @@ def hooked(qkv):
 @pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("change", [with_lora, pruned, normed, offloaded, quantised, hooked])
 @pytest.mark.parametrize("make", [vit, partial(distilled, depth=4)])
-def test_what_is_done_to_a_qkv_of_a_patched_model_holds_in_the_last_block_too(make, change):
+@pytest.mark.parametrize("patched_first", [True, False])
+def test_what_is_done_to_a_qkv_holds_in_the_last_block_too(make, change, patched_first):
     def changed(model):
         for block in model.blocks:
             block.attn.qkv = change(block.attn.qkv)
@@ -544,7 +526,7 @@ def test_what_is_done_to_a_qkv_of_a_patched_model_holds_in_the_last_block_too(ma
     model = make()
     x = images_for(model)
     expected = changed(copy.deepcopy(model))(x)
-    ours = changed(apply_patch(model, NOTHING))
+    ours = changed(apply_patch(model, NOTHING)) if patched_first else apply_patch(changed(model), NOTHING)
     torch.testing.assert_close(ours(x), expected, rtol=0, atol=1e-5)
     if change in (with_lora, pruned, hooked):
         ours(x).sum().backward()

@@ -1,6 +1,9 @@
 """The page of all results."""
 
 import json
+import subprocess
+import sys
+from importlib.metadata import version
 
 import pytest
 
@@ -43,6 +46,39 @@ def test_where_merging_pays_is_told_cell_by_cell():
             (found,) = (line for line in on_gpu if (line[0][2:], line[2]) == cells)
             assert found[-1] == (f"{ratio:.2f} |" if ratio >= 1 else f"**{ratio:.2f}** |")
     assert any(line.startswith("| DINOv2-S | 518 | 8 |") for line in lines)
+
+
+RUN = """
+import sys
+from pathlib import Path
+from benchmarks.integration import main
+sys.exit(main(Path(sys.argv[1]), Path(sys.argv[1], "shown.json")))
+"""
+MARKED = """
+import pytest
+@pytest.mark.works_with("torch", "sums")
+def test_sums(): assert 1 + 1 == 2
+def test_no_mark(): assert False
+"""
+SKIPPED = """
+@pytest.mark.works_with("torch", "nothing")
+def test_nothing(): pytest.skip("not here")
+"""
+
+
+@pytest.mark.parametrize(("more", "code"), [("", 0), (SKIPPED, 1)], ids=["passed", "skipped"])
+def test_what_works_with_others_is_written_if_all_of_it_was_shown(more, code, tmp_path):
+    (tmp_path / "integration").mkdir()
+    (tmp_path / "integration" / "test_it.py").write_text(MARKED + more)
+    run = [sys.executable, "-c", RUN, tmp_path]
+    done = subprocess.run(run, cwd=pages.ROOT, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    if code:
+        assert done.stderr.splitlines()[-1].endswith("test_it.py::test_nothing")
+        assert not (tmp_path / "shown.json").exists()
+    else:
+        rows = json.loads((tmp_path / "shown.json").read_text())["rows"]
+        assert rows == [{"library": "torch", "version": version("torch"), "what": "sums"}]
 
 
 def test_a_page_without_a_place_for_its_table_is_named(tmp_path, monkeypatch):

@@ -23,6 +23,11 @@ def test_every_result_says_where_it_comes_from():
         assert environment["command"].startswith(("atm-triton ", "python -m benchmarks.", "torchrun ")), path
 
 
+def test_other_libraries_were_shown():
+    shown = {row["library"] for row in result("integration.json")["rows"]}
+    assert {"accelerate", "open_clip_torch", "peft", "timm", "torch", "torchao", "transformers"} <= shown
+
+
 def test_the_digits_model_was_trained_within_the_hour():
     training = result("digits_training.json")
     assert training["test_top1"] >= 90 and training["calibration_top1"] >= 90

@@ -115,7 +115,7 @@ class ReducingBlock(ATMBlock):
         assignment, (x, sizes, images, _) = plan.assignment(), tokens
         if plan.weights is None:
             return ops.merge(tokens, assignment, self.config.backend), assignment.slots
-        sizes = torch.ones(len(x), device=x.device) if sizes is None else sizes
+        sizes = torch.ones(len(x), dtype=torch.float32, device=x.device) if sizes is None else sizes
         weighted = x * plan.weights.to(x.dtype).reshape(-1, 1)
         return Packed.of(*(sums(images.shaped(rows), plan) for rows in (weighted, sizes))), assignment.slots
 

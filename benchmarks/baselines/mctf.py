@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from atm_triton.block import Step
+from atm_triton.block import Step, is_matrix
 from atm_triton.flops import block_macs
 from atm_triton.packed import Packed
 from benchmarks.baselines.base import (
@@ -171,6 +171,8 @@ def _groups(N: int, num_prefix: int) -> tuple[slice, slice]:
 
 def _part(qkv: nn.Linear, rows: slice, y: Tensor) -> Tensor:
     """``qkv`` for some of its outputs."""
+    if not is_matrix(qkv):  # an adapter, hooks
+        return qkv(y)[..., rows]
     return F.linear(y, qkv.weight[rows], None if qkv.bias is None else qkv.bias[rows])
 
 
