@@ -39,7 +39,7 @@ def test_every_stage_measures(out):
     assert {"gpu", "driver", "cuda", "torch", "triton", "timm", "commit", "dirty", "utc"} <= set(result["environment"])
     assert result["failures"] == [] and tuple(result["stages"]) == STAGES
     stages = result["stages"]
-    for name in ("parity", "repeat", "kernels", "attention", "engine", "host", "memory", "targets"):
+    for name in ("parity", "repeat", "kernels", "attention", "engine", "training", "host", "memory", "targets"):
         assert stages[name]["rows"], name
     assert all(0 <= share <= 1 for row in stages["parity"]["rows"] for share in row["of_tolerance"].values())
     assert {row["operation"] for row in stages["kernels"]["rows"]} == {

@@ -10,6 +10,7 @@ STAGES = (
     "kernels",
     "attention",
     "engine",
+    "training",
     "host",
     "trace",
     "memory",

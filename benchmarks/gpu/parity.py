@@ -32,6 +32,7 @@ ROUNDING = {FLOAT: 0.0, HALF: 1.01 * 2**-11, BF16: 1.01 * 2**-8}  # one rounding
 ARITHMETIC = 2e-6  # float32 arithmetic, relative to the sum of the magnitudes that are added
 SMALLEST = {FLOAT: 1e-7, HALF: 1e-5, BF16: 1e-7}  # absolute; float16 has no exponents for the smallest probabilities
 GELU = 2e-6  # absolute: how far the kernel's is from the exact one
+GRADIENTS = 1e-5  # of the largest, beside rounding
 BEST, OWN = 1e-6, 2e-6  # a similarity from the largest cosine; the partner's own cosine from it
 
 TESTS = tuple(
@@ -169,7 +170,24 @@ def check_case(case: Case, device: torch.device) -> dict[str, float]:
     for name, n in (("attention", None), ("attention of 1", 1)):
         with naming(f"{name} {case}"):
             shares[name].append(check_attention(q, k, v, sizes, images, n))
+    with naming(f"gradients of attention {case}"):
+        shares["gradients of attention"].append(check_gradients(q, k, v, sizes, images))
     return {name: max(of) for name, of in shares.items()}
+
+
+def check_gradients(q: Tensor, k: Tensor, v: Tensor, sizes: Tensor, images: Images) -> float:
+    """Relative to the largest of each: a gradient is a sum whose terms cancel."""
+    with torch.inference_mode(False), torch.enable_grad():  # where this runs, nothing may be kept for a derivative
+        grad, sizes, images = torch.randn_like(q), sizes.clone(), images._replace(cu_seqlens=images.cu_seqlens.clone())
+        ours, exact = ([x.clone().to(of).requires_grad_() for x in (q, k, v)] for of in (q.dtype, torch.float64))
+        with poisoned():
+            ops.attention(*ours, sizes, images, backend="triton").backward(grad)
+        reference.attention(*exact, sizes, images, fused=False).backward(grad.double())
+    share = 4 * ROUNDING[q.dtype] + GRADIENTS
+    return max(
+        within(one.grad, other.grad, share * other.grad.abs().max(), f"gradients of {name}")
+        for name, one, other in zip("qkv", ours, exact, strict=True)
+    )
 
 
 @contextmanager

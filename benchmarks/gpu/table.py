@@ -112,6 +112,14 @@ def host(section: dict[str, Any]) -> list[str]:
     return lines + [f"{name} block: {row['all']} launches, {row['ours']} of them ours" for name, row in launches]
 
 
+def training(section: dict[str, Any]) -> list[str]:
+    rows = [
+        [row["model"], row["dtype"], row["name"], figure(row["milliseconds"], 2), figure(row["peak_mib"], 0)]
+        for row in section["rows"]
+    ]
+    return grid(["a step of", "dtype", "by", "ms", "peak MiB"], rows)
+
+
 def trace(section: dict[str, Any]) -> list[str]:
     return [
         f"{name}: {part['reads']} counts read, longest gap {figure(part['longest_gap_microseconds'])} us, "
@@ -139,6 +147,7 @@ MAKERS = {
     "kernels": kernels,
     "attention": attention,
     "engine": engine,
+    "training": training,
     "host": host,
     "trace": trace,
     "memory": memory,
