@@ -69,7 +69,7 @@ def group_by_size(sizes: Tensor, num_prefix: int, lengths: Tensor | None = None)
     if lengths is not None:
         last = sizes.shape[1] - 1
         own = (lengths - num_prefix).clamp(min=0).unsqueeze(1) // 2
-        column = torch.arange(order.shape[1] - half, device=order.device).expand(order.shape[0], -1)
+        column = torch.arange(order.shape[1] - half, device=order.device).expand(len(order), -1)
         a = a.masked_fill(column[:, :half] >= own, last)
         b = order.gather(1, (column + own).clamp(max=order.shape[1] - 1))  # past the end: absent, as the last
     return a.sort(dim=1).values, b.sort(dim=1).values

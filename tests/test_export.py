@@ -209,3 +209,13 @@ def test_gradients_of_each_image(pool):
     for name, gradient in of_each.items():
         expected = torch.stack([own[name] for own in alone])
         torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5 * float(1 + expected.abs().max()))
+
+
+@pytest.mark.parametrize("config", [BATCH, IMAGE], ids=["batch", "image"])
+def test_gradients_by_a_transform_where_counts_decide(config):
+    model, x = apply_patch(vit(), config), images()
+    parameters = dict(model.named_parameters())
+    found = grad(lambda parameters: functional_call(model, parameters, (x,)).square().sum())(parameters)
+    model(x).square().sum().backward()
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, parameters[name].grad, rtol=1e-4, atol=1e-4)
