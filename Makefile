@@ -15,8 +15,8 @@ test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 8 --dist worksteal
 
 test-oldest: $(VENV)-oldest/installed
-	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest -q tests/test_triton.py tests/test_image.py -k \
-		"compiles or one_graph or break or hands"
+	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest -q tests/test_triton.py tests/test_image.py \
+		tests/test_export.py -k "compiles or one_graph or break or hands or export or trace"
 
 test-integration: $(VENV)-integration/installed
 	OMP_NUM_THREADS=1 $(VENV)-integration/bin/python -m benchmarks.integration

@@ -231,7 +231,7 @@ class ATMBlock(Block):
         else:
             q, k, v = self.heads(qkv(y))
             q = images.first(q.transpose(0, 1), n).flatten(0, 1).transpose(0, 1)
-        queries = Images.of(len(asking), n, y.device)
+        queries = Images.of(asking.shape[0], n, y.device)
         return self._attend(asking, attn.q_norm(q), attn.k_norm(k), v, tokens, queries), None
 
     def heads(self, projected: Tensor) -> tuple[Tensor, ...]:
@@ -246,7 +246,7 @@ class ATMBlock(Block):
         """Drops whole images, also where their lengths differ."""
         if images.equal or not self.training or isinstance(drop_path, nn.Identity):
             return drop_path(x)
-        return x * of_tokens(drop_path(x.new_ones(images.B, 1)), images, len(x))
+        return x * of_tokens(drop_path(x.new_ones(images.B, 1)), images, x.shape[0])
 
     def given_r(self, images: Images) -> int | None:
         """The r of each image, where no count is to say it; else None."""
@@ -269,6 +269,7 @@ class ATMBlock(Block):
     def assign(self, found: ops.Match, copy: ops.HostCopy | None, images: Images) -> Assignment | None:
         """Which tokens merge; None if none do. Where r depends on counts, the host waits for them here: attention has
         given them time."""
+        _check_exporter(None if copy is None else self.config.adapt)
         T, one_r = found.partner.shape[0], self.config.adapt != "image"
         if copy is None:
             T -= images.B * self.given_r(images)
@@ -339,6 +340,21 @@ def handed_on(tokens: Packed, x: Tensor) -> Packed:
     if not torch.compiler.is_compiling() and x.shape != tokens.x.shape:
         raise ValueError(f"hooks or wrappers left tokens [T, C] of {list(x.shape)}; want {list(tokens.x.shape)}")
     return tokens.with_x(x)
+
+
+@torch.compiler.assume_constant_result  # a compiler takes it that no ONNX is being exported
+def _check_exporter(adapt: str | None) -> None:
+    """Refuse what would bake in how many tokens merged. ``adapt``: how counts say it; None: r is given."""
+    traced, exported = torch.jit.is_tracing(), torch.compiler.is_exporting()
+    if not (traced or exported):
+        return
+    onnx = torch.onnx.is_in_onnx_export()
+    if traced and onnx:
+        raise ValueError("torch.onnx.export with dynamo=False has no stable sort: leave dynamo at True")
+    if adapt == "batch" or (adapt == "image" and (traced or onnx)):
+        what = "torch.jit.trace" if traced else "torch.onnx.export" if onnx else "torch.export"
+        how = f'how many tokens merge with adapt="{adapt}"'
+        raise ValueError(f'{what} cannot leave open {how}: patch with adapt="static"')
 
 
 def _no_attention(module: nn.Module) -> str:

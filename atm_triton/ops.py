@@ -94,7 +94,12 @@ def _fits_kernels(backend: str, x: Tensor, num_prefix: int = 0) -> bool:
 
 @torch.compiler.assume_constant_result  # a compiled graph is for one backend, device and dtype
 def _takes_kernels(backend: str, device: str, dtype: torch.dtype) -> bool:
-    return explain(backend, device, dtype)[0] == "triton"
+    if explain(backend, device, dtype)[0] == "reference":
+        return False
+    onnx = torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
+    if onnx and backend == "triton":
+        raise ValueError('backend="triton" cannot run: ONNX has no Triton kernels; use "auto" or "reference"')
+    return not onnx
 
 
 _PLAIN = frozenset((Tensor, nn.Parameter, int, float, bool, type(None)))
@@ -351,7 +356,7 @@ def unmerge(x: Tensor, slots: Tensor, backend: str = "auto") -> Tensor:
     """
     _check(x.dim() == 2, "x", x, "[T, C]")
     _check_slots(slots, slots.shape[:1], x)
-    if runs_kernels(backend, x) or _traced(x):
+    if runs_kernels(backend, x):
         return _call(_unmerge, x, slots)
     return reference.unmerge(x, slots)
 

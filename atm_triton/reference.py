@@ -63,7 +63,7 @@ def group_by_size(sizes: Tensor, num_prefix: int, lengths: Tensor | None = None)
         The positions of A [B, Na] and of B [B, Nb], int64, each ascending; Na = (N - P) // 2, and where there are
         ``lengths``, an image with fewer is filled up with the last position.
     """
-    order = sizes[:, num_prefix:].argsort(dim=1, stable=True) + num_prefix
+    order = _rising(sizes[:, num_prefix:]) + num_prefix
     half = order.shape[1] // 2
     a, b = order[:, :half], order[:, half:]
     if lengths is not None:
@@ -109,8 +109,8 @@ def match(keys: Tensor, sizes: Tensor | None, num_prefix: int, by_size: bool, im
         if lengths is not None:  # the first of equals is absent only where all are
             absent = torch.maximum(a, found) >= lengths.unsqueeze(1)
             best, found = best.masked_fill(absent, -math.inf), found.masked_fill(absent, -1)
-        similarity, partner = similarity.scatter_(1, a, best), partner.scatter_(1, a, found.int())
-    return packed(similarity, images), packed(partner, images)
+        similarity, partner = similarity.scatter(1, a, best), partner.scatter(1, a, found.int())
+    return tuple(packed(of_token, images, keys.shape[1]) for of_token in (similarity, partner))
 
 
 def unit_keys(keys: Tensor) -> Tensor:
@@ -129,18 +129,18 @@ def padded(rows: Tensor, images: Images, absent: float) -> Tensor:
         return rows.unflatten(0, (images.B, images.N))
     N = _padded_length(images)
     out = rows.new_full((images.B * N, *rows.shape[1:]), absent)
-    return out.index_copy_(0, _places_in_padded(images, N, len(rows)), rows).unflatten(0, (images.B, N))
+    return out.index_copy(0, _places_in_padded(images, N, rows.shape[0]), rows).unflatten(0, (images.B, N))
 
 
-def packed(x: Tensor, images: Images) -> Tensor:
+def packed(x: Tensor, images: Images, T: int) -> Tensor:
     """The way back from :func:`padded`: [B, N, ...] to rows [T, ...]."""
     rows = x.flatten(0, 1)
-    if images.equal:
-        return rows
-    return rows.index_select(0, _places_in_padded(images, x.shape[1], int(images.cu_seqlens[-1])))
+    return rows if images.equal else rows.index_select(0, _places_in_padded(images, x.shape[1], T))
 
 
 def _padded_length(images: Images) -> int:
+    if torch.compiler.is_compiling():
+        return 1 + images.N  # a graph does not know the longest
     return 1 + int(images.lengths.max()) if images.B else 1
 
 
@@ -158,9 +158,9 @@ def of_tokens(values: Tensor, images: Images, T: int) -> Tensor:
 
 def _members(x: Tensor, positions: Tensor) -> Tensor:
     """The rows [B, n, d] at ``positions`` [B, n] of x [B, N, d]."""
-    if len(x) and positions.stride(0) == 0:  # the same in every image
-        return x.index_select(1, positions[0])
     B, N, d = x.shape
+    if B and positions.stride(0) == 0:  # the same in every image
+        return x.index_select(1, positions[0])
     first = N * torch.arange(B, device=x.device).unsqueeze(1)
     return x.reshape(B * N, d).index_select(0, (positions + first).flatten()).view(B, positions.shape[1], d)
 
@@ -208,21 +208,30 @@ def assign(similarity: Tensor, partner: Tensor, r: Tensor, num_prefix: int, imag
     """
     s, mate = padded(similarity, images, -math.inf), padded(partner, images, -1)
     position = torch.arange(s.shape[1], device=s.device)
-    rank = _places(s.argsort(dim=1, descending=True, stable=True))
+    rank = _places(_rising(-s))
     joins = (mate >= 0) & (rank < r.unsqueeze(1))
     removed = joins.sum(dim=1)
-    part = ((mate < 0) & (position >= num_prefix)).to(torch.uint8)  # protected and A: 0, as they stand; B: 1
-    part = part.masked_fill_(joins, 2).masked_fill_((removed == 0).unsqueeze(1), 0)  # those that join leave no gap: 2
-    slot = _places(part.argsort(dim=1, stable=True))
+    behind = (mate < 0) & (position >= num_prefix) & (removed > 0).unsqueeze(1)  # B
+    ahead = ~(joins | behind)
+    slot = torch.where(behind, ahead.sum(dim=1, keepdim=True) + behind.cumsum(dim=1), ahead.cumsum(dim=1)) - 1
     slot = torch.where(joins, slot.gather(1, mate.clamp(min=0).long()), slot)
     cu_seqlens = F.pad((images.lengths - removed).cumsum(0), (1, 0)).int()
-    return packed((slot + cu_seqlens[:-1].unsqueeze(1)).int(), images), cu_seqlens
+    return packed((slot + cu_seqlens[:-1].unsqueeze(1)).int(), images, similarity.shape[0]), cu_seqlens
+
+
+def _rising(values: Tensor) -> Tensor:
+    """The order [B, N] in which ``values`` rise, equal ones as they stand."""
+    if not torch.compiler.is_exporting():
+        return values.argsort(dim=1, stable=True)
+    one, other = values.unsqueeze(2), values.unsqueeze(1)  # ONNX has no stable sort
+    earlier = values.new_ones(values.shape[1], values.shape[1], dtype=torch.bool).tril(-1)
+    return _places(((other < one) | ((other == one) & earlier)).sum(dim=2))
 
 
 def _places(order: Tensor) -> Tensor:
     """Where each element stands in an ``order`` [B, N]: the inverse permutation."""
     position = torch.arange(order.shape[1], device=order.device).expand(order.shape)
-    return torch.empty_like(order).scatter_(1, order, position)
+    return torch.empty_like(order).scatter(1, order, position)
 
 
 def merge(x: Tensor, sizes: Tensor | None, slots: Tensor, T: int) -> tuple[Tensor, Tensor]:
@@ -240,11 +249,14 @@ def merge(x: Tensor, sizes: Tensor | None, slots: Tensor, T: int) -> tuple[Tenso
     dtype = torch.promote_types(x.dtype, torch.float32)
     sizes = torch.ones(slots.shape, dtype=torch.float32, device=x.device) if sizes is None else sizes
     n, slot = sizes.to(dtype), _or_last(slots, T)
-    tokens, first = _by_slot(slot, T)
-    merged_n = n.new_zeros(T + 1).index_add_(0, slot, n)  # the last entry takes the dropped tokens
+    merged_n = n.new_zeros(T + 1).index_add(0, slot, n)  # the last entry takes the dropped tokens
     share = n / merged_n.index_select(0, slot)
-    weights = share.index_select(0, tokens)
-    merged = F.embedding_bag(tokens, x.to(dtype), first, mode="sum", per_sample_weights=weights)
+    if torch.compiler.is_exporting():  # ONNX has no search, and a loop for bags
+        merged = x.new_zeros(T + 1, x.shape[1], dtype=dtype).index_add(0, slot, share.unsqueeze(1) * x)
+    else:
+        tokens, first = _by_slot(slot, T)
+        weights = share.index_select(0, tokens)
+        merged = F.embedding_bag(tokens, x.to(dtype), first, mode="sum", per_sample_weights=weights)
     return merged[:-1].to(x.dtype), merged_n[:-1].to(sizes.dtype)
 
 
@@ -329,6 +341,12 @@ def attention(
         by_image = [x.unflatten(1, (i.B, i.N)).transpose(0, 1) for x, i in zip((q, k, v), each, strict=True)]
         bias = None if bias is None else bias.unflatten(0, (images.B, images.N))
         return _attend(*by_image, bias, *options).transpose(1, 2).flatten(0, 1).transpose(0, 1)
+    if torch.compiler.is_compiling() and drop is None:  # one graph for all lengths
+        bias = q.new_zeros(k.shape[1]) if bias is None else bias
+        each = ((q, queries), (k, images), (v, images))
+        by_image = [padded(x.transpose(0, 1), i, 0.0).transpose(1, 2) for x, i in each]
+        rows = _attend(*by_image, padded(bias, images, -math.inf), *options).transpose(1, 2)
+        return packed(rows, queries, q.shape[1]).transpose(0, 1)
     asking, lengths = queries.lengths.tolist(), images.lengths.tolist()
     if not lengths:
         return q

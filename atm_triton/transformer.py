@@ -149,7 +149,7 @@ class ATMBlocks(nn.Sequential):
         model; without it as any sequence."""
         if run is None:
             return super().forward(x)
-        now, trace, B = Packed.of(x), None, len(x)
+        now, trace, B = Packed.of(x), None, x.shape[0]
         traces, collected, tokens, left, counts, matched = [], [], [], [], [], []
         for index, block in enumerate(list(self)[: run.stop]):
             if self.own(index, block) is None:
@@ -252,8 +252,6 @@ class MergingTransformer:
 
     def _output(self, images: Tensor, dense: bool, head: bool) -> Tensor:
         """By the engine, or by the blocks where it refuses: logits, or all N normalised tokens; ``dense``: from all."""
-        if torch.jit.is_tracing() and self._own_blocks().config.adapt != "static":
-            raise ValueError('torch.jit.trace would fix how many tokens merge: patch with adapt="static", or compile')
         mine = self.engine.model is self  # not so in a replica of DataParallel
         done = self.engine.run(images, self._leading(), dense, head) if mine else "a replica has no engine"
         if not isinstance(done, str):
@@ -261,7 +259,7 @@ class MergingTransformer:
             self.blocks.look(done[1])
             return out
         run = self._run(images, self._leading(), dense, refusal=done)
-        return self.finish(run.tokens, run.traces[-1], len(images), dense, head)
+        return self.finish(run.tokens, run.traces[-1], images.shape[0], dense, head)
 
     @property
     def engine(self) -> Engine:
@@ -326,9 +324,9 @@ class MergingTransformer:
         prefixes, features = [f[:, :P] for f in features], [f[:, P:] for f in features]
         if output_fmt == "NCHW":
             H, W = self.patch_embed.dynamic_feat_size(x.shape[-2:])
-            features = [f.transpose(1, 2).reshape(len(x), -1, H, W).contiguous() for f in features]
+            features = [f.transpose(1, 2).reshape(x.shape[0], -1, H, W).contiguous() for f in features]
         with_prefix = return_prefix_tokens and P > 0
-        options = (run.traces[-1], len(x), True, False)
+        options = (run.traces[-1], x.shape[0], True, False)
         final = None if intermediates_only else self.finish(run.tokens, *options)
         if output_dict:
             result = {"image_intermediates": features}

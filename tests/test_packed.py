@@ -83,7 +83,7 @@ def test_where_images_lie(images):
     for own, image in zip(each, padded, strict=True):
         assert torch.equal(image[: len(own)], own) and (image[len(own) :] == 7).all()
     assert images.equal or (padded[:, -1] == 7).all()
-    assert torch.equal(reference.packed(padded, images), rows)
+    assert torch.equal(reference.packed(padded, images, len(rows)), rows)
     of_images = torch.randn(3, 2, device=DEVICE)
     assert torch.equal(
         reference.of_tokens(of_images, images, 15), of_images[torch.arange(3).repeat_interleave(images.lengths.cpu())]

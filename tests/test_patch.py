@@ -556,13 +556,6 @@ def test_what_was_replaced_in_a_patched_block_stays_when_the_patch_goes():
         torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("adapt", ["batch", "image"])
-def test_a_trace_that_would_fix_what_merges_is_refused(adapt):
-    model = apply_patch(vit(), replace(EASY, adapt=adapt))
-    with pytest.raises(ValueError, match='torch.jit.trace would fix how many tokens merge: patch with adapt="static"'):
-        torch.jit.trace(model, images(), check_trace=False)
-
-
 def test_other_bad_calls():
     model = vit()
     with pytest.raises(ValueError, match="schedule has 3 values for a model of 4 blocks"):
