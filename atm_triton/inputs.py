@@ -22,6 +22,7 @@ from atm_triton.config import REMEDY, ATMConfig
 from atm_triton.digits import model as digits_model
 from atm_triton.digits.render import render
 from atm_triton.distributed import own_images
+from atm_triton.measure import Measure, measure_of
 from atm_triton.models import load_checkpoint
 from atm_triton.patch import check_model
 
@@ -118,6 +119,26 @@ def read_config(path: Path, model: str, model_kwargs: dict[str, Any], checkpoint
     if "checkpoint_sha256" in document and document["checkpoint_sha256"] != checksum(checkpoint):
         raise ValueError(f"--config {path} was calibrated for other weights, {document.get('weights')}; calibrate anew")
     return config
+
+
+def promised_measure(path: Path | None, model: VisionTransformer) -> Measure | None:
+    """The measure by which the file of a calibration promises; None of a file that promises nothing.
+
+    Raises:
+        ValueError: it does not fit the model.
+    """
+    document = {} if path is None else json.loads(path.read_text())
+    promise = document.get("promise")
+    if promise is None:
+        return None
+    try:
+        promised = Measure(promise.get("measure", "softmax"))  # older files compared nothing else
+        fitting = measure_of(model, promised.name == "dense", promised.name == "sigmoid")
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"--config {path}: {error}") from error
+    if promised != fitting:
+        raise ValueError(f"--config {path} compared {promised}; of this model that is {fitting}; calibrate anew")
+    return promised
 
 
 def checksum(checkpoint: Path | None) -> str | None:

@@ -15,7 +15,7 @@ from atm_triton import ATMConfig
 from atm_triton.calibrate import split_images
 from atm_triton.distributed import own, silent
 from atm_triton.errors import UnreachableError
-from atm_triton.evaluate import Evaluation, Patch, evaluate, unpatched_logits
+from atm_triton.evaluate import Evaluation, Patch, evaluate, unpatched_answers
 from atm_triton.inputs import open_images, open_model
 from atm_triton.meter import Meter, similarities
 from atm_triton.patch import knows_sizes
@@ -46,7 +46,7 @@ class Bench:
     @cached_property
     def base(self) -> list[Tensor]:
         """The unpatched model's logits of the images to judge by."""
-        return unpatched_logits(self.model, self.test)
+        return unpatched_answers(self.model, self.test)
 
     @cached_property
     def parts(self) -> dict[str, list[Tensor]]:
