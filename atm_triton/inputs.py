@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from timm.data import create_loader, create_transform, resolve_model_data_config
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
@@ -52,15 +52,22 @@ def open_model(
     _check_name(name)
     if name == DIGITS:
         name, pretrained = digits_model.NAME, checkpoint is None
-    try:
-        model = timm.create_model(name, pretrained=pretrained, **model_kwargs)
-    except Exception as error:  # an unknown tag, no network, no such file; an argument that some layer takes amiss
-        reason = str(error) or f"{type(error).__name__}, with {model_kwargs}"
-        raise ValueError(f"model {name!r} cannot be made: {reason}") from error
+    if pretrained:
+        with torch.device("meta"):
+            check_model(_made(name, **model_kwargs))  # before weights are downloaded
+    model = _made(name, pretrained=pretrained, **model_kwargs)
     check_model(model)
     if checkpoint is not None:
         load_checkpoint(model, checkpoint)
     return model.eval()
+
+
+def _made(name: str, **arguments: Any) -> nn.Module:
+    try:
+        return timm.create_model(name, **arguments)
+    except Exception as error:  # an unknown tag, no network, no such file; an argument that some layer takes amiss
+        reason = str(error) or f"{type(error).__name__}, with {arguments}"
+        raise ValueError(f"model {name!r} cannot be made: {reason}") from error
 
 
 def check_weights(name: str, checkpoint: Path | None, pretrained: bool) -> None:

@@ -19,8 +19,10 @@ from atm_triton import ATMConfig, apply_patch, report
 from atm_triton.cli import main
 from atm_triton.command import exit_code
 from atm_triton.config import REMEDY
+from atm_triton.env import check_file
 from atm_triton.evaluate import evaluate
 from atm_triton.inputs import digits_config, open_images, open_model
+from benchmarks import zoo
 
 FEW = ["--limit", "20", "--batch-size", "10"]
 
@@ -449,3 +451,111 @@ def test_no_input_is_replaced_and_no_result_lost(arguments, message, tmp_path, m
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"atm-triton: {message}")
     assert {name: (tmp_path / name).read_bytes() for name in held} == held and not (tmp_path / "new.png").exists()
+
+
+# --------------------------------------------------------------- what was raw, or came after the whole of the work
+
+HERE = Path(__file__).parents[1]
+
+
+def without_a_reader(buffered, *arguments):
+    """A command whose output nobody reads, as ``| head`` leaves it: its exit code and standard error."""
+    unbuffered = {"PYTHONUNBUFFERED": "" if buffered else "1"}
+    reader, writer = os.pipe()
+    os.close(reader)
+    command, streams = [sys.executable, "-m", "atm_triton", *arguments], {"stdout": writer, "stderr": subprocess.PIPE}
+    done = subprocess.run(command, **streams, text=True, cwd=HERE, env={**os.environ, **unbuffered}, timeout=300)
+    os.close(writer)
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize("buffered", [True, False])
+def test_an_output_that_nobody_reads_is_one_line_and_the_result_is_written(buffered, tmp_path):
+    code, error = without_a_reader(buffered, "env", "--json", str(tmp_path / "env.json"))
+    assert code == 2 and error == "atm-triton: nobody reads the output any more (broken pipe)\n"
+    assert "backend_reason" in json.loads((tmp_path / "env.json").read_text())
+
+
+@pytest.mark.parametrize("buffered", [True, False])
+def test_a_help_that_nobody_reads_is_no_error(buffered):
+    assert without_a_reader(buffered, "eval", "--help") == (0, "")
+
+
+@pytest.mark.parametrize("opening", ["[", '{"config":'])
+def test_a_file_of_brackets_is_no_configuration(opening, tmp_path, capsys):
+    path = tmp_path / "deep.json"
+    path.write_text(100_000 * opening)
+    assert main(["eval", "--limit", "3", "--config", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"atm-triton: --config {path}: the configuration is no JSON: ") and error.count("\n") == 1
+
+
+def calibrating(*options):
+    return ["calibrate", "--max-gflops", "0.25", *options]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (calibrating("--out", "/proc/x.json"), "--out /proc/x.json cannot be written ("),
+        (["eval", "--json", "/proc/x.json"], "--json /proc/x.json cannot be written ("),
+        (["visualize", "--out", "/proc/x.png", "--", "x.jpg"], "--out /proc/x.png cannot be written ("),
+        (["eval", "--json", "x" * 250 + ".json"], ".json cannot be written (File name too long); choose another"),
+        (["eval", "--json", "/dev/null"], "--json /dev/null is no regular file; choose another"),
+        (calibrating("--out", "/dev/null"), "--out /dev/null is no regular file; choose another"),
+    ],
+    ids=str,
+)
+def test_an_output_that_cannot_be_is_refused_before_anything_runs(arguments, message, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("atm_triton.cli.open_model", lambda *_, **__: pytest.fail("it has begun"))
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("atm-triton: ") and message in error and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_looking_whether_an_output_can_be_written_leaves_what_is_there(tmp_path):
+    (tmp_path / "x.json").write_text("x")
+    for name in ("x.json", "y.json"):
+        check_file("--json", tmp_path / name)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["x"]
+
+
+@pytest.mark.parametrize("name", ["resnet50", "swin_tiny_patch4_window7_224"])
+def test_a_class_is_refused_before_its_weights_are_downloaded(name, capsys, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert main(["eval", "--model", name, "--pretrained"]) == 2
+    error = capsys.readouterr().err
+    assert "cannot be merged: it is not of timm's VisionTransformer class" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("made", "asked", "remedy"),
+    [
+        ({"num_classes": 7}, [], "; give --model-kwargs num_classes=7, in Python as an argument of the model\n"),
+        ({"num_classes": 0}, [], "; give --model-kwargs num_classes=0, in Python as an argument of the model\n"),
+        ({"num_classes": 7}, ["num_classes=0"], "; give --model-kwargs num_classes=7, in Python as an argument of"),
+        ({"num_classes": 7, "depth": 3}, [], "head.bias [7] instead of [1000] of another shape\n"),
+    ],
+    ids=str,
+)
+def test_a_wrong_head_says_which_is_right(made, asked, remedy, tmp_path, capsys):
+    checkpoint = weights(tmp_path / "mine.safetensors", **made)
+    kwargs = ["--model-kwargs", *asked] if asked else []
+    assert main(["eval", *TINY, "--checkpoint", checkpoint, *kwargs, "--data", "."]) == 2
+    error = capsys.readouterr().err
+    assert remedy in error and error.count("\n") == 1 and ("num_classes" in error) == ("depth" not in made)
+
+
+def test_the_zoo_tells_what_it_does_without_doing_it(capsys, monkeypatch):
+    monkeypatch.setattr(zoo, "classified", lambda: pytest.fail("it runs"))
+    for arguments, code in ((["--help"], 0), (["--fast"], 2)):
+        with pytest.raises(SystemExit) as stop:
+            zoo.main(arguments)
+        assert stop.value.code == code
+    said = capsys.readouterr()
+    assert "Which models of timm's VisionTransformer class can be merged" in said.out
+    assert (
+        said.err.startswith("python -m benchmarks.zoo: unrecognized arguments: --fast;") and said.err.count("\n") == 1
+    )
