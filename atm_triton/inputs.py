@@ -8,9 +8,10 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from timm.data import create_loader, create_transform, resolve_model_data_config
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -173,6 +174,21 @@ class DigitImages(Dataset):
         return image, int(self.digits.labels[index])
 
 
+def _picture(path: str | Path, mode: str) -> Image.Image:
+    """An image file upright and in 8 bits, of mode "L" or "RGB". Pillow would cut wider values off at 255.
+
+    Raises:
+        ValueError: its values are of no known range.
+    """
+    opened = Image.open(path)
+    upright = ImageOps.exif_transpose(opened)
+    if upright.mode.startswith("I;16") or (upright.mode == "I" and opened.format == "PNG"):
+        upright = Image.fromarray((np.asarray(upright) // 257).astype(np.uint8))
+    if upright.mode in ("I", "F"):
+        raise ValueError(f"its pixels, of Pillow's mode {upright.mode}, have no known range; save it with 8 or 16 bits")
+    return upright.convert(mode)
+
+
 class NamedImages(ImageFolder):
     """torchvision's ImageFolder, whose errors say which file is to blame; grey for a model of one channel. ``lenient``:
     an image that cannot be read is (None, its path) instead. ``spare``: samples to take others from."""
@@ -182,7 +198,7 @@ class NamedImages(ImageFolder):
         super().__init__(root, loader=self.open)
 
     def open(self, path: str) -> Image.Image:
-        return Image.open(path).convert(self.mode)
+        return _picture(path, self.mode)
 
     def __getitem__(self, index: int) -> tuple[Tensor | None, int | str]:
         return self.read(*self.samples[index])
@@ -323,7 +339,7 @@ def open_image(model: VisionTransformer, path: Path) -> Tensor:
     if not path.is_file():
         raise FileNotFoundError(f"image {path} does not exist")
     try:
-        opened = Image.open(path).convert("L" if config["input_size"][0] == 1 else "RGB")
+        opened = _picture(path, "L" if config["input_size"][0] == 1 else "RGB")
     except Exception as error:
         raise ValueError(f"{path} is no readable image: {error}") from error
     return create_transform(**{name: config[name] for name in TRANSFORM})(opened)

@@ -45,7 +45,7 @@ class Bench:
 
     @cached_property
     def base(self) -> list[Tensor]:
-        """The unpatched model's logits of the images to judge by."""
+        """The unpatched model's answers to the images to judge by."""
         return unpatched_answers(self.model, self.test)
 
     @cached_property

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import huggingface_hub
+import numpy
 import pytest
 import timm
 import torch
@@ -21,7 +22,7 @@ from atm_triton.command import exit_code
 from atm_triton.config import REMEDY
 from atm_triton.env import check_file
 from atm_triton.evaluate import evaluate
-from atm_triton.inputs import digits_config, open_images, open_model
+from atm_triton.inputs import digits_config, open_image, open_images, open_model
 from benchmarks import zoo
 
 FEW = ["--limit", "20", "--batch-size", "10"]
@@ -350,7 +351,7 @@ def test_broken_weights(tmp_path, capsys):
     save_file(state, tmp_path / "nan.safetensors")
     merging = ["--schedule", *["8"] * 12]
     assert main(["eval", "--checkpoint", str(tmp_path / "nan.safetensors"), "--limit", "3", *merging]) == 2
-    assert "the unpatched model's logits of batch 0 hold NaN or infinity" in capsys.readouterr().err
+    assert "the unpatched model's answers of batch 0 hold NaN or infinity" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["eval", "bench"])
@@ -368,7 +369,7 @@ def test_broken_weights_end_a_bench(tmp_path, capsys):
     state["norm.weight"][3] = float("nan")
     save_file(state, tmp_path / "nan.safetensors")
     assert main(["bench", *TINY, "--checkpoint", str(tmp_path / "nan.safetensors"), "--batch-size", "1"]) == 2
-    assert "the unpatched model's logits of batch 0 hold NaN" in capsys.readouterr().err
+    assert "the unpatched model's answers of batch 0 hold NaN" in capsys.readouterr().err
 
 
 def test_the_digits_model_reads_a_folder_in_grey(folder, capsys):
@@ -559,3 +560,69 @@ def test_the_zoo_tells_what_it_does_without_doing_it(capsys, monkeypatch):
     assert (
         said.err.startswith("python -m benchmarks.zoo: unrecognized arguments: --fast;") and said.err.count("\n") == 1
     )
+
+
+# ---------------------------------------------------------------------------------------------- images of any kind
+
+
+@pytest.fixture
+def shades():
+    """Pixels 0 to 254 of a smooth picture, uint8 [240, 320, 3]."""
+    y, x = numpy.mgrid[:240, :320]
+    return numpy.stack([x * 254 // 319, y * 254 // 239, (x + y) * 254 // 558], axis=2).astype(numpy.uint8)
+
+
+KINDS = {  # how it is saved, and by how much its values may move
+    "palette.png": (lambda image: image.convert("P", palette=Image.Palette.ADAPTIVE), 0.15),
+    "alpha.png": (lambda image: image.convert("RGBA"), 0.01),
+    "cmyk.jpg": (lambda image: image.convert("CMYK"), 0.06),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_images_of_other_modes_are_the_same_picture(name, shades, tmp_path):
+    model = timm.create_model("deit_tiny_patch16_224")
+    made, moved = KINDS[name]
+    Image.fromarray(shades).save(tmp_path / "plain.png")
+    made(Image.fromarray(shades)).save(tmp_path / name)
+    plain, other = (open_image(model, tmp_path / file) for file in ("plain.png", name))
+    assert (plain - other).abs().mean() < moved
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_all_16_bits_of_an_image_are_read(channels, shades, tmp_path):
+    model = open_model() if channels == 1 else timm.create_model("deit_tiny_patch16_224")
+    grey = shades[:, :, 0]
+    Image.fromarray(grey).save(tmp_path / "8.png")
+    Image.fromarray(grey.astype(numpy.uint16) * 257).save(tmp_path / "16.png")
+    Image.fromarray(grey.astype(numpy.uint16) * 257).save(tmp_path / "16.tif")
+    narrow, *wide = (open_image(model, tmp_path / name) for name in ("8.png", "16.png", "16.tif"))
+    assert narrow.std() > 0.1 and all(torch.equal(narrow, image) for image in wide)
+
+
+def test_a_photograph_is_upright(shades, tmp_path):
+    model, exif = timm.create_model("deit_tiny_patch16_224"), Image.Exif()
+    exif[0x0112] = 6  # turned clockwise to be seen
+    Image.fromarray(shades).save(tmp_path / "turned.png", exif=exif)
+    Image.fromarray(numpy.rot90(shades, -1)).save(tmp_path / "upright.png")
+    assert torch.equal(*(open_image(model, tmp_path / name) for name in ("turned.png", "upright.png")))
+    (tmp_path / "a").mkdir()
+    (tmp_path / "turned.png").rename(tmp_path / "a" / "turned.png")
+    ((images, _),) = open_images(model, str(tmp_path / "a"), labelled=False)
+    assert torch.equal(images[0], open_image(model, tmp_path / "upright.png"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int32"])
+def test_values_of_no_known_range_are_refused(dtype, shades, tmp_path, capsys):
+    for name in ("a", "b"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        Image.fromarray(shades[:, :, 0].astype(dtype)).save(tmp_path / "images" / name / "x.tif")
+    assert main(["eval", "--data", str(tmp_path / "images"), "--workers", "0"]) == 2
+    error = capsys.readouterr().err
+    assert "have no known range; save it with 8 or 16 bits" in error and "x.tif" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3000, 2), (3, 500)], ids=str)
+def test_an_image_of_any_size_is_read(size, tmp_path):
+    Image.new("RGB", size, (200, 10, 30)).save(tmp_path / "x.png")
+    assert open_image(timm.create_model("deit_tiny_patch16_224"), tmp_path / "x.png").shape == (3, 224, 224)
