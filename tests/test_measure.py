@@ -136,9 +136,9 @@ def test_the_promise_is_what_an_evaluation_finds(make, asked, name, adapt, loade
 @pytest.mark.parametrize(
     ("model", "asked", "limit"),
     [
-        (vit(num_classes=0), {}, {"max_distance": 0.02}),
-        (vit(num_classes=0), {}, {"max_distance_p99": 0.05}),
-        (vit(num_classes=0), {"dense": True}, {"max_distance": 0.05}),
+        (vit(num_classes=0), {}, {"max_distance": 0.01}),
+        (vit(num_classes=0), {}, {"max_distance_p99": 0.02}),
+        (vit(num_classes=0), {"dense": True}, {"max_distance": 0.02}),
         (vit(num_classes=1), {}, {"min_agreement": 0.9}),
         (vit(), {"sigmoid": True}, {"max_kl": 0.01}),
     ],
@@ -232,7 +232,8 @@ def test_answers_at_hand_give_the_same_as_answers_on_the_way():
 def test_patch_tokens_are_paid_for(loader, small_search):  # noqa: F811
     """The last block of a dense model serves all its tokens, in what is foretold, measured and promised."""
     model = vit(num_classes=0)
-    calibration = calibrate(model, loader, Target(max_gflops=0.8 * whole(model)), progress=False, dense=True)
+    target = Target(max_gflops=0.97 * whole(model))  # more than the last block's class token alone leaves
+    calibration = calibrate(model, loader, target, progress=False, dense=True)
     patched = apply_patch(vit(num_classes=0), calibration.config)
     patched.load_state_dict(model.state_dict())
     x = split_images(loader, 0)[0]["promise"][0]
@@ -355,10 +356,8 @@ def test_eval_compares_what_is_asked_for(tmp_path, photos, capsys):
         main(["eval", *common, "--dense", "--sigmoid"])
 
 
-def test_the_command_refuses_a_target_before_it_reads_an_image(tmp_path, photos, capsys):
-    for path in photos.rglob("*.png"):
-        path.write_bytes(b"no image")
-    common = [*given(tmp_path, photos, num_classes=0), "--out", str(tmp_path / "x.json")]
+def test_the_command_refuses_a_target_before_it_looks_for_images(tmp_path, capsys):
+    common = [*given(tmp_path, tmp_path / "missing", num_classes=0), "--out", str(tmp_path / "x.json")]
     assert main(["calibrate", *common, "--min-agreement", "0.9"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("atm-triton: target: min_agreement does not fit what is compared, the pooled feature")
