@@ -20,6 +20,7 @@ from tqdm import tqdm
 from atm_triton import search as searching
 from atm_triton.config import ADAPT, ATMConfig
 from atm_triton.distributed import silent
+from atm_triton.errors import UnreachableError
 from atm_triton.flops import unmerged
 from atm_triton.measure import Measure, measure_of, percentile
 from atm_triton.meter import Mean, Measured, Meter, similarities
@@ -364,7 +365,7 @@ def _largest_scale(search: Search, shape: Shape, target: Target, limit: int, nea
     least = search.meter.mean(search.config((shape, 10**low)), SEEN, limit)
     if not target.holds(least):
         change = search.meter.by.text(least.divergence, least.agreement, least.p99)
-        raise ValueError(f"the target cannot be held: hardly merging has {change}")
+        raise UnreachableError(f"the target cannot be held: hardly merging has {change}")
     for _ in range(steps):
         middle = (low + high) / 2
         low, high = (middle, high) if holds(middle) else (low, middle)

@@ -20,6 +20,7 @@ from atm_triton.command import exit_code
 from atm_triton.config import ATMConfig
 from atm_triton.distributed import rank, start, stop
 from atm_triton.env import check_file, check_outputs, environment, write_result
+from atm_triton.errors import UnreachableError
 from atm_triton.evaluate import evaluate
 from atm_triton.inputs import (
     DIGITS,
@@ -189,7 +190,12 @@ def run_calibrate(args: argparse.Namespace) -> dict[str, Any]:
     notes = Path(f"{args.out}.partial")
     names = ("max_merging_blocks", "dense", "sigmoid", "backend", "seed")
     options = {name: getattr(args, name) for name in names}
-    found = calibrate(model, batches, target, args.adapt, **options, notes=notes)
+    try:
+        found = calibrate(model, batches, target, args.adapt, **options, notes=notes)
+    except UnreachableError:  # nothing to go on with
+        if rank() == 0:
+            notes.unlink(missing_ok=True)
+        raise
     about["seconds"] = time.perf_counter() - begin
     promise = f"promised {found.promise} ({found.promise.measure})"
     source = f"atm-triton calibrate, {args.model} on {found.images} images of {data}: {promise}"

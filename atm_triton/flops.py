@@ -141,7 +141,7 @@ def unmerged(model: VisionTransformer, image_shape: tuple[int, ...]) -> Record:
 
 
 def answer_shape(model: VisionTransformer) -> tuple[int, ...]:
-    """Of what a model answers to an image, without running it: [K] logits or features, [N, C] tokens that nothing pools.
+    """Of what a model answers to an image, without running it: [K] logits or features; [N, C] tokens if nothing pools.
 
     Raises:
         TypeError: its head runs on numbers alone.

@@ -106,7 +106,8 @@ def measure_of(model: VisionTransformer, dense: bool = False, sigmoid: bool = Fa
         sigmoid: the logits are of labels that do not exclude one another. A single logit is known to be.
 
     Raises:
-        TypeError: a head that cannot be looked into; ValueError: both of them, ``sigmoid`` of a model without a head, or a model that pools nothing and is not
+        TypeError: a head that cannot be looked into.
+        ValueError: both of them, ``sigmoid`` of a model without a head, or a model that pools nothing and is not
             ``dense``.
     """
     if dense and sigmoid:

@@ -25,7 +25,7 @@ from atm_triton.notes import Notes
 from atm_triton.report import calibration_table
 from atm_triton.search import Search, smoothest
 from atm_triton.shapes import Drawer, Predictor, Shape
-from models import distilled, images, vit
+from models import distilled, images, small, vit
 
 SOFTMAX = Measure("softmax")
 SMALL = {"DRAWS": 12, "KEPT": 3, "STEPS": 4, "FINALISTS": 2, "CURVES": 1, "BENDS": 2}
@@ -249,6 +249,24 @@ def test_a_cost_between_the_steps_is_refused_in_words(small_search):
         UnreachableError, match="GFLOPs nearly enough: what merges changes in steps, as where images are"
     ):
         calibrate(model, alike, Target(max_gflops=goal), "static", progress=False)
+
+
+def test_a_search_that_finds_nothing_leaves_nothing(small_search, tmp_path, capsys):
+    shape = {"img_size": 24, "patch_size": 8, "depth": 2, "embed_dim": 32, "num_heads": 2}
+    model = small("vit_tiny_patch16_224", **shape)
+    goal = 0.635 * cost(model, unmerged(model, (3, 24, 24))).paper_gflops
+    save_file(model.state_dict(), tmp_path / "mine.safetensors")
+    (tmp_path / "photos").mkdir()
+    for number in range(64):
+        noise = torch.randint(0, 255, (24, 24, 3), dtype=torch.uint8)
+        Image.fromarray(noise.numpy()).save(tmp_path / "photos" / f"{number}.png")
+    before = set(tmp_path.iterdir())
+    named = ["--model", "vit_tiny_patch16_224", "--checkpoint", str(tmp_path / "mine.safetensors"), "--model-kwargs"]
+    named += [f"{name}={value}" for name, value in {**shape, "num_classes": 5}.items()]
+    reading = ["--data", str(tmp_path / "photos"), "--workers", "0", "--adapt", "static", "--out"]
+    assert main(["calibrate", *named, "--max-gflops", f"{goal:.7f}", *reading, str(tmp_path / "out.json")]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "GFLOPs nearly enough: what merges changes in steps" in error and set(tmp_path.iterdir()) == before
 
 
 class StoppedError(Exception):

@@ -123,7 +123,7 @@ class Subject(Bench):
 
     @cached_property
     def base(self) -> list[Tensor]:
-        logits = unpatched_answers(self.model, self.test)
+        logits = unpatched_answers(self.model, self.test, measure=self.measure)
         self._check_read(len(logits))
         return logits
 
