@@ -1,7 +1,8 @@
 """calibrate(model, loader, target): the configuration that changes a model least at a cost, or costs least at a change.
 
-A model, some images without labels, and a wish: so many GFLOPs, or so little change. Of the images three parts in eight
-are fitted to, three choose among what fits, and two, which neither saw, measure what is promised.
+A model, some images without labels, and a wish: so many GFLOPs, or so little change, in the measure that fits the
+model's answers (:mod:`atm_triton.measure`). Of the images three parts in eight are fitted to, three choose among what
+fits, and two, which neither saw, measure what is promised.
 """
 
 import math
@@ -19,9 +20,12 @@ from tqdm import tqdm
 from atm_triton import search as searching
 from atm_triton.config import ADAPT, ATMConfig
 from atm_triton.distributed import silent
+from atm_triton.errors import UnreachableError
 from atm_triton.flops import unmerged
+from atm_triton.measure import Measure, measure_of, percentile
 from atm_triton.meter import Mean, Measured, Meter, similarities
 from atm_triton.patch import check_model, knows_sizes
+from atm_triton.reference import largest_r
 from atm_triton.search import MANY, SEEN, Found, Search
 from atm_triton.shapes import Predictor, Shape
 
@@ -29,13 +33,16 @@ PARTS = {"fit": 3, "choose": 3, "promise": 2}  # in eighths
 LEAST_IMAGES = 64
 ROUGHLY = 256  # images of a part by which a plain shape tells the cost at which a change is too large
 STRIDE = 0.08  # of log10 scale
-ALIKE = 1e-4  # nats: what rounding may do to the log-probabilities of two equal images
+ALIKE = 1e-4  # what rounding may do to what is compared of the answers to two equal images
+NEAR = 0.01  # of the range of all pixels: as much as a camera's noise
+WORST = 100  # images up to which their 99th percentile is the largest
 
 
 @dataclass(frozen=True)
 class Target:
-    """What is wished for, exactly one of: ``max_gflops`` (1e9, in the paper's convention), ``max_kl``: KL(unmerged ||
-    merged) in nats, ``min_agreement``: the share of images that keep their predicted class, in [0, 1].
+    """What is wished for, exactly one of: ``max_gflops`` (1e9, in the paper's convention); of logits ``max_kl``, the
+    mean KL(unmerged || merged) in nats, or ``min_agreement``, in [0, 1]; of features ``max_distance``, the mean of
+    1 - cosine, or ``max_distance_p99``, its 99th percentile, both in [0, 2]. :class:`Measure` says what these are.
 
     Raises:
         ValueError: none of them or more than one, or a number out of its range.
@@ -44,31 +51,54 @@ class Target:
     max_gflops: float | None = None
     max_kl: float | None = None
     min_agreement: float | None = None
+    max_distance: float | None = None
+    max_distance_p99: float | None = None
 
     def __post_init__(self) -> None:
-        given = {field.name: getattr(self, field.name) for field in fields(self)}
-        given = {name: value for name, value in given.items() if value is not None}
+        given = [field.name for field in fields(self) if getattr(self, field.name) is not None]
         if len(given) != 1:
             raise ValueError(
-                f"target: got {', '.join(given) or 'nothing'}; want one of max_gflops, max_kl, min_agreement"
+                f"target: got {', '.join(given) or 'nothing'}; want one of {', '.join(f.name for f in fields(self))}"
             )
-        ((name, value),) = given.items()
-        most = 1 if name == "min_agreement" else math.inf
-        if not 0 < value <= most or value == math.inf:
+        most = {"min_agreement": 1, "max_distance": 2, "max_distance_p99": 2}.get(self.name, math.inf)
+        if not 0 < self.value <= most or self.value == math.inf:
             raise ValueError(
-                f"target: {name}={value} is out of range; give one above 0{' up to 1' if most == 1 else ''}"
+                f"target: {self.name}={self.value} is out of range; give one above 0"
+                + (f" up to {most}" if most < math.inf else "")
+            )
+
+    @property
+    def name(self) -> str:
+        return next(field.name for field in fields(self) if getattr(self, field.name) is not None)
+
+    @property
+    def value(self) -> float:
+        return getattr(self, self.name)
+
+    def check_fits(self, measure: Measure) -> None:
+        """Raise ValueError where answers that are compared in this way have no such thing."""
+        fitting = ["max_distance", "max_distance_p99"] if measure.of_features else ["max_kl", "min_agreement"]
+        if self.name not in ("max_gflops", *fitting):
+            raise ValueError(
+                f"target: {self.name} does not fit what is compared, {measure}; give {', '.join(fitting)} or max_gflops"
             )
 
     def holds(self, mean: Mean) -> bool:
         """Whether the change is small enough; for a target that limits it."""
-        if self.max_kl is not None:
-            return mean.kl <= self.max_kl
-        return mean.agreement >= self.min_agreement
+        if self.min_agreement is not None:
+            return mean.agreement >= self.min_agreement
+        return (mean.p99 if self.max_distance_p99 is not None else mean.divergence) <= self.value
 
     def doubt(self, promise: "Promise") -> str | None:
         """Why a limit to the change may not hold on other images; None: it should, or none was asked for."""
         if self.max_kl is not None and promise.kl > self.max_kl:
             return f"KL {promise.kl:.3g} is above {self.max_kl:g}"
+        if self.max_distance is not None and promise.distance > self.max_distance:
+            return f"distance {promise.distance:.3g} is above {self.max_distance:g}"
+        if self.max_distance_p99 is not None and promise.distance_p99 > self.max_distance_p99:
+            return f"the distance's 99th percentile {promise.distance_p99:.3g} is above {self.max_distance_p99:g}"
+        if self.max_distance_p99 is not None and promise.images <= WORST:
+            return f"the distance's 99th percentile is that of the worst of {promise.images} images"
         if self.min_agreement is not None and promise.agreement < self.min_agreement:
             return f"agreement {promise.agreement:.4g} is below {self.min_agreement:g}"
         if self.min_agreement is not None and promise.agreement_se > 1 - self.min_agreement:
@@ -78,35 +108,50 @@ class Target:
 
 @dataclass(frozen=True)
 class Promise:
-    """Measured on ``images`` images that the search did not see: means, each with its standard error. ``agreement`` in
-    [0, 1]. With one r a batch the errors of cost and KL are those of the batches' means; None of a single batch.
+    """Measured on ``images`` images that the search did not see, by the ``measure`` of that name (:class:`Measure`):
+    means, each with its standard error; of logits KL and agreement, in [0, 1], of features distance, and its 99th
+    percentile (of up to 100 images their worst). With one r a batch the errors of cost and divergence are those of the
+    batches' means; None of a single batch.
 
-    The KL is decided by few images, and where those are missing among so few, their spread seems small too: errors of
-    cost and KL come from the spread of all images, those that the search saw with them, unless that is less."""
+    The divergence is decided by few images, and where those are missing among so few, their spread seems small too:
+    errors of cost and divergence come from the spread of all images, those that the search saw with them, unless that
+    is less."""
 
     images: int
     gflops: float
     gflops_se: float | None
-    kl: float
+    kl: float | None
     kl_se: float | None
-    agreement: float
-    agreement_se: float
+    agreement: float | None
+    agreement_se: float | None
+    distance: float | None = None
+    distance_se: float | None = None
+    distance_p99: float | None = None
+    measure: str = "softmax"
 
     @classmethod
-    def of(cls, measured: Measured, batch_size: int = 1, seen: Sequence[Measured] = ()) -> "Promise":
+    def of(cls, measured: Measured, measure: Measure, batch_size: int = 1, seen: Sequence[Measured] = ()) -> "Promise":
         """``batch_size``: of the images that share what they merge; ``seen``: what was measured on other images."""
-        n = len(measured.kl)
-        kept = measured.agree.sum().item()
-        rate = (kept + 1) / (n + 2)  # all of some images is not all of all
-        values = {"agreement": kept / n, "agreement_se": (rate * (1 - rate) / n) ** 0.5}
-        for name in ("gflops", "kl"):
-            own, *others = (_batch_means(getattr(part, name), batch_size) for part in (measured, *seen))
+        n = len(measured.divergence)
+        values = dict.fromkeys(("kl", "kl_se", "agreement", "agreement_se"))
+        if measured.agree is not None:
+            kept = measured.agree.sum().item()
+            rate = (kept + 1) / (n + 2)  # all of some images is not all of all
+            values |= {"agreement": kept / n, "agreement_se": (rate * (1 - rate) / n) ** 0.5}
+        else:
+            values["distance_p99"] = percentile(measured.divergence)
+        for column, name in (("gflops", "gflops"), ("divergence", measure.divergence)):
+            own, *others = (_batch_means(getattr(part, column), batch_size) for part in (measured, *seen))
             spread = own.std(correction=1) if len(own) > 1 else None
             if others and spread is not None:
                 spread = max(spread, torch.cat([own, *others]).std(correction=1))
             error = None if spread is None else (spread / len(own) ** 0.5).item()
-            values |= {name: getattr(measured, name).mean().item(), f"{name}_se": error}
-        return cls(images=n, **values)
+            values |= {name: getattr(measured, column).mean().item(), f"{name}_se": error}
+        return cls(images=n, measure=measure.name, **values)
+
+    def __str__(self) -> str:
+        measure = Measure(self.measure)
+        return measure.text(getattr(self, measure.divergence), self.agreement, self.distance_p99)
 
 
 def _batch_means(column: Tensor, batch_size: int) -> Tensor:
@@ -139,6 +184,8 @@ def calibrate(
     proportional_attention: bool | None = None,
     cls_only_last: bool = True,
     max_merging_blocks: int | None = None,
+    dense: bool = False,
+    sigmoid: bool = False,
     backend: str = "auto",
     seed: int = 0,
     notes: Path | None = None,
@@ -157,46 +204,54 @@ def calibrate(
         backend: as in :class:`ATMConfig`.
         max_merging_blocks: how many blocks may merge; None: any number. Each takes time to match tokens, which no
             count of FLOPs tells: with adapt="image" four of twelve may be faster than eleven at the same GFLOPs.
+        dense: patch tokens are read (``forward_features``), so compare these; the last block then serves them all, and
+            merges as every other.
+        sigmoid: the logits are of labels that do not exclude one another. A single logit is known to be.
         seed: of the search; the same seed on the same images gives the same configuration.
         notes: a file that remembers what was measured, for a run that goes on where this one ends.
         progress: show a bar.
 
     Raises:
-        ValueError: a target that cannot be reached, too few images, of another shape than the model's, or blank, or a
-            model that answers all of them alike; TypeError: a model that cannot be merged, or batches of anything but
-            float images.
+        ValueError: a target that cannot be reached, or that does not fit what is compared; too few images, of another
+            shape than the model's, or blank; a model that answers all of them alike, or in which nothing can merge;
+            TypeError: a model that cannot be merged, or batches of anything but float images.
     """
     check_model(model)
     if adapt not in ADAPT:
         raise ValueError(f"adapt={adapt!r} is unknown; choose one of {', '.join(ADAPT)}")
     if max_merging_blocks is not None and max_merging_blocks < 1:
         raise ValueError(f"max_merging_blocks={max_merging_blocks} is too small; give 1 or more")
+    measure = measure_of(model, dense, sigmoid)
+    target.check_fits(measure)
     parts, number = split_images(loader, seed)
     shape = tuple(parts["fit"][0].shape[1:])
     _check_fits(model, shape)
     _check_not_blank(parts)
+    _check_differ(parts)
+    settings = {"cls_only_last": cls_only_last and not dense, "backend": backend}
+    foretold = Predictor(model, shape, [], settings["cls_only_last"])
+    _check_merges(foretold)
     if target.max_gflops is not None:
-        _check_reachable(target.max_gflops, Predictor(model, shape, [], cls_only_last), max_merging_blocks)
-    settings = {"cls_only_last": cls_only_last, "backend": backend}
+        _check_reachable(target.max_gflops, foretold, max_merging_blocks)
     proportional = knows_sizes(model) if proportional_attention is None else proportional_attention
     hidden = silent("" if progress else None)
     with tqdm(total=searching.shapes(), desc="calibrate", unit="shape", disable=hidden) as bar:
         bar.set_postfix_str("the unmerged model")
-        meter = Meter(model, parts, settings)
+        meter = Meter(model, parts, settings, measure)
         if meter.spread() < ALIKE:
             raise ValueError(
                 "the model answers all images alike, so no merging changes it; check images, weights and head"
             )
         meter.remember(notes)
         found = similarities(model, parts["fit"], **settings)
-        predictor = Predictor(model, shape, found, cls_only_last)
+        predictor = Predictor(model, shape, found, settings["cls_only_last"])
         search = Search(meter, predictor, adapt, proportional, max_merging_blocks, seed, bar)
         chosen, scale = _found(search, target)
     config = search.config((chosen, scale))
     shared = len(parts["promise"][0]) if adapt == "batch" else 1
     seen = [meter.measure(config, part) for part in SEEN]
     meter.warns = True
-    promise = Promise.of(meter.measure(config, "promise"), shared, seen)
+    promise = Promise.of(meter.measure(config, "promise"), measure, shared, seen)
     passes = meter.images + sum(map(len, parts["fit"]))
     return Calibration(config, target, number, promise, predictor.unmerged, chosen.family, passes, seed)
 
@@ -235,6 +290,23 @@ def _check_fits(model: VisionTransformer, shape: tuple[int, ...]) -> None:
 def _check_not_blank(parts: dict[str, list[Tensor]]) -> None:
     if all(torch.equal(x.amin((2, 3)), x.amax((2, 3))) for batches in parts.values() for x in batches):
         raise ValueError("the images are blank, each of one value throughout; give images as the model will meet them")
+
+
+def _check_differ(parts: dict[str, list[Tensor]]) -> None:
+    every = [x for batches in parts.values() for x in batches]
+    low, high = torch.stack([x.amin(0) for x in every]).amin(0), torch.stack([x.amax(0) for x in every]).amax(0)
+    if (high - low).max() < NEAR * (high.max() - low.min()):
+        raise ValueError(
+            f"the images are one image, {sum(map(len, every))} times: no pixel differs by {NEAR:.0%} of the contrast; "
+            "give images as the model will meet them"
+        )
+
+
+def _check_merges(predictor: Predictor) -> None:
+    if predictor.merging == 0:
+        raise ValueError("no block can merge: the last, here the only one, serves the class token alone")
+    if largest_r(predictor.N, predictor.prefix) == 0:
+        raise ValueError("images of one patch token have nothing to merge; give larger ones")
 
 
 def _check_reachable(max_gflops: float, predictor: Predictor, max_merging_blocks: int | None) -> None:
@@ -292,9 +364,8 @@ def _largest_scale(search: Search, shape: Shape, target: Target, limit: int, nea
             steps = 12
     least = search.meter.mean(search.config((shape, 10**low)), SEEN, limit)
     if not target.holds(least):
-        raise ValueError(
-            f"the target cannot be held: hardly merging has KL {least.kl:.2g}, agreement {least.agreement:g}"
-        )
+        change = search.meter.by.text(least.divergence, least.agreement, least.p99)
+        raise UnreachableError(f"the target cannot be held: hardly merging has {change}")
     for _ in range(steps):
         middle = (low + high) / 2
         low, high = (middle, high) if holds(middle) else (low, middle)

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext, redirect_stdout
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from atm_triton.command import exit_code
 from atm_triton.config import ATMConfig
 from atm_triton.distributed import rank, start, stop
 from atm_triton.env import check_file, check_outputs, environment, write_result
+from atm_triton.errors import UnreachableError
 from atm_triton.evaluate import evaluate
 from atm_triton.inputs import (
     DIGITS,
@@ -33,8 +34,10 @@ from atm_triton.inputs import (
     open_image,
     open_images,
     open_model,
+    promised_measure,
     read_config,
 )
+from atm_triton.measure import Measure, measure_of
 from atm_triton.ops import explain
 from atm_triton.options import DTYPES, parser
 from atm_triton.patch import apply_patch, settled
@@ -139,15 +142,16 @@ def run_eval(args: argparse.Namespace) -> dict[str, Any]:
     """Accuracy, agreement, divergence and cost of merging, in all and by difficulty."""
     check_weights(args.model, args.checkpoint, args.pretrained)
     model, data = _model(args), args.data or DIGITS
-    config = _config(args, model)
+    config, measure = _config(args, model), _measure(args, model)
     batch_size = 64 if args.batch_size is None else args.batch_size
     loader = open_images(model, data, args.split, args.limit, batch_size, args.workers, args.device, dealt=True)
     labelled = labels_fit(loader, model)
-    outcome = evaluate(model, loader, config, labelled=labelled)
+    outcome = evaluate(model, loader, config, labelled=labelled, measure=measure)
     print(f"{args.model} on {data}, batch {batch_size}, {_where(args)}")
     _say_source(config)
     _say_logits(model)
-    if not labelled:
+    print(f"compared: {measure}")
+    if measure.has_classes and not labelled:
         print("no top-1: it needs one folder for each class of the model")
     print("\n" + report.evaluation_table(outcome))
     return {
@@ -163,10 +167,11 @@ def run_eval(args: argparse.Namespace) -> dict[str, Any]:
 
 def run_calibrate(args: argparse.Namespace) -> dict[str, Any]:
     """Thresholds for a model from images without labels: the least change at a cost, or the least cost at a change."""
-    target = Target(args.max_gflops, args.max_kl, args.min_agreement)
+    target = Target(**{field.name: getattr(args, field.name) for field in fields(Target)})
     check_file("--out", args.out)
     check_weights(args.model, args.checkpoint, args.pretrained)
     model, data = _model(args), args.data or DIGITS
+    target.check_fits(measure_of(model, args.dense, args.sigmoid))
     size = 64 if args.batch_size is None else args.batch_size
     reading = {"workers": args.workers, "device": args.device, "labelled": False, "lenient": True}
     begin = time.perf_counter()
@@ -183,16 +188,23 @@ def run_calibrate(args: argparse.Namespace) -> dict[str, Any]:
     about |= {"transform": transform, "batch_size": size, "dtype": args.dtype}
     about |= {"split": args.split if data == DIGITS else None, "not_read": broken}
     notes = Path(f"{args.out}.partial")
-    options = {"max_merging_blocks": args.max_merging_blocks, "backend": args.backend, "seed": args.seed}
-    found = calibrate(model, batches, target, args.adapt, **options, notes=notes)
+    names = ("max_merging_blocks", "dense", "sigmoid", "backend", "seed")
+    options = {name: getattr(args, name) for name in names}
+    try:
+        found = calibrate(model, batches, target, args.adapt, **options, notes=notes)
+    except UnreachableError:  # nothing to go on with
+        if rank() == 0:
+            notes.unlink(missing_ok=True)
+        raise
     about["seconds"] = time.perf_counter() - begin
-    source = f"atm-triton calibrate, {args.model} on {found.images} images of {data}"
+    promise = f"promised {found.promise} ({found.promise.measure})"
+    source = f"atm-triton calibrate, {args.model} on {found.images} images of {data}: {promise}"
     document = found.to_dict()
     document["config"] |= {"source": source}
-    print(f"{args.model} on {data}, {_where(args)}\n\n{report.calibration_table(found)}")
     if rank() == 0:
         write_result(args.out, about | document)
         notes.unlink()
+    print(f"{args.model} on {data}, {_where(args)}\n\n{report.calibration_table(found)}")
     return about | document
 
 
@@ -227,6 +239,13 @@ def run_env(args: argparse.Namespace) -> dict[str, Any]:
 def _model(args: argparse.Namespace) -> VisionTransformer:
     model = open_model(args.model, args.checkpoint, args.pretrained, **args.model_kwargs)
     return model.to(args.device, DTYPES[args.dtype])
+
+
+def _measure(args: argparse.Namespace, model: VisionTransformer) -> Measure:
+    """What is asked for, or else what the file of thresholds promised by, or what fits the model."""
+    asked = args.dense or args.sigmoid
+    promised = None if asked else promised_measure(args.config, model)
+    return measure_of(model, args.dense, args.sigmoid) if promised is None else promised
 
 
 def _say_source(config: ATMConfig) -> None:

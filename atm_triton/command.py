@@ -4,7 +4,8 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
-from typing import Any, NoReturn
+from contextlib import redirect_stdout
+from typing import Any, NoReturn, TextIO
 
 import torch
 
@@ -18,12 +19,46 @@ class Parser(argparse.ArgumentParser):
         line = f"{self.prog}: {message}; {self.prog} --help says what there is\n"
         self.exit(2, None if int(os.environ.get("RANK", 0)) else line)
 
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        Printed(sys.stdout).flush()  # a help that nobody reads
+        super().exit(status, message)
+
+
+class Printed:
+    """Standard output. Where nobody reads it any more, as with ``| head``, what is printed goes nowhere, and what is
+    still to be done is done; ``gone`` tells."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream, self.gone = stream, False
+
+    def write(self, text: str) -> int:
+        return self._try(self.stream.write, text) or len(text)
+
+    def flush(self) -> None:
+        self._try(self.stream.flush)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def _try(self, call: Callable[..., Any], *arguments: str) -> Any:
+        try:
+            return call(*arguments)
+        except BrokenPipeError:
+            self.gone = True
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())  # also for what Python flushes in the end
+            return None
+
 
 def exit_code(program: str, run: Callable[[], Any]) -> int:
-    """0 when ``run`` is done; 2, and "``program``: what was wrong", on a ValueError, TypeError or OSError, or where a
-    GPU's memory is too small; 130, as a shell has it, on Ctrl-C."""
+    """0 when ``run`` is done; 2, and "``program``: what was wrong", on a ValueError, TypeError or OSError, where a
+    GPU's memory is too small, or where nobody reads the output; 130, as a shell has it, on Ctrl-C."""
+    printed = Printed(sys.stdout)
     try:
-        run()
+        with redirect_stdout(printed):
+            run()
+            printed.flush()
+        if printed.gone:
+            raise BrokenPipeError("nobody reads the output any more (broken pipe)")
     except (ValueError, TypeError, OSError, torch.OutOfMemoryError) as error:
         full = isinstance(error, torch.OutOfMemoryError)
         line = "out of memory on the GPU; give smaller batches" if full else _one_line(error)

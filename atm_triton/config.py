@@ -149,7 +149,7 @@ class ATMConfig:
         """The configuration of :meth:`to_json`, or of a document that holds one under "config"."""
         try:
             document = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"the configuration is no JSON: {error}") from None
         values = document.get("config", document) if isinstance(document, dict) else None
         if not isinstance(values, dict):

@@ -9,6 +9,7 @@ import sys
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import torch
@@ -38,8 +39,14 @@ def check_file(option: str, path: Path) -> None:
         raise FileNotFoundError(f"{option} {path}: its directory does not exist; make it, or choose another")
     if path.is_dir():
         raise IsADirectoryError(f"{option} {path} is a directory; name a file in it")
+    if path.exists() and not path.is_file():  # /dev/null would be replaced
+        raise ValueError(f"{option} {path} is no regular file; choose another")
     if not all(os.access(p, os.W_OK) for p in (path.absolute().parent, path) if p.exists()):  # it is written beside it
         raise PermissionError(f"{option} {path} cannot be written; choose another")
+    try:
+        NamedTemporaryFile(prefix=f"{path.name}.try", dir=path.absolute().parent).close()
+    except OSError as error:  # a directory that takes no files, as /proc; a name that is too long
+        raise OSError(f"{option} {path} cannot be written ({error.strerror}); choose another") from error
 
 
 def check_outputs(outputs: dict[str, Path], inputs: list[Path]) -> None:

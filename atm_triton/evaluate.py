@@ -3,10 +3,10 @@
 import copy
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from itertools import repeat
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from tqdm import tqdm
@@ -14,6 +14,7 @@ from tqdm import tqdm
 from atm_triton.config import ATMConfig
 from atm_triton.distributed import in_order, silent
 from atm_triton.flops import cost, cost_of_each, unmerged
+from atm_triton.measure import Measure, measure_of, percentile
 from atm_triton.patch import apply_patch
 from atm_triton.record import Number, Record
 from atm_triton.transformer import MergingTransformer
@@ -25,18 +26,22 @@ Patch = Callable[[VisionTransformer], VisionTransformer]
 @dataclass(frozen=True)
 class Quality:
     """Of a number of images: top-1 in percent, merged and unpatched (None where labels are not the model's classes),
-    the percentage whose predicted class is the unpatched model's, mean KL(unpatched || merged) in nats and its standard
-    error, mean GFLOPs in the paper's convention, and the mean number of tokens an image would keep by its own count
-    (None without one)."""
+    the percentage that agrees with the unpatched model, mean KL(unpatched || merged) in nats and its standard error,
+    mean GFLOPs in the paper's convention, the mean number of tokens an image would keep by its own count (None without
+    one), and of features, which have neither agreement nor KL, the mean distance with its standard error, and its 99th
+    percentile. :class:`Measure` says what these are."""
 
     images: int
     top1: float | None
     top1_unpatched: float | None
-    agreement: float
-    kl: float
-    kl_se: float
+    agreement: float | None
+    kl: float | None
+    kl_se: float | None
     gflops: float
     own_tokens: float | None
+    distance: float | None = None
+    distance_se: float | None = None
+    distance_p99: float | None = None
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,7 @@ class Evaluation:
     (empty where no threshold tells images apart); ``saved``: the share of the unpatched model's MACs, in [0, 1];
     ``top1_drop_se``: standard error of the difference in top-1, in points, from the images where the two differ;
     ``tokens``: mean tokens that enter each block; ``gflops_all_tokens_last``: what it costs with a last block that
-    computes all its tokens, which changes no logit."""
+    computes all its tokens, which changes no logit; ``measure``: the name of the :class:`Measure`."""
 
     overall: Quality
     deciles: tuple[Quality, ...]
@@ -54,6 +59,7 @@ class Evaluation:
     top1_drop_se: float | None
     tokens: tuple[float, ...]
     gflops_all_tokens_last: float
+    measure: str
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -74,15 +80,20 @@ def share(model: VisionTransformer) -> VisionTransformer:
 
 
 @torch.inference_mode()
-def unpatched_logits(model: VisionTransformer, batches: Batches, title: str | None = "unpatched") -> list[Tensor]:
-    """The float32 logits of every batch on the CPU, for several evaluations against the same model."""
-    parameter = next(model.parameters())
-    logits = []
-    for images, _ in tqdm(batches, desc=title, unit="batch", disable=silent(title)):
-        check_finite(images, "images", len(logits))
-        logits.append(model(images.to(parameter)).float().cpu())
-        check_finite(logits[-1], "the unpatched model's logits", len(logits) - 1)
-    return logits
+def unpatched_answers(
+    model: VisionTransformer, batches: Batches, title: str | None = "unpatched", measure: Measure | None = None
+) -> list[Tensor]:
+    """What a model answers to every batch, for several evaluations against it. ``measure``: None: what fits it."""
+    measure = measure_of(model) if measure is None else measure
+    bar = tqdm(batches, desc=title, unit="batch", disable=silent(title))
+    return [_unpatched(model, images, number, measure) for number, (images, _) in enumerate(bar)]
+
+
+def _unpatched(model: VisionTransformer, images: Tensor, number: int, measure: Measure) -> Tensor:
+    check_finite(images, "images", number)
+    answers = measure.answers(model, images)
+    check_finite(answers, "the unpatched model's answers", number)
+    return answers
 
 
 @torch.inference_mode()
@@ -93,6 +104,7 @@ def evaluate(
     base: list[Tensor] | None = None,
     labelled: bool = True,
     title: str | None = "merged",
+    measure: Measure | None = None,
 ) -> Evaluation:
     """Run an unpatched model with and without ``config`` over the same batches.
 
@@ -103,20 +115,22 @@ def evaluate(
         model: unpatched, in eval mode; it stays so.
         batches: (images, labels), sized and re-iterable (a DataLoader without shuffling, or a list).
         config: how tokens merge, or a function that patches a model in place in another way and returns it.
-        base: :func:`unpatched_logits` of the same batches, if they are at hand.
-        labelled: whether the labels are the model's classes.
+        base: :func:`unpatched_answers` to the same batches by the same measure, if they are at hand.
+        labelled: whether the labels are the model's classes; where it has none, they are not read.
         title: of the progress bar; None for no bar.
+        measure: how answers are compared; None: as fits the model.
 
     Raises:
-        ValueError: no images, or images or logits that are not finite; TypeError: a model that cannot be merged.
+        ValueError: no images, or images or answers that are not finite; TypeError: a model that cannot be merged.
     """
-    base = unpatched_logits(model, batches) if base is None else base
+    measure = measure_of(model) if measure is None else measure
     patched = config(share(model)) if callable(config) else apply_patch(share(model), config)
     bar = tqdm(batches, desc=title, unit="batch", disable=silent(title))
     own = []
-    for (images, labels), before in zip(bar, base, strict=True):
-        rows = compare(patched, images, before, len(own))
-        if labelled:
+    for (images, labels), known in zip(bar, repeat(None) if base is None else base, strict=base is not None):
+        before = _unpatched(model, images, len(own), measure) if known is None else known
+        rows = compare(patched, images, before, len(own), measure)
+        if labelled and measure.has_classes:
             rows |= {"right": rows["class"] == labels, "right_unpatched": before.argmax(1) == labels}
         own.append((tuple(images.shape[1:]), rows))
     every = in_order(own)
@@ -124,75 +138,78 @@ def evaluate(
         raise ValueError("there are no images to evaluate")
     image_shape, names = every[0][0], every[0][1]
     table = {name: torch.cat([rows[name] for _, rows in every]).double() for name in names}
-    return _conclude(table, cost(model, unmerged(model, image_shape)))
+    return _conclude(table, cost(model, unmerged(model, image_shape)), measure)
 
 
-def compare(patched: VisionTransformer, images: Tensor, before: Tensor, number: int) -> dict[str, Tensor]:
-    """A patched model on a batch, beside the logits ``before`` of the unpatched one. For each image: its ``class``,
-    whether they ``agree`` on it, ``kl``, ``macs``, ``gflops`` (``all_last``: with a last block that serves all its
-    tokens), ``tokens`` that enter each block, those ``merged`` in it and, where a threshold is at work, ``own_tokens``;
-    on the host."""
-    parameter = next(patched.parameters())
-    after = patched(images.to(parameter)).float().cpu()
-    check_finite(after, "the merged model's logits", number)
+def compare(
+    patched: VisionTransformer, images: Tensor, before: Tensor, number: int, measure: Measure
+) -> dict[str, Tensor]:
+    """A patched model on a batch, compared with the unpatched one's answers ``before``. For each image: the
+    ``divergence``, of logits whether they ``agree``, of classes which ``class``, ``macs``, ``gflops`` (``all_last``:
+    with a last block that serves all its tokens), ``tokens`` that enter each block, those ``merged`` in it and, where a
+    threshold is at work, ``own_tokens``; on the host."""
+    after = measure.answers(patched, images)
+    check_finite(after, "the merged model's answers", number)
     record, B = patched.blocks.last, len(images)
-    spent, own_tokens = cost_of_each(patched, record), _own_tokens(record)
+    spent = cost_of_each(patched, record)
+    divergence, agree = measure.compared(before, after)
     rows = {
-        "class": after.argmax(1),
-        "agree": after.argmax(1) == before.argmax(1),
-        "kl": _kl(before, after),
+        "class": after.argmax(1) if measure.has_classes else None,
+        "agree": agree,
+        "divergence": divergence,
         "macs": _of_images(spent.macs, B),
         "gflops": _of_images(spent.paper_gflops, B),
         "all_last": _of_images(cost_of_each(patched, record.all_served).paper_gflops, B),
         "tokens": torch.stack([_of_images(tokens, B) for tokens in record.tokens], dim=1),
         "merged": torch.stack([_of_images(r, B) for r in record.merged], dim=1),
+        "own_tokens": _own_tokens(record),
     }
-    return rows if own_tokens is None else rows | {"own_tokens": own_tokens}
+    return {name: column for name, column in rows.items() if column is not None}
 
 
-def _conclude(table: dict[str, Tensor], whole: Any) -> Evaluation:
-    n = len(table["kl"])
+def _conclude(table: dict[str, Tensor], whole: Any, measure: Measure) -> Evaluation:
+    n = len(table["divergence"])
     every = torch.arange(n)
     deciles = ()
     if "own_tokens" in table and n >= 10:
         order = table["own_tokens"].argsort(stable=True)
-        deciles = tuple(_quality(table, part) for part in order.tensor_split(10))
+        deciles = tuple(_quality(table, part, measure) for part in order.tensor_split(10))
     drop_se = None
     if "right" in table:
         drop_se = 100 * ((table["right"] - table["right_unpatched"]).std(correction=0) / n**0.5).item()
     return Evaluation(
-        overall=_quality(table, every),
+        overall=_quality(table, every, measure),
         deciles=deciles,
         gflops_unpatched=whole.paper_gflops,
         saved=1 - table["macs"].mean().item() / whole.macs,
         top1_drop_se=drop_se,
         tokens=tuple(table["tokens"].mean(0).tolist()),
         gflops_all_tokens_last=table["all_last"].mean().item(),
+        measure=measure.name,
     )
 
 
-def _quality(table: dict[str, Tensor], chosen: Tensor) -> Quality:
+def _quality(table: dict[str, Tensor], chosen: Tensor, measure: Measure) -> Quality:
     def mean(name: str) -> float | None:
         return table[name][chosen].mean().item() if name in table else None
 
     def percent(name: str) -> float | None:
         return 100 * mean(name) if name in table else None
 
+    divergence = table["divergence"][chosen]
+    error = (divergence.std(correction=0) / len(chosen) ** 0.5).item()
+    values = {"kl": None, "kl_se": None, "agreement": percent("agree")}
+    if measure.of_features:
+        values["distance_p99"] = percentile(divergence)
+    values |= {measure.divergence: divergence.mean().item(), f"{measure.divergence}_se": error}
     return Quality(
         images=len(chosen),
         top1=percent("right"),
         top1_unpatched=percent("right_unpatched"),
-        agreement=percent("agree"),
-        kl=mean("kl"),
-        kl_se=(table["kl"][chosen].std(correction=0) / len(chosen) ** 0.5).item(),
         gflops=mean("gflops"),
         own_tokens=mean("own_tokens"),
+        **values,
     )
-
-
-def _kl(before: Tensor, after: Tensor) -> Tensor:
-    log_p, log_q = F.log_softmax(before.double(), 1), F.log_softmax(after.double(), 1)
-    return (log_p.exp() * (log_p - log_q)).sum(1)
 
 
 def _of_images(number: Number | float, B: int) -> Tensor:

@@ -140,6 +140,19 @@ def unmerged(model: VisionTransformer, image_shape: tuple[int, ...]) -> Record:
     return planned(model, image_shape, (0,) * len(model.blocks), cls_only_last=False)
 
 
+def answer_shape(model: VisionTransformer) -> tuple[int, ...]:
+    """Of what a model answers to an image, without running it: [K] logits or features; [N, C] tokens if nothing pools.
+
+    Raises:
+        TypeError: its head runs on numbers alone.
+    """
+    skeleton = _skeleton(model)
+    N = model.num_prefix_tokens + (getattr(model.patch_embed, "num_patches", None) or 1)
+    with torch.no_grad():
+        tokens = torch.zeros(1, N, model.embed_dim, device="meta", dtype=next(skeleton.parameters()).dtype)
+        return tuple(_run(skeleton, "forward_head", tokens).shape[1:])
+
+
 def _macs(block: Block, tokens: Number, queries: Number, rows: Number) -> Number:
     """:func:`block_macs`, or what a block that works in another way says of itself by a method ``macs``."""
     return block.macs(tokens, queries, rows) if hasattr(block, "macs") else block_macs(block, tokens, queries, rows)

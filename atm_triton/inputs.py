@@ -8,12 +8,13 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from timm.data import create_loader, create_transform, resolve_model_data_config
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
@@ -22,6 +23,7 @@ from atm_triton.config import REMEDY, ATMConfig
 from atm_triton.digits import model as digits_model
 from atm_triton.digits.render import render
 from atm_triton.distributed import own_images
+from atm_triton.measure import Measure, measure_of
 from atm_triton.models import load_checkpoint
 from atm_triton.patch import check_model
 
@@ -51,15 +53,22 @@ def open_model(
     _check_name(name)
     if name == DIGITS:
         name, pretrained = digits_model.NAME, checkpoint is None
-    try:
-        model = timm.create_model(name, pretrained=pretrained, **model_kwargs)
-    except Exception as error:  # an unknown tag, no network, no such file; an argument that some layer takes amiss
-        reason = str(error) or f"{type(error).__name__}, with {model_kwargs}"
-        raise ValueError(f"model {name!r} cannot be made: {reason}") from error
+    if pretrained:
+        with torch.device("meta"):
+            check_model(_made(name, **model_kwargs))  # before weights are downloaded
+    model = _made(name, pretrained=pretrained, **model_kwargs)
     check_model(model)
     if checkpoint is not None:
         load_checkpoint(model, checkpoint)
     return model.eval()
+
+
+def _made(name: str, **arguments: Any) -> nn.Module:
+    try:
+        return timm.create_model(name, **arguments)
+    except Exception as error:  # an unknown tag, no network, no such file; an argument that some layer takes amiss
+        reason = str(error) or f"{type(error).__name__}, with {arguments}"
+        raise ValueError(f"model {name!r} cannot be made: {reason}") from error
 
 
 def check_weights(name: str, checkpoint: Path | None, pretrained: bool) -> None:
@@ -120,6 +129,26 @@ def read_config(path: Path, model: str, model_kwargs: dict[str, Any], checkpoint
     return config
 
 
+def promised_measure(path: Path | None, model: VisionTransformer) -> Measure | None:
+    """The measure by which the file of a calibration promises; None of a file that promises nothing.
+
+    Raises:
+        ValueError: it does not fit the model.
+    """
+    document = {} if path is None else json.loads(path.read_text())
+    promise = document.get("promise")
+    if promise is None:
+        return None
+    try:
+        promised = Measure(promise.get("measure", "softmax"))  # older files compared nothing else
+        fitting = measure_of(model, promised.name == "dense", promised.name == "sigmoid")
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"--config {path}: {error}") from error
+    if promised != fitting:
+        raise ValueError(f"--config {path} compared {promised}; of this model that is {fitting}; calibrate anew")
+    return promised
+
+
 def checksum(checkpoint: Path | None) -> str | None:
     """What tells a file of weights from others; None for a model's own."""
     if checkpoint is None:
@@ -145,6 +174,21 @@ class DigitImages(Dataset):
         return image, int(self.digits.labels[index])
 
 
+def _picture(path: str | Path, mode: str) -> Image.Image:
+    """An image file upright and in 8 bits, of mode "L" or "RGB". Pillow would cut wider values off at 255.
+
+    Raises:
+        ValueError: its values are of no known range.
+    """
+    opened = Image.open(path)
+    upright = ImageOps.exif_transpose(opened)
+    if upright.mode.startswith("I;16") or (upright.mode == "I" and opened.format == "PNG"):
+        upright = Image.fromarray((np.asarray(upright) // 257).astype(np.uint8))
+    if upright.mode in ("I", "F"):
+        raise ValueError(f"its pixels, of Pillow's mode {upright.mode}, have no known range; save it with 8 or 16 bits")
+    return upright.convert(mode)
+
+
 class NamedImages(ImageFolder):
     """torchvision's ImageFolder, whose errors say which file is to blame; grey for a model of one channel. ``lenient``:
     an image that cannot be read is (None, its path) instead. ``spare``: samples to take others from."""
@@ -154,7 +198,7 @@ class NamedImages(ImageFolder):
         super().__init__(root, loader=self.open)
 
     def open(self, path: str) -> Image.Image:
-        return Image.open(path).convert(self.mode)
+        return _picture(path, self.mode)
 
     def __getitem__(self, index: int) -> tuple[Tensor | None, int | str]:
         return self.read(*self.samples[index])
@@ -295,7 +339,7 @@ def open_image(model: VisionTransformer, path: Path) -> Tensor:
     if not path.is_file():
         raise FileNotFoundError(f"image {path} does not exist")
     try:
-        opened = Image.open(path).convert("L" if config["input_size"][0] == 1 else "RGB")
+        opened = _picture(path, "L" if config["input_size"][0] == 1 else "RGB")
     except Exception as error:
         raise ValueError(f"{path} is no readable image: {error}") from error
     return create_transform(**{name: config[name] for name in TRANSFORM})(opened)

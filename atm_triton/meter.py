@@ -1,12 +1,13 @@
 """Measures configurations beside the unmerged model on parts of some images.
 
-By their GFLOPs, their KL divergence and their *change*: the mean of a power of an image's KL. The mean of the KL itself
-is decided by one image in hundreds and tells little on so few; a lower power needs fewer, but one too low does not see
-those images at all. What was measured is not measured again, also not by a later run that finds the notes of this one.
+By their GFLOPs, their divergence (:mod:`atm_triton.measure`) and their *change*: the mean of a power of an image's
+divergence. The mean of the divergence itself is decided by one image in hundreds and tells little on so few; a lower
+power needs fewer, but one too low does not see those images at all. What was measured is not measured again, also not
+by a later run that finds the notes of this one.
 """
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import accumulate
 from pathlib import Path
 
@@ -18,33 +19,39 @@ from atm_triton import ops
 from atm_triton.block import ATMBlock
 from atm_triton.config import ATMConfig
 from atm_triton.distributed import in_order, own
-from atm_triton.evaluate import compare, share, unpatched_logits
+from atm_triton.evaluate import compare, share, unpatched_answers
+from atm_triton.measure import MEASURES, Measure, measure_of, percentile
 from atm_triton.notes import Notes
 from atm_triton.packed import Packed
 from atm_triton.patch import apply_patch, install
 
 HARDEST, AT_LEAST = 8, 64  # one in so many images of a part, or as many as this
-POWER = 2 / 3  # of the KL of an image
+POWER = 2 / 3  # of the divergence of an image
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Of a number of images, each float64 [n]: GFLOPs, KL in nats, and whether the predicted class is kept; and the
-    tokens that each block merged [n, L]."""
+    """Of a number of images, each float64 [n]: GFLOPs, divergence and agreement, None of features; and the tokens that
+    each block merged [n, L]."""
 
     gflops: Tensor
-    kl: Tensor
-    agree: Tensor
+    divergence: Tensor
+    agree: Tensor | None
     merged: Tensor
+
+
+COLUMNS = [field.name for field in fields(Measured)]
 
 
 @dataclass(frozen=True)
 class Mean:
-    """The same on average, agreement in [0, 1]; ``change``: the KL to the power :data:`POWER`."""
+    """The same on average, agreement in [0, 1]; ``p99``: the 99th percentile of the divergence, ``change``: its mean to
+    the power :data:`POWER`."""
 
     gflops: float
-    kl: float
-    agreement: float
+    divergence: float
+    agreement: float | None
+    p99: float
     change: float
     merged: tuple[float, ...]
 
@@ -56,7 +63,7 @@ class Meter:
         model: unpatched, in eval mode.
         parts: by name the batches [B, C, H, W] of a part, the same on every process.
         fields: of every configuration (``cls_only_last``, ``backend``).
-        notes: where means are kept for a later run; None: nowhere.
+        by: how answers are compared; None: as fits the model.
     """
 
     def __init__(
@@ -64,8 +71,10 @@ class Meter:
         model: VisionTransformer,
         parts: dict[str, list[Tensor]],
         fields: dict[str, object],
+        by: Measure | None = None,
     ) -> None:
         self.fields, self.images = fields, 0
+        self.by = measure_of(model) if by is None else by
         self.warns = False  # where most tokens are gone early: a search tries that too
         self._parts: dict[str, list[Tensor]] = {}
         self._marks: dict[str, str] = {}  # what tells parts of one name apart
@@ -78,18 +87,20 @@ class Meter:
     def remember(self, path: Path | None) -> None:
         """Measure nothing twice: what was measured goes to the file, from which an interrupted run goes on."""
         size = max(len(batches[0]) for batches in self._parts.values())
-        logits = [in_order([x.double().abs().mean().item() for x in batches]) for batches in self._base.values()]
-        self._notes = Notes(path, [POWER, HARDEST, AT_LEAST, size, *(mean for means in logits for mean in means)])
+        answers = [in_order([x.double().abs().mean().item() for x in batches]) for batches in self._base.values()]
+        settings = [list(MEASURES).index(self.by.name), POWER, HARDEST, AT_LEAST, size]
+        self._notes = Notes(path, settings + [mean for means in answers for mean in means])
 
     def _add(self, part: str, batches: list[Tensor]) -> None:
         self._parts[part] = batches
-        self._base[part] = unpatched_logits(self._model, [(images, None) for images in own(batches)], title=None)
+        self._base[part] = unpatched_answers(self._model, [(images, None) for images in own(batches)], None, self.by)
         self.images += sum(map(len, batches))
 
     def spread(self) -> float:
-        """By how much the unmerged model's log-probability of a class differs between two images, at most, in nats."""
+        """By how much what is compared of the unmerged model's answers differs between two images, at most: in nats, or
+        in a unit vector's coordinate."""
         parts = self._base.values()
-        ends = [in_order([torch.stack(x.double().log_softmax(1).aminmax(dim=0)) for x in of_part]) for of_part in parts]
+        ends = [in_order([torch.stack(self.by.coordinates(x).aminmax(dim=0)) for x in of_part]) for of_part in parts]
         low, high = torch.stack([of_batch for of_part in ends for of_batch in of_part]).unbind(1)
         return (high.amax(0) - low.amin(0)).max().item()
 
@@ -103,8 +114,8 @@ class Meter:
         patched = apply_patch(self._patched, config)
         patched.blocks.warns = self.warns
         pairs = zip(mine, self._base[part][: len(mine)], strict=True)
-        every = in_order([compare(patched, *pair, number) for number, pair in enumerate(pairs)])
-        columns = [torch.cat([row[name] for row in every]).double() for name in ("gflops", "kl", "agree", "merged")]
+        every = in_order([compare(patched, *pair, number, self.by) for number, pair in enumerate(pairs)])
+        columns = [_together([row.get(name) for row in every]) for name in COLUMNS]
         self.images += len(columns[0])
         return Measured(*columns)
 
@@ -114,13 +125,12 @@ class Meter:
         known = self._notes.get(key)
         if known is None:
             measured = [self.measure(config, part, limit) for part in parts]
-            gflops, kl, agree, merged = (
-                torch.cat([getattr(m, n) for m in measured]) for n in ("gflops", "kl", "agree", "merged")
-            )
-            known = [column.mean().item() for column in (gflops, kl, agree, kl.clamp(min=0) ** POWER)]
+            gflops, divergence, agree, merged = (_together([getattr(m, name) for m in measured]) for name in COLUMNS)
+            known = [gflops.mean().item(), divergence.mean().item(), None if agree is None else agree.mean().item()]
+            known += [percentile(divergence), (divergence.clamp(min=0) ** POWER).mean().item()]
             known += merged.mean(0).tolist()
             self._notes.add(key, known)
-        return Mean(*known[:4], tuple(known[4:]))
+        return Mean(*known[:5], tuple(known[5:]))
 
     def focus(self, configs: list[ATMConfig], part: str) -> None:
         """From now on there is a part of the :func:`hardest` images of a part: those that these configurations change
@@ -129,7 +139,7 @@ class Meter:
         mark = hashlib.sha256("".join(config.to_json() for config in configs).encode()).hexdigest()
         chosen = self._notes.get(f"{name} {mark}")
         if chosen is None:
-            roots = torch.stack([self.measure(config, part).kl.clamp(min=0).sqrt() for config in configs])
+            roots = torch.stack([self.measure(config, part).divergence.clamp(min=0).sqrt() for config in configs])
             number = min(roots.shape[1], max(AT_LEAST, roots.shape[1] // HARDEST))
             chosen = sorted(roots.mean(0).argsort(descending=True, stable=True)[:number].tolist())
             self._notes.add(f"{name} {mark}", chosen)
@@ -137,6 +147,10 @@ class Meter:
         images = torch.stack([batches[int(i) // size][int(i) % size] for i in chosen])
         self._add(name, list(images.split(size)))
         self._marks[name] = f" {mark}"
+
+
+def _together(columns: list[Tensor | None]) -> Tensor | None:
+    return None if columns[0] is None else torch.cat(columns).double()
 
 
 def hardest(part: str) -> str:

@@ -31,11 +31,11 @@ def parser(commands: dict[str, Callable[[argparse.Namespace], Any]]) -> argparse
     """Of ``commands`` by name; a docstring is a command's help, and what it is becomes ``run``."""
     made = Parser(prog="atm-triton", description="Adaptive token merging for Vision Transformers.")
     subparsers = made.add_subparsers(dest="command", required=True)
-    model, data, merging, out = model_options(), data_options(), _merging(), _out()
+    model, data, merging, out, measure = model_options(), data_options(), _merging(), _out(), _measure()
     parents = {
         "bench": [model, data, merging, out],
-        "eval": [model, data, merging, out],
-        "calibrate": [model, data, out],
+        "eval": [model, data, measure, merging, out],
+        "calibrate": [model, data, measure, out],
         "visualize": [model, merging, out],
     }
     own = {"bench": _bench, "eval": _eval, "calibrate": _calibrate, "visualize": _visualize}
@@ -64,6 +64,15 @@ def data_options() -> argparse.ArgumentParser:
     text = "digits, or a directory with one folder of images a class (to calibrate: with images anywhere)"
     options.add_argument("--data", help=text)
     options.add_argument("--batch-size", type=int, help="images a batch (64; 8 for random images)")
+    return options
+
+
+def _measure() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(add_help=False)
+    group = options.add_argument_group("what is compared (default: what the head says, or without one its pool)")
+    one = group.add_mutually_exclusive_group()
+    one.add_argument("--dense", action="store_true", help="patch tokens, unmerged: they are what is read")
+    one.add_argument("--sigmoid", action="store_true", help="labels that do not exclude one another")
     return options
 
 
@@ -111,6 +120,8 @@ def _calibrate(options: argparse.ArgumentParser) -> None:
     wish.add_argument("--max-gflops", type=float, help="the least change at this cost of an image")
     wish.add_argument("--max-kl", type=float, help="the least cost at this KL divergence, in nats")
     wish.add_argument("--min-agreement", type=float, help="the least cost at which this share keep their class, 0 to 1")
+    wish.add_argument("--max-distance", type=float, help="of features: the least cost at this mean of 1 - cosine")
+    wish.add_argument("--max-distance-p99", type=float, help="of features: the same at its 99th percentile")
     options.add_argument("--adapt", default="image", choices=ADAPT, help="who decides how much merges (image)")
     options.add_argument("--max-merging-blocks", type=int, help="merge in no more blocks than these; each takes time")
     options.add_argument(

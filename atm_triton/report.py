@@ -4,9 +4,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from atm_triton.calibrate import Calibration
+from atm_triton.calibrate import Calibration, Promise
 from atm_triton.env import check_file
 from atm_triton.evaluate import Evaluation, Quality
+from atm_triton.measure import Measure
 
 
 def throughput_table(rows: list[dict[str, Any]]) -> str:
@@ -37,8 +38,10 @@ def slower(rows: list[dict[str, Any]]) -> str | None:
 
 def evaluation_table(outcome: Evaluation) -> str:
     """All images, then the deciles from the easiest to the hardest."""
+    change = ("distance", "99th %ile") if outcome.overall.kl is None else ("agree %", "KL")
     lines = [
-        f"{'':10} {'images':>7} {'top-1':>7} {'before':>7} {'agree %':>8} {'KL':>9} {'GFLOPs':>7} {'own tokens':>10}"
+        f"{'':10} {'images':>7} {'top-1':>7} {'before':>7} {change[0]:>9} {change[1]:>9} {'GFLOPs':>7} "
+        f"{'own tokens':>10}"
     ]
     lines.append(_line("all", outcome.overall))
     lines += [_line(f"decile {number}", quality) for number, quality in enumerate(outcome.deciles, start=1)]
@@ -59,9 +62,13 @@ def _line(name: str, quality: Quality) -> str:
     def figure(value: float | None, width: int, digits: int) -> str:
         return f"{value:{width}.{digits}f}" if value is not None else f"{'-':>{width}}"
 
+    if quality.kl is None:
+        change = f"{quality.distance:9.1e} {quality.distance_p99:9.1e}"
+    else:
+        change = f"{quality.agreement:9.2f} {quality.kl:9.1e}"
     return (
         f"{name:10} {quality.images:7d} {figure(quality.top1, 7, 2)} {figure(quality.top1_unpatched, 7, 2)} "
-        f"{quality.agreement:8.2f} {quality.kl:9.1e} {quality.gflops:7.3f} {figure(quality.own_tokens, 10, 1)}"
+        f"{change} {quality.gflops:7.3f} {figure(quality.own_tokens, 10, 1)}"
     )
 
 
@@ -74,18 +81,27 @@ def calibration_table(found: Calibration) -> str:
     whole = found.unmerged_gflops
     saved = 100 * (1 - promise.gflops / whole)
     doubt = found.target.doubt(promise)
-    cost_error, kl_error = ("" if se is None else f" ± {se:.2g}" for se in (promise.gflops_se, promise.kl_se))
+    cost_error = "" if promise.gflops_se is None else f" ± {promise.gflops_se:.2g}"
     return "\n".join(
         [
             f'adapt="{config.adapt}", {of_r} of each block: {values}',
             f"on {promise.images} images that the search did not see:",
             f"  {promise.gflops:.4g}{cost_error} GFLOPs of {whole:.4g}: {saved:.1f} % saved",
-            f"  KL {promise.kl:.3g}{kl_error}",
-            f"  agreement {100 * promise.agreement:.2f} ± {100 * promise.agreement_se:.2f} %",
+            *_promised_change(promise),
+            f"compared: {Measure(promise.measure)}",
             f"{found.passes} passes of an image through the model, {found.images} images",
             *([f"the target is not sure to hold: {doubt}; ask for more, or give more images"] if doubt else []),
         ]
     )
+
+
+def _promised_change(promise: Promise) -> list[str]:
+    error = promise.kl_se if promise.distance is None else promise.distance_se
+    error = "" if error is None else f" ± {error:.2g}"
+    if promise.distance is not None:
+        return [f"  distance {promise.distance:.3g}{error}", f"  its 99th percentile {promise.distance_p99:.3g}"]
+    agreement = f"  agreement {100 * promise.agreement:.2f} ± {100 * promise.agreement_se:.2f} %"
+    return [f"  KL {promise.kl:.3g}{error}", agreement]
 
 
 def left_out(broken: list[str]) -> str:

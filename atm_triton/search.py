@@ -39,7 +39,7 @@ Scored = tuple[float, Found]  # with its change
 
 class Search:
     """The best shapes for one goal in GFLOPs. ``most``: blocks that merge; None: any number. ``bar`` counts the shapes
-    and shows the least KL so far."""
+    and shows the least divergence so far."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class Search:
     ) -> None:
         self.meter, self.predictor, self.adapt, self.proportional = meter, predictor, adapt, proportional
         self.most, self.seed, self.bar, self.least = most, seed, bar, math.inf
-        self._stage: tuple[float, bool] | None = None  # what the least KL is of
+        self._stage: tuple[float, bool] | None = None  # what the least divergence is of
         self._lately = 0.0  # by how much costs were foretold too low
         self._slope = 0.0  # of log change over log cost
 
@@ -121,6 +121,11 @@ class Search:
         drawn = self.sketched([drawer.draw(number) for number in range(DRAWS)], goal)
         kept = drawn[:KEPT] + curves(drawn[KEPT:])[: max(0, CURVES - len(curves(drawn[:KEPT])))]
         fitted = ranked([self.measured(found[0], goal, found) for _, found in kept])
+        if not fitted:
+            raise UnreachableError(
+                f"no shape costs {goal:.4g} GFLOPs nearly enough: what merges changes in steps, as where images are "
+                "alike or have few tokens; take another target, or more and other images"
+            )
         bent = self.climbed(curves(fitted)[:CURVES], drawer.bent, BENDS, goal)
         last = ranked(self.climbed(fitted[:3], drawer.changed, STEPS, goal) + fitted)[:FINALISTS] + bent
         different = {found[0]: found for _, found in last}.values()
@@ -132,7 +137,7 @@ class Search:
         for shape in shapes:
             met = self.meet(shape, goal, None, FEW, within=2 * CLOSE)
             if met is not None:
-                self._show(goal, False, met[1].kl)
+                self._show(goal, False, met[1].divergence)
                 drawn.append((met[1].change, (shape, met[0])))
             self.bar.update()
         if not drawn:
@@ -178,7 +183,7 @@ class Search:
             return None
         found = shape, met[0]
         mean = self._hardest(found, met[1], goal)
-        self._show(goal, True, mean.kl)
+        self._show(goal, True, mean.divergence)
         return mean.change, found
 
     def judged(self, found: Found, goal: float) -> float:
@@ -201,11 +206,11 @@ class Search:
         """What was measured at a cost near ``goal``, with the change that it should have there."""
         return replace(mean, change=(goal / mean.gflops) ** self._slope * mean.change)
 
-    def _show(self, goal: float, focused: bool, kl: float) -> None:
+    def _show(self, goal: float, focused: bool, divergence: float) -> None:
         if (goal, focused) != self._stage:
             self._stage, self.least = (goal, focused), math.inf
-        self.least = min(self.least, kl)
-        self.bar.set_postfix_str(f"best KL{' of the hardest' * focused} {self.least:.2g}")
+        self.least = min(self.least, divergence)
+        self.bar.set_postfix_str(f"least {self.meter.by.divergence}{' of the hardest' * focused} {self.least:.2g}")
 
 
 def shapes() -> int:

@@ -138,7 +138,7 @@ def variants(
     whole, depth = unmerged(model, shape), len(model.blocks)
     for number, batch in enumerate(batches):
         check_finite(batch, "images", number)
-        check_finite(model(batch), "the unpatched model's logits", number)
+        check_finite(model(batch), "the unpatched model's answers", number)
     atm, records = _merging(ATM, model, batches, config, given)
     costs = [cost(model, record) for record in records]
     bounds = [free_merge_bound(model, record, config) for record in records]
@@ -181,7 +181,7 @@ def _merging(
         models = [counted(model, record, config) for record in given]
     records = []
     for number, (merging, batch) in enumerate(zip(models, batches, strict=True)):
-        check_finite(merging(batch), "the merged model's logits", number)
+        check_finite(merging(batch), "the merged model's answers", number)
         records.append(merging.blocks.last)
     return _variant(name, models, batches, records, [cost(model, record) for record in records]), records
 

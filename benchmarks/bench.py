@@ -15,8 +15,9 @@ from atm_triton import ATMConfig
 from atm_triton.calibrate import split_images
 from atm_triton.distributed import own, silent
 from atm_triton.errors import UnreachableError
-from atm_triton.evaluate import Evaluation, Patch, evaluate, unpatched_logits
+from atm_triton.evaluate import Evaluation, Patch, evaluate, unpatched_answers
 from atm_triton.inputs import open_images, open_model
+from atm_triton.measure import Measure, measure_of
 from atm_triton.meter import Meter, similarities
 from atm_triton.patch import knows_sizes
 from atm_triton.reference import threshold
@@ -45,8 +46,17 @@ class Bench:
 
     @cached_property
     def base(self) -> list[Tensor]:
-        """The unpatched model's logits of the images to judge by."""
-        return unpatched_logits(self.model, self.test)
+        """The unpatched model's answers to the images to judge by."""
+        return unpatched_answers(self.model, self.test, measure=self.measure)
+
+    @cached_property
+    def measure(self) -> Measure:
+        measure = measure_of(self.model)
+        if not measure.has_classes:
+            raise ValueError(
+                f"what is measured here is of classes, and this model has {measure}; atm-triton eval has it"
+            )
+        return measure
 
     @cached_property
     def parts(self) -> dict[str, list[Tensor]]:

@@ -18,6 +18,7 @@ from timm.models.vision_transformer import VisionTransformer
 from tqdm import tqdm
 
 import atm_triton.models  # noqa: F401 (registers them)
+from atm_triton.command import Parser
 from atm_triton.config import ATMConfig
 from atm_triton.patch import apply_patch, check_model, knows_sizes
 from atm_triton.summary import summary
@@ -116,7 +117,8 @@ def page(rows: list[tuple[str, str | None, str]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
+    Parser(prog="python -m benchmarks.zoo", description=__doc__.splitlines()[0]).parse_args(argv)
     logging.disable(logging.WARNING)  # timm says of some names that they are old ones
     PAGE.parent.mkdir(exist_ok=True)
     PAGE.write_text(page(list(classified())))

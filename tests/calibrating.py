@@ -1,6 +1,7 @@
 """What one of several processes does in test_distributed.py: ``torchrun tests/calibrating.py OUT ADAPT [DIES]``.
 
-It calibrates a small model and writes what it found. The rank that DIES does so without a word in the midst of it.
+It calibrates a small model and writes what it found; with an ADAPT of "image dense" by patch tokens. The rank that DIES
+does so without a word in the midst of it.
 """
 
 import os
@@ -23,7 +24,9 @@ def main(out, adapt, dies=None):
     start("cpu")
     if rank() == dies:
         meter.Meter.mean = lambda *_: os._exit(1)
-    calibration = calibrate(vit(), images(100).split(8), Target(max_gflops=0.0009), adapt, progress=False)
+    adapt, *asked = adapt.split()
+    asked = dict.fromkeys(asked, True)
+    calibration = calibrate(vit(), images(100).split(8), Target(max_gflops=0.0009), adapt, progress=False, **asked)
     (Path(out) / f"{rank()}.txt").write_text(repr(calibration))
     stop()
 

@@ -15,16 +15,19 @@ from tqdm import tqdm
 from atm_triton import ATMConfig, Target, apply_patch, calibrate, meter, search
 from atm_triton.calibrate import Promise, split_images
 from atm_triton.cli import main
+from atm_triton.errors import UnreachableError
 from atm_triton.evaluate import evaluate
 from atm_triton.flops import cost, unmerged
 from atm_triton.inputs import checksum, open_images, open_model
+from atm_triton.measure import Measure
 from atm_triton.meter import Mean, Measured, Meter, hardest, similarities
 from atm_triton.notes import Notes
 from atm_triton.report import calibration_table
 from atm_triton.search import Search, smoothest
 from atm_triton.shapes import Drawer, Predictor, Shape
-from models import distilled, images, vit
+from models import distilled, images, small, vit
 
+SOFTMAX = Measure("softmax")
 SMALL = {"DRAWS": 12, "KEPT": 3, "STEPS": 4, "FINALISTS": 2, "CURVES": 1, "BENDS": 2}
 
 
@@ -99,7 +102,7 @@ def test_the_search_is_better_than_a_plain_shape(loader, small_search):
     plain = [ATMConfig(adapt="static", schedule=(r,) * 6, split_depth=6) for r in range(12)]
     means = [meter.mean(config, ("fit", "choose", "promise")) for config in (chosen, *plain)]
     better, worse = means[0], next(mean for mean in means[1:] if mean.gflops <= goal)
-    assert better.gflops <= goal * 1.01 and better.kl < worse.kl
+    assert better.gflops <= goal * 1.01 and better.divergence < worse.divergence
 
 
 @pytest.mark.parametrize("adapt", ["image", "batch", "static"])
@@ -110,7 +113,7 @@ def test_a_limit_on_the_change(adapt, loader, small_search):
     for name, limit in (("max_kl", 0.02), ("min_agreement", 0.9)):
         calibration = found(model, loader, adapt, **{name: limit})
         seen = meter.mean(calibration.config, ("fit", "choose"))
-        assert seen.kl <= limit if name == "max_kl" else seen.agreement >= limit
+        assert seen.divergence <= limit if name == "max_kl" else seen.agreement >= limit
         assert seen.gflops < whole(model)
 
 
@@ -164,7 +167,7 @@ def vit_of(model):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "target: got nothing; want one of max_gflops, max_kl, min_agreement"),
+        ({}, "target: got nothing; want one of max_gflops, max_kl, min_agreement, max_distance, max_distance_p99"),
         ({"max_kl": 1.0, "max_gflops": 1.0}, "target: got max_gflops, max_kl; want one of"),
         ({"max_kl": -1.0}, "target: max_kl=-1.0 is out of range; give one above 0"),
         ({"max_gflops": float("inf")}, "target: max_gflops=inf is out of range"),
@@ -212,6 +215,60 @@ def test_bad_input(loader):
             calibrate(model, [torch.zeros(shape)], target)
 
 
+def test_where_nothing_can_merge_it_is_said_before_the_search():
+    wishes = (Target(max_kl=0.1), Target(max_gflops=0.0001), Target(min_agreement=0.9))
+    alone = "^no block can merge: the last, here the only one, serves the class token alone$"
+    one_patch = "^images of one patch token have nothing to merge; give larger ones$"
+    for depth, side, message in ((1, 40, alone), (4, 8, one_patch)):
+        loader, model = images(96, side=side).split(24), vit(depth=depth, img_size=side)
+        for target in wishes:
+            with pytest.raises(ValueError, match=message):
+                calibrate(model, loader, target, progress=False)
+
+
+def test_a_model_of_one_block_that_serves_all_its_tokens(loader, small_search):
+    model = vit(depth=1, global_pool="avg", class_token=False)
+    goal = 0.9 * whole(model)
+    assert found(model, loader, max_gflops=goal).promise.gflops == pytest.approx(goal, rel=0.05)
+
+
+def test_one_image_over_and_over_is_refused():
+    one = images(1)
+    noisy = (one + 1e-3 * images(96)).split(24)
+    alike = "^the images are one image, 96 times: no pixel differs by 1% of the contrast; give images as the model will"
+    with pytest.raises(ValueError, match=alike):
+        calibrate(vit(), noisy, Target(max_kl=0.1), progress=False)
+
+
+def test_a_cost_between_the_steps_is_refused_in_words(small_search):
+    """A few tokens merge by whole ones, in images that are much alike."""
+    model = vit(img_size=24, depth=2)
+    alike = (images(1, side=24) + 0.02 * images(96, side=24)).split(24)
+    goal = 0.635 * cost(model, unmerged(model, (3, 24, 24))).paper_gflops
+    with pytest.raises(
+        UnreachableError, match="GFLOPs nearly enough: what merges changes in steps, as where images are"
+    ):
+        calibrate(model, alike, Target(max_gflops=goal), "static", progress=False)
+
+
+def test_a_search_that_finds_nothing_leaves_nothing(small_search, tmp_path, capsys):
+    shape = {"img_size": 24, "patch_size": 8, "depth": 2, "embed_dim": 32, "num_heads": 2}
+    model = small("vit_tiny_patch16_224", **shape)
+    goal = 0.635 * cost(model, unmerged(model, (3, 24, 24))).paper_gflops
+    save_file(model.state_dict(), tmp_path / "mine.safetensors")
+    (tmp_path / "photos").mkdir()
+    for number in range(64):
+        noise = torch.randint(0, 255, (24, 24, 3), dtype=torch.uint8)
+        Image.fromarray(noise.numpy()).save(tmp_path / "photos" / f"{number}.png")
+    before = set(tmp_path.iterdir())
+    named = ["--model", "vit_tiny_patch16_224", "--checkpoint", str(tmp_path / "mine.safetensors"), "--model-kwargs"]
+    named += [f"{name}={value}" for name, value in {**shape, "num_classes": 5}.items()]
+    reading = ["--data", str(tmp_path / "photos"), "--workers", "0", "--adapt", "static", "--out"]
+    assert main(["calibrate", *named, "--max-gflops", f"{goal:.7f}", *reading, str(tmp_path / "out.json")]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "GFLOPs nearly enough: what merges changes in steps" in error and set(tmp_path.iterdir()) == before
+
+
 class StoppedError(Exception):
     pass
 
@@ -256,12 +313,14 @@ def test_the_hardest_images_are_those_that_change_most(loader, monkeypatch):
     measuring = Meter(vit(), parts, {})
     means = []
     for config in (one, other):
-        kl = measuring.measure(config, "fit").kl
+        divergence = measuring.measure(config, "fit").divergence
         measuring.focus([config], "fit")
-        of_hardest = measuring.measure(config, hardest("fit")).kl
-        assert len(of_hardest) == 10 and torch.allclose(of_hardest.sort().values, kl.sort().values[-10:], atol=1e-9)
+        of_hardest = measuring.measure(config, hardest("fit")).divergence
+        assert len(of_hardest) == 10 and torch.allclose(
+            of_hardest.sort().values, divergence.sort().values[-10:], atol=1e-9
+        )
         means.append(measuring.mean(one, (hardest("fit"),)))
-    assert means[0].kl != means[1].kl  # of other images: not what was measured before
+    assert means[0].divergence != means[1].divergence  # of other images: not what was measured before
 
 
 @pytest.mark.parametrize("adapt", ["batch", "image"])
@@ -300,7 +359,7 @@ def test_images_in_batches_of_hard_ones_merge_as_many_as_among_others(loader):
 def test_the_error_of_a_cost_that_batches_share():
     gflops = torch.tensor([1.0, 1, 1, 3, 3, 3]).double()
     same = torch.ones(6).double()
-    alone, shared = (Promise.of(Measured(gflops, gflops, same, same), size) for size in (1, 3))
+    alone, shared = (Promise.of(Measured(gflops, gflops, same, same), SOFTMAX, size) for size in (1, 3))
     assert shared.gflops == alone.gflops == 2
     assert shared.gflops_se == pytest.approx(1.0) and alone.gflops_se == pytest.approx((6 / 5 / 6) ** 0.5)
 
@@ -309,11 +368,12 @@ def test_the_error_knows_of_hard_images_that_were_seen():
     even, same = torch.tensor([1.0, 1.0, 1.0, 1.2]).double(), torch.ones(4).double()
     few = Measured(same, even, same, same)
     hard = Measured(same, torch.tensor([1.0, 1, 1, 9]).double(), same, same)
-    alone, together, reversed_ = Promise.of(few), Promise.of(few, seen=[hard]), Promise.of(hard, seen=[few])
+    alone, together = (Promise.of(few, SOFTMAX, seen=seen) for seen in ([], [hard]))
+    reversed_ = Promise.of(hard, SOFTMAX, seen=[few])
     assert alone.kl == together.kl == pytest.approx(1.05)
     assert alone.kl_se == pytest.approx(0.1 / 4**0.5)
-    assert together.kl_se == pytest.approx(torch.cat([few.kl, hard.kl]).std().item() / 4**0.5)
-    assert reversed_.kl_se == Promise.of(hard).kl_se
+    assert together.kl_se == pytest.approx(torch.cat([few.divergence, hard.divergence]).std().item() / 4**0.5)
+    assert reversed_.kl_se == Promise.of(hard, SOFTMAX).kl_se
 
 
 def test_a_target_that_may_not_hold_is_doubted():

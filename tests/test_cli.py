@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import huggingface_hub
+import numpy
 import pytest
 import timm
 import torch
@@ -19,8 +20,10 @@ from atm_triton import ATMConfig, apply_patch, report
 from atm_triton.cli import main
 from atm_triton.command import exit_code
 from atm_triton.config import REMEDY
+from atm_triton.env import check_file
 from atm_triton.evaluate import evaluate
-from atm_triton.inputs import digits_config, open_images, open_model
+from atm_triton.inputs import digits_config, open_image, open_images, open_model
+from benchmarks import zoo
 
 FEW = ["--limit", "20", "--batch-size", "10"]
 
@@ -348,7 +351,7 @@ def test_broken_weights(tmp_path, capsys):
     save_file(state, tmp_path / "nan.safetensors")
     merging = ["--schedule", *["8"] * 12]
     assert main(["eval", "--checkpoint", str(tmp_path / "nan.safetensors"), "--limit", "3", *merging]) == 2
-    assert "the unpatched model's logits of batch 0 hold NaN or infinity" in capsys.readouterr().err
+    assert "the unpatched model's answers of batch 0 hold NaN or infinity" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["eval", "bench"])
@@ -366,7 +369,7 @@ def test_broken_weights_end_a_bench(tmp_path, capsys):
     state["norm.weight"][3] = float("nan")
     save_file(state, tmp_path / "nan.safetensors")
     assert main(["bench", *TINY, "--checkpoint", str(tmp_path / "nan.safetensors"), "--batch-size", "1"]) == 2
-    assert "the unpatched model's logits of batch 0 hold NaN" in capsys.readouterr().err
+    assert "the unpatched model's answers of batch 0 hold NaN" in capsys.readouterr().err
 
 
 def test_the_digits_model_reads_a_folder_in_grey(folder, capsys):
@@ -449,3 +452,177 @@ def test_no_input_is_replaced_and_no_result_lost(arguments, message, tmp_path, m
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"atm-triton: {message}")
     assert {name: (tmp_path / name).read_bytes() for name in held} == held and not (tmp_path / "new.png").exists()
+
+
+# --------------------------------------------------------------- what was raw, or came after the whole of the work
+
+HERE = Path(__file__).parents[1]
+
+
+def without_a_reader(buffered, *arguments):
+    """A command whose output nobody reads, as ``| head`` leaves it: its exit code and standard error."""
+    unbuffered = {"PYTHONUNBUFFERED": "" if buffered else "1"}
+    reader, writer = os.pipe()
+    os.close(reader)
+    command, streams = [sys.executable, "-m", "atm_triton", *arguments], {"stdout": writer, "stderr": subprocess.PIPE}
+    done = subprocess.run(command, **streams, text=True, cwd=HERE, env={**os.environ, **unbuffered}, timeout=300)
+    os.close(writer)
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize("buffered", [True, False])
+def test_an_output_that_nobody_reads_is_one_line_and_the_result_is_written(buffered, tmp_path):
+    code, error = without_a_reader(buffered, "env", "--json", str(tmp_path / "env.json"))
+    assert code == 2 and error == "atm-triton: nobody reads the output any more (broken pipe)\n"
+    assert "backend_reason" in json.loads((tmp_path / "env.json").read_text())
+
+
+@pytest.mark.parametrize("buffered", [True, False])
+def test_a_help_that_nobody_reads_is_no_error(buffered):
+    assert without_a_reader(buffered, "eval", "--help") == (0, "")
+
+
+@pytest.mark.parametrize("opening", ["[", '{"config":'])
+def test_a_file_of_brackets_is_no_configuration(opening, tmp_path, capsys):
+    path = tmp_path / "deep.json"
+    path.write_text(100_000 * opening)
+    assert main(["eval", "--limit", "3", "--config", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"atm-triton: --config {path}: the configuration is no JSON: ") and error.count("\n") == 1
+
+
+def calibrating(*options):
+    return ["calibrate", "--max-gflops", "0.25", *options]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (calibrating("--out", "/proc/x.json"), "--out /proc/x.json cannot be written ("),
+        (["eval", "--json", "/proc/x.json"], "--json /proc/x.json cannot be written ("),
+        (["visualize", "--out", "/proc/x.png", "--", "x.jpg"], "--out /proc/x.png cannot be written ("),
+        (["eval", "--json", "x" * 250 + ".json"], ".json cannot be written (File name too long); choose another"),
+        (["eval", "--json", "/dev/null"], "--json /dev/null is no regular file; choose another"),
+        (calibrating("--out", "/dev/null"), "--out /dev/null is no regular file; choose another"),
+    ],
+    ids=str,
+)
+def test_an_output_that_cannot_be_is_refused_before_anything_runs(arguments, message, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("atm_triton.cli.open_model", lambda *_, **__: pytest.fail("it has begun"))
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("atm-triton: ") and message in error and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_looking_whether_an_output_can_be_written_leaves_what_is_there(tmp_path):
+    (tmp_path / "x.json").write_text("x")
+    for name in ("x.json", "y.json"):
+        check_file("--json", tmp_path / name)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["x"]
+
+
+@pytest.mark.parametrize("name", ["resnet50", "swin_tiny_patch4_window7_224"])
+def test_a_class_is_refused_before_its_weights_are_downloaded(name, capsys, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert main(["eval", "--model", name, "--pretrained"]) == 2
+    error = capsys.readouterr().err
+    assert "cannot be merged: it is not of timm's VisionTransformer class" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("made", "asked", "remedy"),
+    [
+        ({"num_classes": 7}, [], "; give --model-kwargs num_classes=7, in Python as an argument of the model\n"),
+        ({"num_classes": 0}, [], "; give --model-kwargs num_classes=0, in Python as an argument of the model\n"),
+        ({"num_classes": 7}, ["num_classes=0"], "; give --model-kwargs num_classes=7, in Python as an argument of"),
+        ({"num_classes": 7, "depth": 3}, [], "head.bias [7] instead of [1000] of another shape\n"),
+    ],
+    ids=str,
+)
+def test_a_wrong_head_says_which_is_right(made, asked, remedy, tmp_path, capsys):
+    checkpoint = weights(tmp_path / "mine.safetensors", **made)
+    kwargs = ["--model-kwargs", *asked] if asked else []
+    assert main(["eval", *TINY, "--checkpoint", checkpoint, *kwargs, "--data", "."]) == 2
+    error = capsys.readouterr().err
+    assert remedy in error and error.count("\n") == 1 and ("num_classes" in error) == ("depth" not in made)
+
+
+def test_the_zoo_tells_what_it_does_without_doing_it(capsys, monkeypatch):
+    monkeypatch.setattr(zoo, "classified", lambda: pytest.fail("it runs"))
+    for arguments, code in ((["--help"], 0), (["--fast"], 2)):
+        with pytest.raises(SystemExit) as stop:
+            zoo.main(arguments)
+        assert stop.value.code == code
+    said = capsys.readouterr()
+    assert "Which models of timm's VisionTransformer class can be merged" in said.out
+    assert (
+        said.err.startswith("python -m benchmarks.zoo: unrecognized arguments: --fast;") and said.err.count("\n") == 1
+    )
+
+
+# ---------------------------------------------------------------------------------------------- images of any kind
+
+
+@pytest.fixture
+def shades():
+    """Pixels 0 to 254 of a smooth picture, uint8 [240, 320, 3]."""
+    y, x = numpy.mgrid[:240, :320]
+    return numpy.stack([x * 254 // 319, y * 254 // 239, (x + y) * 254 // 558], axis=2).astype(numpy.uint8)
+
+
+KINDS = {  # how it is saved, and by how much its values may move
+    "palette.png": (lambda image: image.convert("P", palette=Image.Palette.ADAPTIVE), 0.15),
+    "alpha.png": (lambda image: image.convert("RGBA"), 0.01),
+    "cmyk.jpg": (lambda image: image.convert("CMYK"), 0.06),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_images_of_other_modes_are_the_same_picture(name, shades, tmp_path):
+    model = timm.create_model("deit_tiny_patch16_224")
+    made, moved = KINDS[name]
+    Image.fromarray(shades).save(tmp_path / "plain.png")
+    made(Image.fromarray(shades)).save(tmp_path / name)
+    plain, other = (open_image(model, tmp_path / file) for file in ("plain.png", name))
+    assert (plain - other).abs().mean() < moved
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_all_16_bits_of_an_image_are_read(channels, shades, tmp_path):
+    model = open_model() if channels == 1 else timm.create_model("deit_tiny_patch16_224")
+    grey = shades[:, :, 0]
+    Image.fromarray(grey).save(tmp_path / "8.png")
+    Image.fromarray(grey.astype(numpy.uint16) * 257).save(tmp_path / "16.png")
+    Image.fromarray(grey.astype(numpy.uint16) * 257).save(tmp_path / "16.tif")
+    narrow, *wide = (open_image(model, tmp_path / name) for name in ("8.png", "16.png", "16.tif"))
+    assert narrow.std() > 0.1 and all(torch.equal(narrow, image) for image in wide)
+
+
+def test_a_photograph_is_upright(shades, tmp_path):
+    model, exif = timm.create_model("deit_tiny_patch16_224"), Image.Exif()
+    exif[0x0112] = 6  # turned clockwise to be seen
+    Image.fromarray(shades).save(tmp_path / "turned.png", exif=exif)
+    Image.fromarray(numpy.rot90(shades, -1)).save(tmp_path / "upright.png")
+    assert torch.equal(*(open_image(model, tmp_path / name) for name in ("turned.png", "upright.png")))
+    (tmp_path / "a").mkdir()
+    (tmp_path / "turned.png").rename(tmp_path / "a" / "turned.png")
+    ((images, _),) = open_images(model, str(tmp_path / "a"), labelled=False)
+    assert torch.equal(images[0], open_image(model, tmp_path / "upright.png"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int32"])
+def test_values_of_no_known_range_are_refused(dtype, shades, tmp_path, capsys):
+    for name in ("a", "b"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        Image.fromarray(shades[:, :, 0].astype(dtype)).save(tmp_path / "images" / name / "x.tif")
+    assert main(["eval", "--data", str(tmp_path / "images"), "--workers", "0"]) == 2
+    error = capsys.readouterr().err
+    assert "have no known range; save it with 8 or 16 bits" in error and "x.tif" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3000, 2), (3, 500)], ids=str)
+def test_an_image_of_any_size_is_read(size, tmp_path):
+    Image.new("RGB", size, (200, 10, 30)).save(tmp_path / "x.png")
+    assert open_image(timm.create_model("deit_tiny_patch16_224"), tmp_path / "x.png").shape == (3, 224, 224)

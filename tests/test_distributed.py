@@ -26,13 +26,13 @@ def lines_of_ours(done):
     return [line for line in done.stderr.splitlines() if "atm-triton: " in line]
 
 
-@pytest.mark.parametrize(("adapt", "more"), [("batch", [3]), ("image", [2, 3])])
+@pytest.mark.parametrize(("adapt", "more"), [("batch", [3]), ("image", [2, 3]), ("image --dense", [2])])
 def test_eval_gives_the_result_of_one_process(adapt, more, tmp_path):
     """35 images in 5 batches: no number of processes divides either."""
     results = []
     for processes in (1, *more):
         out = tmp_path / f"{processes}.json"
-        done = torchrun(processes, *EVAL, adapt, "--json", out)
+        done = torchrun(processes, *EVAL, *adapt.split(), "--json", out)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("of the MACs saved") == 1  # one process reports
         results.append(json.loads(out.read_text())["evaluation"])
@@ -75,7 +75,7 @@ def test_a_process_without_a_batch():
     assert line[1] == "5"
 
 
-@pytest.mark.parametrize(("adapt", "more"), [("image", [2, 3]), ("batch", [2]), ("static", [3])])
+@pytest.mark.parametrize(("adapt", "more"), [("image", [2, 3]), ("batch", [2]), ("static", [3]), ("image dense", [2])])
 def test_calibrate_gives_the_configuration_of_one_process(adapt, more, tmp_path):
     found = {}
     for processes in (1, *more):

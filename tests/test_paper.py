@@ -390,6 +390,20 @@ def test_an_experiment_runs_on_directories(name, imagenet, narrow, monkeypatch, 
     assert "left out: imagenet/val/n00000250/image.jpg" in capsys.readouterr().out.splitlines()[-1]
 
 
+def test_a_table_of_classes_refuses_a_model_without(imagenet, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(imagenet)
+    shape = {"embed_dim": 24, "num_heads": 1, "num_classes": 0}
+    save_file(timm.create_model("deit_tiny_patch16_224", **shape).state_dict(), "headless.safetensors")
+    named = ["--model", "deit_tiny_patch16_224", "--model-kwargs", *(f"{key}={value}" for key, value in shape.items())]
+    reading = ["--checkpoint", "headless.safetensors", "--data", "imagenet/val", "--limit", "4", "--workers", "0"]
+    assert paper.main(["table3", *named, *reading, *CONFIG_FILE, "--out", str(tmp_path)]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert (
+        "what is measured here is of classes, and this model has the pooled feature, by the cosine; atm-triton" in error
+    )
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_other_line_for_imagenet_in_docs(imagenet, monkeypatch, capsys):
     """Word for word but for the path; weights are not downloaded here."""
     (line,) = re.findall(

@@ -45,7 +45,7 @@ def load_checkpoint(model: Model, path: str | Path, ema: bool | None = None) -> 
     }
     said = "; ".join(f"{_some(keys)} {problem}" for problem, keys in wrong.items() if keys)
     if said:
-        raise ValueError(f"checkpoint {path} is none of this {type(model).__name__}: {said}")
+        raise ValueError(f"checkpoint {path} is none of this {type(model).__name__}: {said}{_head_remedy(found, own)}")
     model.load_state_dict(found)
     return model
 
@@ -85,6 +85,17 @@ def _differ(found: Tensor | None, own: Tensor) -> bool:
 
 def _shapes(key: str, found: Tensor, own: Tensor) -> str:
     return f"{key} {list(found.shape)} instead of {list(own.shape)}"
+
+
+def _head_remedy(found: dict[str, Tensor], own: dict[str, Tensor]) -> str:
+    """How to make the model with the head of the file, or without one, where they differ in nothing else."""
+    keys = own.keys() | found.keys()
+    heads = {key for key in keys if key.startswith(("head.", "head_dist.", "aux_head."))}
+    same = all(key in own and key in found and not _differ(found[key], own[key]) for key in keys - heads)
+    sizes = {tuple(found[key].shape[:1]) for key in heads & found.keys()} or {(0,)}
+    if not same or len(sizes) > 1 or () in sizes:
+        return ""
+    return f"; give --model-kwargs num_classes={sizes.pop()[0]}, in Python as an argument of the model"
 
 
 def _some(keys: list[str]) -> str:

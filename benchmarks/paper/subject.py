@@ -11,7 +11,7 @@ from torch import Tensor
 
 from atm_triton import ATMConfig
 from atm_triton.calibrate import LEAST_IMAGES
-from atm_triton.evaluate import Evaluation, evaluate, unpatched_logits
+from atm_triton.evaluate import Evaluation, evaluate, unpatched_answers
 from atm_triton.flops import cost, unmerged
 from atm_triton.inputs import (
     DIGITS,
@@ -123,7 +123,7 @@ class Subject(Bench):
 
     @cached_property
     def base(self) -> list[Tensor]:
-        logits = unpatched_logits(self.model, self.test)
+        logits = unpatched_answers(self.model, self.test, measure=self.measure)
         self._check_read(len(logits))
         return logits
 
@@ -152,7 +152,7 @@ class Subject(Bench):
         if self.data == DIGITS:
             base = list(torch.cat(self.base).split(size))
         else:
-            base = unpatched_logits(self.model, batches, f"unpatched, {title}")
+            base = unpatched_answers(self.model, batches, f"unpatched, {title}")
         return evaluate(self.model, batches, config, base, self.labelled, title)
 
 
