@@ -228,9 +228,50 @@ def kernels_table(result: dict[str, Any]) -> str:
         lines.append(f"| {operation} | {' | '.join(told)} |")
     rate = section["product_tflop_per_second"][first["dtype"]]
     copy = section["copy_gb_per_second"]
-    return "\n".join(
-        [*lines, "", f"The bounds are of {copy:.0f} GB/s and {rate:.0f} TFLOP/s, measured in the same run."]
-    )
+    told = f"The bounds are of {copy:.0f} GB/s and {rate:.0f} TFLOP/s, measured in the same run"
+    return "\n".join([*lines, "", f"{told}; a kernel that does nothing takes {section['empty_us']:.1f} us there."])
+
+
+def attention_beside(result: dict[str, Any]) -> str:
+    """Microseconds of attention with log n by the kernel, beside torch's own, with and without a bias."""
+    rows, others = {}, ("SDPA, mask", "SDPA, no bias", "written out")
+    for row in result["stages"]["attention"]["rows"]:
+        shape = f"{row['dtype']}, d = {row['d']}, N = {row['N']}, B = {row['B']}, H = {row['H']}"
+        name = "SDPA, mask" if row["candidate"].startswith("SDPA, mask") else row["candidate"]
+        rows.setdefault(shape, {})[name] = row["microseconds"]
+    lines = [f"| us | the kernel | {' | '.join(others)} |", f"|{'---|' * (2 + len(others))}"]
+    for shape, of in rows.items():
+        cells = (f"{of[name]:.0f}" if of.get(name) else "" for name in ("kernel", *others))
+        lines.append(f"| {shape} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def training_table(result: dict[str, Any]) -> str:
+    section = result["stages"]["training"]
+    lines = [f"| a step, batch {section['batch']}, r = {section['r']} | | ms | peak MiB |", "|---|---|---|---|"]
+    for row in section["rows"]:
+        figures = f"{row['milliseconds']:.1f} | {row['peak_mib']:.0f}"
+        lines.append(f"| {row['model']}, {row['dtype']} | {row['name']} | {figures} |")
+    return "\n".join(lines)
+
+
+def slow_host_table(*results: dict[str, Any]) -> str:
+    """Milliseconds of DeiT-S in two runs on the same kind of card, whose hosts were not as fast."""
+    runs = [
+        {
+            (row["batch"], row["name"]): row["milliseconds"]
+            for row in result["stages"]["engine"]["rows"]
+            if row["model"] == "DeiT-S" and not row["session"]
+        }
+        for result in results
+    ]
+    names = {"timm": "timm, eager", "timm, one graph": "timm, graph", "ATM static": 'ATM `"static"`'}
+    names |= {"ATM image": 'ATM `"image"`'}
+    lines = [f"| DeiT-S, ms: one run, the other | {' | '.join(names.values())} |", f"|{'---|' * (1 + len(names))}"]
+    for batch in sorted({batch for batch, _ in runs[0]}):
+        cells = (", ".join(f"{run[batch, name]:.2f}" for run in runs) for name in names)
+        lines.append(f"| batch {batch} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def invariance_table(result: dict[str, Any]) -> str:
@@ -361,10 +402,15 @@ TABLES = {  # of each page, from files
     BACKBONES: {"flops": (flops.table, ("paper_flops.json",))},
     CALIBRATION: {"calibration": (calibration_table, ("digits_calibration.json", "digits_calibrate_512.json"))},
     ENGINE: {"host": (host.table, ("host.json",))},
-    KERNELS: {"kernels": (kernels_table, ("h200_kernels.json",))},
+    KERNELS: {
+        "attention": (attention_beside, ("h200_kernels.json",)),
+        "kernels": (kernels_table, ("h200_kernels.json",)),
+    },
     PERFORMANCE: {
         "pays": (pays_table, ("h200_engine.json", "cpu_bench.json", "cpu_bench_image.json")),
         "gpu": (gpu_table, ("h200_engine.json",)),
+        "slow-host": (slow_host_table, ("h200_engine.json", "h200_engine_slow_host.json")),
+        "training": (training_table, ("h200_training.json",)),
         "since": (since_the_first, ("h200_first.json", "h200_engine.json")),
         "throughput": (throughput_table, ("cpu_bench.json", "cpu_bench_image.json")),
     },

@@ -188,9 +188,8 @@ def variants(cell: Cell, case: Case, setting: Setting) -> dict[str, Variant]:
         found[f"{BOUND}, {ONE_GRAPH}{mark}"] = Variant(OneGraph(bound), bound)
         found[f"{WHOLE}{mark}"] = Variant(OneGraph(blocks), blocks)
         if not mark:
-            unfused = install(share(model), partial(unfused_block, model, static), static)
-            exact = None if model is whole else install(share(whole), partial(unfused_block, whole, static), static)
-            found[f"{UNFUSED}, {ONE_GRAPH}"] = Variant(OneGraph(unfused), unfused, exact=exact)  # its sums have no order
+            unfused, exact = (install(share(of), partial(unfused_block, of, static), static) for of in (model, whole))
+            found[f"{UNFUSED}, {ONE_GRAPH}"] = Variant(OneGraph(unfused), unfused, exact=exact)  # sums without an order
     # the engine alone: timm's last block computes all tokens, so this one does
     unmerged = replace(case.plans[""], schedule=(0,) * len(model.blocks), cls_only_last=False)
     ways = {f"ATM {adapt}": (config, case.plan[adapt]) for adapt, config in case.configs.items()}
