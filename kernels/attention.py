@@ -136,7 +136,7 @@ def attention_table(dtype: torch.dtype, d: int, Nq: int) -> dict[str, int]:
     if d > 64 or Nq <= 16:
         return {"ROWS": 16 if Nq <= 16 else 64, "COLUMNS": 64, "STAGES": 2, "TAILS": 0, "num_warps": 4}
     if Nq <= 256:
-        return {"ROWS": 64, "COLUMNS": 32, "STAGES": 3, "TAILS": 2, "num_warps": 4}
+        return {"ROWS": 64, "COLUMNS": 32, "STAGES": 3 if d % 16 == 0 else 2, "TAILS": 2, "num_warps": 4}
     return {"ROWS": 64, "COLUMNS": 64, "STAGES": 2, "TAILS": 3, "num_warps": 4}
 
 

@@ -262,7 +262,7 @@ def test_figure2_merges_in_one_block_alone(tmp_path, monkeypatch):
 
 def test_figures_5_and_6_compare_schedules_at_one_cost(tmp_path, monkeypatch):
     monkeypatch.setattr(figure5, "DRAWS", 4)
-    rows = run("figure5", tmp_path, "--limit", "8", "--shares", "0.33")["rows"]
+    rows = run("figure5", tmp_path, "--limit", "4", "--shares", "0.33")["rows"]
     assert [row["method"] for row in rows] == list(figure5.STYLES)
     constant, rising, falling = (row["settings"]["r"] for row in rows[:3])
     assert len(set(constant)) == 1
@@ -270,7 +270,7 @@ def test_figures_5_and_6_compare_schedules_at_one_cost(tmp_path, monkeypatch):
     assert all(0.25 < row["saved"] < 0.42 for row in rows)
     assert rows[-1]["settings"]["config"]["split_depth"] == 12
 
-    bars = run("figure6", tmp_path, "--limit", "8")["rows"]
+    bars = run("figure6", tmp_path, "--limit", "4")["rows"]
     assert [row["method"] for row in bars] == list(figure6.COMPARED)
     assert bars[0]["merged"] == constant[:-1]
     for row in bars:
