@@ -796,3 +796,12 @@ def _attention_derivative(ctx: Any, grad: Tensor, _: Any) -> tuple:
 register_autograd(
     "atm_triton::attention_forward", _attention_derivative, setup_context=_keep_for_attention, lib=_library
 )
+
+
+def _no_second_derivative(ctx: Any, *_: Any) -> None:
+    raise RuntimeError(
+        "attention by the kernels has no second derivative; patch the model with ATMConfig(backend='reference')"
+    )
+
+
+register_autograd("atm_triton::attention_backward", _no_second_derivative, lib=_library)

@@ -242,6 +242,27 @@ def test_kernels_and_reference_are_one_operation(name, images, dtype, monkeypatc
 
 
 @every_batch
+def test_opcheck_of_attention_with_a_derivative(images):
+    q, k, v, *others = operands(images)["attention"]
+    asked = [x.detach().clone().requires_grad_() for x in (q, k, v)]
+    torch.library.opcheck(torch.ops.atm_triton.attention_forward.default, (*asked, *others))
+    out, lse = torch.ops.atm_triton.attention_forward(q, k, v, *others)
+    backward = (torch.randn_like(out), q, k, v, *others[:3], out, lse, *others[3:])
+    torch.library.opcheck(torch.ops.atm_triton.attention_backward.default, backward)
+
+
+def test_attention_has_no_second_derivative():
+    """Torch's answer would be 0, with a warning."""
+    q, k, v = (torch.randn(2, 5, 16, device=DEVICE, requires_grad=True) for _ in range(3))
+    out = ops.attention(q, k, v, torch.ones(5, device=DEVICE), Images.of(1, 5, DEVICE), backend="triton")
+    (grad,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+    with pytest.raises(
+        RuntimeError, match="has no second derivative; patch the model with"
+    ):
+        grad.sum().backward()
+
+
+@every_batch
 def test_merge_and_unmerge_have_the_gradients_of_the_reference(images):
     x, sizes, slots, tokens, spans, cu_seqlens = operands(images)["merge"]
     T = len(spans)
