@@ -242,6 +242,8 @@ def calibrate(
             raise ValueError(
                 "the model answers all images alike, so no merging changes it; check images, weights and head"
             )
+        if meter.normalised():
+            raise ValueError("the model answers with probabilities; want logits: take off what makes them")
         meter.remember(notes)
         found = similarities(model, parts["fit"], **settings)
         predictor = Predictor(model, shape, found, settings["cls_only_last"])

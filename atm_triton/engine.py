@@ -237,6 +237,8 @@ class Engine:
             return "engine=False in the configuration"
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return "a compiler traces the model"
+        if torch.autograd.forward_ad._current_level >= 0:
+            return "forward-mode derivatives are taken"
         if torch._C._functorch.peek_interpreter_stack() is not None or torch._C._len_torch_dispatch_stack() > 0:
             return "a transform or a mode of torch watches every operation"
         if device == "cuda" and torch.version.hip:

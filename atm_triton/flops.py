@@ -150,7 +150,10 @@ def answer_shape(model: VisionTransformer) -> tuple[int, ...]:
     N = model.num_prefix_tokens + (getattr(model.patch_embed, "num_patches", None) or 1)
     with torch.no_grad():
         tokens = torch.zeros(1, N, model.embed_dim, device="meta", dtype=next(skeleton.parameters()).dtype)
-        return tuple(_run(skeleton, "forward_head", tokens).shape[1:])
+        answer = _run(skeleton, "forward_head", tokens)
+    if not isinstance(answer, Tensor):
+        raise TypeError(f"the model answers with a {type(answer).__name__}; want a tensor of logits or features")
+    return tuple(answer.shape[1:])
 
 
 def _macs(block: Block, tokens: Number, queries: Number, rows: Number) -> Number:

@@ -115,6 +115,8 @@ def measure_of(model: VisionTransformer, dense: bool = False, sigmoid: bool = Fa
     if dense:
         return Measure("dense")
     shape = answer_shape(model)
+    if not shape:
+        raise ValueError("the model answers with a number an image, without a dimension of logits; want [B, 1]")
     if len(shape) != 1:
         raise ValueError(
             f"the model answers with {shape[0]} tokens an image, pooled by nothing: ask for dense, which "

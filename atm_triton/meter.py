@@ -104,6 +104,15 @@ class Meter:
         low, high = torch.stack([of_batch for of_part in ends for of_batch in of_part]).unbind(1)
         return (high.amax(0) - low.amin(0)).max().item()
 
+    def normalised(self) -> bool:
+        """Whether the unmerged model answers with probabilities: all from 0 to 1, of classes with a sum of 1."""
+        if self.by.of_features:
+            return False
+        parts = self._base.values()
+        ends = [in_order([torch.stack([*x.aminmax(), (x.sum(1) - 1).abs().max()]) for x in part]) for part in parts]
+        low, high, off = torch.stack([of_batch for of_part in ends for of_batch in of_part]).unbind(1)
+        return bool(low.min() >= 0 and high.max() <= 1 and (off.max() < 1e-3 or not self.by.has_classes))
+
     @torch.inference_mode()
     def measure(self, config: ATMConfig, part: str, limit: int | None = None) -> Measured:
         """On the first batches of a part, which hold ``limit`` images or a few more; None: on all."""

@@ -17,8 +17,10 @@ from atm_triton.block import ATMAttention, ATMBlock
 _HELD = itemgetter("_modules", "_parameters", "_buffers")
 _HOOKS = itemgetter("_forward_hooks", "_forward_pre_hooks")
 _TRAINING = itemgetter("training")
+_ATTENDS = itemgetter("scale", "fused_attn")
 _KNOWN = ("torch.", "timm.", "atm_triton.")  # whose plain attributes nobody changes between passes
 _FORWARD, _POINTER = "forward", Tensor.data_ptr
+_METHODS = {"forward_features", "forward_head", "pool", "_pos_embed"}  # of a model, which a graph has run through
 MODULES = 24  # of a part: so many are asked while the host waits for a stage anyway
 
 
@@ -52,6 +54,8 @@ class Part:
     def __init__(self, modules: list[nn.Module], captured: list[nn.Module]) -> None:
         self.owns, self.captured = ([module.__dict__ for module in some] for some in (modules, captured))
         self.strangers = [module.__dict__ for module in modules if not type(module).__module__.startswith(_KNOWN)]
+        self.models = [module.__dict__ for module in modules if isinstance(module, VisionTransformer)]
+        self.attentions = [module.__dict__ for module in modules if isinstance(module, Attention)]
         self.objects, self.settings = self._objects(), self._settings()
         self.tensors = [each for each in self.objects if isinstance(each, Tensor)]
         self.pointers = list(map(_POINTER, self.tensors))
@@ -60,8 +64,9 @@ class Part:
         return list(chain.from_iterable(map(dict.values, chain.from_iterable(map(_HELD, self.owns)))))
 
     def _settings(self) -> list[Any]:
-        """What modules of others keep in plain attributes, such as the adapter that PEFT has made active."""
-        return list(map(_plain, self.strangers))
+        """What modules of others keep in plain attributes, such as the adapter that PEFT has made active, and what
+        attention does."""
+        return [*map(_plain, self.strangers), *map(_ATTENDS, self.attentions)]
 
     def python_acts(self) -> bool:
         """Whether a pass runs Python that a graph would skip, or a module trains."""
@@ -69,14 +74,16 @@ class Part:
             chain.from_iterable(map(_HOOKS, self.captured)),
             map(contains, self.captured, repeat(_FORWARD)),
         )
-        return any(map(_TRAINING, self.captured)) or any(hooks) or any(forwards) or every_module._has_any_global_hook()
+        replaced = (_METHODS & own.keys() for own in self.models)
+        acts = any(map(_TRAINING, self.captured)) or any(hooks) or any(forwards) or any(replaced)
+        return acts or every_module._has_any_global_hook()
 
     def same(self) -> bool:
         """Whether nothing has changed. Written for speed: each pass asks."""
         now = self._objects()
         if len(now) != len(self.objects) or not all(map(is_, now, self.objects)) or self.python_acts():
             return False
-        if self.strangers and self._settings() != self.settings:
+        if self.settings and self._settings() != self.settings:
             return False
         return list(map(_POINTER, self.tensors)) == self.pointers
 
@@ -131,4 +138,5 @@ def _of_python(model: VisionTransformer) -> str:
             return f"{name} has hooks of its own, which graphs would skip"
         if name and "forward" in module.__dict__:
             return f"{name} has a forward of its own, which graphs would skip"
-    return "a hook on all modules"
+    replaced = sorted(_METHODS & vars(model).keys())
+    return f"the model has a {replaced[0]} of its own, which graphs would skip" if replaced else "a hook on all modules"

@@ -65,6 +65,8 @@ def _obstacle(device: str, dtype: torch.dtype) -> str | None:
         return "Triton is not installed; install triton (Linux)"
     if device == "cpu" and not interpreting():
         return "tensors are on the CPU; move them to a GPU, or set TRITON_INTERPRET=1 before Python starts"
+    if device == "cpu" and dtype == torch.bfloat16:
+        return "Triton's interpreter computes bfloat16 wrongly; take float16 or float32"
     if device not in ("cpu", "cuda"):
         return f"there are no kernels for {device}; move the tensors to a CUDA device"
     return None
@@ -72,7 +74,21 @@ def _obstacle(device: str, dtype: torch.dtype) -> str | None:
 
 def runs_kernels(backend: str, x: Tensor) -> bool:
     """Whether the Triton kernels compute on ``x``."""
-    return _takes_kernels(backend, x.device.type, x.dtype)
+    if not _takes_kernels(backend, x.device.type, x.dtype):
+        return False
+    follower = None if torch.compiler.is_compiling() else _follower()
+    if follower is not None and backend == "triton":
+        raise ValueError(f'backend="triton" cannot run: {follower} cannot follow kernels; use "auto" or "reference"')
+    return follower is None
+
+
+def _follower() -> str | None:
+    """What follows every operation of a pass, and would lose its way, or its derivative, in a kernel."""
+    if torch.jit.is_tracing():  # it keeps the sizes that a launch is given
+        return "torch.jit.trace"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "a transform of torch.func"
+    return "forward-mode differentiation" if torch.autograd.forward_ad._current_level >= 0 else None
 
 
 def _traced(x: Tensor) -> bool:

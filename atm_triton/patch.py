@@ -18,6 +18,11 @@ from atm_triton.operating_points import PAPER_NAMES
 from atm_triton.transformer import ATMBlocks, MergingTransformer, knows_sizes, merging_class
 
 OWN_FORWARD = "forward of its own, which would no longer run: take it off, and put it on after apply_patch"
+TIMMS_OWN = (
+    *((VisionTransformer, method) for method in ("forward", "forward_features", "forward_intermediates")),
+    (Block, "forward"),
+    (Attention, "forward"),
+)
 _NO_GAP = "it has no point between attention and MLP where tokens could merge"
 _REASONS = {
     "ResPostBlock": "it normalises after attention and MLP, on a path that is not supported",
@@ -197,6 +202,10 @@ def check_model(model: nn.Module) -> nn.Sequential:
     if isinstance(model, MergingTransformer):
         _check_removable(model)
         base = base.__bases__[1]
+    for timms, method in TIMMS_OWN:
+        found = getattr(timms, method).__module__
+        if found != timms.__module__:
+            raise TypeError(f"{base.__name__} cannot be merged: {found} has replaced timm's {timms.__name__}.{method}")
     for method in ("forward", "forward_features", "forward_intermediates"):
         if getattr(base, method) is not getattr(VisionTransformer, method):
             raise TypeError(f"{base.__name__} cannot be merged: it has a {method} of its own")

@@ -243,6 +243,10 @@ class MergingTransformer:
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         _refuse(x, attn_mask, is_causal)
+        if "forward_features" in vars(self):
+            raise TypeError(
+                "forward_features was replaced on a patched model, whose forward would not call it: undo that"
+            )
         # a head that pools over patch tokens reads all N, so that a merged one counts by its size
         return self._output(x, dense=leading_tokens(self) is None, head=True)
 

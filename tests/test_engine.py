@@ -18,6 +18,7 @@ from atm_triton import ATMConfig, apply_patch, ops, remove_patch, summary
 from atm_triton.engine import FLOAT32, recorded
 from atm_triton.graphs import Replays
 from atm_triton.record import Record
+from atm_triton.modules import Modules
 from atm_triton.stage import LEFT, stages
 from models import distilled, images_for, vit
 
@@ -794,3 +795,17 @@ def test_an_image_does_not_depend_on_its_batch():
         torch.testing.assert_close(ours(x[index : index + 1]), together[index : index + 1], rtol=0, atol=1e-5)
         alone = ours.blocks.last
         assert [int(rows) for rows in alone.rows[:-1]] == [int(rows[index]) for rows in record.rows[:-1]]
+
+
+def test_what_a_graph_has_run_through_may_not_change_unseen():
+    """The interpreter calls stages again and would see it; a graph would not."""
+    model = patched(tiny(), **CONFIGS["static"])
+    with torch.inference_mode():
+        now = Modules(model)
+        assert now.obstacle is None and all(part.same() for part in now.parts)
+        model.blocks[1].attn.scale *= 2
+        assert Modules(model) != now and not all(part.same() for part in now.parts)
+        now = Modules(model)
+        model.pool = lambda x, *_: x[:, 0]
+        assert not all(part.same() for part in now.parts)
+        assert Modules(model).obstacle == "the model has a pool of its own, which graphs would skip"

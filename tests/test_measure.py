@@ -363,3 +363,19 @@ def test_the_command_refuses_a_target_before_it_looks_for_images(tmp_path, capsy
     error = capsys.readouterr().err
     assert error.startswith("atm-triton: target: min_agreement does not fit what is compared, the pooled feature")
     assert error.count("\n") == 1 and not (tmp_path / "x.json").exists()
+
+
+@pytest.mark.parametrize(("classes", "last"), [(1, torch.nn.Sigmoid()), (5, torch.nn.Softmax(dim=1))], ids=["1", "5"])
+def test_probabilities_are_no_logits(classes, last, loader, small_search):  # noqa: F811
+    """All of them would lie on one side of a logit's 0."""
+    model = vit(num_classes=classes)
+    model.head = torch.nn.Sequential(model.head, last)
+    with pytest.raises(ValueError, match="the model answers with probabilities; want logits"):
+        calibrate(model, loader, Target(min_agreement=0.9), progress=False)
+
+
+def test_a_head_without_a_dimension_of_logits_is_named():
+    model = vit(num_classes=1)
+    model.head = torch.nn.Sequential(model.head, torch.nn.Flatten(0))
+    with pytest.raises(ValueError, match=r"without a dimension of logits; want \[B, 1\]"):
+        measure_of(model)

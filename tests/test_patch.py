@@ -637,3 +637,19 @@ def test_static_compiles_in_one_graph():
 def test_a_block_with_another_attention_is_refused():
     with pytest.raises(TypeError, match="attn_layer makes DiffAttention: only Attention of timm is supported"):
         ATMBlock(32, 2, block_index=0, depth=4, attn_layer="diff")
+
+
+@pytest.mark.parametrize(
+    ("of", "method"), [(VisionTransformer, "forward_features"), (Block, "forward"), (Attention, "forward")]
+)
+def test_a_method_of_timm_that_another_has_replaced_is_named(of, method, monkeypatch):
+    monkeypatch.setattr(of, method, lambda self, x, **_: x)
+    with pytest.raises(TypeError, match=rf"{__name__} has replaced timm's {of.__name__}\.{method}"):
+        apply_patch(vit(), ATMConfig(adapt="static", schedule=(0,) * 4))
+
+
+def test_features_replaced_on_a_patched_model_are_not_passed_over():
+    model = apply_patch(vit(), ATMConfig(adapt="static", schedule=(0,) * 4))
+    model.forward_features = lambda x: x
+    with pytest.raises(TypeError, match="forward_features was replaced on a patched model"):
+        model(images())

@@ -256,9 +256,7 @@ def test_attention_has_no_second_derivative():
     q, k, v = (torch.randn(2, 5, 16, device=DEVICE, requires_grad=True) for _ in range(3))
     out = ops.attention(q, k, v, torch.ones(5, device=DEVICE), Images.of(1, 5, DEVICE), backend="triton")
     (grad,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
-    with pytest.raises(
-        RuntimeError, match="has no second derivative; patch the model with"
-    ):
+    with pytest.raises(RuntimeError, match="has no second derivative; patch the model with"):
         grad.sum().backward()
 
 
@@ -354,3 +352,33 @@ def test_any_assignment_merges_and_dropped_tokens_stay_out(backend):
     kept = [0, 1, 3, 5, 8, 9]
     back = ops.unmerge(merged.x, slots, backend)
     assert torch.equal(back[kept], merged.x[slots[kept].long()]) and back.count_nonzero() == len(kept) * 16
+
+
+def forward_derivative(model, x):
+    with torch.autograd.forward_ad.dual_level():
+        model(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
+
+
+@pytest.mark.parametrize(
+    ("follow", "who"),
+    [
+        (lambda model, x: torch.jit.trace(model, x), "torch.jit.trace"),
+        (lambda model, x: torch.func.grad(lambda x: model(x).sum())(x), "a transform of torch.func"),
+        (lambda model, x: torch.func.vmap(lambda x: model(x[None]))(x), "a transform of torch.func"),
+        (forward_derivative, "forward-mode differentiation"),
+    ],
+    ids=["trace", "grad", "vmap", "jvp"],
+)
+def test_what_follows_every_operation_cannot_follow_kernels(follow, who):
+    """A trace would keep the sizes of a launch, and a derivative would be lost without a word."""
+    model, x = vit().to(DEVICE), images().to(DEVICE)
+    apply_patch(model, ATMConfig(backend="triton", **CONFIGS["static"]))
+    with pytest.raises(ValueError, match=f'backend="triton" cannot run: {who} cannot follow kernels; use "auto"'):
+        follow(model, x)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="of the interpreter")
+def test_the_interpreter_is_not_trusted_with_bfloat16():
+    x = torch.randn(2, 5, 16, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="Triton's interpreter computes bfloat16 wrongly; take float16 or float32"):
+        ops.attention(x, x, x, torch.ones(5), Images.of(1, 5), backend="triton")
