@@ -165,7 +165,7 @@ def attention_backward_table(dtype: torch.dtype, d: int, Nq: int) -> dict[str, i
     if dtype == torch.float32:  # three products instead of one
         return {"ROWS": 16, "COLUMNS": 16, "STAGES": 1, "num_warps": 8}
     if Nq <= 16:
-        return {"ROWS": 16, "COLUMNS": 32, "STAGES": 3 if d <= 64 else 1, "num_warps": 4}
+        return {"ROWS": 16, "COLUMNS": 32 if d <= 64 else 16, "STAGES": 3 if d <= 64 else 1, "num_warps": 4}
     return {"ROWS": 64 if d <= 64 else 32, "COLUMNS": 32, "STAGES": 2, "num_warps": 4}
 
 
