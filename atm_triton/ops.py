@@ -224,6 +224,10 @@ def assign(
     similarity, partner, begin = found.similarity, found.partner, images.cu_seqlens
     equal = one_r and images.equal
     if not (runs_kernels(backend, similarity) or (_traced(partner) and not equal)):
+        if T is None:
+            raise ValueError(
+                'adapt="image" compiles where the kernels run, or on a CPU without them; use backend="auto"'
+            )
         of_each = _of_each(r, mean, images, partner.device)
         slots, begin = reference.assign(similarity, partner, of_each, num_prefix, images)
         tokens = spans = None
@@ -426,7 +430,8 @@ def attention(
     _check_dtype("v", v, q.dtype)
     trains, drops = any(map(needs_grad, (q, k, v))), dropout_p > 0 or drop is not None
     equal = images.equal and queries.equal
-    fitting = not drops and attention_choice(q.dtype, d, images.N, not equal, sizes is not None) == KERNEL
+    fixed = sizes is None or not needs_grad(sizes)  # of the kernels' derivative
+    fitting = fixed and not drops and attention_choice(q.dtype, d, images.N, not equal, sizes is not None) == KERNEL
     if fitting and (_fits_kernels(backend, q) or (_traced(q) and not equal and not trains)):
         log2_sizes = None if sizes is None else sizes.log2() if log2_sizes is None else log2_sizes
         arguments = (q, k, v, log2_sizes, queries.cu_seqlens, images.cu_seqlens, queries.N, images.N)

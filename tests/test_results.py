@@ -25,7 +25,19 @@ def test_every_result_says_where_it_comes_from():
 
 def test_other_libraries_were_shown():
     shown = {row["library"] for row in result("integration.json")["rows"]}
-    assert {"accelerate", "onnxruntime", "open_clip_torch", "peft", "timm", "torch", "torchao", "transformers"} <= shown
+    assert {
+        "accelerate",
+        "fvcore",
+        "onnxruntime",
+        "open_clip_torch",
+        "peft",
+        "tensorboard",
+        "thop",
+        "timm",
+        "torch",
+        "torchao",
+        "transformers",
+    } <= shown
 
 
 def test_the_digits_model_was_trained_within_the_hour():
