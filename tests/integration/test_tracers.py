@@ -1,4 +1,4 @@
-"""Counters and graphs that trace a model, or hook it: right for "static", refused in one line where counts would freeze."""
+"""Counters and graphs that trace or hook a model: right for "static", refused where counts would be kept as they are."""
 
 import pytest
 import thop
