@@ -1,4 +1,4 @@
-"""Counters and graphs that trace or hook a model: right for "static", refused where counts would be kept as they are."""
+"""Counters and graphs that trace or hook a model: right for "static", refused where counts would stay what they are."""
 
 import pytest
 import thop
