@@ -20,7 +20,7 @@ _TRAINING = itemgetter("training")
 _ATTENDS = itemgetter("scale", "fused_attn")
 _KNOWN = ("torch.", "timm.", "atm_triton.")  # whose plain attributes nobody changes between passes
 _FORWARD, _POINTER = "forward", Tensor.data_ptr
-_METHODS = {"forward_features", "forward_head", "pool", "_pos_embed"}  # of a model, which a graph has run through
+_METHODS = ("forward_head", "pool", "_pos_embed")  # that may be set on a model, and that a graph has run through
 MODULES = 24  # of a part: so many are asked while the host waits for a stage anyway
 
 
@@ -61,7 +61,8 @@ class Part:
         self.pointers = list(map(_POINTER, self.tensors))
 
     def _objects(self) -> list[nn.Module | Tensor | None]:
-        return list(chain.from_iterable(map(dict.values, chain.from_iterable(map(_HELD, self.owns)))))
+        held = chain.from_iterable(map(dict.values, chain.from_iterable(map(_HELD, self.owns))))
+        return [*held, *(own.get(name) for own in self.models for name in _METHODS)]
 
     def _settings(self) -> list[Any]:
         """What modules of others keep in plain attributes, such as the adapter that PEFT has made active, and what
@@ -74,9 +75,7 @@ class Part:
             chain.from_iterable(map(_HOOKS, self.captured)),
             map(contains, self.captured, repeat(_FORWARD)),
         )
-        replaced = (_METHODS & own.keys() for own in self.models)
-        acts = any(map(_TRAINING, self.captured)) or any(hooks) or any(forwards) or any(replaced)
-        return acts or every_module._has_any_global_hook()
+        return any(map(_TRAINING, self.captured)) or any(hooks) or any(forwards) or every_module._has_any_global_hook()
 
     def same(self) -> bool:
         """Whether nothing has changed. Written for speed: each pass asks."""
@@ -138,5 +137,4 @@ def _of_python(model: VisionTransformer) -> str:
             return f"{name} has hooks of its own, which graphs would skip"
         if name and "forward" in module.__dict__:
             return f"{name} has a forward of its own, which graphs would skip"
-    replaced = sorted(_METHODS & vars(model).keys())
-    return f"the model has a {replaced[0]} of its own, which graphs would skip" if replaced else "a hook on all modules"
+    return "a hook on all modules"

@@ -407,12 +407,12 @@ TABLES = {  # of each page, from files
         "kernels": (kernels_table, ("h200_kernels.json",)),
     },
     PERFORMANCE: {
-        "pays": (pays_table, ("h200_engine.json", "cpu_bench.json", "cpu_bench_image.json")),
+        "pays": (pays_table, ("h200_engine.json", "cpu_bench.json", "cpu_bench_image.json", "cpu_bench_single.json")),
         "gpu": (gpu_table, ("h200_engine.json",)),
         "slow-host": (slow_host_table, ("h200_engine.json", "h200_engine_slow_host.json")),
         "training": (training_table, ("h200_training.json",)),
         "since": (since_the_first, ("h200_first.json", "h200_engine.json")),
-        "throughput": (throughput_table, ("cpu_bench.json", "cpu_bench_image.json")),
+        "throughput": (throughput_table, ("cpu_bench.json", "cpu_bench_image.json", "cpu_bench_single.json")),
     },
     WORKS_WITH: {"works-with": (integration.table, ("integration.json",))},
 }

@@ -23,7 +23,7 @@ OTHERS = {
     for path, tables in pages.TABLES.items()
     for name, (table, files) in tables.items()
     for file in files
-    if path != pages.README and name not in ("pays", "since")  # those are extracts
+    if path != pages.README and name not in ("pays", "since", "slow-host")  # those are extracts
 }  # than the paper's by their name
 
 
