@@ -243,7 +243,7 @@ def calibrate(
                 "the model answers all images alike, so no merging changes it; check images, weights and head"
             )
         if meter.normalised():
-            raise ValueError("the model answers with probabilities; want logits: take off what makes them")
+            raise ValueError("all answers lie in 0 .. 1, as probabilities do; want logits: remove the last activation")
         meter.remember(notes)
         found = similarities(model, parts["fit"], **settings)
         predictor = Predictor(model, shape, found, settings["cls_only_last"])

@@ -83,8 +83,8 @@ def runs_kernels(backend: str, x: Tensor) -> bool:
 
 
 def _follower() -> str | None:
-    """What follows every operation of a pass, and would lose its way, or its derivative, in a kernel."""
-    if torch.jit.is_tracing():  # it keeps the sizes that a launch is given
+    """What records or differentiates each operation of a pass and cannot see into a kernel; None: nothing does."""
+    if torch.jit.is_tracing():  # it would keep the sizes of this launch for all others
         return "torch.jit.trace"
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return "a transform of torch.func"

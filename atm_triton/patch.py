@@ -203,7 +203,7 @@ def check_model(model: nn.Module) -> nn.Sequential:
         _check_removable(model)
         base = base.__bases__[1]
     for timms, method in TIMMS_OWN:
-        found = getattr(timms, method).__module__
+        found = getattr(getattr(timms, method), "__globals__", {}).get("__name__")  # a wrapper copies __module__
         if found != timms.__module__:
             raise TypeError(f"{base.__name__} cannot be merged: {found} has replaced timm's {timms.__name__}.{method}")
     for method in ("forward", "forward_features", "forward_intermediates"):

@@ -71,9 +71,11 @@ def attention_maps(model: VisionTransformer, images: Tensor) -> list[Tensor]:
         attends from all tokens here, also where the classifier reads one.
 
     Raises:
-        ValueError: the model is not patched, or images of another shape.
+        ValueError: the model is not patched or is in training mode, or images of another shape.
     """
     _check_patched(model)
+    if model.training:
+        raise ValueError("the model is in training mode, where dropout changes what is attended to: model.eval()")
     if images.dim() != 4 or len(images) == 0:
         raise ValueError(f"images has shape {list(images.shape)}; want one image or more, [B, C, H, W]")
     with ExitStack() as stack:

@@ -147,7 +147,7 @@ def gradient_of_kv_kernel(
         inside = valid[:, None] & (c < d)[None, :]
         queries = _rows(q, i, stride_n, inside)
         g = _rows(grad, i, H * d, inside)
-        of_row = tl.load(lse + at + i * H, mask=valid, other=float("inf"))  # no query asks for anything
+        of_row = tl.load(lse + at + i * H, mask=valid, other=float("inf"))  # probability 0 beyond the queries
         sums = tl.load(delta + at + i * H, mask=valid, other=0.0)
         p = _scores(queries, keys, scale, log2_sizes, j, there, of_row, PRECISION)
         of_values = tl.dot(tl.trans(p.to(g.dtype)), g, of_values, input_precision=PRECISION)

@@ -191,3 +191,9 @@ def test_rollout_stays_where_equal_tokens_merge():
     names = setting(apply_patch(model, ATMConfig(**EQUAL, adapt="image")), x)
     exec(compile(code, "features.md", "exec"), names)
     torch.testing.assert_close(names["relevance"], expected[:, 0, 1:].view(3, 5, 5), rtol=1e-3, atol=1e-6)
+
+
+def test_attention_in_training_mode_is_refused():
+    model = apply_patch(vit(), ATMConfig(adapt="static", schedule=(2,) * 4)).train()
+    with pytest.raises(ValueError, match=r"in training mode, where dropout changes .*: model\.eval\(\)"):
+        attention_maps(model, images())

@@ -370,7 +370,7 @@ def test_probabilities_are_no_logits(classes, last, loader, small_search):  # no
     """All of them would lie on one side of a logit's 0."""
     model = vit(num_classes=classes)
     model.head = torch.nn.Sequential(model.head, last)
-    with pytest.raises(ValueError, match="the model answers with probabilities; want logits"):
+    with pytest.raises(ValueError, match="lie in 0 .. 1, as probabilities do; want logits"):
         calibrate(model, loader, Target(min_agreement=0.9), progress=False)
 
 

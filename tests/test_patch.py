@@ -4,7 +4,7 @@ import copy
 import pickle
 import threading
 from dataclasses import replace
-from functools import partial
+from functools import partial, wraps
 
 import pytest
 import timm
@@ -643,7 +643,7 @@ def test_a_block_with_another_attention_is_refused():
     ("of", "method"), [(VisionTransformer, "forward_features"), (Block, "forward"), (Attention, "forward")]
 )
 def test_a_method_of_timm_that_another_has_replaced_is_named(of, method, monkeypatch):
-    monkeypatch.setattr(of, method, lambda self, x, **_: x)
+    monkeypatch.setattr(of, method, wraps(getattr(of, method))(lambda self, x, **_: x))
     with pytest.raises(TypeError, match=rf"{__name__} has replaced timm's {of.__name__}\.{method}"):
         apply_patch(vit(), ATMConfig(adapt="static", schedule=(0,) * 4))
 

@@ -23,7 +23,6 @@ CASTS = {"float32": None, "bfloat16 autocast": torch.bfloat16}
 
 def run(setting: Setting, section: dict[str, Any], _: dict[str, Any]) -> None:
     keep_freed_memory()
-    torch.backends.cuda.matmul.allow_tf32 = False
     shape = setting.pick({}, {"img_size": TINY_SIDE, "embed_dim": 32, "depth": 3, "num_heads": 2})
     with torch.device(setting.device):
         model = timm.create_model(NAMES["DeiT-S"], **shape).eval()
@@ -47,8 +46,6 @@ def measure(
     steps: dict[str, Callable[[], Any]] = {
         name: partial(step, model.train(), images, dtype) for name, model in models.items()
     }
-    for call in steps.values():
-        call()
     seconds = time_in_turn(steps, setting.pick(REPEATS, 1), setting.device)
     return [
         {
