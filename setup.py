@@ -3,7 +3,15 @@
 from setuptools import setup
 
 setup(
-    packages=["atm_triton", "atm_triton.models", "atm_triton.kernels", "atm_triton.digits"],
+    packages=[
+        "atm_triton",
+        "atm_triton.calibration",
+        "atm_triton.cli",
+        "atm_triton.measure",
+        "atm_triton.models",
+        "atm_triton.kernels",
+        "atm_triton.digits",
+    ],
     package_dir={
         "atm_triton": "atm_triton",
         "atm_triton.kernels": "kernels",

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from atm_triton import ATMConfig
-from atm_triton.command import Parser, exit_code
-from atm_triton.env import check_file, write_result
-from atm_triton.evaluate import evaluate
+from atm_triton.cli.command import Parser, exit_code
+from atm_triton.measure.evaluate import evaluate
+from atm_triton.measure.provenance import check_file, write_result
 from benchmarks.bench import RESULTS, Bench
 from benchmarks.paper.methods import scaled
 from benchmarks.paper.thresholds import Thresholds

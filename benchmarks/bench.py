@@ -12,17 +12,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from atm_triton import ATMConfig
-from atm_triton.calibrate import split_images
-from atm_triton.distributed import own, silent
-from atm_triton.errors import UnreachableError
-from atm_triton.evaluate import Evaluation, Patch, evaluate, unpatched_answers
-from atm_triton.inputs import open_images, open_model
-from atm_triton.measure import Measure, measure_of
-from atm_triton.meter import Meter, similarities
+from atm_triton.calibration.calibrate import split_images
+from atm_triton.calibration.curves import Drawer, Predictor, Shape
+from atm_triton.calibration.errors import UnreachableError
+from atm_triton.calibration.meter import Meter, similarities
+from atm_triton.calibration.search import Search, ranked
+from atm_triton.measure.comparison import Measure, measure_of
+from atm_triton.measure.distributed import own, silent
+from atm_triton.measure.evaluate import Evaluation, Patch, evaluate, unpatched_answers
+from atm_triton.measure.images import open_images
+from atm_triton.measure.models import open_model
 from atm_triton.patch import knows_sizes
 from atm_triton.reference import threshold
-from atm_triton.search import Search, ranked
-from atm_triton.shapes import Drawer, Predictor, Shape
 
 RESULTS = Path(__file__).parent / "results"
 BATCH_SIZE = 64

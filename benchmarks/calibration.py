@@ -19,11 +19,11 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from atm_triton import Target, calibrate
-from atm_triton.command import Parser, exit_code
-from atm_triton.distributed import rank, start, stop
-from atm_triton.env import check_file, environment, write_result
-from atm_triton.search import MANY
-from atm_triton.shapes import Shape
+from atm_triton.calibration.curves import Shape
+from atm_triton.calibration.search import MANY
+from atm_triton.cli.command import Parser, exit_code
+from atm_triton.measure.distributed import rank, start, stop
+from atm_triton.measure.provenance import check_file, environment, write_result
 from benchmarks.bench import BATCH_SIZE, RESULTS, Bench
 
 SHARES = (0.62, 0.55, 0.45, 0.30)  # what is hardest to meet first

@@ -1,4 +1,4 @@
-from atm_triton.env import environment
+from atm_triton.measure.provenance import environment
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):

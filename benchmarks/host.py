@@ -28,9 +28,9 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 from atm_triton import ATMConfig, apply_patch, ops
-from atm_triton.command import Parser, exit_code
-from atm_triton.env import check_file, write_result
+from atm_triton.cli.command import Parser, exit_code
 from atm_triton.graphs import Mailbox, Replays
+from atm_triton.measure.provenance import check_file, write_result
 
 RESULT = Path(__file__).parent / "results" / "host.json"
 R = {"meta": 8, "small": 1}  # tokens that every image merges in a block

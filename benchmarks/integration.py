@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from atm_triton.env import write_result
+from atm_triton.measure.provenance import write_result
 from benchmarks.bench import RESULTS
 
 TESTS = Path(__file__).parents[1] / "tests"

@@ -16,10 +16,12 @@ from tqdm import tqdm
 
 from atm_triton import ATMBlock, ATMConfig
 from atm_triton.block import Step
-from atm_triton.command import Parser, exit_code
-from atm_triton.env import check_file, write_result
-from atm_triton.evaluate import share
-from atm_triton.inputs import check_device, digits_config, open_images, open_model
+from atm_triton.cli.command import Parser, exit_code
+from atm_triton.measure.configurations import digits_config
+from atm_triton.measure.evaluate import share
+from atm_triton.measure.images import open_images
+from atm_triton.measure.models import check_device, open_model
+from atm_triton.measure.provenance import check_file, write_result
 from atm_triton.packed import Packed
 from atm_triton.patch import install
 

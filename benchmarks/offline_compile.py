@@ -46,10 +46,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from atm_triton.command import Parser, exit_code
-from atm_triton.env import check_file, environment, write_result
+from atm_triton.cli.command import Parser, exit_code
 from atm_triton.kernels import attention
 from atm_triton.kernels.linear_gelu import linear_gelu_kernel
+from atm_triton.measure.provenance import check_file, environment, write_result
 from benchmarks.kept_rows import code_of, digest, known_rows, named
 from benchmarks.launches import (
     GROUPINGS,

@@ -10,7 +10,9 @@ import timm
 import torch
 
 from atm_triton import ATMBlock, ATMConfig, apply_patch, ops
-from atm_triton.inputs import digits_config, open_images, open_model
+from atm_triton.measure.configurations import digits_config
+from atm_triton.measure.images import open_images
+from atm_triton.measure.models import open_model
 from atm_triton.packed import Images, Packed
 from atm_triton.reference import group_by_size
 

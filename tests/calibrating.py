@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 
-from atm_triton import Target, calibrate, meter, search
-from atm_triton.distributed import rank, start, stop
+from atm_triton import Target, calibrate
+from atm_triton.calibration import meter, search
+from atm_triton.measure.distributed import rank, start, stop
 from models import images, vit
 
 

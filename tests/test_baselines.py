@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from atm_triton import ATMConfig, apply_patch, remove_patch, summary
 from atm_triton.block import Step
-from atm_triton.evaluate import evaluate
+from atm_triton.measure.evaluate import evaluate
 from atm_triton.packed import Packed
 from atm_triton.transformer import leading_tokens
 from benchmarks.baselines import BASELINES, Baseline, Plan, apply_baseline, baseline

@@ -12,19 +12,22 @@ from PIL import Image
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from atm_triton import ATMConfig, Target, apply_patch, calibrate, meter, search
-from atm_triton.calibrate import Promise, split_images
+from atm_triton import ATMConfig, Target, apply_patch, calibrate
+from atm_triton.calibration import meter, search
+from atm_triton.calibration.calibrate import Promise, split_images
+from atm_triton.calibration.curves import Drawer, Predictor, Shape
+from atm_triton.calibration.errors import UnreachableError
+from atm_triton.calibration.meter import Mean, Measured, Meter, hardest, similarities
+from atm_triton.calibration.resume import Notes
+from atm_triton.calibration.search import Search, smoothest
 from atm_triton.cli import main
-from atm_triton.errors import UnreachableError
-from atm_triton.evaluate import evaluate
+from atm_triton.cli.report import calibration_table
 from atm_triton.flops import cost, unmerged
-from atm_triton.inputs import checksum, open_images, open_model
-from atm_triton.measure import Measure
-from atm_triton.meter import Mean, Measured, Meter, hardest, similarities
-from atm_triton.notes import Notes
-from atm_triton.report import calibration_table
-from atm_triton.search import Search, smoothest
-from atm_triton.shapes import Drawer, Predictor, Shape
+from atm_triton.measure.comparison import Measure
+from atm_triton.measure.configurations import checksum
+from atm_triton.measure.evaluate import evaluate
+from atm_triton.measure.images import open_images
+from atm_triton.measure.models import open_model
 from models import distilled, images, small, vit
 
 SOFTMAX = Measure("softmax")

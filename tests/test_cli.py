@@ -16,13 +16,15 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from atm_triton import ATMConfig, apply_patch, report
-from atm_triton.cli import main
-from atm_triton.command import exit_code
+from atm_triton import ATMConfig, apply_patch
+from atm_triton.cli import main, report
+from atm_triton.cli.command import exit_code
 from atm_triton.config import REMEDY
-from atm_triton.env import check_file
-from atm_triton.evaluate import evaluate
-from atm_triton.inputs import digits_config, open_image, open_images, open_model
+from atm_triton.measure.configurations import digits_config
+from atm_triton.measure.evaluate import evaluate
+from atm_triton.measure.images import open_image, open_images
+from atm_triton.measure.models import open_model
+from atm_triton.measure.provenance import check_file
 from benchmarks import zoo
 
 FEW = ["--limit", "20", "--batch-size", "10"]
@@ -118,7 +120,7 @@ def test_static_has_no_deciles():
     assert outcome.tokens[1] == 197 - 10
 
 
-def test_bench(tmp_path, capsys):
+def test_bench(tmp_path, capfd):
     out, plot = tmp_path / "bench.json", tmp_path / "bench.png"
     arguments = ["--batches", "2", "--batch-size", "4", "--repeats", "2", "--json", str(out), "--plot", str(plot)]
     assert main(["bench", *arguments]) == 0
@@ -137,7 +139,8 @@ def test_bench(tmp_path, capsys):
         assert all(row["peak_mib"] > 0 for row in case["rows"])
         assert atm["slowest"] <= atm["images_per_second"] <= atm["fastest"]
     assert Image.open(plot).size[0] > 500
-    assert "free-merge bound" in capsys.readouterr().out
+    said = capfd.readouterr()
+    assert "free-merge bound" in said.out and "Memory block" not in said.err
 
 
 def test_bench_of_packed_images(tmp_path):
@@ -357,8 +360,8 @@ def test_broken_weights(tmp_path, capsys):
 @pytest.mark.parametrize("command", ["eval", "bench"])
 def test_nan_images_end_a_command(command, capsys, monkeypatch):
     loader = [(torch.full((2, 1, 112, 112), torch.nan), torch.zeros(2))]
-    monkeypatch.setattr("atm_triton.cli.open_images", lambda *_, **__: loader)
-    monkeypatch.setattr("atm_triton.cli.labels_fit", lambda *_: True)
+    monkeypatch.setattr("atm_triton.cli.commands.open_images", lambda *_, **__: loader)
+    monkeypatch.setattr("atm_triton.cli.commands.labels_fit", lambda *_: True)
     assert main([command]) == 2
     error = capsys.readouterr().err
     assert error == "atm-triton: images of batch 0 hold NaN or infinity; check the images and the weights\n"
@@ -509,7 +512,7 @@ def calibrating(*options):
 )
 def test_an_output_that_cannot_be_is_refused_before_anything_runs(arguments, message, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("atm_triton.cli.open_model", lambda *_, **__: pytest.fail("it has begun"))
+    monkeypatch.setattr("atm_triton.cli.commands.open_model", lambda *_, **__: pytest.fail("it has begun"))
     assert main(arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("atm-triton: ") and message in error and error.count("\n") == 1

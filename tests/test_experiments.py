@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 
-from atm_triton import search
+from atm_triton.calibration import search
 from benchmarks import adaptivity, calibration, invariance
 
 

@@ -13,7 +13,7 @@ from timm.utils.attention_extract import AttentionExtract
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from atm_triton import ATMConfig, apply_patch
-from atm_triton.visualize import attention_maps, merge_map
+from atm_triton.measure.visualize import attention_maps, merge_map
 from benchmarks.baselines import apply_baseline
 from models import images, vit
 

@@ -11,7 +11,7 @@ import torch
 from atm_triton import ATMConfig, apply_patch, ops
 from atm_triton.engine import Engine
 from atm_triton.graphs import Replays
-from atm_triton.inputs import digits_config
+from atm_triton.measure.configurations import digits_config
 from atm_triton.packed import Images
 from atm_triton.patch import install
 from benchmarks.gpu import STAGES, StageError, attention, engine, models, parity, sanitize, targets, timing

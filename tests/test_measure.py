@@ -13,14 +13,14 @@ from safetensors.torch import save_file
 from timm.layers import AttentionPoolLatent
 
 from atm_triton import ATMConfig, Target, apply_patch, calibrate
-from atm_triton.calibrate import Promise, split_images
+from atm_triton.calibration.calibrate import Promise, split_images
+from atm_triton.calibration.meter import Meter
+from atm_triton.calibration.resume import Notes
 from atm_triton.cli import main
-from atm_triton.evaluate import evaluate, unpatched_answers
+from atm_triton.cli.report import calibration_table, evaluation_table
 from atm_triton.flops import cost, unmerged
-from atm_triton.measure import MEASURES, Measure, measure_of, percentile
-from atm_triton.meter import Meter
-from atm_triton.notes import Notes
-from atm_triton.report import calibration_table, evaluation_table
+from atm_triton.measure.comparison import MEASURES, Measure, measure_of, percentile
+from atm_triton.measure.evaluate import evaluate, unpatched_answers
 from models import distilled, images, small, vit
 from test_calibrate import found, loader, one_thread, small_search, whole  # noqa: F401 (fixtures)
 

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from atm_triton import block, config, reference, search
+from atm_triton import block, config, reference
+from atm_triton.calibration import search
 from atm_triton.cli import main
 from benchmarks.pages import README, ROOT, filled
 from test_patch import KINDS

@@ -15,10 +15,12 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from atm_triton import ATMConfig, apply_patch, cli, report
+from atm_triton.calibration.curves import Predictor
 from atm_triton.digits.model import CONFIG, IMAGE_CONFIG
-from atm_triton.inputs import digits_config, open_images, open_model
+from atm_triton.measure.configurations import digits_config
+from atm_triton.measure.images import open_images
+from atm_triton.measure.models import open_model
 from atm_triton.operating_points import operating_points
-from atm_triton.shapes import Predictor
 from benchmarks import zoo
 from benchmarks.pages import EXPERIMENTS
 from benchmarks.paper import __main__ as paper

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from atm_triton import ATMBlock, ATMConfig, Target, apply_patch, calibrate, remove_patch, summary
 from atm_triton.cli import main
 from atm_triton.config import REMEDY
-from atm_triton.evaluate import evaluate
-from atm_triton.inputs import open_model
+from atm_triton.measure.evaluate import evaluate
+from atm_triton.measure.models import open_model
 from atm_triton.operating_points import PAPER_NAMES
 from models import images, images_for, small, vit
 
@@ -232,7 +232,7 @@ def test_a_calibration_says_it_of_what_it_found_alone(loader, monkeypatch):
     from test_calibrate import SMALL
 
     for name, value in SMALL.items():
-        monkeypatch.setattr("atm_triton.search." + name, value)
+        monkeypatch.setattr("atm_triton.calibration.search." + name, value)
     with warnings.catch_warnings(action="error"):  # on the way it tries to merge everything
         calibrate(vit(depth=8), loader, Target(max_kl=1e-4), progress=False)
     with pytest.warns(UserWarning, match=GONE) as said:

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from atm_triton import ATMConfig, apply_patch, summary
 from atm_triton.cli import main
-from atm_triton.visualize import CELL, OUTLINE, draw, merge_map, paint, picture
+from atm_triton.measure.visualize import CELL, OUTLINE, draw, merge_map, paint, picture
 from benchmarks.baselines import apply_baseline
 from models import distilled, images, vit
 

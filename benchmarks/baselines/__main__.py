@@ -1,6 +1,6 @@
 """``python -m benchmarks.baselines``: the methods with their settings."""
 
-from atm_triton.command import Parser
+from atm_triton.cli.command import Parser
 from benchmarks.baselines import BASELINES
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from atm_triton.errors import UnreachableError
+from atm_triton.calibration.errors import UnreachableError
 from atm_triton.packed import Packed
 from atm_triton.transformer import leading_tokens
 from benchmarks.baselines.base import Baseline, Plan, ReducingBlock, by_value, check_blocks, is_number, places

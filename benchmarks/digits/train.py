@@ -23,11 +23,11 @@ from timm.scheduler import CosineLRScheduler
 from torch import nn
 from tqdm import tqdm
 
-from atm_triton.command import Parser, exit_code
+from atm_triton.cli.command import Parser, exit_code
 from atm_triton.digits.model import CHECKPOINT, vit_digits_patch8_112
 from atm_triton.digits.render import CANVAS, Digits, render
-from atm_triton.env import check_file, write_result
-from atm_triton.inputs import check_device
+from atm_triton.measure.models import check_device
+from atm_triton.measure.provenance import check_file, write_result
 
 STAGES = ((40, 48, 2600), (64, 32, 2400), (CANVAS, 32, 1700))  # side in px, batch size, steps
 PATCH, GRID = 8, CANVAS // 8

@@ -23,7 +23,7 @@ def chosen(names: list[str]) -> list[str]:
 
 
 def check(args: argparse.Namespace) -> None:
-    from atm_triton.inputs import check_device
+    from atm_triton.measure.models import check_device
     from atm_triton.ops import interpreting
 
     if args.device == "cpu" and not args.tiny:
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> str | None:
     check(args)
     import torch
 
-    from atm_triton.env import write_result
+    from atm_triton.measure.provenance import write_result
     from benchmarks.gpu.setting import Setting
     from benchmarks.gpu.table import tables
 
@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.device == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is imported
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler otherwise reports to the terminal
-    from atm_triton.command import exit_code
+    from atm_triton.cli.command import exit_code
 
     failures: list[str | None] = []
     code = exit_code("benchmarks.gpu", lambda: failures.append(run(args)))

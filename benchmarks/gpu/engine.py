@@ -22,11 +22,11 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor
 
 from atm_triton.config import ATMConfig
-from atm_triton.evaluate import share
 from atm_triton.flops import mean, planned
 from atm_triton.graphs import replays_on
+from atm_triton.measure.evaluate import share
+from atm_triton.measure.throughput import free_merge_bound, keep_freed_memory, time_in_turn
 from atm_triton.patch import install
-from atm_triton.throughput import free_merge_bound, keep_freed_memory, time_in_turn
 from benchmarks.gpu import StageError
 from benchmarks.gpu.models import DIGITS, Case, made, opened, patched
 from benchmarks.gpu.setting import Setting, one_line, short

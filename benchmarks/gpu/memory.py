@@ -5,8 +5,8 @@ from typing import Any
 import torch
 
 from atm_triton import ops
+from atm_triton.measure.throughput import peak_memory
 from atm_triton.packed import Images
-from atm_triton.throughput import peak_memory
 from benchmarks.gpu import StageError
 from benchmarks.gpu.setting import Setting, qkv
 

@@ -11,9 +11,11 @@ from torch import Tensor
 
 from atm_triton.block import ATMBlock
 from atm_triton.config import ATMConfig
-from atm_triton.evaluate import share
 from atm_triton.flops import mean
-from atm_triton.inputs import digits_config, open_images, open_model
+from atm_triton.measure.configurations import digits_config
+from atm_triton.measure.evaluate import share
+from atm_triton.measure.images import open_images
+from atm_triton.measure.models import open_model
 from atm_triton.ops import Match
 from atm_triton.packed import Packed
 from atm_triton.patch import apply_patch, install

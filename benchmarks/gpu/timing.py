@@ -1,4 +1,7 @@
-"""How long a call takes: the one place where stages measure time (models: ``atm_triton.throughput.time_in_turn``)."""
+"""How long a call takes: the one place where stages measure time.
+
+Whole models are timed by ``atm_triton.measure.throughput.time_in_turn``.
+"""
 
 import statistics
 import time

@@ -11,7 +11,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from atm_triton.config import ATMConfig
-from atm_triton.inputs import digits_config, open_images, open_model
+from atm_triton.measure.configurations import digits_config
+from atm_triton.measure.images import open_images
+from atm_triton.measure.models import open_model
 from atm_triton.patch import apply_patch
 from benchmarks.gpu.setting import Setting
 

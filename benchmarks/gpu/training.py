@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from atm_triton.config import ATMConfig
-from atm_triton.evaluate import share
+from atm_triton.measure.evaluate import share
+from atm_triton.measure.throughput import keep_freed_memory, peak_memory, time_in_turn
 from atm_triton.patch import apply_patch
-from atm_triton.throughput import keep_freed_memory, peak_memory, time_in_turn
 from benchmarks.gpu.models import NAMES, TINY_SIDE, fitted
 from benchmarks.gpu.setting import Setting
 

@@ -16,9 +16,7 @@ from torch import Tensor
 from triton.errors import TritonError
 
 from atm_triton import ops
-from atm_triton.command import Parser, exit_code
-from atm_triton.env import environment
-from atm_triton.inputs import check_device
+from atm_triton.cli.command import Parser, exit_code
 from atm_triton.kernels.assign import LONG_CONFIG, ONE_PROGRAM, assign, assign_table
 from atm_triton.kernels.attention import attention, attention_table
 from atm_triton.kernels.images import block_for
@@ -26,6 +24,8 @@ from atm_triton.kernels.match import WHOLE_IMAGE, match, match_image_table, matc
 from atm_triton.kernels.merge import Norm, add_norm, merge, rows_table
 from atm_triton.kernels.stem import stem, stem_table
 from atm_triton.kernels.unmerge import unmerge
+from atm_triton.measure.models import check_device
+from atm_triton.measure.provenance import environment
 from atm_triton.packed import Images
 from benchmarks.gpu.setting import qkv, some_sizes
 from benchmarks.gpu.timing import median_us, replayed

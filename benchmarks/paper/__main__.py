@@ -6,9 +6,9 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from atm_triton.command import Parser, exit_code
-from atm_triton.env import check_file, write_result
-from atm_triton.report import left_out, need_matplotlib
+from atm_triton.cli.command import Parser, exit_code
+from atm_triton.cli.report import left_out, need_matplotlib
+from atm_triton.measure.provenance import check_file, write_result
 from benchmarks.bench import RESULTS
 from benchmarks.paper import (
     figure2,

@@ -15,7 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from atm_triton import ATMConfig, apply_patch
-from atm_triton.evaluate import share
+from atm_triton.measure.evaluate import share
 from benchmarks.paper.cells import markdown
 from benchmarks.paper.rows import Rows
 from benchmarks.paper.subject import Subject, options

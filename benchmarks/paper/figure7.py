@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from atm_triton.evaluate import share
 from atm_triton.flops import cost_of_each
-from atm_triton.visualize import Picture, draw, picture
+from atm_triton.measure.evaluate import share
+from atm_triton.measure.visualize import Picture, draw, picture
 from benchmarks.paper.cells import markdown
 from benchmarks.paper.methods import at_cost
 from benchmarks.paper.rows import Rows

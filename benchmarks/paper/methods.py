@@ -13,10 +13,10 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from atm_triton import ATMConfig, apply_patch
-from atm_triton.errors import UnreachableError
-from atm_triton.evaluate import Patch, share
-from atm_triton.search import SEEN
-from atm_triton.shapes import Shape
+from atm_triton.calibration.curves import Shape
+from atm_triton.calibration.errors import UnreachableError
+from atm_triton.calibration.search import SEEN
+from atm_triton.measure.evaluate import Patch, share
 from atm_triton.summary import summary
 from benchmarks.baselines import baseline
 from benchmarks.bench import Bench

@@ -9,7 +9,7 @@ import argparse
 from typing import Any
 
 from atm_triton import ATMConfig
-from atm_triton.inputs import DIGITS
+from atm_triton.measure.models import DIGITS
 from atm_triton.operating_points import OperatingPoint, operating_points, paper_name
 from benchmarks.paper.cells import about, drop, markdown, saved
 from benchmarks.paper.methods import measured, of_config

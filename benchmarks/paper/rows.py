@@ -7,7 +7,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from atm_triton.env import environment, write_result
+from atm_triton.measure.provenance import environment, write_result
 
 SAME = ("commit", "dirty", "atm_triton", "torch", "cpu", "gpu")  # of the environment, in every row of a file
 FREE = ("device", "thresholds")  # what a result may be measured anew with

@@ -10,20 +10,13 @@ import torch
 from torch import Tensor
 
 from atm_triton import ATMConfig
-from atm_triton.calibrate import LEAST_IMAGES
-from atm_triton.evaluate import Evaluation, evaluate, unpatched_answers
+from atm_triton.calibration.calibrate import LEAST_IMAGES
+from atm_triton.cli.options import DTYPES, data_options, model_options
 from atm_triton.flops import cost, unmerged
-from atm_triton.inputs import (
-    DIGITS,
-    check_device,
-    check_weights,
-    checksum,
-    data_config,
-    labels_fit,
-    open_images,
-    open_model,
-)
-from atm_triton.options import DTYPES, data_options, model_options
+from atm_triton.measure.configurations import checksum
+from atm_triton.measure.evaluate import Evaluation, evaluate, unpatched_answers
+from atm_triton.measure.images import labels_fit, open_images
+from atm_triton.measure.models import DIGITS, check_device, check_weights, data_config, open_model
 from atm_triton.transformer import leading_tokens
 from benchmarks.bench import BATCH_SIZE, Bench
 from benchmarks.paper.thresholds import Thresholds

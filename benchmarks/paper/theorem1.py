@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from atm_triton import ATMConfig, ops
 from atm_triton.block import ATMBlock
-from atm_triton.evaluate import share
+from atm_triton.measure.evaluate import share
 from atm_triton.packed import Assignment, Packed
 from atm_triton.patch import install
 from atm_triton.reference import of_tokens

@@ -2,7 +2,6 @@
 
 import argparse
 import io
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext, redirect_stdout
@@ -14,36 +13,24 @@ from typing import Any
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from atm_triton import report
-from atm_triton.calibrate import Target, calibrate
-from atm_triton.command import exit_code
+from atm_triton.calibration.calibrate import Target, calibrate
+from atm_triton.calibration.errors import UnreachableError
+from atm_triton.cli import report
+from atm_triton.cli.command import exit_code
+from atm_triton.cli.options import DTYPES, parser
 from atm_triton.config import ATMConfig
-from atm_triton.distributed import rank, start, stop
-from atm_triton.env import check_file, check_outputs, environment, write_result
-from atm_triton.errors import UnreachableError
-from atm_triton.evaluate import evaluate
-from atm_triton.inputs import (
-    DIGITS,
-    TRANSFORM,
-    check_device,
-    check_weights,
-    checksum,
-    data_config,
-    digits_config,
-    labels_fit,
-    open_image,
-    open_images,
-    open_model,
-    promised_measure,
-    read_config,
-)
-from atm_triton.measure import Measure, measure_of
+from atm_triton.measure.comparison import Measure, measure_of
+from atm_triton.measure.configurations import checksum, digits_config, promised_measure, read_config
+from atm_triton.measure.distributed import rank, start, stop
+from atm_triton.measure.evaluate import evaluate
+from atm_triton.measure.images import TRANSFORM, labels_fit, open_image, open_images
+from atm_triton.measure.models import DIGITS, check_device, check_weights, data_config, open_model
+from atm_triton.measure.provenance import check_file, check_outputs, environment, write_result
+from atm_triton.measure.throughput import keep_freed_memory, measure
+from atm_triton.measure.visualize import draw, picture
 from atm_triton.ops import explain
-from atm_triton.options import DTYPES, parser
 from atm_triton.patch import apply_patch, settled
 from atm_triton.record import Record
-from atm_triton.throughput import keep_freed_memory, measure
-from atm_triton.visualize import draw, picture
 
 DEIT = "deit_small_patch16_224"
 RANDOM_R = 8  # of every block, where no images tell thresholds what to do
@@ -352,7 +339,3 @@ def _paths(args: argparse.Namespace, *names: str) -> dict[str, Path]:
     given = {name: getattr(args, name, None) for name in names}
     several = {f"{name} {path}": path for name, paths in given.items() if isinstance(paths, list) for path in paths}
     return {f"--{name}": Path(path) for name, path in (given | several).items() if isinstance(path, str | Path)}
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -4,14 +4,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from atm_triton.calibrate import Calibration, Promise
-from atm_triton.env import check_file
-from atm_triton.evaluate import Evaluation, Quality
-from atm_triton.measure import Measure
+from atm_triton.calibration.calibrate import Calibration, Promise
+from atm_triton.measure.comparison import Measure
+from atm_triton.measure.evaluate import Evaluation, Quality
+from atm_triton.measure.provenance import check_file
 
 
 def throughput_table(rows: list[dict[str, Any]]) -> str:
-    """The rows of :func:`atm_triton.throughput.measure`."""
+    """The rows of :func:`atm_triton.measure.throughput.measure`."""
     lines = [
         f"{'':24} {'images/s':>9} {'slowest':>9} {'fastest':>9} {'speed-up':>8} {'bound/it':>8} {'GFLOPs':>7} "
         f"{'peak MiB':>8}"

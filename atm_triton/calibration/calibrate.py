@@ -1,8 +1,8 @@
 """calibrate(model, loader, target): the configuration that changes a model least at a cost, or costs least at a change.
 
 A model, some images without labels, and a wish: so many GFLOPs, or so little change, in the measure that fits the
-model's answers (:mod:`atm_triton.measure`). Of the images three parts in eight are fitted to, three choose among what
-fits, and two, which neither saw, measure what is promised.
+model's answers (:mod:`atm_triton.measure.comparison`). Of the images three parts in eight are fitted to, three choose
+among what fits, and two, which neither saw, measure what is promised.
 """
 
 import math
@@ -17,17 +17,17 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from tqdm import tqdm
 
-from atm_triton import search as searching
+from atm_triton.calibration import search as searching
+from atm_triton.calibration.curves import Predictor, Shape
+from atm_triton.calibration.errors import UnreachableError
+from atm_triton.calibration.meter import Mean, Measured, Meter, similarities
+from atm_triton.calibration.search import MANY, SEEN, Found, Search
 from atm_triton.config import ADAPT, ATMConfig
-from atm_triton.distributed import silent
-from atm_triton.errors import UnreachableError
 from atm_triton.flops import unmerged
-from atm_triton.measure import Measure, measure_of, percentile
-from atm_triton.meter import Mean, Measured, Meter, similarities
+from atm_triton.measure.comparison import Measure, measure_of, percentile
+from atm_triton.measure.distributed import silent
 from atm_triton.patch import check_model, knows_sizes
 from atm_triton.reference import largest_r
-from atm_triton.search import MANY, SEEN, Found, Search
-from atm_triton.shapes import Predictor, Shape
 
 PARTS = {"fit": 3, "choose": 3, "promise": 2}  # in eighths
 LEAST_IMAGES = 64

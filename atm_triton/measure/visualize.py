@@ -12,7 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from atm_triton.block import ATMBlock
-from atm_triton.inputs import data_config
+from atm_triton.measure.models import data_config
 from atm_triton.summary import summary
 from atm_triton.transformer import MergingTransformer
 

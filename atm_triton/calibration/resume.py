@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import TextIO
 
-from atm_triton.distributed import from_first, rank
+from atm_triton.measure.distributed import from_first, rank
 
 
 class Notes:

@@ -12,9 +12,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from atm_triton.config import ATMConfig
-from atm_triton.distributed import in_order, silent
 from atm_triton.flops import cost, cost_of_each, unmerged
-from atm_triton.measure import Measure, measure_of, percentile
+from atm_triton.measure.comparison import Measure, measure_of, percentile
+from atm_triton.measure.distributed import in_order, silent
 from atm_triton.patch import apply_patch
 from atm_triton.record import Number, Record
 from atm_triton.transformer import MergingTransformer
@@ -108,8 +108,8 @@ def evaluate(
 ) -> Evaluation:
     """Run an unpatched model with and without ``config`` over the same batches.
 
-    Of several processes (:mod:`atm_triton.distributed`) each gives the batches of its own shard, and all get the result
-    over the batches of all.
+    Of several processes (:mod:`atm_triton.measure.distributed`) each gives the batches of its own shard, and all get
+    the result over the batches of all.
 
     Args:
         model: unpatched, in eval mode; it stays so.

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-_HERE = Path(__file__).parent
 _PACKAGES = ("torch", "triton", "timm", "torchvision", "numpy")
 
 
@@ -103,8 +102,8 @@ def _gpu() -> dict[str, Any]:
 
 def _commit() -> dict[str, Any]:
     """The commit of the checkout this package lies in; None where it is installed elsewhere."""
-    git = ["git", "-C", str(_HERE)]
-    if _output([*git, "ls-files", "--error-unmatch", str(_HERE / "env.py")]) is None:
+    git = ["git", "-C", str(Path(__file__).parent)]
+    if _output([*git, "ls-files", "--error-unmatch", str(Path(__file__))]) is None:
         return {"commit": None, "dirty": None}
     changes = _output([*git, "status", "--porcelain", "--", ":/", ":(top,exclude)benchmarks/results"])
     return {"commit": _output([*git, "rev-parse", "HEAD"]), "dirty": None if changes is None else bool(changes)}

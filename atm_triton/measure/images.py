@@ -1,161 +1,27 @@
-"""Models and images by name: the digits that come with the package, or timm's models and folders of images."""
+"""Images by name: the digits that come with the package, or folders of image files."""
 
-import hashlib
-import json
 import random
 from collections.abc import Iterator
-from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import timm
 import torch
 from PIL import Image, ImageOps
-from timm.data import create_loader, create_transform, resolve_model_data_config
+from timm.data import create_loader, create_transform
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from atm_triton.config import REMEDY, ATMConfig
 from atm_triton.digits import model as digits_model
 from atm_triton.digits.render import render
-from atm_triton.distributed import own_images
-from atm_triton.measure import Measure, measure_of
-from atm_triton.models import load_checkpoint
-from atm_triton.patch import check_model
+from atm_triton.measure.distributed import own_images
+from atm_triton.measure.models import DIGITS, data_config
 
-DIGITS = "digits"
 TRANSFORM = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")  # of an image for a model
 TEST_IMAGES = 4000  # of the digits' test split, where no limit is given
-
-
-def open_model(
-    name: str = DIGITS, checkpoint: Path | None = None, pretrained: bool = False, **model_kwargs: Any
-) -> VisionTransformer:
-    """A model in eval mode.
-
-    Args:
-        name: "digits", or any name of timm's or of :mod:`atm_triton.models`.
-        checkpoint: weights to load into it (safetensors, or a .pth file of tensors alone).
-        pretrained: download timm's published weights. With neither of the two, weights are random but the digits'.
-        model_kwargs: of the model's function, as ``global_pool="avg"``.
-
-    Raises:
-        ValueError: an unknown name, or weights that do not fit; OSError: a file that cannot be read; TypeError: a model
-            that cannot be merged.
-    """
-    own = {"pretrained", "checkpoint_path", "features_only"} & model_kwargs.keys()
-    if own:
-        raise ValueError(f"model argument {own.pop()}: give a checkpoint, or ask for pretrained weights, by itself")
-    _check_name(name)
-    if name == DIGITS:
-        name, pretrained = digits_model.NAME, checkpoint is None
-    if pretrained:
-        with torch.device("meta"):
-            check_model(_made(name, **model_kwargs))  # before weights are downloaded
-    model = _made(name, pretrained=pretrained, **model_kwargs)
-    check_model(model)
-    if checkpoint is not None:
-        load_checkpoint(model, checkpoint)
-    return model.eval()
-
-
-def _made(name: str, **arguments: Any) -> nn.Module:
-    try:
-        return timm.create_model(name, **arguments)
-    except Exception as error:  # an unknown tag, no network, no such file; an argument that some layer takes amiss
-        reason = str(error) or f"{type(error).__name__}, with {arguments}"
-        raise ValueError(f"model {name!r} cannot be made: {reason}") from error
-
-
-def check_weights(name: str, checkpoint: Path | None, pretrained: bool) -> None:
-    """Refuse a model by name that is unknown, or whose weights would be random."""
-    _check_name(name)
-    if name != DIGITS and checkpoint is None and not pretrained:
-        raise ValueError(f"{name} would have random weights: give --checkpoint FILE or --pretrained")
-
-
-def _check_name(name: str) -> None:
-    if name != DIGITS and not timm.is_model(name.split(".")[0]):
-        close = ", ".join(get_close_matches(name, [DIGITS, *timm.list_models()], n=3))
-        raise ValueError(f"model {name!r} is unknown to timm" + (f"; did you mean {close}?" if close else ""))
-
-
-def data_config(model: VisionTransformer) -> dict[str, Any]:
-    """How timm makes images for a model: of the size that it was made for, else as its weights were trained."""
-    config = resolve_model_data_config(model)
-    size = getattr(model.patch_embed, "img_size", None)
-    return config if size is None else {**config, "input_size": (config["input_size"][0], *size)}
-
-
-def check_device(device: str) -> None:
-    """Refuse a device that is not there."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch sees no CUDA device here; give cpu")
-
-
-def digits_config(adapt: str = "batch") -> ATMConfig:
-    """The thresholds chosen for the digits model on its calibration split, for "batch" or for "image"."""
-    path = digits_model.IMAGE_CONFIG if adapt == "image" else digits_model.CONFIG
-    return ATMConfig.from_json(path.read_text())
-
-
-def read_config(path: Path, model: str, model_kwargs: dict[str, Any], checkpoint: Path | None) -> ATMConfig:
-    """The configuration in a JSON file of :class:`ATMConfig`'s, or of a result that holds one, for a model by name with
-    the weights of a file, or with its own.
-
-    Raises:
-        OSError: no such file; ValueError: it holds none, or one that was calibrated for another model.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"--config {path} is no file; atm-triton calibrate makes one")
-    try:
-        text = path.read_text()
-        config = ATMConfig.from_json(text)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"--config {path}: {error}") from error
-    if not config.has_thresholds:
-        raise ValueError(f"--config {path} has no thresholds; {REMEDY}")
-    document = json.loads(text)
-    made = document.get("model"), document.get("model_kwargs") or {}
-    if made[0] is not None and made != (model, model_kwargs):
-        of, here = (f"{name} {kwargs or ''}".strip() for name, kwargs in (made, (model, model_kwargs)))
-        raise ValueError(f"--config {path} was calibrated for {of}, not for {here}; calibrate anew")
-    if "checkpoint_sha256" in document and document["checkpoint_sha256"] != checksum(checkpoint):
-        raise ValueError(f"--config {path} was calibrated for other weights, {document.get('weights')}; calibrate anew")
-    return config
-
-
-def promised_measure(path: Path | None, model: VisionTransformer) -> Measure | None:
-    """The measure by which the file of a calibration promises; None of a file that promises nothing.
-
-    Raises:
-        ValueError: it does not fit the model.
-    """
-    document = {} if path is None else json.loads(path.read_text())
-    promise = document.get("promise")
-    if promise is None:
-        return None
-    try:
-        promised = Measure(promise.get("measure", "softmax"))  # older files compared nothing else
-        fitting = measure_of(model, promised.name == "dense", promised.name == "sigmoid")
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"--config {path}: {error}") from error
-    if promised != fitting:
-        raise ValueError(f"--config {path} compared {promised}; of this model that is {fitting}; calibrate anew")
-    return promised
-
-
-def checksum(checkpoint: Path | None) -> str | None:
-    """What tells a file of weights from others; None for a model's own."""
-    if checkpoint is None:
-        return None
-    if not checkpoint.is_file():
-        raise FileNotFoundError(f"checkpoint {checkpoint} is no file")
-    return hashlib.sha256(checkpoint.read_bytes()).hexdigest()
 
 
 class DigitImages(Dataset):

@@ -9,7 +9,7 @@ from typing import Any, NoReturn, TextIO
 
 import torch
 
-from atm_triton.distributed import failed
+from atm_triton.measure.distributed import failed
 
 
 class Parser(argparse.ArgumentParser):

@@ -28,8 +28,8 @@ from tqdm import tqdm
 
 from atm_triton.block import ATMBlock, Step
 from atm_triton.config import ATMConfig
-from atm_triton.evaluate import check_finite, share
 from atm_triton.flops import Cost, cost, mean, planned, unmerged
+from atm_triton.measure.evaluate import check_finite, share
 from atm_triton.ops import Match
 from atm_triton.packed import Images, Packed
 from atm_triton.patch import apply_patch, install
@@ -42,10 +42,11 @@ UNPATCHED, BOUND, TOME, ATM, ONE_R = "timm", "free-merge bound", "ToMe", "ATM", 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to run a model: ``run`` makes one pass over all batches; ``gflops`` and ``tokens`` (mean tokens that
-    enter each block) are an image's."""
+    """One way to run a model: ``run`` makes one pass over all batches, each by one of ``models``; ``gflops`` and
+    ``tokens`` (mean tokens that enter each block) are an image's."""
 
     name: str
+    models: list[VisionTransformer]
     run: Callable[[], None]
     gflops: float
     tokens: tuple[float, ...]
@@ -199,7 +200,7 @@ def _variant(
             model(batch)
 
     tokens = tuple(statistics.fmean(map(mean, column)) for column in zip(*(r.tokens for r in records), strict=True))
-    return Variant(name, run, statistics.fmean(c.paper_gflops for c in costs), tokens, note)
+    return Variant(name, models, run, statistics.fmean(c.paper_gflops for c in costs), tokens, note)
 
 
 def keep_freed_memory() -> None:
@@ -280,6 +281,7 @@ def measure(
     rows = []
     for way in ways:
         rate = [images / s for s in seconds[way.name]]
+        held = [getattr(model.blocks, "last", None) for model in way.models]  # torch warns where the profile frees them
         rows.append(
             {
                 "name": way.name,
@@ -295,6 +297,7 @@ def measure(
                 "seconds": seconds[way.name],
             }
         )
+        del held
     return rows
 
 

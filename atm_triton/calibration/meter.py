@@ -1,9 +1,9 @@
 """Measures configurations beside the unmerged model on parts of some images.
 
-By their GFLOPs, their divergence (:mod:`atm_triton.measure`) and their *change*: the mean of a power of an image's
-divergence. The mean of the divergence itself is decided by one image in hundreds and tells little on so few; a lower
-power needs fewer, but one too low does not see those images at all. What was measured is not measured again, also not
-by a later run that finds the notes of this one.
+By their GFLOPs, their divergence (:mod:`atm_triton.measure.comparison`) and their *change*: the mean of a power of an
+image's divergence. The mean of the divergence itself is decided by one image in hundreds and tells little on so few; a
+lower power needs fewer, but one too low does not see those images at all. What was measured is not measured again, also
+not by a later run that finds the notes of this one.
 """
 
 import hashlib
@@ -17,11 +17,11 @@ from torch import Tensor
 
 from atm_triton import ops
 from atm_triton.block import ATMBlock
+from atm_triton.calibration.resume import Notes
 from atm_triton.config import ATMConfig
-from atm_triton.distributed import in_order, own
-from atm_triton.evaluate import compare, share, unpatched_answers
-from atm_triton.measure import MEASURES, Measure, measure_of, percentile
-from atm_triton.notes import Notes
+from atm_triton.measure.comparison import MEASURES, Measure, measure_of, percentile
+from atm_triton.measure.distributed import in_order, own
+from atm_triton.measure.evaluate import compare, share, unpatched_answers
 from atm_triton.packed import Packed
 from atm_triton.patch import apply_patch, install
 

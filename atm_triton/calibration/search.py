@@ -1,10 +1,10 @@
 """The search of a calibration: fit configurations on some images, choose among them on others.
 
-Only forward passes of whole configurations are compared, at one cost, by their *change* (:mod:`atm_triton.meter`).
-While shapes are fitted, the change is measured on the hardest images to fit alone, those that the best draws change
-most, and the cost on a few of chance. Another shape may have hard images of its own, so the last are judged on all
-images to choose by. Labels are never used. The search is seeded: a run that goes on where another was interrupted asks
-the same questions.
+Only forward passes of whole configurations are compared, at one cost, by their *change*
+(:mod:`atm_triton.calibration.meter`). While shapes are fitted, the change is measured on the hardest images to fit
+alone, those that the best draws change most, and the cost on a few of chance. Another shape may have hard images of its
+own, so the last are judged on all images to choose by. Labels are never used. The search is seeded: a run that goes on
+where another was interrupted asks the same questions.
 """
 
 import math
@@ -15,10 +15,10 @@ from itertools import accumulate, pairwise
 
 from tqdm import tqdm
 
+from atm_triton.calibration.curves import Drawer, Predictor, Shape
+from atm_triton.calibration.errors import UnreachableError
+from atm_triton.calibration.meter import Mean, Meter, hardest
 from atm_triton.config import ATMConfig
-from atm_triton.errors import UnreachableError
-from atm_triton.meter import Mean, Meter, hardest
-from atm_triton.shapes import Drawer, Predictor, Shape
 
 SEEN = ("fit", "choose")  # parts of the images
 DRAWS, KEPT, STEPS, FINALISTS = 60, 8, 30, 4

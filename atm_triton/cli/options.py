@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from timm.utils import ParseKwargs
 
-from atm_triton.command import Parser
+from atm_triton.cli.command import Parser
 from atm_triton.config import ADAPT, BACKENDS
-from atm_triton.inputs import DIGITS
+from atm_triton.measure.models import DIGITS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 SPLITS = ("test", "calibration", "train")

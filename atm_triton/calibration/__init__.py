@@ -1,0 +1,1 @@
+"""Thresholds for a model, from images without labels."""

@@ -1,0 +1,5 @@
+"""The command line: ``atm-triton``."""
+
+from atm_triton.cli.commands import main
+
+__all__ = ["main"]

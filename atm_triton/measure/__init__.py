@@ -1,0 +1,1 @@
+"""What merging costs and changes: models, images, evaluation, speed, pictures, provenance."""

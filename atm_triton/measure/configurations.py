@@ -1,0 +1,73 @@
+"""Configurations from files, and whether they are of the model at hand."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from timm.models.vision_transformer import VisionTransformer
+
+from atm_triton.config import REMEDY, ATMConfig
+from atm_triton.digits import model as digits_model
+from atm_triton.measure.comparison import Measure, measure_of
+
+
+def digits_config(adapt: str = "batch") -> ATMConfig:
+    """The thresholds chosen for the digits model on its calibration split, for "batch" or for "image"."""
+    path = digits_model.IMAGE_CONFIG if adapt == "image" else digits_model.CONFIG
+    return ATMConfig.from_json(path.read_text())
+
+
+def read_config(path: Path, model: str, model_kwargs: dict[str, Any], checkpoint: Path | None) -> ATMConfig:
+    """The configuration in a JSON file of :class:`ATMConfig`'s, or of a result that holds one, for a model by name with
+    the weights of a file, or with its own.
+
+    Raises:
+        OSError: no such file; ValueError: it holds none, or one that was calibrated for another model.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"--config {path} is no file; atm-triton calibrate makes one")
+    try:
+        text = path.read_text()
+        config = ATMConfig.from_json(text)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"--config {path}: {error}") from error
+    if not config.has_thresholds:
+        raise ValueError(f"--config {path} has no thresholds; {REMEDY}")
+    document = json.loads(text)
+    made = document.get("model"), document.get("model_kwargs") or {}
+    if made[0] is not None and made != (model, model_kwargs):
+        of, here = (f"{name} {kwargs or ''}".strip() for name, kwargs in (made, (model, model_kwargs)))
+        raise ValueError(f"--config {path} was calibrated for {of}, not for {here}; calibrate anew")
+    if "checkpoint_sha256" in document and document["checkpoint_sha256"] != checksum(checkpoint):
+        raise ValueError(f"--config {path} was calibrated for other weights, {document.get('weights')}; calibrate anew")
+    return config
+
+
+def promised_measure(path: Path | None, model: VisionTransformer) -> Measure | None:
+    """The measure by which the file of a calibration promises; None of a file that promises nothing.
+
+    Raises:
+        ValueError: it does not fit the model.
+    """
+    document = {} if path is None else json.loads(path.read_text())
+    promise = document.get("promise")
+    if promise is None:
+        return None
+    try:
+        promised = Measure(promise.get("measure", "softmax"))  # older files compared nothing else
+        fitting = measure_of(model, promised.name == "dense", promised.name == "sigmoid")
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"--config {path}: {error}") from error
+    if promised != fitting:
+        raise ValueError(f"--config {path} compared {promised}; of this model that is {fitting}; calibrate anew")
+    return promised
+
+
+def checksum(checkpoint: Path | None) -> str | None:
+    """What tells a file of weights from others; None for a model's own."""
+    if checkpoint is None:
+        return None
+    if not checkpoint.is_file():
+        raise FileNotFoundError(f"checkpoint {checkpoint} is no file")
+    return hashlib.sha256(checkpoint.read_bytes()).hexdigest()
