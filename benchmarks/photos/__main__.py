@@ -28,23 +28,29 @@ from benchmarks.photos.picture import draw
 from benchmarks.photos.weights import BACKBONE, kept, open_backbone, open_decoder
 
 SHARES = (0.1, 0.2, 0.3, 0.4)  # of the FLOPs saved
+OF_SUBJECT = ("images", "calibration_images", "batch_size", "data", "calibration_data")
 OF_FILE = tuple(name for name in SAME if name not in ("commit", "dirty"))  # of a row: methods may be added later
 
 
 def options() -> argparse.ArgumentParser:
     parser = Parser(prog="python -m benchmarks.photos", description=__doc__.split("\n\n")[0].split(": ")[1])
+    add_subject(parser)
+    parser.add_argument("--shares", type=float, nargs="+", default=list(SHARES), help="of the FLOPs to save")
+    text = f"some of: {'; '.join(STYLES)}"
+    parser.add_argument("--methods", nargs="+", choices=STYLES, default=list(STYLES), metavar="NAME", help=text)
+    parser.add_argument("--out", type=Path, default=RESULTS / "photos.json", help="the result; plots go beside it")
+    return parser
+
+
+def add_subject(parser: argparse.ArgumentParser) -> None:
+    """The options that say model and images."""
     parser.add_argument("--data", help="a directory of images to judge by, instead of the crops")
     parser.add_argument("--calibration-data", help="a directory of other images, to choose settings by")
     parser.add_argument("--images", type=int, default=64, help="to judge by (64)")
     parser.add_argument("--calibration-images", type=int, default=LEAST_IMAGES, help=f"to choose by ({LEAST_IMAGES})")
     parser.add_argument("--batch-size", type=int, default=32, help="images a batch (32)")
-    parser.add_argument("--shares", type=float, nargs="+", default=list(SHARES), help="of the FLOPs to save")
-    text = f"some of: {'; '.join(STYLES)}"
-    parser.add_argument("--methods", nargs="+", choices=STYLES, default=list(STYLES), metavar="NAME", help=text)
     parser.add_argument("--weights", type=Path, help="a directory of them, instead of the fetched ones")
-    parser.add_argument("--out", type=Path, default=RESULTS / "photos.json", help="the result; plots go beside it")
     parser.add_argument("--resume", action="store_true", help="add what --out holds no rows of yet")
-    return parser
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -60,9 +66,8 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError("--data and --calibration-data go together: settings are chosen by other images than judged")
     if args.data is not None and _overlap(args.data, args.calibration_data):
         raise ValueError(f"--calibration-data {args.calibration_data} holds images of --data; give others")
-    names = ("images", "calibration_images", "batch_size", "data", "calibration_data")
     photos = None if args.data else {split: list(names) for split, names in PHOTOS.items()}
-    return {name: getattr(args, name) for name in names} | {
+    return {name: getattr(args, name) for name in OF_SUBJECT} | {
         "photos": photos,
         "backbone_sha256": checksum(kept(BACKBONE, args.weights)),
     }

@@ -1,10 +1,14 @@
 """Crops of the colour photographs that scikit-learn, scikit-image and matplotlib ship, or a user's own images.
 
-Those to calibrate on and those to measure on come from different photographs.
+Those to calibrate on and those to measure on come from different photographs. ``python -m benchmarks.photos.images``
+writes crops to a directory, for commands that want one.
 """
 
+import argparse
 import math
 import random
+import sys
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,6 +18,7 @@ from timm.data import create_transform
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from atm_triton.cli.command import Parser, exit_code
 from atm_triton.measure.images import TRANSFORM, open_images
 from atm_triton.measure.models import data_config
 
@@ -57,7 +62,7 @@ def photo(split: str, name: str) -> Path:
 
 
 def box(rng: random.Random, width: int, height: int) -> tuple[int, int, int, int]:
-    """A random crop: left, upper, right, lower."""
+    """A random crop of an image that is not much longer than wide: left, upper, right, lower."""
     while True:
         area, ratio = rng.uniform(*SCALE) * width * height, math.exp(rng.uniform(*map(math.log, RATIO)))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
@@ -66,20 +71,23 @@ def box(rng: random.Random, width: int, height: int) -> tuple[int, int, int, int
             return left, upper, left + w, upper + h
 
 
-def crops(model: VisionTransformer, split: str, count: int, seed: int = 0) -> Tensor:
-    """Random crops as the model takes images, [count, C, H, W], of the photographs of a split in turn; half of them
-    mirrored. The first of a larger count are the same."""
-    config = data_config(model)
-    side = config["input_size"][1:]
-    to_tensor = create_transform(**{name: config[name] for name in TRANSFORM})
-    photos = [Image.open(photo(split, name)).convert("RGB") for name in PHOTOS[split]]
-    made = []
+def cropped(split: str, count: int, side: tuple[int, int], seed: int = 0) -> Iterator[tuple[str, Image.Image]]:
+    """Random crops of the photographs of a split in turn, with their names, resized to [H, W]; half of them mirrored.
+    The first of a larger count are the same."""
+    photos = {name: Image.open(photo(split, name)).convert("RGB") for name in PHOTOS[split]}
     for number in range(count):
         rng = random.Random(f"{split} {seed} {number}")
-        whole = photos[number % len(photos)]
-        crop = whole.resize(side[::-1], Image.Resampling.BICUBIC, box=box(rng, *whole.size))
-        made.append(to_tensor(crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else crop))
-    return torch.stack(made)
+        name = list(photos)[number % len(photos)]
+        crop = photos[name].resize(side[::-1], Image.Resampling.BICUBIC, box=box(rng, *photos[name].size))
+        yield name, crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else crop
+
+
+def crops(model: VisionTransformer, split: str, count: int, seed: int = 0) -> Tensor:
+    """The same as the model takes images, [count, C, H, W]."""
+    config = data_config(model)
+    to_tensor = create_transform(**{name: config[name] for name in TRANSFORM})
+    made = cropped(split, count, tuple(config["input_size"][1:]), seed)
+    return torch.stack([to_tensor(crop) for _, crop in made])
 
 
 def opened(model: VisionTransformer, split: str, count: int, data: str | None, option: str) -> Tensor:
@@ -99,3 +107,28 @@ def opened(model: VisionTransformer, split: str, count: int, data: str | None, o
             f"{option} {data} has {len(found)} images that can be read, not {count}{broken}; ask for fewer"
         )
     return found
+
+
+def write(args: argparse.Namespace) -> None:
+    """PNG files, a folder for each photograph."""
+    if args.images < 1 or args.side < 1:
+        raise ValueError(f"--images {args.images} --side {args.side}; give 1 or more")
+    if args.out.exists():
+        raise FileExistsError(f"--out {args.out} is there already; name a directory to be made")
+    for number, (name, crop) in enumerate(cropped(args.split, args.images, (args.side, args.side))):
+        (args.out / name).mkdir(parents=True, exist_ok=True)
+        crop.save(args.out / name / f"{number:04d}.png")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(prog="python -m benchmarks.photos.images", description="Write crops of photographs.")
+    parser.add_argument("--split", choices=PHOTOS, default="test", help="which photographs (test)")
+    parser.add_argument("--images", type=int, default=64, help="how many (64)")
+    parser.add_argument("--side", type=int, default=224, help="pixels (224)")
+    parser.add_argument("--out", type=Path, required=True, help="a directory that is not there yet")
+    args = parser.parse_args(argv)
+    return exit_code("benchmarks.photos.images", lambda: write(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
