@@ -1,5 +1,7 @@
 """The table and the plot of what ``python -m benchmarks.photos`` measures."""
 
+import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +17,35 @@ LABELS = {
 
 
 def table(result: dict[str, Any]) -> str:
-    """In Markdown: a row for each method at each cost; mean and standard error, and of the class token the worst."""
+    """In Markdown: a row for each method at each cost; mean and standard error, of the class token also the worst, and
+    how many times less class and patch tokens change than by ToMe with a constant r at the cost of the row."""
     count = max((row["images"] for row in result["rows"] if "images" in row), default=0)
-    head = [f"{count} images", "asked", "GFLOPs", "class token", "its worst", "patch tokens", "saliency"]
+    head = [f"{count} images", "asked", "GFLOPs", "class token", "its worst", "patch tokens", "saliency", "than ToMe"]
     body = []
     for share in sorted({row["share"] for row in result["rows"]}):
         rows = [row for row in result["rows"] if row["share"] == share]
         for row in sorted(rows, key=lambda row: list(STYLES).index(row["method"])):
             first = [row["method"], f"-{100 * share:.0f} %"]
             if "missing" in row:
-                body.append([*first, row["missing"], *[""] * 4])
+                body.append([*first, row["missing"], *[""] * 5])
                 continue
             cells = [_cell(row[name]) for name in MEASURES]
-            body.append([*first, f"{row['gflops']:.2f}", cells[0], f"{row['class_token']['worst']:.4f}", *cells[1:]])
+            less = ", ".join(_less(result, row, name) for name in MEASURES[:2])
+            worst = f"{row['class_token']['worst']:.4f}"
+            body.append([*first, f"{row['gflops']:.2f}", cells[0], worst, *cells[1:], less])
     return markdown(head, body)
+
+
+def _less(result: dict[str, Any], row: dict[str, Any], name: str) -> str:
+    """How many times less a measure changes than by ToMe, interpolated between its costs (the logarithm of the change,
+    linearly); "-" where it was not measured on both sides."""
+    tome = [one for one in result["rows"] if one["method"] == "tome" and "settings" in one]
+    found = sorted((one["gflops"], math.log(one[name]["mean"])) for one in tome)
+    for (low, at_low), (high, at_high) in pairwise(found):
+        if row[name] is not None and low <= row["gflops"] <= high:
+            at = at_low + (at_high - at_low) * (row["gflops"] - low) / (high - low)
+            return f"{math.exp(at) / row[name]['mean']:.2f}"
+    return "-"
 
 
 def _cell(found: dict[str, float] | None) -> str:
