@@ -21,7 +21,7 @@ from benchmarks.photos import __main__ as command
 from benchmarks.photos import fetch, ideas, images, report
 from benchmarks.photos import unmerge as unmerging
 from benchmarks.photos.compare import Photos, distance, told
-from benchmarks.photos.methods import STYLES, scaled, threshold
+from benchmarks.photos.methods import STYLES, at_cost, scaled, threshold
 from benchmarks.photos.picture import draw
 from benchmarks.photos.weights import Decoder, read
 from onnx_file import SIDE, WIDTH, OnnxFile, small
@@ -338,3 +338,26 @@ def test_crops_in_files_are_the_crops(tmp_path, capsys):
     assert torch.equal(found, images.crops(model, "test", 6)[order])
     assert images.main(arguments) == 2
     assert "is there already; name a directory to be made" in capsys.readouterr().err
+
+
+def test_calibrated_thresholds_are_chosen_by_other_images(some):
+    """By the public ``calibrate``, for patch tokens and the cost asked for."""
+    chosen_by = images.crops(some.model, "calibration", 64)
+    photos = Photos(some.model, some.decoder, chosen_by, some.test, some.photos, batch=32)
+    way = at_cost(photos, "atm, calibrated, image", photos.goal(0.2))
+    assert way.settings["config"]["adapt"] == "image" and not way.settings["config"]["cls_only_last"]
+    assert photos.gflops(way) == pytest.approx(photos.goal(0.2), abs=0.05 * photos.whole)
+
+
+def test_how_many_times_less_than_tome():
+    """Between its costs, by the logarithm; nothing is said beyond them."""
+
+    def row(method, gflops, change):
+        told = {"mean": change, "se": None, "worst": change}
+        return {"method": method, "share": 0.2, "gflops": gflops, "images": 1, "settings": {}} | dict.fromkeys(
+            ("class_token", "patch_tokens", "saliency"), told
+        )
+
+    rows = [row("tome", 4.0, 1e-2), row("tome", 5.0, 1e-4), row("mctf", 4.5, 1e-4), row("pitome", 3.9, 1e-4)]
+    lines = report.table({"rows": rows}).splitlines()
+    assert lines[-2].endswith("| 10.00, 10.00 |") and lines[-1].endswith("| -, - |")
