@@ -56,8 +56,9 @@ class Training:
         self.merging = apply_patch(share(self.model), config).train()
         self.merging.set_grad_checkpointing(self.recipe.grad_checkpointing)
 
-    def advance(self, own_passes: list[tuple[Tensor, Tensor]]) -> dict[str, float]:
-        """Take a step from the passes of this process; its loss, learning rate and norm of the gradient.
+    def advance(self, own_passes: list[tuple[Tensor, Tensor]]) -> dict[str, float | None]:
+        """Take a step from the passes of this process; its loss, learning rate and norm of the gradient (None where a
+        scaled loss was too large, and the step was left out).
 
         Raises:
             ValueError: the loss or a gradient is not finite; the weights are as before the step.
@@ -92,9 +93,8 @@ class Training:
         self.scaler.scale(loss / self.recipe.accumulate).backward()
         return loss.item()
 
-    def _update(self) -> float:
-        """Step by the gradients, which were summed; their norm (infinite where a scaled loss was too large, and the
-        step is left out)."""
+    def _update(self) -> float | None:
+        """Step by the gradients, which were summed; their norm."""
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip_grad or math.inf).item()
         lost = not math.isfinite(norm)
@@ -102,7 +102,7 @@ class Training:
             raise ValueError(self._diverged("gradient", norm))
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        return norm
+        return None if lost else norm
 
     def _diverged(self, what: str, value: float) -> str:
         return (
