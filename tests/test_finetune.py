@@ -332,6 +332,14 @@ def test_the_weights_load_into_the_unpatched_model(place):
     assert settings["mixup"] == 0.8 and settings["images"] == 66
 
 
+def test_a_cost_means_the_papers_points_after_fine_tuning(place):
+    assert main(finetuning("--max-gflops", "1", "--epochs", "1", "--out", "run")) == 0
+    source = json.loads(Path("run/result.json").read_text())["config"]["source"]
+    assert source.startswith(
+        "paper, Table A3, DeiT-T, fine-tuned, alpha 0.995, beta 0.025, theta_min 0.895: 0.96 GFLOPs"
+    )
+
+
 def test_augmentation_does_not_depend_on_who_loads(place):
     model = timm.create_model("deit_tiny_patch16_224", **SHAPE)
     recipe, every = Recipe(batch_size=4, accumulate=2), []

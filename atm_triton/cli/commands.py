@@ -214,7 +214,8 @@ def run_finetune(args: argparse.Namespace) -> dict[str, Any]:
     print(f"{args.model} on {args.data or DIGITS}, {recipe.images_per_step} images a step, {_where(args)}")
     if config is not None:
         _say_source(config)
-    loading = {"workers": args.workers, "save_every": args.save_every}
+    _say_logits(model)
+    loading = {"workers": finetuning.workers(args), "save_every": args.save_every}
     done = finetune(model, images, validation, config, recipe, folder, args.resume, recalibrate, **loading)
     about = {"model": args.model, "model_kwargs": args.model_kwargs, "weights": WEIGHTS, "settings": folder.settings}
     if rank() == 0:
@@ -306,7 +307,7 @@ def _config(args: argparse.Namespace, model: VisionTransformer, default: ATMConf
     if args.config is not None:
         config = read_config(args.config, args.model, args.model_kwargs, args.checkpoint)
     elif args.max_gflops is not None or args.top1_drop is not None:
-        config = ATMConfig.preset(args.model, args.max_gflops, args.top1_drop)
+        config = ATMConfig.preset(args.model, args.max_gflops, args.top1_drop, fine_tuned=args.command == "finetune")
     elif args.schedule is not None:
         config = ATMConfig(adapt="static", schedule=tuple(args.schedule))
     elif curve:

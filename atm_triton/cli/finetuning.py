@@ -104,6 +104,11 @@ def folders(args: argparse.Namespace) -> tuple[Path, Path]:
     return train, judged
 
 
+def workers(args: argparse.Namespace) -> int:
+    """Processes that load images to train on; of the digits an epoch is drawn at once."""
+    return 0 if _is_digits(args) else args.workers
+
+
 def recalibration(args: argparse.Namespace, recipe: Recipe) -> Callable[[VisionTransformer], ATMConfig] | None:
     """What finds thresholds for --max-gflops, without labels, on the training images as they are (of the digits: on the
     calibration split); None: they are given."""
