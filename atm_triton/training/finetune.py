@@ -226,8 +226,9 @@ class _Run:
         before = self._evaluate(self.training.model)
         check_leaves_something(before, self.training.model)
         self.evaluations["before"] = before.to_dict()
-        self._row(before, None, None, 0.0)
-        self._save()
+        row = self._row(before, None, None)
+        self._save()  # before anything else is written: where that fails, nothing is left of the run
+        self.folder.log(row)
 
     def load(self, state: dict[str, Any]) -> None:
         self.training.load(state)
@@ -251,7 +252,7 @@ class _Run:
         self.evaluations |= {"after": after.to_dict(), "after_ema": averaged and averaged.to_dict()}
         loss, self.losses = self.losses / self.steps, 0.0
         self.seconds = time.perf_counter() - begin
-        self._row(after, averaged, loss, self.seconds)
+        self.folder.log(self._row(after, averaged, loss))
         self._save()
 
     def _shown(self, epoch: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
@@ -264,7 +265,7 @@ class _Run:
         bar = tqdm(rest, title, self.steps, initial=first, unit="step", leave=False, disable=silent(title))
         said = time.monotonic()
         for done, own_passes in enumerate(bar, start=first):
-            if not sys.stderr.isatty() and time.monotonic() - said > SAID_EVERY:
+            if rank() == 0 and not sys.stderr.isatty() and time.monotonic() - said > SAID_EVERY:
                 said = time.monotonic()
                 print(f"{title}: step {done} of {self.steps}", flush=True)
             yield own_passes
@@ -272,20 +273,23 @@ class _Run:
     def _evaluate(self, model: VisionTransformer) -> Evaluation:
         return evaluate(model, self.validation, self.training.config)
 
-    def _row(self, now: Evaluation, averaged: Evaluation | None, loss: float | None, seconds: float) -> None:
+    def _row(self, now: Evaluation, averaged: Evaluation | None, loss: float | None) -> dict[str, Any]:
+        """What is known after an epoch, said too."""
         quality, recipe = now.overall, self.training.recipe
         row = {"epoch": self.epochs_done, "step": self.training.step, "train_loss": loss}
         row |= {"top1": quality.top1, "top1_unpatched": quality.top1_unpatched, "kl": quality.kl}
-        row |= {"gflops": quality.gflops, "top1_ema": averaged and averaged.overall.top1, "seconds": seconds}
+        row |= {"gflops": quality.gflops, "top1_ema": averaged and averaged.overall.top1, "seconds": self.seconds}
         self.rows.append(row)
-        self.folder.log(row)
+        if rank() > 0:
+            return row
         of_loss = "" if loss is None else f"loss {loss:.4f}, "
         of_ema = "" if averaged is None else f", averaged weights {averaged.overall.top1:.2f} %"
         print(
             f"epoch {row['epoch']}/{recipe.epochs}: {of_loss}top-1 {quality.top1:.2f} % (unpatched "
-            f"{quality.top1_unpatched:.2f} %{of_ema}), {quality.gflops:.3f} GFLOPs, {seconds:.0f} s",
+            f"{quality.top1_unpatched:.2f} %{of_ema}), {quality.gflops:.3f} GFLOPs, {self.seconds:.0f} s",
             flush=True,
         )
+        return row
 
     def _save(self) -> None:
         own = {name: getattr(self, name) for name in ("rows", "evaluations", "losses", "seconds")}

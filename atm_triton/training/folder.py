@@ -126,7 +126,7 @@ def replace_file(path: Path, content: bytes | memoryview) -> None:
 
 
 def _unwritten(path: Path, error: OSError) -> str:
-    return f"{path} cannot be written ({error.strerror}); what was saved before is kept: mend that, then give --resume"
+    return f"{path} cannot be written ({error.strerror}); what was saved before is kept: make room, then --resume"
 
 
 def _short(value: Any) -> str:
