@@ -372,8 +372,8 @@ def test_the_command_goes_on_with_its_own_run(place, capsys):
 
 
 def test_thresholds_are_found_for_a_cost(place, capsys):
-    """By calibrate, before the first epoch and before the second."""
-    options = ["--recalibrate", "1", "--max-gflops", "1.1e-4", "--calibration-images", "64"]
+    """By calibrate, before the first epoch."""
+    options = ["--epochs", "1", "--recalibrate", "1", "--max-gflops", "1.1e-4", "--calibration-images", "64"]
     assert main(finetuning(*options, "--out", "run")) == 0
     result = json.loads(Path("run/result.json").read_text())
     assert result["before"]["gflops_unpatched"] > 1.15e-4
@@ -393,11 +393,17 @@ def test_thresholds_are_found_for_a_cost(place, capsys):
 
 
 def test_a_loss_that_is_not_finite_ends_it(place, capsys):
+    """And the checkpoint that is left is of weights that work."""
     options = [*SCHEDULE, "--opt", "sgd", "--lr", "1e30", "--min-lr", "1e30", "--mixup", "0", "--cutmix", "0"]
-    line = the_line(finetuning(*options, "--save-every", "1", "--out", "run"), capsys)
-    assert line.startswith("the loss of step 2 is nan: training ends, and the last checkpoint is kept; begin anew")
-    state = torch.load("run/checkpoint.pt")
-    assert state["step"] == 1 and not Path("run/model.safetensors").exists()
+    kept = "training ends, and the last checkpoint is kept; begin anew in another --out with a lower lr, or with clip"
+    line = the_line(finetuning(*options, "--out", "run"), capsys)
+    assert line.startswith(f"the loss of step 2 is nan: {kept}")
+    often = the_line(finetuning(*options, "--out", "often", "--save-every", "1"), capsys)
+    assert often.startswith(f"the answers after step 1 are not finite: {kept}")
+    for out in ("run", "often"):
+        state = torch.load(f"{out}/checkpoint.pt")
+        assert state["step"] == 0 and same(state["model"], load_file("w.safetensors"))
+        assert not Path(out, "model.safetensors").exists()
 
 
 def test_a_full_disk_leaves_what_was_saved(tmp_path):

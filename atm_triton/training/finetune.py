@@ -72,7 +72,7 @@ class Training:
         sum_over_processes([losses])
         loss = losses.mean().item()
         if not math.isfinite(loss):
-            raise ValueError(self._diverged("loss", loss))
+            raise ValueError(_diverged(f"the loss of step {self.step + 1} is {loss}"))
         sum_over_processes([p.grad for p in self.parameters if p.grad is not None])
         norm = self._update()
         self.step += 1
@@ -99,16 +99,17 @@ class Training:
         norm = nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip_grad or math.inf).item()
         lost = not math.isfinite(norm)
         if lost and (not self.scaler.is_enabled() or self.scaler.get_scale() < LEAST_SCALE):
-            raise ValueError(self._diverged("gradient", norm))
+            raise ValueError(_diverged(f"the gradient of step {self.step + 1} is {norm}"))
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return None if lost else norm
 
-    def _diverged(self, what: str, value: float) -> str:
-        return (
-            f"the {what} of step {self.step + 1} is {value}: training ends, and the last checkpoint is kept; begin "
-            f"anew in another --out with a lower lr, or with clip_grad"
-        )
+    @torch.inference_mode()
+    def check_sound(self, own_passes: list[tuple[Tensor, Tensor]]) -> None:
+        """Raise ValueError where the weights that a step has just made answer its images with NaN or infinity: so no
+        checkpoint holds such."""
+        if not self.model(own_passes[0][0].to(self.device, self.dtype)).isfinite().all():
+            raise ValueError(_diverged(f"the answers after step {self.step} are not finite"))
 
     def state(self) -> dict[str, Any]:
         """All that decides how it goes on, of tensors and numbers alone."""
@@ -245,7 +246,10 @@ class _Run:
             self.losses += row["loss"]
             self.seconds = time.perf_counter() - begin
             self.folder.log({**row, "epoch": epoch + 1, "seconds": self.seconds})
-            if self.save_every and training.step % self.save_every == 0 and training.step % self.steps:
+            due = self.save_every and training.step % self.save_every == 0
+            if due or training.step % self.steps == 0:
+                training.check_sound(own_passes)
+            if due and training.step % self.steps:
                 self._save()
         after = self._evaluate(training.model)
         averaged = None if training.ema is None else self._evaluate(training.ema.module)
@@ -302,6 +306,13 @@ class _Run:
             self.folder.save_weights(AVERAGED, training.ema.module.state_dict())
         about = {"config": asdict(training.config), "steps": training.step, "seconds": self.seconds}
         return {**about, **self.evaluations, "epochs": self.rows}
+
+
+def _diverged(what: str) -> str:
+    return (
+        f"{what}: training ends, and the last checkpoint is kept; begin anew in another --out with a lower lr, or with "
+        "clip_grad"
+    )
 
 
 def check_leaves_something(before: Evaluation, model: VisionTransformer) -> None:
