@@ -6,6 +6,7 @@ It fine-tunes a small model in each way to adapt. With DIES it is killed before 
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -68,6 +69,11 @@ def train(out, config, recipe=RECIPE, pictures=None, model=None, **options):
     return model, finetune(model, pictures, own(pictures.batches()), config, recipe, folder, **options)
 
 
+CASES = {name: lambda config=config: {"config": config} for name, config in CONFIGS.items()}
+PLAIN_STEPS = replace(RECIPE, opt="momentum", lr=1e-2)  # Adam's blow up what is but rounding
+CASES["float32"] = lambda: {"config": CONFIGS["image"], "recipe": PLAIN_STEPS, "model": new(torch.float32)}
+
+
 def refused(model, recipe, message):
     try:
         Training(model, recipe, 1)
@@ -83,8 +89,8 @@ def main(out, dies=None):
     if torch.distributed.is_initialized():
         refused(new(), Recipe(accumulate=3), "accumulate=3 passes a step cannot be shared out alike to 2 processes")
         refused(small("lvvit_t"), Recipe(), "patch_embed.bn1 is a batch norm")
-    for name, config in CONFIGS.items():
-        train(Path(out) / name, config, pictures=Pictures(dies), save_every=1)
+    for name, options in CASES.items():
+        train(Path(out) / name, **options(), pictures=Pictures(dies), save_every=1)
     stop()
 
 
