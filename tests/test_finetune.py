@@ -177,6 +177,31 @@ def test_the_recipe_is_the_papers():
     assert (mixing.mixup_alpha, mixing.cutmix_alpha, mixing.label_smoothing) == (0.8, 1.0, 0.1)
 
 
+@pytest.mark.parametrize("sched", ["cosine", "poly", "tanh"])
+def test_every_schedule_ends_where_it_is_to(sched):
+    recipe = Recipe(sched=sched, lr=1e-3, min_lr=1e-5, epochs=4, warmup_epochs=1)
+    optimizer = recipe.optimizer(new())
+    schedule, rates = recipe.schedule(optimizer, 50), []
+    for step in range(200):
+        schedule.step_update(step)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates[0] == pytest.approx(1e-6) and rates[-1] == pytest.approx(1e-5, abs=2e-5)
+    assert rates[:50] == sorted(rates[:50]) and rates[50:] == sorted(rates[50:], reverse=True)
+    assert rates[25] == pytest.approx(0.5e-3, rel=0.01) and rates[50] > 0.7e-3
+
+
+@pytest.mark.parametrize(
+    ("opt", "message"),
+    [
+        ("adahessian", "opt='adahessian' wants second derivatives, which the"),
+        ("fusedadam", "opt='fusedadam' cannot"),
+    ],
+)
+def test_an_optimiser_that_cannot_run_is_named(opt, message):
+    with pytest.raises(ValueError, match=message):
+        Recipe(opt=opt).optimizer(new())
+
+
 def test_every_image_is_seen_once_an_epoch_in_another_order():
     class Numbers(torch.utils.data.Dataset):
         def __len__(self):
@@ -568,6 +593,13 @@ def test_a_damaged_checkpoint_is_refused(content, place, capsys):
     path.write_bytes(path.read_bytes()[:2000] if content is None else content)
     line = the_line(finetuning(*SCHEDULE, "--epochs", "1", "--out", "run", "--resume"), capsys)
     assert line == "--resume: run/checkpoint.pt is no checkpoint of a fine-tuning that can be read"
+
+
+def test_a_damaged_log_is_refused(tmp_path):
+    train(tmp_path, CONFIGS["static"])
+    (tmp_path / "log.jsonl").write_text("[1]\n")
+    with pytest.raises(ValueError, match=r"--resume: \S+log.jsonl is damaged: .*; delete it, and the log begins here"):
+        train(tmp_path, CONFIGS["static"], resume=True)
 
 
 def test_a_model_of_another_shape_does_not_go_on(tmp_path):

@@ -53,7 +53,7 @@ class Training:
 
     def merge_by(self, config: ATMConfig) -> None:
         self.config = settled(config, self.model)
-        self.merging = apply_patch(share(self.model), config).train()
+        self.merging = apply_patch(share(self.model), self.config).train()
         self.merging.set_grad_checkpointing(self.recipe.grad_checkpointing)
 
     def advance(self, own_passes: list[tuple[Tensor, Tensor]]) -> dict[str, float | None]:

@@ -80,7 +80,10 @@ class RunFolder:
     def _cut_log(self, step: int) -> None:
         path = self.path / LOG
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        try:
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"--resume: {path} is damaged: {error}; delete it, and the log begins here") from error
         replace_file(path, "".join(kept).encode())
 
     def log(self, row: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from timm.scheduler.scheduler import Scheduler
 from torch import nn
 from torch.optim import Optimizer
 
-SCHEDULES = ("cosine", "tanh", "poly", "step")
+SCHEDULES = ("cosine", "tanh", "poly")
 AMP = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 WARMUP_LR = 1e-6  # where DeiT's warm-up begins
 
@@ -32,7 +32,7 @@ class Recipe:
         accumulate: passes a step.
         opt: an optimiser of timm's.
         lr: learning rate at the start, not scaled by the batch; min_lr: at the end.
-        sched: how it falls in between, step by step; warmup_epochs: of a linear rise from 1e-6.
+        sched: how it falls in between, step by step ("poly": along a line); warmup_epochs: of a linear rise from 1e-6.
         weight_decay: of matrices; biases, norms, class token and positions have none.
         clip_grad: the largest norm of a gradient; None: any.
         smoothing: of labels; mixup, cutmix: alpha of timm's ``Mixup``, 0 for none.
@@ -109,11 +109,23 @@ class Recipe:
         return self.batch_size * self.accumulate
 
     def optimizer(self, model: nn.Module) -> Optimizer:
-        return create_optimizer_v2(model, opt=self.opt, lr=self.lr, weight_decay=self.weight_decay)
+        """Of timm's, with its groups.
+
+        Raises:
+            ValueError: one that wants what is not installed, or second derivatives.
+        """
+        try:
+            made = create_optimizer_v2(model, opt=self.opt, lr=self.lr, weight_decay=self.weight_decay)
+        except Exception as error:  # a library that it wants raises its own
+            raise ValueError(f"opt={self.opt!r} cannot be made: {error or type(error).__name__}") from error
+        if getattr(made, "is_second_order", False):
+            raise ValueError(f"opt={self.opt!r} wants second derivatives, which the merge does not have")
+        return made
 
     def schedule(self, optimizer: Optimizer, steps_per_epoch: int) -> Scheduler:
         """Of steps: ``step_update(n)`` sets the learning rate of step n, counted from 0, whatever came before."""
         rates = {"min_lr": self.min_lr, "warmup_lr": min(WARMUP_LR, self.lr), "warmup_epochs": self.warmup_epochs}
+        rates["decay_rate"] = 1.0  # the power of "poly"
         steps = {"num_epochs": self.epochs, "step_on_epochs": False, "updates_per_epoch": steps_per_epoch}
         return create_scheduler_v2(optimizer, self.sched, **rates, **steps)[0]
 
