@@ -1,6 +1,6 @@
 """The method once more, in loops over images, tokens and channels, from the paper: what the reference must equal.
 
-Nothing of atm_triton is used here. Lists are Python floats (float64).
+Nothing of atm_triton is used here. Lists are Python floats (float64). Gradients go through :func:`logits`.
 """
 
 import math
@@ -59,16 +59,14 @@ def assign(N, P, a, b, found, r):
 
 def merge(x, n, assignment):
     """Size-weighted means: x [N, C] tensor, n list of floats; tokens with slot -1 are dropped."""
-    M, C = max(assignment) + 1, x.shape[1]
-    new_n = [0.0] * M
-    total = [[0.0] * C for _ in range(M)]
+    M = max(assignment) + 1
+    new_n, total = [0.0] * M, [0.0] * M
     for i, slot in enumerate(assignment):
         if slot < 0:
             continue
         new_n[slot] += n[i]
-        for c in range(C):
-            total[slot][c] += n[i] * x[i, c].item()
-    return torch.tensor([[t / new_n[m] for t in total[m]] for m in range(M)], dtype=x.dtype), new_n
+        total[slot] = total[slot] + n[i] * x[i]
+    return torch.stack([t / new_n[m] for m, t in enumerate(total)]), new_n
 
 
 def attention(q, k, v, n):
