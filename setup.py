@@ -9,6 +9,7 @@ setup(
         "atm_triton.cli",
         "atm_triton.measure",
         "atm_triton.models",
+        "atm_triton.training",
         "atm_triton.kernels",
         "atm_triton.digits",
     ],

@@ -1,7 +1,7 @@
 """ATMBlock: timm's transformer block with a merge between attention and MLP."""
 
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +37,14 @@ class Step:
         self.counts: Tensor | None = None
 
 
+class Planned(NamedTuple):
+    """The partners that a block has found, and their counts on the way to the host, if it waits for them: what
+    :meth:`ATMBlock.assign` makes an assignment of once attention has run."""
+
+    found: ops.Match
+    copy: ops.HostCopy | None
+
+
 class ATMAttention(Attention):
     """timm's ``Attention`` in an :class:`ATMBlock`. The block calls it as a module, so that hooks and wrappers work,
     with the function ``by`` that computes the projection from the normalised tokens; without ``by`` it is timm's."""
@@ -54,6 +62,9 @@ class ATMBlock(Block):
 
     Its model calls it as ``block(x, step=step) -> x``, and hooks see that: x [B, N, C], or rows [T, C] of all images
     once their lengths differ.
+
+    Another method of token reduction is a subclass with a :meth:`plan` of its own, put into a model by
+    ``apply_patch(model, block_class=...)``.
 
     Args:
         dim: C.
@@ -156,8 +167,9 @@ class ATMBlock(Block):
             return self.forward_leading(tokens, step.leading)
         images = tokens.images
         x = images.shaped(tokens.x)
-        attended, (found, copy) = self.called_attn(self.norm1(x), self.attend, tokens, step.merges)
-        assignment = None if found is None else self.assign(found, copy, images)
+        attended, plan = self.called_attn(self.norm1(x), self.attend, tokens, step.merges)
+        waits = isinstance(plan, Planned)
+        assignment = self.assign(*plan, images) if waits else plan
         if assignment is None:
             x = x + self._drop_path(self.drop_path1, self.ls1(attended), images)
             del attended  # its memory is wanted again
@@ -168,7 +180,7 @@ class ATMBlock(Block):
             images = tokens.images
             x = images.shaped(tokens.x)
         x = x + self._drop_path(self.drop_path2, self.ls2(self.mlp(y)), images)
-        step.counts = None if found is None else found.counts
+        step.counts = plan.found.counts if waits else None
         step.slots = None if assignment is None else assignment.slots
         return tokens.with_x(rows(x))
 
@@ -208,15 +220,29 @@ class ATMBlock(Block):
         """``attn``, also where a wrapper stands in its place."""
         return inside(self.attn, Attention)
 
-    def attend(self, y: Tensor, tokens: Packed, merges: bool) -> tuple[Tensor, tuple[Any, Any]]:
-        """What attention adds to the tokens of norm ``y`` [..., C]; the partners that it finds on the way, and their
-        counts as they travel to the host."""
+    def attend(self, y: Tensor, tokens: Packed, merges: bool) -> tuple[Tensor, Assignment | Planned | None]:
+        """What attention adds to the tokens of norm ``y`` [..., C]; and the :meth:`plan` of what merges after it."""
         attn = self.attention
         q, k, v = self.heads(attn.qkv(y))
         q, k = attn.q_norm(q), attn.k_norm(k)
-        found = self.match(k, tokens) if merges else None
-        copy = None if found is None or self.given_r(tokens.images) is not None else ops.to_host(found.counts)
-        return self._attend(y, q, k, v, tokens), (found, copy)
+        plan = self.plan(q, k, tokens) if merges else None
+        return self.attended(y, q, k, v, tokens), plan
+
+    def plan(self, q: Tensor, k: Tensor, tokens: Packed) -> Assignment | Planned | None:
+        """Which tokens merge, or are dropped, between attention and MLP. A subclass overrides this for another method.
+
+        Args:
+            q, k: queries and keys [H, T, d] as attention uses them, after ``q_norm`` and ``k_norm``.
+            tokens: the tokens that enter the block, T rows of all images. ``self.block_index`` tells which block it is,
+                ``self.num_prefix_tokens`` how many tokens at the start of each image a method should leave alone.
+
+        Returns:
+            The assignment of every row; None: all stay. (:class:`Planned` is ATM's own, which waits for counts.)
+        """
+        found = self.match(k, tokens)
+        if found is None:
+            return None
+        return Planned(found, None if self.given_r(tokens.images) is not None else ops.to_host(found.counts))
 
     def _attend_leading(self, y: Tensor, tokens: Packed, n: int) -> tuple[Tensor, None]:
         """One query for each leading token; keys and values of all. A qkv that is more than its matrix (an adapter, a
@@ -232,7 +258,7 @@ class ATMBlock(Block):
             q, k, v = self.heads(qkv(y))
             q = images.first(q.transpose(0, 1), n).flatten(0, 1).transpose(0, 1)
         queries = Images.of(asking.shape[0], n, y.device)
-        return self._attend(asking, attn.q_norm(q), attn.k_norm(k), v, tokens, queries), None
+        return self.attended(asking, attn.q_norm(q), attn.k_norm(k), v, tokens, queries), None
 
     def heads(self, projected: Tensor) -> tuple[Tensor, ...]:
         """[..., n H d] to n tensors [H, T, d] that share its memory."""
@@ -307,7 +333,7 @@ class ATMBlock(Block):
         drops = self.training and not isinstance(self.drop_path1, nn.Identity)
         return is_plain(self.ls1, self.norm2) and is_own(self.drop_path1, nn.Identity, DropPath) and not drops
 
-    def _attend(
+    def attended(
         self, y: Tensor, q: Tensor, k: Tensor, v: Tensor, tokens: Packed, queries: Images | None = None
     ) -> Tensor:
         """The rest of timm's ``Attention`` for the queries of the normalised tokens ``y`` [..., C]; ``queries``: where

@@ -87,3 +87,12 @@ class Assignment(NamedTuple):
     images: Images
     tokens: Tensor | None = None
     spans: Tensor | None = None
+
+    @classmethod
+    def of(cls, slots: Tensor, M: int) -> Self:
+        """Of images of one length that keep M tokens each: ``slots`` [B, N], integers from 0 to M - 1; -1 drops a
+        token."""
+        B, device = slots.shape[0], slots.device
+        first = M * torch.arange(B, device=device).unsqueeze(1)
+        numbered = torch.where(slots < 0, -1, slots + first).int().flatten()
+        return cls(numbered, B * M, Images.of(B, M, device))

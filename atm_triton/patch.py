@@ -32,7 +32,9 @@ _REASONS = {
 }
 
 
-def apply_patch(model: VisionTransformer, config: ATMConfig | None = None) -> VisionTransformer:
+def apply_patch(
+    model: VisionTransformer, config: ATMConfig | None = None, block_class: type[ATMBlock] = ATMBlock
+) -> VisionTransformer:
     """Let the blocks of a timm VisionTransformer merge tokens, in place.
 
     Every module stays the object that it is, with its hooks; parameters keep their names. A patched model is patched
@@ -43,29 +45,52 @@ def apply_patch(model: VisionTransformer, config: ATMConfig | None = None) -> Vi
         config: what merges, and how much. Without thresholds, or None: the paper's for a model of its tables, told by
             timm's name, its shape and the published weights that it is made for; the weights themselves are not
             checked. ``summary`` says which thresholds these are.
+        block_class: the class of the merging blocks; one with a ``plan`` of its own needs no thresholds.
 
     Returns:
         ``model``.
 
     Raises:
-        TypeError: the model cannot be merged, named with the reason; it is left as it was.
+        TypeError: the model cannot be merged, named with the reason; it is left as it was. A ``block_class`` that is no
+            ATMBlock, or has a plan and does not say what it costs.
         ValueError: ``config`` is for another depth, or has no thresholds and the model is none of the paper's. A
             backend that cannot run is refused when the model runs.
     """
-    config = ATMConfig() if config is None else config
-    if not isinstance(config, ATMConfig):
+    if not isinstance(config, ATMConfig | None):
         raise TypeError(f"config is {type(config).__name__}; want ATMConfig")
-
-    def merging(block: Block, index: int) -> ATMBlock:
-        return ATMBlock.of(block, config, index, depth, model.num_prefix_tokens)
-
+    own_plan = _has_plan(block_class)
     blocks = check_model(model)
     depth = len(blocks)
+    if config is None:
+        config = (
+            ATMConfig(adapt="static", schedule=(0,) * depth, source=block_class.__name__) if own_plan else ATMConfig()
+        )
+
+    def merging(block: Block, index: int) -> ATMBlock:
+        return block_class.of(block, config, index, depth, model.num_prefix_tokens)
+
     config.check_depth(depth)
     by_pool = config.proportional_attention is None
     config = settled(config, model)
     install(model, merging, config).blocks.by_pool = by_pool
     return model
+
+
+def _has_plan(block_class: type[ATMBlock]) -> bool:
+    """Whether a class of blocks decides by a method of its own what merges.
+
+    Raises:
+        TypeError: it is no class of blocks, or does not say what its plan costs.
+    """
+    if not (isinstance(block_class, type) and issubclass(block_class, ATMBlock)):
+        raise TypeError(f"block_class is {block_class!r}; want ATMBlock or a subclass of it")
+    own = block_class.plan is not ATMBlock.plan
+    if own and not hasattr(block_class, "matching_macs"):
+        raise TypeError(
+            f"{block_class.__name__} has a plan of its own; give it matching_macs(tokens), the multiply-accumulates of "
+            "a plan for that many tokens per image, so that costs are counted"
+        )
+    return own
 
 
 def settled(config: ATMConfig, model: VisionTransformer) -> ATMConfig:

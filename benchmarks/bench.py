@@ -86,7 +86,11 @@ class Bench:
 
     def outcome(self, how: ATMConfig | Patch, title: str | None = None) -> Evaluation:
         """On the images to judge by."""
-        return evaluate(self.model, self.test, how, self.base, self.labelled, title)
+        return self.outcome_of(self.model, how, title)
+
+    def outcome_of(self, model: VisionTransformer, how: ATMConfig | Patch, title: str | None = None) -> Evaluation:
+        """The same of a model with other weights, against the answers of this one."""
+        return evaluate(model, self.test, how, self.base, self.labelled, title)
 
     def judged(self, config: ATMConfig, **about: Any) -> dict[str, Any]:
         """A row of the outcome."""

@@ -1,6 +1,6 @@
 """The method once more, in loops over images, tokens and channels, from the paper: what the reference must equal.
 
-Nothing of atm_triton is used here. Lists are Python floats (float64).
+Nothing of atm_triton is used here. Lists are Python floats (float64). Gradients go through :func:`logits`.
 """
 
 import math
@@ -33,7 +33,7 @@ def mean_keys(keys):
     return [[sum(keys[h, i, c].item() for h in range(H)) / H for c in range(d)] for i in range(N)]
 
 
-def partners(k, a, b):
+def match(k, a, b):
     """{i of A: (similarity, position in B)}, the first of equals."""
     found = {}
     for i in a:
@@ -47,7 +47,7 @@ def partners(k, a, b):
     return found
 
 
-def slots(N, P, a, b, found, r):
+def assign(N, P, a, b, found, r):
     """The assignment as a list of N slots."""
     if r == 0:
         return list(range(N))
@@ -59,16 +59,14 @@ def slots(N, P, a, b, found, r):
 
 def merge(x, n, assignment):
     """Size-weighted means: x [N, C] tensor, n list of floats; tokens with slot -1 are dropped."""
-    M, C = max(assignment) + 1, x.shape[1]
-    new_n = [0.0] * M
-    total = [[0.0] * C for _ in range(M)]
+    M = max(assignment) + 1
+    new_n, total = [0.0] * M, [0.0] * M
     for i, slot in enumerate(assignment):
         if slot < 0:
             continue
         new_n[slot] += n[i]
-        for c in range(C):
-            total[slot][c] += n[i] * x[i, c].item()
-    return torch.tensor([[t / new_n[m] for t in total[m]] for m in range(M)], dtype=x.dtype), new_n
+        total[slot] = total[slot] + n[i] * x[i]
+    return torch.stack([t / new_n[m] for m, t in enumerate(total)]), new_n
 
 
 def attention(q, k, v, n):
@@ -100,7 +98,7 @@ def logits(model, images, r_of_block, size_from, cls_only_last, proportional=Tru
             N = len(x)
             q, k, v = attn.qkv(blk.norm1(x)).view(N, 3, attn.num_heads, attn.head_dim).permute(1, 2, 0, 3)
             a, bb = groups(N, P, n[b] if block >= size_from else None)
-            planned.append((a, bb, partners(mean_keys(k), a, bb)))
+            planned.append((a, bb, match(mean_keys(k), a, bb)))
             weights = n[b] if proportional else [1.0] * N
             y = attention(q, k, v, weights).permute(1, 0, 2).reshape(N, -1)
             tokens[b] = x + attn.proj(y)
@@ -110,7 +108,7 @@ def logits(model, images, r_of_block, size_from, cls_only_last, proportional=Tru
         else:
             r = r_of_block(block, [found for *_, found in planned], (N - P) // 2)
             for b, (a, bb, found) in enumerate(planned):
-                assignment = slots(len(tokens[b]), P, a, bb, found, r)
+                assignment = assign(len(tokens[b]), P, a, bb, found, r)
                 tokens[b], n[b] = merge(tokens[b], n[b], assignment)
                 traces[b] = [assignment[slot] for slot in traces[b]]
         taken.append(r)

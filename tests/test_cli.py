@@ -202,7 +202,7 @@ def test_bench_says_where_merging_does_not_pay():
     assert "ATM has 0.90 of timm's speed and ATM, adapt=\"batch\" has 0.80 of timm's speed; " in said
 
 
-@pytest.mark.parametrize("command", ["bench", "eval", "calibrate", "env"])
+@pytest.mark.parametrize("command", ["bench", "eval", "calibrate", "finetune", "env"])
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])

@@ -1,5 +1,6 @@
 """README and docs: every block runs, every table is what the result files say, every link leads somewhere."""
 
+import ast
 import doctest
 import re
 import shlex
@@ -115,6 +116,18 @@ def test_every_link_leads_somewhere(page):
         assert (page.parent / target).exists(), target
     for name in re.findall(r"`(tests/[\w/]+\.py)`", page.read_text()):
         assert (ROOT / name).exists(), name
+
+
+def test_the_walk_names_what_is_there():
+    """Each `file` `name` in it, and no step without one."""
+    text = (ROOT / "docs/walk.md").read_text()
+    named = re.findall(r"`([\w/]+\.py)`\s`([\w.]+)`", text)
+    assert len(named) >= 25 and text.count("\n| 1") + text.count("\n| 2") >= 7
+    for path, name in named:
+        body = ast.parse((ROOT / path).read_text()).body
+        for part in name.split("."):
+            (found,) = (node for node in body if getattr(node, "name", None) == part)
+            body = getattr(found, "body", [])
 
 
 def test_readme_links_every_page():

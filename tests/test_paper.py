@@ -24,7 +24,7 @@ from atm_triton.operating_points import operating_points
 from benchmarks import zoo
 from benchmarks.pages import EXPERIMENTS
 from benchmarks.paper import __main__ as paper
-from benchmarks.paper import figure4, figure5, figure6, flops, methods, points, subject, table1, theorem1
+from benchmarks.paper import figure4, figure5, figure6, finetuned, flops, methods, points, subject, table1, theorem1
 from benchmarks.paper.methods import NEAR, counted, nearest, of_baseline
 from benchmarks.paper.rows import Rows
 from benchmarks.paper.thresholds import Thresholds
@@ -119,6 +119,38 @@ def test_an_interrupted_run_leaves_the_last_result_as_it_was(tmp_path, monkeypat
     ):
         path.write_text(text)
         assert paper.main(options) == 2 and message in capsys.readouterr().err and path.read_text() == text
+
+
+def test_fine_tuned_beside_training_free(tmp_path, monkeypatch, capsys):
+    """All compared with the model as it was; a run that is interrupted trains nothing twice."""
+    options = ["--limit", "8", "--shares", "0.5", "--images", "16", "--epochs", "1", "--batch-size", "4"]
+    options += ["--workers", "0", "--out", str(tmp_path)]
+    trained, finetune = [], finetuned.finetune
+
+    def interrupted(model, images, validation, config, *arguments):
+        trained.append(config.adapt)
+        if trained == ["static", "batch"]:
+            raise KeyboardInterrupt
+        return finetune(model, images, validation, config, *arguments)
+
+    monkeypatch.setattr(finetuned, "finetune", interrupted)
+    assert paper.main(["finetuned", *options]) == 130
+    assert paper.main(["finetuned", *options, "--resume"]) == 0
+    assert trained == ["static", "batch", "batch"] and not (tmp_path / "digits_finetuned.runs").exists()
+    rows = json.loads((tmp_path / "digits_finetuned.json").read_text())["rows"]
+    assert [row["method"] for row in rows] == [finetuned.UNMERGED, finetuned.FREE, finetuned.TUNED]
+    unmerged, free, tuned = (row["overall"] for row in rows)
+    assert unmerged["gflops"] == rows[0]["gflops_unpatched"] > 1.5 * free["gflops"]
+    assert tuned["gflops"] == pytest.approx(free["gflops"], rel=0.05) and tuned["kl"] != free["kl"]
+    assert unmerged["kl"] > 1e-6  # of the same weights it would be 0
+    assert len({row["overall"]["top1_unpatched"] for row in rows}) == 1
+    assert "| -50 % | ATM, fine-tuned | batch | 0 |" in capsys.readouterr().out
+    for wrong, message in (
+        (["--train", "x"], "--train DIR goes with --data DIR: images to train on beside those to judge by"),
+        (["--seeds", "1", "1"], "--seeds wants each once"),
+        (["--epochs", "0"], "epochs=0 is out of range"),
+    ):
+        assert paper.main(["finetuned", *options, *wrong]) == 2 and message in capsys.readouterr().err
 
 
 def test_a_resumed_run_still_names_the_broken_images(tmp_path):

@@ -97,7 +97,7 @@ def test_match_and_count(lengths, equal, P, by_size):
     keys, similarity, partner = matched(images, P, by_size, sizes)
     for image in each(images):
         k = loops.mean_keys(keys[:, image])
-        found = loops.partners(k, *loops.groups(len(k), P, sizes[image].tolist() if by_size else None))
+        found = loops.match(k, *loops.groups(len(k), P, sizes[image].tolist() if by_size else None))
         ours = found_by(similarity[image], partner[image])
         assert list(ours) == sorted(found)
         for i, (s, j) in ours.items():
@@ -153,7 +153,7 @@ def test_counts_and_the_r_of_a_batch():
 @groupings
 def test_the_tokens_in_a_are_those_that_find_a_partner(by_size):
     for N, P in product(range(1, 7), range(4)):
-        found = loops.partners(torch.ones(N, 2).tolist(), *loops.groups(N, P, [1.0] * N if by_size else None))
+        found = loops.match(torch.ones(N, 2).tolist(), *loops.groups(N, P, [1.0] * N if by_size else None))
         _, partner = reference.match(torch.ones(1, N, 2), None, P, by_size, Images.of(1, N))
         in_a = reference.group_a_size(N, P, by_size)
         assert in_a == len(found) == int((partner >= 0).sum()) >= reference.largest_r(N, P)
@@ -177,7 +177,7 @@ def test_assign_for_every_r(lengths, equal, P, by_size):
             length, found = image.stop - image.start, found_by(similarity[image], partner[image])
             a, b = loops.groups(length, P, sizes[image].tolist() if by_size else None)
             n = min(n, len(found))
-            assert slots[image].tolist() == [first + slot for slot in loops.slots(length, P, a, b, found, n)]
+            assert slots[image].tolist() == [first + slot for slot in loops.assign(length, P, a, b, found, n)]
             first += length - n
             expected.append(first)
         assert cu_seqlens.tolist() == [0, *expected]

@@ -1,4 +1,7 @@
-"""The command line: atm-triton bench | eval | calibrate | visualize | env. Bad input is one line and exit code 2."""
+"""The command line: atm-triton bench | eval | calibrate | finetune | visualize | env.
+
+Bad input is one line and exit code 2.
+"""
 
 import argparse
 import io
@@ -15,7 +18,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from atm_triton.calibration.calibrate import Target, calibrate
 from atm_triton.calibration.errors import UnreachableError
-from atm_triton.cli import report
+from atm_triton.cli import finetuning, report
 from atm_triton.cli.command import exit_code
 from atm_triton.cli.options import DTYPES, parser
 from atm_triton.config import ATMConfig
@@ -31,6 +34,8 @@ from atm_triton.measure.visualize import draw, picture
 from atm_triton.ops import explain
 from atm_triton.patch import apply_patch, settled
 from atm_triton.record import Record
+from atm_triton.training.finetune import finetune
+from atm_triton.training.folder import RESULT, WEIGHTS, RunFolder
 
 DEIT = "deit_small_patch16_224"
 RANDOM_R = 8  # of every block, where no images tell thresholds what to do
@@ -195,6 +200,33 @@ def run_calibrate(args: argparse.Namespace) -> dict[str, Any]:
     return about | document
 
 
+def run_finetune(args: argparse.Namespace) -> dict[str, Any]:
+    """Train a model with merging in it: the weights load into the unpatched model too."""
+    report.check_plot(args.plot)
+    finetuning.check_options(args)
+    check_weights(args.model, args.checkpoint, args.pretrained)
+    recipe = finetuning.recipe_of(args)
+    model = _model(args, **finetuning.drop_path(args))
+    images, validation = finetuning.training_images(args, model, recipe)
+    recalibrate = finetuning.recalibration(args, recipe)
+    config = _config(args, model) if recalibrate is None else None
+    folder = RunFolder(args.out, finetuning.settings(args, recipe, images, config and asdict(config)))
+    print(f"{args.model} on {args.data or DIGITS}, {recipe.images_per_step} images a step, {_where(args)}")
+    if config is not None:
+        _say_source(config)
+    _say_logits(model)
+    loading = {"workers": finetuning.workers(args), "save_every": args.save_every}
+    done = finetune(model, images, validation, config, recipe, folder, args.resume, recalibrate, **loading)
+    about = {"model": args.model, "model_kwargs": args.model_kwargs, "weights": WEIGHTS, "settings": folder.settings}
+    if rank() == 0:
+        about["checkpoint_sha256"] = checksum(args.out / WEIGHTS)
+        write_result(args.out / RESULT, about | done)
+        if args.plot is not None:
+            report.training_plot(done["epochs"], args.plot)
+    print(f"{args.out / WEIGHTS} written")
+    return about | done
+
+
 def run_visualize(args: argparse.Namespace) -> dict[str, Any]:
     """Pictures of merged tokens, block by block: each region in its mean colour, with its outline."""
     report.check_plot(args.out, "--out")
@@ -223,8 +255,8 @@ def run_env(args: argparse.Namespace) -> dict[str, Any]:
     return {"backend_auto": backend, "backend_reason": reason}
 
 
-def _model(args: argparse.Namespace) -> VisionTransformer:
-    model = open_model(args.model, args.checkpoint, args.pretrained, **args.model_kwargs)
+def _model(args: argparse.Namespace, **more: Any) -> VisionTransformer:
+    model = open_model(args.model, args.checkpoint, args.pretrained, **args.model_kwargs, **more)
     return model.to(args.device, DTYPES[args.dtype])
 
 
@@ -275,7 +307,7 @@ def _config(args: argparse.Namespace, model: VisionTransformer, default: ATMConf
     if args.config is not None:
         config = read_config(args.config, args.model, args.model_kwargs, args.checkpoint)
     elif args.max_gflops is not None or args.top1_drop is not None:
-        config = ATMConfig.preset(args.model, args.max_gflops, args.top1_drop)
+        config = ATMConfig.preset(args.model, args.max_gflops, args.top1_drop, fine_tuned=args.command == "finetune")
     elif args.schedule is not None:
         config = ATMConfig(adapt="static", schedule=tuple(args.schedule))
     elif curve:
@@ -305,6 +337,7 @@ COMMANDS = {
     "bench": bench,
     "eval": run_eval,
     "calibrate": run_calibrate,
+    "finetune": run_finetune,
     "visualize": run_visualize,
     "env": run_env,
 }

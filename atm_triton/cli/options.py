@@ -12,6 +12,7 @@ from timm.utils import ParseKwargs
 from atm_triton.cli.command import Parser
 from atm_triton.config import ADAPT, BACKENDS
 from atm_triton.measure.models import DIGITS
+from atm_triton.training.recipe import AMP, SCHEDULES
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 SPLITS = ("test", "calibration", "train")
@@ -36,9 +37,16 @@ def parser(commands: dict[str, Callable[[argparse.Namespace], Any]]) -> argparse
         "bench": [model, data, merging, out],
         "eval": [model, data, measure, merging, out],
         "calibrate": [model, data, measure, out],
+        "finetune": [model, data, merging, out],
         "visualize": [model, merging, out],
     }
-    own = {"bench": _bench, "eval": _eval, "calibrate": _calibrate, "visualize": _visualize}
+    own = {
+        "bench": _bench,
+        "eval": _eval,
+        "calibrate": _calibrate,
+        "finetune": _finetune,
+        "visualize": _visualize,
+    }
     for name, run in commands.items():
         text = {"help": run.__doc__, "description": run.__doc__}
         sub = subparsers.add_parser(name, parents=parents.get(name, [out]), **text)
@@ -132,6 +140,51 @@ def _calibrate(options: argparse.ArgumentParser) -> None:
     options.add_argument("--seed", type=int, default=0, help="of the search (0)")
     options.add_argument("--backend", default="auto", choices=BACKENDS)
     _workers(options)
+
+
+def _finetune(options: argparse.ArgumentParser) -> None:
+    text = "where log, checkpoints and weights go: a new directory, or with --resume that of the run"
+    options.add_argument("--out", type=Path, required=True, help=text)
+    options.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    options.add_argument("--val-data", help="images to judge by (of --data DIR: DIR/val beside DIR/train)")
+    options.add_argument("--images", type=int, help="of the digits: how many to draw for each epoch (4096)")
+    options.add_argument("--limit", type=int, help="judge by as many images; of a folder spread over all of it")
+    options.add_argument(
+        "--save-every", type=int, metavar="STEPS", help="save within an epoch too, not at its end alone"
+    )
+    options.add_argument("--plot", type=Path, help="draw loss and accuracy by epoch (PNG, PDF or SVG)")
+    _recipe(options.add_argument_group("recipe (default: the paper's, and for the rest DeiT's or the digits' own)"))
+    _augmentation(options.add_argument_group("augmentation, of a folder (default: DeiT's)"))
+    _workers(options)
+
+
+def _recipe(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--epochs", type=int, help="passes over the images (30)")
+    group.add_argument("--accumulate", type=int, metavar="PASSES", help="batches a step; processes share them out (4)")
+    group.add_argument("--opt", help="an optimiser of timm's (adamw)")
+    group.add_argument("--lr", type=float, help="at the start, whatever the batch (2e-5)")
+    group.add_argument("--min-lr", type=float, help="at the end (3e-6)")
+    group.add_argument("--sched", choices=SCHEDULES, help="how it falls (cosine)")
+    group.add_argument("--warmup-epochs", type=int, help="of a rise from 1e-6 (0)")
+    group.add_argument("--weight-decay", type=float, help="of matrices (0.05)")
+    group.add_argument("--clip-grad", type=float, help="largest norm of the gradient (any)")
+    group.add_argument("--smoothing", type=float, help="of labels (0.1; digits 0.05)")
+    group.add_argument("--mixup", type=float, help="its alpha (0.8; digits 0)")
+    group.add_argument("--cutmix", type=float, help="its alpha (1.0; digits 0)")
+    group.add_argument("--drop-path", type=float, help="rate of drop path (0.1; digits 0)")
+    group.add_argument("--ema", type=float, metavar="DECAY", help="also average the weights (no)")
+    group.add_argument("--amp", choices=AMP, help="compute in 16 bits, by autocast")
+    group.add_argument("--grad-checkpointing", action="store_true", default=None, help="less memory, more time")
+    text = "find thresholds for --max-gflops before the first epoch and after every so many; no labels are read"
+    group.add_argument("--recalibrate", type=int, metavar="EPOCHS", help=text)
+    group.add_argument("--calibration-images", type=int, default=1024, help="how many to find them on (1024)")
+    group.add_argument("--seed", type=int, help="of all that is random (0)")
+
+
+def _augmentation(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--auto-augment", help="a policy of timm's, or none as '' (rand-m9-mstd0.5-inc1)")
+    group.add_argument("--color-jitter", type=float, help="where no policy is at work (0.3)")
+    group.add_argument("--erasing", type=float, help="share of images with a part erased (0.25)")
 
 
 def _visualize(options: argparse.ArgumentParser) -> None:

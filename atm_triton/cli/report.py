@@ -146,3 +146,23 @@ def throughput_plot(cases: list[dict[str, Any]], path: Path) -> None:
         panel.set_title(case["title"].split(", r =")[0], fontsize=8)
         panel.tick_params(axis="x", labelsize=8)
     figure.savefig(path, dpi=150)
+
+
+def training_plot(epochs: list[dict[str, Any]], path: Path) -> None:
+    """Loss and top-1 by epoch, of the rows of :func:`atm_triton.training.finetune.finetune`."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    losses, accuracies = figure.subplots(1, 2)
+    trained = [row for row in epochs if row["train_loss"] is not None]
+    losses.plot([row["epoch"] for row in trained], [row["train_loss"] for row in trained], marker="o")
+    losses.set_ylabel("training loss")
+    for name, label in (("top1", "merged"), ("top1_unpatched", "unpatched"), ("top1_ema", "merged, averaged weights")):
+        known = [row for row in epochs if row[name] is not None]
+        if known:
+            accuracies.plot([row["epoch"] for row in known], [row[name] for row in known], marker="o", label=label)
+    accuracies.set_ylabel("top-1, %")
+    accuracies.legend()
+    for panel in (losses, accuracies):
+        panel.set_xlabel("epoch")
+    figure.savefig(path, dpi=150)

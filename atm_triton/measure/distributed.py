@@ -14,6 +14,7 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 T = TypeVar("T")
 WAIT = timedelta(hours=2)  # for the slowest process to come to a meeting point
@@ -84,6 +85,19 @@ def in_order(rows: list[T]) -> list[T]:
         _end()
     together = sum(map(len, shards))
     return [shards[number % len(shards)][number // len(shards)] for number in range(together)]
+
+
+def sum_over_processes(tensors: list[Tensor]) -> None:
+    """Replace each tensor, all of one dtype and device, by its sum over the processes."""
+    if world_size() == 1:
+        return
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    try:
+        dist.all_reduce(flat)
+    except RuntimeError:  # a connection was closed
+        _end()
+    for tensor, summed in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(summed.view_as(tensor))
 
 
 def failed(line: str) -> bool:

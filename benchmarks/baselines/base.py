@@ -10,7 +10,7 @@ from torch import Tensor
 
 from atm_triton import ATMConfig, ops
 from atm_triton.block import ATMBlock, Step
-from atm_triton.packed import Assignment, Images, Packed
+from atm_triton.packed import Assignment, Packed
 from atm_triton.patch import check_model, install
 
 
@@ -24,10 +24,7 @@ class Plan(NamedTuple):
 
     def assignment(self) -> Assignment:
         """The same with the slots of all images numbered through."""
-        B, device = len(self.slots), self.slots.device
-        first = self.M * torch.arange(B, device=device).unsqueeze(1)
-        slots = torch.where(self.slots < 0, -1, self.slots + first).int().flatten()
-        return Assignment(slots, B * self.M, Images.of(B, self.M, device))
+        return Assignment.of(self.slots, self.M)
 
 
 @dataclass(frozen=True)
@@ -102,7 +99,7 @@ class ReducingBlock(ATMBlock):
         q, k, v = self.heads(self.attn.qkv(y))
         q, k = self.attn.q_norm(q), self.attn.k_norm(k)
         plan = self.baseline.plan(self, by_image(q, y), by_image(k, y), tokens) if merges else None
-        return self._attend(y, q, k, v, tokens), plan
+        return self.attended(y, q, k, v, tokens), plan
 
     def fed_forward(self, tokens: Packed) -> Packed:
         x = tokens.images.shaped(tokens.x)

@@ -35,9 +35,9 @@ class UnfusedBlock(ATMBlock):
     def with_keys(self, y: Tensor, tokens: Packed) -> tuple[Tensor, Tensor]:
         """What attention adds to the tokens of norm ``y`` [B, N, C], and their keys."""
         q, k, v = self.heads(self.attn.qkv(y))
-        return self._attend(y, q, k, v, tokens), k
+        return self.attended(y, q, k, v, tokens), k
 
-    def _attend(
+    def attended(
         self, y: Tensor, q: Tensor, k: Tensor, v: Tensor, tokens: Packed, queries: Images | None = None
     ) -> Tensor:
         images = tokens.images

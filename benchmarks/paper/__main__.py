@@ -16,6 +16,7 @@ from benchmarks.paper import (
     figure5,
     figure6,
     figure7,
+    finetuned,
     flops,
     points,
     table1,
@@ -40,6 +41,7 @@ EXPERIMENTS = {  # of a model and its images
     "figure6": figure6,
     "figure7": figure7,
     "theorem1": theorem1,
+    "finetuned": finetuned,
 }
 
 

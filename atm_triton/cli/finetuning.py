@@ -1,0 +1,140 @@
+"""What ``atm-triton finetune`` makes of its options."""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from timm.models.vision_transformer import VisionTransformer
+from torch.utils.data import DataLoader, Dataset
+
+from atm_triton.calibration.calibrate import Target, calibrate
+from atm_triton.config import ATMConfig
+from atm_triton.measure.configurations import checksum
+from atm_triton.measure.images import open_images
+from atm_triton.measure.models import DIGITS
+from atm_triton.measure.provenance import check_outputs
+from atm_triton.training.folder import NAMES
+from atm_triton.training.images import TrainDigits, TrainFolder
+from atm_triton.training.recipe import Recipe
+
+DIGITS_AN_EPOCH = 4096
+DROP_PATH = 0.1  # DeiT's
+AUGMENTATION = ("auto_augment", "color_jitter", "erasing")
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Refuse options that have no effect, or whose files would replace what is read.
+
+    Raises:
+        ValueError: with the option's name.
+    """
+    of_folders = ("val_data", *AUGMENTATION)
+    idle = of_folders if _is_digits(args) else ("images",)
+    if args.recalibrate is not None:
+        idle += ("alpha", "beta", "theta_min", "split_depth")
+        if args.max_gflops is None:
+            raise ValueError(f"--recalibrate {args.recalibrate} wants a cost to find thresholds for: give --max-gflops")
+    for name in idle:
+        if getattr(args, name) is not None:
+            raise ValueError(f"--{name.replace('_', '-')} has no effect here; leave it out")
+    for name in ("images", "save_every", "calibration_images"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} is too small; give 1 or more")
+    if args.drop_path is not None and "drop_path_rate" in args.model_kwargs:
+        raise ValueError("--drop-path and --model-kwargs drop_path_rate are one; leave one out")
+    _check_out(args)
+
+
+def _check_out(args: argparse.Namespace) -> None:
+    out = args.out.resolve()
+    inputs = [Path(p) for p in (args.checkpoint, args.config, args.data, args.val_data) if p not in (None, DIGITS)]
+    for given in inputs:
+        if given.is_dir() and given.resolve() in (out, *out.parents):
+            raise ValueError(f"--out {args.out} lies in {given}, where images are read from; choose another")
+    outputs = {f"--out ({name})": args.out / name for name in NAMES}
+    outputs |= {f"--{name}": getattr(args, name) for name in ("json", "plot") if getattr(args, name) is not None}
+    check_outputs(outputs, inputs)
+
+
+def recipe_of(args: argparse.Namespace) -> Recipe:
+    given = {field.name: getattr(args, field.name) for field in fields(Recipe)}
+    given = {name: value for name, value in given.items() if value is not None}
+    return Recipe.for_digits(**given) if _is_digits(args) else Recipe(**given)
+
+
+def drop_path(args: argparse.Namespace) -> dict[str, float]:
+    """As an argument of the model's function."""
+    if "drop_path_rate" in args.model_kwargs:
+        return {}
+    baseline = 0.0 if _is_digits(args) else DROP_PATH
+    return {"drop_path_rate": baseline if args.drop_path is None else args.drop_path}
+
+
+def training_images(args: argparse.Namespace, model: VisionTransformer, recipe: Recipe) -> tuple[Dataset, DataLoader]:
+    """What to train on, and what to judge by.
+
+    Raises:
+        OSError: directories that are not there; ValueError: classes that differ.
+    """
+    reading = {"limit": args.limit, "batch_size": recipe.batch_size, "workers": args.workers, "device": args.device}
+    if _is_digits(args):
+        images = TrainDigits(DIGITS_AN_EPOCH if args.images is None else args.images, recipe.seed)
+        return images, open_images(model, DIGITS, "test", dealt=True, **reading)
+    train, judged = folders(args)
+    augmentation = {name: getattr(args, name) for name in AUGMENTATION if getattr(args, name) is not None}
+    images = TrainFolder(model, train, recipe.seed, **augmentation)
+    validation = open_images(model, str(judged), dealt=True, **reading)
+    if validation.dataset.classes != images.images.classes:
+        raise ValueError(f"directories {train} and {judged} hold other classes; want folders of the same names in both")
+    return images, validation
+
+
+def folders(args: argparse.Namespace) -> tuple[Path, Path]:
+    """Of images to train on, and to judge by."""
+    data = Path(args.data)
+    train, judged = (data, Path(args.val_data)) if args.val_data is not None else (data / "train", data / "val")
+    for path in (train, judged):
+        if not path.is_dir():
+            remedy = "" if args.val_data is not None else f": want {data}/train and {data}/val, or --val-data"
+            raise FileNotFoundError(f"directory {path} does not exist{remedy}")
+    if train.samefile(judged):
+        raise ValueError(f"--val-data {judged} are the images to train on; give others to judge by")
+    return train, judged
+
+
+def workers(args: argparse.Namespace) -> int:
+    """Processes that load images to train on; of the digits an epoch is drawn at once."""
+    return 0 if _is_digits(args) else args.workers
+
+
+def recalibration(args: argparse.Namespace, recipe: Recipe) -> Callable[[VisionTransformer], ATMConfig] | None:
+    """What finds thresholds for --max-gflops, without labels, on the training images as they are (of the digits: on the
+    calibration split); None: they are given."""
+    if args.recalibrate is None:
+        return None
+    target = Target(max_gflops=args.max_gflops)
+    asked = {"adapt": args.adapt or "image", "backend": args.backend, "seed": recipe.seed}
+    asked |= {"cls_only_last": not args.all_tokens_last, "proportional_attention": args.proportional_attention}
+    data = DIGITS if _is_digits(args) else str(folders(args)[0])
+    reading = {"batch_size": recipe.batch_size, "workers": args.workers, "device": args.device}
+
+    def found(model: VisionTransformer) -> ATMConfig:
+        loader = open_images(model, data, "calibration", args.calibration_images, labelled=False, **reading)
+        return calibrate(model, loader, target, **asked).config
+
+    return found
+
+
+def settings(args: argparse.Namespace, recipe: Recipe, images: Dataset, config: dict[str, Any]) -> dict[str, Any]:
+    """What decides the result: a run goes on with the same alone. Not where it runs, nor how images are loaded."""
+    names = ("model", "model_kwargs", "pretrained", "data", "val_data", "limit", "dtype", "max_gflops")
+    names += ("adapt", "calibration_images", "all_tokens_last", "proportional_attention", "backend")
+    given = {name: getattr(args, name) for name in names}
+    given |= {"checkpoint_sha256": checksum(args.checkpoint), **drop_path(args), "merging": config}
+    return given | recipe.to_dict() | images.settings
+
+
+def _is_digits(args: argparse.Namespace) -> bool:
+    return args.data in (None, DIGITS)

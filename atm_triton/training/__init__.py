@@ -1,0 +1,1 @@
+"""Training with merging: the recipe, the images, the loop, and what outlives an interrupted run."""

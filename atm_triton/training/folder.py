@@ -1,0 +1,137 @@
+"""The directory of a run: what is written there, never half, and what a run goes on from."""
+
+import io
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from atm_triton.measure.distributed import rank
+
+CHECKPOINT, LOG, WEIGHTS, AVERAGED, RESULT = (
+    "checkpoint.pt",
+    "log.jsonl",
+    "model.safetensors",
+    "ema.safetensors",
+    "result.json",
+)
+NAMES = (CHECKPOINT, LOG, WEIGHTS, AVERAGED, RESULT)
+
+
+class RunFolder:
+    """Of a fine-tuning. Of several processes the first alone writes.
+
+    Args:
+        path: is made where it does not exist.
+        settings: what tells one run from another, as JSON has it.
+
+    Raises:
+        OSError: it cannot be a directory.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        self.path, self.settings = path, json.loads(json.dumps(settings))
+        if path.exists() and not path.is_dir():
+            raise NotADirectoryError(f"--out {path} is a file; name a directory")
+        if rank() == 0:
+            path.mkdir(parents=True, exist_ok=True)
+
+    def check_new(self) -> None:
+        """Raise FileExistsError where another run has left its files."""
+        found = [name for name in NAMES if (self.path / name).exists()]
+        if found:
+            raise FileExistsError(
+                f"--out {self.path} holds {', '.join(found)} of another run; give --resume to go on with it, or "
+                "another directory"
+            )
+
+    def load(self) -> dict[str, Any]:
+        """What the last :meth:`save` wrote. The log is cut back to there.
+
+        Raises:
+            FileNotFoundError: nothing was saved; ValueError: it cannot be read, or is a run of other settings.
+        """
+        path = self.path / CHECKPOINT
+        if not path.is_file():
+            raise FileNotFoundError(f"--resume: {path} does not exist; leave --resume out to begin")
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            before = json.loads(state["settings"])
+        except Exception as error:  # torch, pickle and zip each raise their own for a file that is not theirs
+            raise ValueError(f"--resume: {path} is no checkpoint of a fine-tuning that can be read") from error
+        self._check_same(before)
+        if rank() == 0:
+            self._cut_log(state["step"])
+        return state
+
+    def _check_same(self, before: dict[str, Any]) -> None:
+        for name in {**before, **self.settings}:
+            was, now = before.get(name), self.settings.get(name)
+            if was != now:
+                raise ValueError(
+                    f"--resume: {name} is {_short(now)}, the run in {self.path} had {_short(was)}; "
+                    "go on with its settings, or begin in another --out"
+                )
+
+    def _cut_log(self, step: int) -> None:
+        path = self.path / LOG
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        try:
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"--resume: {path} is damaged: {error}; delete it, and the log begins here") from error
+        replace_file(path, "".join(kept).encode())
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Add a line to the log."""
+        if rank() == 0:
+            try:
+                with (self.path / LOG).open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+            except OSError as error:
+                raise OSError(_unwritten(self.path / LOG, error)) from error
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Write a checkpoint; until it is whole, the one before stays."""
+        if rank() == 0:
+            buffer = io.BytesIO()
+            torch.save({**state, "settings": json.dumps(self.settings)}, buffer)
+            replace_file(self.path / CHECKPOINT, buffer.getbuffer())
+
+    def save_weights(self, name: str, weights: dict[str, Tensor]) -> Path:
+        """Write weights (safetensors)."""
+        if rank() == 0:
+            plain = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
+            replace_file(self.path / name, safetensors.torch.save(plain))
+        return self.path / name
+
+
+def replace_file(path: Path, content: bytes | memoryview) -> None:
+    """Write a file whole, or leave what it held before.
+
+    Raises:
+        OSError: as where the disk is full; nothing is left of what was begun.
+    """
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    try:
+        with unfinished.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise OSError(_unwritten(path, error)) from error
+
+
+def _unwritten(path: Path, error: OSError) -> str:
+    return f"{path} cannot be written ({error.strerror}); what was saved before is kept: make room, then --resume"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,157 @@
+"""Images to train on, dealt out to passes and processes so that nothing but the seed decides what a step sees.
+
+Random numbers are drawn anew for each image of each epoch, and for each pass of each step, from the seed and these
+numbers alone. So the result does not depend on how many processes train or load, and a run can go on at any step.
+"""
+
+import hashlib
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from timm.data import create_transform
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from atm_triton.measure.distributed import own
+from atm_triton.measure.images import DigitImages, NamedImages
+from atm_triton.measure.models import data_config
+from atm_triton.training.recipe import Recipe
+
+AUTO_AUGMENT, COLOR_JITTER, ERASING = "rand-m9-mstd0.5-inc1", 0.3, 0.25  # DeiT's
+ORDER, IMAGE, PASS = range(3)  # what a random number is for
+
+
+def seed_all(*numbers: int) -> None:
+    """Seed Python, NumPy and torch with all these numbers together."""
+    seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+class TrainDigits(Dataset):
+    """``count`` digits of the training split for each epoch, drawn anew: by (epoch, number) float32 [1, 112, 112], and
+    the label."""
+
+    def __init__(self, count: int, seed: int) -> None:
+        self.count, self.seed, self.drawn, self.digits = count, seed, None, None
+        self.settings = {"images": count}
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, at: tuple[int, int]) -> tuple[Tensor, int]:
+        epoch, number = at
+        if self.drawn != epoch:
+            seed = int(np.random.SeedSequence([self.seed, IMAGE, epoch]).generate_state(1)[0])
+            self.digits, self.drawn = DigitImages("train", self.count, seed), epoch
+        return self.digits[number]
+
+
+class TrainFolder(Dataset):
+    """The images of a folder of classes, augmented by timm as DeiT's: by (epoch, number) float32 [C, H, W], and the
+    label. Files are read as for an evaluation.
+
+    Args:
+        model: for which they are made.
+        root: a directory with one folder of images a class.
+        auto_augment, color_jitter, erasing: of timm's ``create_transform``; "" or 0 for none.
+        seed: of the augmentation.
+
+    Raises:
+        FileNotFoundError: no such directory, or no folders of images in it; ValueError: one class, another number of
+            classes than the model has, or an unknown augmentation.
+    """
+
+    def __init__(
+        self,
+        model: VisionTransformer,
+        root: Path,
+        seed: int,
+        auto_augment: str = AUTO_AUGMENT,
+        color_jitter: float = COLOR_JITTER,
+        erasing: float = ERASING,
+    ) -> None:
+        config = data_config(model)
+        self.images, self.seed = class_folders(root, config["input_size"][0]), seed
+        check_classes(self.images.classes, root, model.num_classes)
+        names = ("input_size", "interpolation", "mean", "std")
+        try:
+            self.images.transform = create_transform(
+                **{name: config[name] for name in names},
+                is_training=True,
+                auto_augment=auto_augment or None,
+                color_jitter=color_jitter or None,
+                re_prob=erasing,
+                re_mode="pixel",
+            )
+        except (AssertionError, ValueError, KeyError, IndexError) as error:
+            raise ValueError(f"auto_augment={auto_augment!r} is unknown to timm; give one as {AUTO_AUGMENT}") from error
+        paths = "\n".join(str(Path(path).relative_to(root)) for path, _ in self.images.samples)
+        augmentation = {"auto_augment": auto_augment, "color_jitter": color_jitter, "erasing": erasing}
+        names = hashlib.sha256(paths.encode()).hexdigest()
+        self.settings = {"images": len(self), "names_sha256": names, **augmentation}
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, at: tuple[int, int]) -> tuple[Tensor, int]:
+        seed_all(self.seed, IMAGE, *at)
+        return self.images[at[1]]
+
+
+def class_folders(root: Path, channels: int) -> NamedImages:
+    if not root.is_dir():
+        raise FileNotFoundError(f"directory {root} does not exist; training wants one folder of images for each class")
+    try:
+        return NamedImages(str(root), channels)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"directory {root} has no labels: want one folder of images a class; {error}"
+        ) from error
+
+
+def check_classes(classes: list[str], root: Path, number: int) -> None:
+    if len(classes) == 1:
+        raise ValueError(
+            f"directory {root} holds one class, {classes[0]}: there is nothing to tell apart; give two or more"
+        )
+    if len(classes) != number:
+        raise ValueError(
+            f"directory {root} holds {len(classes)} classes, the model has {number}: give it a folder for each of "
+            f"them, or the model --model-kwargs num_classes={len(classes)} and weights for that"
+        )
+
+
+def steps_per_epoch(images: Dataset, recipe: Recipe) -> int:
+    """As many as there are whole ones; the images left over, others in each epoch, are not seen in it.
+
+    Raises:
+        ValueError: there is not one.
+    """
+    steps = len(images) // recipe.images_per_step
+    if steps == 0:
+        each = f"{recipe.accumulate} passes of {recipe.batch_size}"
+        raise ValueError(
+            f"{len(images)} images are fewer than a step takes, {each}; give smaller batches or more images"
+        )
+    return steps
+
+
+def passes(
+    images: Dataset, recipe: Recipe, epoch: int, first: int, workers: int, pin_memory: bool
+) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """The passes of this process, (images [B, C, H, W], labels [B]), step by step of an epoch, from step ``first``."""
+    steps = steps_per_epoch(images, recipe)
+    seed = int(np.random.SeedSequence([recipe.seed, ORDER, epoch]).generate_state(1)[0])
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    order = order[: steps * recipe.images_per_step].view(steps, recipe.accumulate, recipe.batch_size)
+    mine = [[(epoch, number) for number in batch] for step in order[first:].tolist() for batch in own(step)]
+    loader = iter(DataLoader(images, batch_sampler=mine, num_workers=workers, pin_memory=pin_memory))
+    a_step = len(own(range(recipe.accumulate)))
+    for _ in range(first, steps):
+        yield [next(loader) for _ in range(a_step)]

@@ -1,0 +1,120 @@
+"""Fine-tuned ATM beside training-free ATM and beside the unmerged model fine-tuned as long.
+
+All begin with the same weights and are trained by the same recipe, the paper's in fewer epochs, on the same images in
+the same order. Top-1 and KL compare each with the model before any training: KL(before || after) on the images to judge
+by. ATM's thresholds are those of --config (the digits: of ``python -m benchmarks.calibration``), scaled to each cost
+before training, and fixed in it. Each training is a run of its own beside the result: ``--resume`` goes on within it.
+"""
+
+import argparse
+import copy
+import shutil
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from atm_triton import ATMConfig
+from atm_triton.config import ADAPT
+from atm_triton.measure.models import DIGITS
+from atm_triton.training.finetune import finetune
+from atm_triton.training.folder import CHECKPOINT, RunFolder
+from atm_triton.training.images import TrainDigits, TrainFolder
+from atm_triton.training.recipe import Recipe
+from benchmarks.paper.cells import about, drop, markdown, saved
+from benchmarks.paper.methods import at_cost, measured
+from benchmarks.paper.rows import Rows
+from benchmarks.paper.subject import Subject, batch_size, check_shares, shares
+
+SHARES = (0.5, 0.6, 0.7)  # saved
+WATCHED = 4  # batches to judge by after each epoch; all of them judge in the end
+FREE, TUNED, UNMERGED = "ATM, training-free", "ATM, fine-tuned", "unmerged, fine-tuned"
+
+
+def arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False, parents=[shares(SHARES)])
+    parser.add_argument("--adapt", nargs="+", default=["batch"], choices=ADAPT[:2], help="who decides how much merges")
+    parser.add_argument("--epochs", type=int, default=5, help="of each training (5)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="a training for each (0)")
+    parser.add_argument("--images", type=int, default=4096, help="of the digits, drawn for each epoch (4096)")
+    parser.add_argument("--train", type=Path, help="a directory of images to train on (the digits: drawn)")
+    return parser
+
+
+def recipe_of(args: argparse.Namespace, seed: int) -> Recipe:
+    make = Recipe if args.train is not None else Recipe.for_digits
+    return make(epochs=args.epochs, batch_size=batch_size(args), seed=seed)
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    if (args.train is None) != (args.data in (None, DIGITS)):
+        raise ValueError("--train DIR goes with --data DIR: images to train on beside those to judge by")
+    for name in ("seeds", "adapt"):
+        if len(set(getattr(args, name))) < len(getattr(args, name)):
+            raise ValueError(f"--{name} wants each once")
+    recipe = recipe_of(args, 0).to_dict()
+    del recipe["seed"]
+    about = {"images": args.images, "train": None if args.train is None else str(args.train)}
+    return check_shares(args.shares) | about | {"recipe": recipe}
+
+
+def measure(subject: Subject, rows: Rows, args: argparse.Namespace) -> None:
+    if not subject.labelled:
+        raise ValueError(f"--data {args.data}: training wants a folder for each class of the model")
+    each = len(args.adapt) * len(args.shares)
+    rows.expect(each + (each + 1) * len(args.seeds))
+    runs = rows.path.with_suffix(".runs")
+    unmerged = ATMConfig(adapt="static", schedule=(0,) * subject.depth, cls_only_last=False)
+    for seed in args.seeds:
+        key = {"method": UNMERGED, "adapt": None, "share": 0.0, "seed": seed}
+        rows.add(key, lambda seed=seed: _tuned(subject, unmerged, args, seed, runs / f"unmerged-{seed}"))
+    for adapt in args.adapt:
+        for share in args.shares:
+            key = {"adapt": adapt, "share": share}
+            free = rows.add({"method": FREE, **key, "seed": None}, lambda key=key: _free(subject, **key))
+            for seed in args.seeds if "missing" not in free else ():
+                config = ATMConfig(**free["settings"]["config"])
+                name = f"{adapt}-{share}-{seed}"
+                rows.add(
+                    {"method": TUNED, **key, "seed": seed},
+                    lambda config=config, seed=seed, name=name: _tuned(subject, config, args, seed, runs / name),
+                )
+    shutil.rmtree(runs, ignore_errors=True)
+
+
+def _free(subject: Subject, adapt: str, share: float) -> dict[str, Any]:
+    goal = subject.goal(share)
+    way = at_cost(subject, f"atm, {adapt}", goal)
+    if way is None:
+        return {"missing": f"no setting comes close to {goal:.4g} GFLOPs"}
+    return measured(subject, way, f"training-free, {goal:.4g} GFLOPs")
+
+
+def _tuned(subject: Subject, config: ATMConfig, args: argparse.Namespace, seed: int, at: Path) -> dict[str, Any]:
+    model, recipe = copy.deepcopy(subject.model), recipe_of(args, seed)
+    about = {"recipe": recipe.to_dict(), "images": args.images, "config": config.to_json()}
+    watched = list(islice(subject.test, WATCHED))
+    resume = (at / CHECKPOINT).exists()
+    done = finetune(model, _images(args, model, seed), watched, config, recipe, RunFolder(at, about), resume)
+    outcome = subject.outcome_of(model, config, f"{at.name}, all images")
+    return {"seconds": done["seconds"], "loss": [row["train_loss"] for row in done["epochs"]], **outcome.to_dict()}
+
+
+def _images(args: argparse.Namespace, model: Any, seed: int) -> Dataset:
+    return TrainDigits(args.images, seed) if args.train is None else TrainFolder(model, args.train, seed)
+
+
+def table(result: dict[str, Any]) -> str:
+    """In Markdown."""
+    head = [about(result["rows"]), "method", "adapt", "seed", "GFLOPs", "saved", "top-1", "KL", "minutes"]
+    body = []
+    for row in sorted(result["rows"], key=lambda row: (row["share"], row["adapt"] or "", row["method"])):
+        first = [f"-{100 * row['share']:.0f} %", row["method"], row["adapt"] or "-", str(row.get("seed") or 0)]
+        if "missing" in row:
+            body.append([*first, row["missing"], *[""] * 4])
+            continue
+        minutes = f"{row['seconds'] / 60:.1f}" if "seconds" in row else "-"
+        quality = row["overall"]
+        body.append([*first, f"{quality['gflops']:.3f}", saved(row), drop(row), f"{quality['kl']:.1e}", minutes])
+    return markdown(head, body)

@@ -1,0 +1,98 @@
+"""What one of several processes does in test_finetune.py: ``torchrun tests/finetuning.py OUT [DIES]``.
+
+It fine-tunes a small model in each way to adapt. With DIES it is killed before that image of the first run is read.
+"""
+
+import os
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch.utils.data import Dataset
+
+from atm_triton import ATMConfig
+from atm_triton.measure.distributed import own, start, stop
+from atm_triton.training.finetune import Training, finetune
+from atm_triton.training.folder import RunFolder
+from atm_triton.training.recipe import Recipe
+from models import images, small, vit
+
+EASY = {"alpha": 0.7, "theta_min": 0.5, "beta": 0.05}
+CONFIGS = {
+    "static": ATMConfig(adapt="static", schedule=(5, 3, 2), split_depth=1),
+    "batch": ATMConfig(**EASY, split_depth=1),
+    "image": ATMConfig(**EASY, split_depth=1, adapt="image"),
+}
+RECIPE = Recipe(epochs=2, batch_size=4, accumulate=2, lr=1e-3, min_lr=1e-5, ema=0.8, clip_grad=1.0)
+
+
+class Pictures(Dataset):
+    """20 images of 5 classes: noise, and a bright corner that says which class it is. ``dies``: the process is killed
+    when so many have been read; ``raises``: an error ends it there."""
+
+    def __init__(self, dies=None, raises=None):
+        torch.manual_seed(1)
+        self.x, self.labels = images(20, dtype=torch.float64), torch.arange(20) % 5
+        for image, label in zip(self.x, self.labels, strict=True):
+            image[:, : 4 * label + 4, :8] += 2
+        self.read, self.dies, self.raises = 0, dies, raises
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, at):
+        _, number = at
+        if self.read == self.dies:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.read == self.raises:
+            raise KeyboardInterrupt
+        self.read += 1
+        return self.x[number].clone(), int(self.labels[number])
+
+    def batches(self):
+        return list(zip(self.x.split(4), self.labels.split(4), strict=True))
+
+
+def new(dtype=torch.float64, **changes):
+    """A model with dropout and drop path, the same each time."""
+    torch.manual_seed(0)
+    return vit(dtype=dtype, **{"depth": 3, "embed_dim": 16, "drop_path_rate": 0.3, "proj_drop_rate": 0.1, **changes})
+
+
+def train(out, config, recipe=RECIPE, pictures=None, model=None, **options):
+    """The model after it, and what was returned."""
+    pictures = Pictures() if pictures is None else pictures
+    model = new() if model is None else model
+    folder = RunFolder(Path(out), {"recipe": recipe.to_dict()})
+    return model, finetune(model, pictures, own(pictures.batches()), config, recipe, folder, **options)
+
+
+CASES = {name: lambda config=config: {"config": config} for name, config in CONFIGS.items()}
+PLAIN_STEPS = replace(RECIPE, opt="momentum", lr=1e-2)  # Adam's blow up what is but rounding
+CASES["float32"] = lambda: {"config": CONFIGS["image"], "recipe": PLAIN_STEPS, "model": new(torch.float32)}
+
+
+def refused(model, recipe, message):
+    try:
+        Training(model, recipe, 1)
+    except ValueError as error:
+        assert message in str(error), error
+    else:
+        raise AssertionError(f"not refused: {message}")
+
+
+def main(out, dies=None):
+    torch.set_num_threads(1)
+    start("cpu")
+    if torch.distributed.is_initialized():
+        refused(new(), Recipe(accumulate=3), "accumulate=3 passes a step cannot be shared out alike to 2 processes")
+        refused(small("lvvit_t"), Recipe(), "patch_embed.bn1 is a batch norm")
+    for name, options in CASES.items():
+        train(Path(out) / name, **options(), pictures=Pictures(dies), save_every=1)
+    stop()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], *map(int, sys.argv[2:]))
