@@ -248,7 +248,8 @@ def test_tokens_that_are_dropped_have_no_distance(some):
 def test_the_standard_error_is_of_photographs():
     """Many crops of few photographs are no more certain than the photographs."""
     values = torch.tensor([1.0, 3.0] * 50, dtype=torch.float64)
-    assert told(values, torch.arange(100) % 2) == {"mean": 2.0, "se": pytest.approx(1.0), "worst": 3.0}
+    found = told(values, torch.arange(100) % 2)
+    assert found == {"mean": 2.0, "se": pytest.approx(1.0), "worst": 3.0, "of_photos": [1.0, 3.0]}
     assert told(values, torch.arange(100))["se"] == pytest.approx(0.1, rel=0.01)
     assert told(values, torch.zeros(100))["se"] is None
 
@@ -319,8 +320,9 @@ def test_ideas_differ_in_the_matching_alone(some, tmp_path):
     result = ideas.measure(some, Rows(tmp_path / "ideas.json", {}, resume=False), (4,))
     rows = {row["idea"]: row for row in result["rows"]}
     tome = some.outcome(of_baseline("tome", cls_only_last=False, r=4)).to_dict(some.photos)
-    for name in ("class_token", "patch_tokens", "gflops"):
-        assert rows["as ToMe"][name] == pytest.approx(tome[name], rel=1e-4)
+    for name in ("class_token", "patch_tokens"):
+        assert rows["as ToMe"][name]["of_photos"] == pytest.approx(tome[name]["of_photos"], rel=1e-4)
+    assert rows["as ToMe"]["gflops"] == tome["gflops"]
     same = {name for name in rows if "two rounds" not in name}
     assert {tuple(rows[name]["tokens"]) for name in same} == {tuple(tome["tokens"])}
     assert len({row["patch_tokens"]["mean"] for row in rows.values()}) == len(ideas.IDEAS)

@@ -43,12 +43,13 @@ class Outcome:
         return found
 
 
-def told(values: Tensor, photos: Tensor) -> dict[str, float]:
+def told(values: Tensor, photos: Tensor) -> dict[str, Any]:
     """Mean, worst, and the standard error of the mean: from the means of the photographs, since what is cut from one
-    photograph is alike. None of one photograph."""
+    photograph is alike. None of one photograph. With the mean of each photograph where one has several images."""
     of_each = torch.stack([values[photos == photo].mean() for photo in photos.unique()])
     error = (of_each.std() / len(of_each) ** 0.5).item() if len(of_each) > 1 else None
-    return {"mean": values.mean().item(), "se": error, "worst": values.max().item()}
+    found = {"mean": values.mean().item(), "se": error, "worst": values.max().item()}
+    return found if len(of_each) == len(values) else {**found, "of_photos": of_each.tolist()}
 
 
 class Photos:

@@ -8,6 +8,7 @@ import argparse
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any, ClassVar
 
 import torch
@@ -108,6 +109,8 @@ IDEAS = {
     "tokens by position": Matching(order="positions"),
     "weighed by sizes": Matching(by="sizes"),
     "weighed by class attention": Matching(by="class"),
+    "keys and tokens, drawn": Matching(of="both", groups="drawn"),
+    "drawn, by sizes": Matching(groups="drawn", by="sizes"),
     "two rounds in every second block": Matching(rounds=2),
     "keys and tokens, drawn, by sizes": Matching(of="both", groups="drawn", by="sizes"),
 }
@@ -124,13 +127,31 @@ def measure(photos: Photos, rows: Rows, each: tuple[int, ...]) -> dict[str, Any]
 
 
 def table(result: dict[str, Any]) -> str:
-    """In Markdown."""
-    head = ["matching", "r", "GFLOPs", "class token", "patch tokens", "saliency"]
+    """In Markdown; last how many times less class and patch tokens change than as ToMe: the geometric mean of the
+    photographs, of which one may decide the mean of the changes."""
+    head = [
+        "matching",
+        "r",
+        "GFLOPs",
+        "class token",
+        "its worst",
+        "patch tokens",
+        "saliency",
+        "times less than as ToMe",
+    ]
+    rows = {(row["r"], row["idea"]): row for row in result["rows"]}
     body = []
-    for row in result["rows"]:
+    for (r, idea), row in rows.items():
         cells = [f"{row[name]['mean']:.4f}" for name in MEASURES]
-        body.append([row["idea"], str(row["r"]), f"{row['gflops']:.2f}", *cells])
+        less = ", ".join(f"{_less(rows[r, 'as ToMe'], row, name):.2f}" for name in MEASURES[:2])
+        worst = f"{row['class_token']['worst']:.4f}"
+        body.append([idea, str(r), f"{row['gflops']:.2f}", cells[0], worst, *cells[1:], less])
     return markdown(head, body)
+
+
+def _less(before: dict[str, Any], row: dict[str, Any], name: str) -> float:
+    pairs = zip(before[name]["of_photos"], row[name]["of_photos"], strict=True)
+    return geometric_mean(tome / ours for tome, ours in pairs)
 
 
 def run(args: argparse.Namespace) -> None:
