@@ -20,7 +20,8 @@ def table(result: dict[str, Any]) -> str:
     """In Markdown: a row for each method at each cost; mean and standard error, of the class token also the worst, and
     how many times less class and patch tokens change than by ToMe with a constant r at the cost of the row."""
     count = max((row["images"] for row in result["rows"] if "images" in row), default=0)
-    head = [f"{count} images", "asked", "GFLOPs", "class token", "its worst", "patch tokens", "saliency", "than ToMe"]
+    names = ["class token", "its worst", "patch tokens", "saliency", "less than ToMe"]
+    head = [f"{count} images", "asked", "GFLOPs", *names]
     body = []
     for share in sorted({row["share"] for row in result["rows"]}):
         rows = [row for row in result["rows"] if row["share"] == share]
