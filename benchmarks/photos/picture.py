@@ -37,7 +37,7 @@ def draw(photos: Photos, result: dict[str, Any], path: Path) -> None:
         error = (before[number] - after[number]).abs().mean().item()
         titles = ("photograph", f"{len(regions.unique())} tokens", "saliency, unmerged", f"merged: off by {error:.3f}")
         for panel, what, title in zip(
-            panels, (seen, paint(seen, regions), before[number], after[number]), titles, strict=True
+            panels, (seen, paint(seen, regions), before[number].numpy(), after[number].numpy()), titles, strict=True
         ):
             panel.imshow(what, interpolation="nearest", vmin=0, vmax=1)
             panel.set_title(title, fontsize=8)
