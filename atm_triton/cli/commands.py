@@ -94,7 +94,7 @@ def _random_case(args: argparse.Namespace, name: str) -> Case:
     stated = ATMConfig(adapt="static", schedule=(RANDOM_R,) * len(model.blocks))
     scheduled = args.adapt in (None, "static") or _configured(args)
     config = _config(args, model, stated) if scheduled else None
-    if config is None or config.adapt != "static":
+    if config is None or config.schedule is None:
         raise ValueError(f"thresholds mean nothing on random images: give {name} a --schedule, or --data DIR")
     shape = data_config(model)["input_size"]
     batch_size = 8 if args.batch_size is None else args.batch_size
@@ -203,7 +203,7 @@ def run_visualize(args: argparse.Namespace) -> dict[str, Any]:
     config = _config(args, model)
     apply_patch(model, config)
     depth = len(model.blocks)
-    blocks = args.blocks or sorted({-(-depth * quarter // 4) for quarter in (1, 2, 3, 4)})
+    blocks = tuple(args.blocks or sorted({-(-depth * quarter // 4) for quarter in (1, 2, 3, 4)}))
     images = [open_image(model, path) for path in args.images]
     rows = [picture(model, image, blocks, path.name) for path, image in zip(args.images, images, strict=True)]
     draw(rows, args.out)
@@ -262,7 +262,7 @@ def _configured(args: argparse.Namespace) -> bool:
     return bool(_curve(args)) or any(value is not None for value in given)
 
 
-def _curve(args: argparse.Namespace) -> dict[str, float]:
+def _curve(args: argparse.Namespace) -> dict[str, Any]:
     """What is given of the paper's curve (Eq. 1)."""
     curve = {name: getattr(args, name) for name in ("alpha", "beta", "theta_min")}
     return {name: value for name, value in curve.items() if value is not None}
