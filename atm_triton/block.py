@@ -1,7 +1,7 @@
 """ATMBlock: timm's transformer block with a merge between attention and MLP."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -142,7 +142,7 @@ class ATMBlock(Block):
             ValueError: images of different lengths where one r is to hold for the batch; TypeError: ``attn`` was
                 replaced by what does not compute by the block.
         """
-        if step is None:
+        if step is None or not isinstance(x, Tensor):
             return self._alone(x, size)
         step.after = tokens = self.forward_packed(handed_on(step.before, x), step)
         return tokens.images.shaped(tokens.x)
@@ -168,8 +168,10 @@ class ATMBlock(Block):
         images = tokens.images
         x = images.shaped(tokens.x)
         attended, plan = self.called_attn(self.norm1(x), self.attend, tokens, step.merges)
-        waits = isinstance(plan, Planned)
-        assignment = self.assign(*plan, images) if waits else plan
+        if isinstance(plan, Planned):
+            assignment, counts = self.assign(plan.found, plan.copy, images), plan.found.counts
+        else:
+            assignment, counts = plan, None
         if assignment is None:
             x = x + self._drop_path(self.drop_path1, self.ls1(attended), images)
             del attended  # its memory is wanted again
@@ -180,7 +182,7 @@ class ATMBlock(Block):
             images = tokens.images
             x = images.shaped(tokens.x)
         x = x + self._drop_path(self.drop_path2, self.ls2(self.mlp(y)), images)
-        step.counts = plan.found.counts if waits else None
+        step.counts = counts
         step.slots = None if assignment is None else assignment.slots
         return tokens.with_x(rows(x))
 
@@ -242,7 +244,7 @@ class ATMBlock(Block):
         found = self.match(k, tokens)
         if found is None:
             return None
-        return Planned(found, None if self.given_r(tokens.images) is not None else ops.to_host(found.counts))
+        return Planned(found, None if found.counts is None else ops.to_host(found.counts))
 
     def _attend_leading(self, y: Tensor, tokens: Packed, n: int) -> tuple[Tensor, None]:
         """One query for each leading token; keys and values of all. A qkv that is more than its matrix (an adapter, a
@@ -296,19 +298,18 @@ class ATMBlock(Block):
         """Which tokens merge; None if none do. Where r depends on counts, the host waits for them here: attention has
         given them time."""
         _check_exporter(None if copy is None else self.config.adapt)
-        T, one_r = found.partner.shape[0], self.config.adapt != "image"
-        if copy is None:
-            T -= images.B * self.given_r(images)
-        elif one_r or not torch.compiler.is_compiling():
+        T, one_r, given = found.partner.shape[0], self.config.adapt != "image", self.given_r(images)
+        left: int | None = None  # a compiled graph reads it from the device
+        if given is not None:
+            left = T - images.B * given
+        elif copy is not None and (one_r or not torch.compiler.is_compiling()):
             removed = int(ops.read(copy).sum())
             if one_r and images.B:
                 removed -= removed % images.B  # the mean, rounded down, of each
             if removed == 0:
                 return None
-            T -= removed
-        else:
-            T = None
-        options = (self.num_prefix_tokens, T, one_r, self.config.backend)
+            left = T - removed
+        options = (self.num_prefix_tokens, left, one_r, self.config.backend)
         return ops.assign(found, self.r_of(images), images, *options)
 
     def merge(self, tokens: Packed, attended: Tensor, assignment: Assignment) -> tuple[Packed, Tensor]:
@@ -331,7 +332,7 @@ class ATMBlock(Block):
         if every_module._has_any_global_hook():
             return False
         drops = self.training and not isinstance(self.drop_path1, nn.Identity)
-        return is_plain(self.ls1, self.norm2) and is_own(self.drop_path1, nn.Identity, DropPath) and not drops
+        return is_plain(self.norm2, self.ls1) and is_own(self.drop_path1, nn.Identity, DropPath) and not drops
 
     def attended(
         self, y: Tensor, q: Tensor, k: Tensor, v: Tensor, tokens: Packed, queries: Images | None = None
@@ -390,7 +391,7 @@ def _no_attention(module: nn.Module) -> str:
     )
 
 
-def is_plain(scale: nn.Module, norm: nn.Module) -> bool:
+def is_plain(norm: nn.Module, scale: nn.Module) -> TypeGuard[nn.LayerNorm]:
     """Whether the residual sum through ``scale`` and its ``norm`` are what one kernel computes."""
     scales = is_own(scale, nn.Identity, LayerScale) or (hasattr(scale, "gamma_like") and not is_changed(scale))
     return scales and is_own(norm, nn.LayerNorm, LayerNorm)
@@ -422,7 +423,8 @@ def is_changed(module: nn.Module) -> bool:
 
 def scale_of(scale: nn.Module, x: Tensor) -> Tensor | None:
     """The factor [C] of a plain LayerScale; None: there is none."""
-    return scale.gamma_like(x) if hasattr(scale, "gamma_like") else getattr(scale, "gamma", None)
+    gamma_like = getattr(scale, "gamma_like", None)
+    return getattr(scale, "gamma", None) if gamma_like is None else gamma_like(x)
 
 
 def rows(x: Tensor) -> Tensor:

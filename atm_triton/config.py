@@ -5,11 +5,12 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from numbers import Integral, Real
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from atm_triton.operating_points import choose
 from atm_triton.reference import threshold
 
+T = TypeVar("T")
 ADAPT = ("batch", "image", "static")
 BACKENDS = ("auto", "triton", "reference")
 REMEDY = "atm-triton calibrate finds them, or give alpha, beta and theta_min, or thresholds"
@@ -88,7 +89,7 @@ class ATMConfig:
         if 0 < len(given) < len(curve):
             missing = " and ".join(name for name in curve if name not in given)
             raise ValueError(f"{' and '.join(given)} without {missing}; give all three of them, or thresholds")
-        if given and self.alpha < self.theta_min:
+        if self.alpha is not None and self.theta_min is not None and self.alpha < self.theta_min:
             raise ValueError(f"alpha={self.alpha} is below theta_min={self.theta_min}; raise alpha or lower theta_min")
 
     def _check_adapt(self) -> None:
@@ -131,7 +132,7 @@ class ATMConfig:
         _check_block(block, depth)
         if self.thresholds is not None:
             return self.thresholds[block - 1]
-        if self.alpha is None:
+        if self.alpha is None or self.beta is None or self.theta_min is None:  # given together, or not at all
             raise ValueError(f"the configuration has no thresholds; {REMEDY}")
         return threshold(block, self.alpha, self.beta, self.theta_min)
 
@@ -197,8 +198,13 @@ class ATMConfig:
         return cls(**{**values, **mae, **changes})
 
 
+def _is(kind: type, value: Any) -> bool:
+    """Whether a value is a number of this kind; a bool is one to Python, and none here."""
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
 def _real(name: str, value: Any, low: float, high: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if not _is(Real, value):
         raise TypeError(f"{name}={value!r} is no number; give one from {low} to {high}")
     if not low <= value <= high or not math.isfinite(value):
         raise ValueError(f"{name}={value!r} is out of range; give one from {low} to {high}")
@@ -210,14 +216,14 @@ def _theta(name: str, value: Any) -> float | None:
 
 
 def _count(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, Integral):
+    if not _is(Integral, value):
         raise TypeError(f"{name}={value!r} is no whole number")
     if value < 0:
         raise ValueError(f"{name}={value} is negative")
     return int(value)
 
 
-def _each(name: str, values: Any, check: Callable[[str, Any], float]) -> tuple:
+def _each(name: str, values: Any, check: Callable[[str, Any], T]) -> tuple[T, ...]:
     if not isinstance(values, (tuple, list)) or not values:
         raise TypeError(f"{name}={values!r} is no list; give one value for each block")
     return tuple(check(f"{name}[{index}]", value) for index, value in enumerate(values))

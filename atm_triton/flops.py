@@ -9,6 +9,7 @@ beside.
 import copy
 from collections import OrderedDict
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 from timm.layers.attention import Attention
@@ -22,25 +23,27 @@ from atm_triton.record import Number, Record
 from atm_triton.reference import largest_r
 from atm_triton.transformer import leading_tokens
 
+Value = TypeVar("Value", float, float | Tensor)
+
 
 @dataclass(frozen=True)
-class Cost:
+class Cost(Generic[Value]):
     """Multiply-accumulates of one image: ``stem``, each of ``blocks``, ``head``; ``paper``: the operations that the
     paper counts; ``matching``: the cosine similarities, in no total. Whole numbers where all images cost the same;
     else means, or tensors [B] with the cost of each."""
 
     stem: int
-    blocks: tuple[Number | float, ...]
+    blocks: tuple[Value, ...]
     head: int
-    paper: Number | float
-    matching: Number | float
+    paper: Value
+    matching: Value
 
     @property
-    def macs(self) -> Number | float:
+    def macs(self) -> Value:
         return self.stem + sum(self.blocks) + self.head
 
     @property
-    def paper_gflops(self) -> float | Tensor:
+    def paper_gflops(self) -> Value:
         return self.paper / 1e9
 
 
@@ -65,18 +68,18 @@ def linear_macs(module: nn.Module) -> int:
     return inner or getattr(module, "in_features", 0) * getattr(module, "out_features", 0)
 
 
-def cost(model: VisionTransformer, record: Record) -> Cost:
+def cost(model: VisionTransformer, record: Record) -> Cost[float]:
     """What ``record`` says a forward pass of ``model`` cost: of one image, the mean where they differ."""
     each = cost_of_each(model, record)
     return Cost(each.stem, tuple(map(mean, each.blocks)), each.head, mean(each.paper), mean(each.matching))
 
 
-def mean(number: Number) -> int | float:
+def mean(number: float | Tensor) -> float:
     """The mean over the images."""
     return number.double().mean().item() if isinstance(number, Tensor) else number
 
 
-def cost_of_each(model: VisionTransformer, record: Record) -> Cost:
+def cost_of_each(model: VisionTransformer, record: Record) -> Cost[float | Tensor]:
     """:func:`cost` of every image: tensors [B] where they differ."""
     blocks = [inside(block, Block) or block for block in model.blocks]
     counts = list(zip(record.tokens, record.queries, record.rows, strict=True))
@@ -124,15 +127,28 @@ def planned(
         patches = _run(skeleton, "patch_embed", image).numel() // model.embed_dim
     leading = leading_tokens(model) if cls_only_last else None
     P = model.num_prefix_tokens
-    left, tokens, rows, matched = patches + P, [], [], []
+    left = patches + P
+    tokens: list[int] = []
+    rows: list[int] = []
+    matched: list[bool] = []
     for block, r in enumerate(schedule, start=1):
-        alone = leading is not None and block == len(schedule)
-        r = 0 if alone else min(r, largest_r(left, P))
         tokens.append(left)
-        left = leading if alone else left - r
+        if leading is not None and block == len(schedule):
+            left, r = leading, 0
+        else:
+            r = min(r, largest_r(left, P))
+            left -= r
         rows.append(left)
         matched.append(r > 0)
-    return Record(1, image_shape, leading, *map(tuple, (tokens, rows, [None] * len(rows), matched)))
+    return Record(
+        batch=1,
+        image_shape=image_shape,
+        leading=leading,
+        tokens=tuple(tokens),
+        rows=tuple(rows),
+        counts=(None,) * len(schedule),
+        matched=tuple(matched),
+    )
 
 
 def unmerged(model: VisionTransformer, image_shape: tuple[int, ...]) -> Record:
@@ -170,7 +186,7 @@ def _matching_macs(block: Block, tokens: Number, num_prefix: int) -> Number:
 
 def _read_by_head(record: Record) -> int:
     """The tokens that the head sees: the leading ones alone, or every original one."""
-    return record.tokens[0] if record.leading is None else record.leading
+    return record.N if record.leading is None else record.leading
 
 
 def _counted(model: VisionTransformer, part: str, shape: tuple[int, ...]) -> tuple[int, int]:
@@ -215,5 +231,6 @@ def _skeleton(model: VisionTransformer) -> VisionTransformer:
     with torch.inference_mode(False):
         shapes = {id(t): nn.Parameter(t.to("meta")) if isinstance(t, nn.Parameter) else t.to("meta") for t in tensors}
     hooks = (vars(module)[name] for module in model.modules() for name in ("_forward_hooks", "_forward_pre_hooks"))
-    none = {id(each): OrderedDict() for each in hooks}  # not copied either: what they hold may be large
+    # not copied either: what they hold may be large
+    none: dict[int, OrderedDict] = {id(each): OrderedDict() for each in hooks}
     return copy.deepcopy(model, {**shapes, **none, id(model.blocks): nn.Sequential()}).eval()

@@ -3,11 +3,14 @@
 import threading
 import weakref
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.cuda.graphs import _POOL_HANDLE
 
 UNREAD = -1  # what counts on the host hold until they are there
 PRIORITY = -2  # of the streams that are captured on: torch has 32 of each priority, and no library takes these
@@ -51,7 +54,7 @@ class CaptureStreams(NamedTuple):
     main: torch.cuda.Stream
     branch: torch.cuda.Stream
     copies: torch.cuda.Stream
-    pool: tuple[int, int]
+    pool: "_POOL_HANDLE"
     keeps: torch.cuda.CUDAGraph
 
 
@@ -84,7 +87,7 @@ class StreamLease:
         _place_workspace(self.streams.main, self.streams.pool)
 
 
-def _place_workspace(stream: torch.cuda.Stream, pool: tuple[int, int]) -> torch.cuda.CUDAGraph:
+def _place_workspace(stream: torch.cuda.Stream, pool: "_POOL_HANDLE") -> torch.cuda.CUDAGraph:
     """A graph that has made cuBLAS allocate its workspace in the pool, if there was none."""
     graph, ones = torch.cuda.CUDAGraph(), torch.ones(16, 16, dtype=torch.float16, device=stream.device)
     _multiply(ones)  # CUDA loads what this needs before the capture
@@ -125,8 +128,8 @@ class CUDAGraphs(Replays):
                 before = torch.cuda.memory_reserved(self.device)
                 lease = self.lease = self.lease or StreamLease(self.device)
                 lease.place_workspace()
-                how = {"pool": self.pool, "stream": lease.streams.main, "capture_error_mode": "thread_local"}
-                with torch.cuda.graph(graph, **how):
+                main, mode = lease.streams.main, "thread_local"
+                with torch.cuda.graph(graph, pool=self.pool, stream=main, capture_error_mode=mode):
                     out = run()
                 self.held += torch.cuda.memory_reserved(self.device) - before
         except BaseException:  # torch leaves its stream current then, and the pool marked as being captured to
@@ -150,7 +153,9 @@ class CUDAGraphs(Replays):
     def side(self, name: str) -> torch.cuda.Stream | None:
         """One of the streams while a graph is captured, None elsewhere: another thread's stream may have the same
         handle, and its work there could take memory that is still read here."""
-        return getattr(self.lease.streams, name) if torch.cuda.is_current_stream_capturing() else None
+        if self.lease is None or not torch.cuda.is_current_stream_capturing():
+            return None
+        return getattr(self.lease.streams, name)
 
     def wait(self) -> None:
         with _capturing:  # no other engine may capture meanwhile

@@ -45,8 +45,6 @@ class Modules:
         same = self.pointers == other.pointers and self.settings == other.settings
         return same and all(map(is_, self.objects, other.objects))
 
-    __hash__ = None
-
 
 class Part:
     """Some modules, by what they are made of, and those of them of which Python must do nothing in a pass."""

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib.util import find_spec
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -118,10 +118,11 @@ def _takes_kernels(backend: str, device: str, dtype: torch.dtype) -> bool:
     return not onnx
 
 
+Result = TypeVar("Result")
 _PLAIN = frozenset((Tensor, nn.Parameter, int, float, bool, type(None)))
 
 
-def _call(run: Callable[..., Any], *arguments: Any) -> Any:
+def _call(run: Callable[..., Result], *arguments: Any) -> Result:
     """An operation: in eager inference past torch's dispatcher, which costs as much as a launch; under tracing, under
     autograd and for tensors of other classes through it."""
     return run(*arguments) if _plain(arguments) else getattr(torch.ops.atm_triton, _name(run)).default(*arguments)
@@ -171,8 +172,9 @@ def match(
     keys = keys.detach()
     bound = 2.0 if theta is None else theta  # nothing is as similar as that
     if _fits_kernels(backend, keys, num_prefix) or (_traced(keys) and not images.equal):
-        found = _call(_match, keys, sizes, images.cu_seqlens, num_prefix, by_size, bound, images.N)
-        return Match(*found[:2], None if theta is None else found[2], theta)
+        arguments = (keys, sizes, images.cu_seqlens, num_prefix, by_size, bound, images.N)
+        similarity, partner, counts = _call(_match, *arguments)
+        return Match(similarity, partner, None if theta is None else counts, theta)
     with torch.no_grad(), _without_autocast(keys.device.type):  # 16-bit cosines would flip decisions
         similarity, partner = reference.match(keys, sizes, num_prefix, by_size, images)
         return Match(similarity, partner, None if theta is None else reference.count(similarity, theta, images), theta)
@@ -204,7 +206,7 @@ def assign(
     T: int | None,
     one_r: bool,
     backend: str = "auto",
-    out: tuple[Tensor, ...] | None = None,
+    out: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
 ) -> Assignment:
     """The assignment in which the most similar tokens of each image join their partners, ``r`` of each.
 
@@ -233,12 +235,12 @@ def assign(
         tokens = spans = None
     elif T is not None and (out is not None or _plain((similarity, partner, r, begin))):
         with device_of(partner):
-            arguments = (similarity, partner, r, begin, num_prefix, images.N, T, out, theta, mean)
-            slots, tokens, spans, begin = _kernels().assign(*arguments)
+            options = (num_prefix, images.N, T, out, theta, mean)
+            slots, tokens, spans, begin = _kernels().assign(similarity, partner, r, begin, *options)
     else:
         of_each = _of_each(r, mean, images, partner.device)
-        arguments = (similarity, partner, of_each, begin, num_prefix, images.N, -1 if T is None else T)
-        slots, tokens, spans, begin = _call(_assign, *arguments)
+        rows = -1 if T is None else T
+        slots, tokens, spans, begin = _call(_assign, similarity, partner, of_each, begin, num_prefix, images.N, rows)
         T = spans.shape[0]
     N = T // images.B if equal and images.B else images.N
     return Assignment(slots, T, Images(begin, N, equal), tokens, spans)
@@ -266,20 +268,27 @@ def _of_each(r: int | Tensor, mean: bool, images: Images, device: torch.device) 
     return reference.batch_r(r) if mean else r
 
 
+def lists(assignment: Assignment) -> tuple[Tensor, Tensor]:
+    """``tokens`` and ``spans`` of an assignment, also where the reference made it and left them out."""
+    if assignment.tokens is None or assignment.spans is None:
+        return reference.lists(assignment.slots, assignment.T)
+    return assignment.tokens, assignment.spans
+
+
 def merge(tokens: Packed, assignment: Assignment, backend: str = "auto") -> Packed:
     """Size-weighted means of the tokens of each slot (Definition 2).
 
     Raises:
         ValueError, TypeError: arguments of another shape, dtype or device.
     """
-    x, sizes, *_ = tokens
+    x, sizes, slots, images = tokens.x, tokens.sizes, assignment.slots, assignment.images
     _check_tokens(tokens, assignment)
-    slots, T, images, order, spans = assignment
-    if order is None and not runs_kernels(backend, x):
-        return Packed(*reference.merge(x, sizes, slots, T), images)
-    order, spans = reference.lists(slots, T) if order is None else (order, spans)
-    merged, *of_sizes = _call(_merge, x, sizes, slots, order, spans, images.cu_seqlens)
-    return Packed(merged, of_sizes[0], images, of_sizes[1])
+    if assignment.tokens is None and not runs_kernels(backend, x):
+        merged, merged_sizes = reference.merge(x, sizes, slots, assignment.T)
+        return Packed(merged, merged_sizes, images)
+    order, spans = lists(assignment)
+    merged, merged_sizes, log2_sizes = _call(_merge, x, sizes, slots, order, spans, images.cu_seqlens)
+    return Packed(merged, merged_sizes, images, log2_sizes)
 
 
 def add_merge_norm(
@@ -293,15 +302,13 @@ def add_merge_norm(
     Raises:
         ValueError, TypeError: arguments of another shape, dtype or device.
     """
-    x, sizes, *_ = tokens
     _check_tokens(tokens, assignment)
-    _check_residual(x, attended, gamma, norm)
-    slots, T, images, order, spans = assignment
-    order, spans = reference.lists(slots, T) if order is None else (order, spans)
-    arguments = (x, attended, gamma, sizes, slots, order, spans, images.cu_seqlens, norm.weight, norm.bias, norm.eps)
+    _check_residual(tokens.x, attended, gamma, norm)
+    images, merging = assignment.images, (assignment.slots, *lists(assignment), assignment.images.cu_seqlens)
+    arguments = (tokens.x, attended, gamma, tokens.sizes, *merging, norm.weight, norm.bias, norm.eps)
     with torch.no_grad():
-        merged, normed, *of_sizes = _call(_add_merge_norm, *arguments)
-    return Packed(merged, of_sizes[0], images, of_sizes[1]), normed
+        merged, normed, merged_sizes, log2_sizes = _call(_add_merge_norm, *arguments)
+    return Packed(merged, merged_sizes, images, log2_sizes), normed
 
 
 def add_norm(
@@ -485,10 +492,10 @@ def _check_pairs(found: Match, images: Images, num_prefix: int, T: int | None) -
 
 
 def _check_tokens(tokens: Packed, assignment: Assignment) -> None:
-    x, sizes, *_ = tokens
+    x = tokens.x
     _check(x.dim() == 2, "x", x, "[T, C]")
     _check_slots(assignment.slots, x.shape[:1], x)
-    _check_sizes(sizes, x.shape[0], x)
+    _check_sizes(tokens.sizes, x.shape[0], x)
     if assignment.T < 0:
         raise ValueError(f"T={assignment.T} is below 0; want the number of slots")
 
@@ -564,11 +571,14 @@ def _images(cu_seqlens: Tensor, N: int) -> Images:
     return Images(cu_seqlens, N, bool((cu_seqlens.diff() == N).all()))
 
 
+Run = TypeVar("Run", bound=Callable[..., Any])
+
+
 def _name(run: Callable[..., Any]) -> str:
     return run.__name__.removeprefix("_")
 
 
-def operation(run: Callable[..., Any]) -> Callable[..., Any]:
+def operation(run: Run) -> Run:
     """Make a function, less its leading underscore, an operation ``torch.ops.atm_triton`` on CUDA and on the CPU."""
     _library.define(_name(run) + infer_schema(run, mutates_args=()))
     for device in ("CUDA", "CPU"):  # a compiler that meets an operation outside a graph must not look into it
@@ -619,8 +629,9 @@ def _assign(
 def _(
     similarity: Tensor, partner: Tensor, r: Tensor, cu_seqlens: Tensor, num_prefix: int, N: int, T: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    T = torch.library.get_ctx().new_dynamic_size() if T < 0 else T
-    return *(torch.empty_like(partner) for _ in range(2)), partner.new_empty((T, 2)), torch.empty_like(cu_seqlens)
+    merged = torch.library.get_ctx().new_dynamic_size() if T < 0 else T
+    slots, tokens, spans = torch.empty_like(partner), torch.empty_like(partner), partner.new_empty((merged, 2))
+    return slots, tokens, spans, torch.empty_like(cu_seqlens)
 
 
 @operation
@@ -630,10 +641,10 @@ def _merge(
     """Merged x [T', C], its sizes float32 [T'] and their log2; ``cu_seqlens``: of the merged images."""
     if _on_kernels(x):
         with device_of(x):
-            merged, _, *of_sizes = _kernels().merge(x, sizes, tokens, spans, cu_seqlens)
-        return merged, *of_sizes
-    merged, new_sizes = reference.merge(x, sizes, slots, spans.shape[0])
-    return merged, new_sizes, new_sizes.log2()
+            merged, _, merged_sizes, log2_sizes = _kernels().merge(x, sizes, tokens, spans, cu_seqlens)
+        return merged, merged_sizes, log2_sizes
+    merged, merged_sizes = reference.merge(x, sizes, slots, spans.shape[0])
+    return merged, merged_sizes, merged_sizes.log2()
 
 
 @fake(_merge)
@@ -682,8 +693,8 @@ def _add_merge_norm(
     update = attended.float() if gamma is None else attended.float() * gamma.float()
     merged, new_sizes = reference.merge(x.float() + update, sizes, slots, spans.shape[0])
     merged = merged.to(x.dtype)
-    affine = (None if parameter is None else parameter.float() for parameter in (weight, bias))
-    normed = F.layer_norm(merged.float(), x.shape[1:], *affine, eps)
+    weight, bias = (None if parameter is None else parameter.float() for parameter in (weight, bias))
+    normed = F.layer_norm(merged.float(), x.shape[1:], weight, bias, eps)
     return merged, normed.to(x.dtype), new_sizes, new_sizes.log2()
 
 
@@ -800,7 +811,8 @@ def _attention_backward(
 
 @fake(_attention_backward)
 def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(x.new_empty((x.shape[1], x.shape[0], x.shape[2])).transpose(0, 1) for x in (q, k, v))
+    dq, dk, dv = (x.new_empty((x.shape[1], x.shape[0], x.shape[2])).transpose(0, 1) for x in (q, k, v))
+    return dq, dk, dv
 
 
 def _keep_for_attention(ctx: Any, inputs: tuple, output: tuple) -> None:

@@ -71,7 +71,7 @@ class Packed(NamedTuple):
         sizes = None if sizes is None else sizes.reshape(-1)
         return cls(x.reshape(B * N, x.shape[2]), sizes, Images.of(B, N, x.device))
 
-    def with_x(self, x: Tensor) -> Self:
+    def with_x(self, x: Tensor) -> "Packed":
         """The same tokens with other values; unlike ``_replace``, dynamo of torch 2.11 can rebuild it."""
         return Packed(x, self.sizes, self.images, self.log2_sizes)
 

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable
 from dataclasses import replace
+from types import MethodType
 from typing import Any
 
 import timm
@@ -66,13 +67,13 @@ def apply_patch(
             ATMConfig(adapt="static", schedule=(0,) * depth, source=block_class.__name__) if own_plan else ATMConfig()
         )
 
-    def merging(block: Block, index: int) -> ATMBlock:
-        return block_class.of(block, config, index, depth, model.num_prefix_tokens)
-
     config.check_depth(depth)
-    by_pool = config.proportional_attention is None
-    config = settled(config, model)
-    install(model, merging, config).blocks.by_pool = by_pool
+    whole = settled(config, model)
+
+    def merging(block: Block, index: int) -> ATMBlock:
+        return block_class.of(block, whole, index, depth, model.num_prefix_tokens)
+
+    install(model, merging, whole).blocks.by_pool = config.proportional_attention is None
     return model
 
 
@@ -154,13 +155,13 @@ def remove_patch(model: VisionTransformer) -> VisionTransformer:
     if isinstance(model.blocks, ATMBlocks):
         model.blocks.engine.drop()
     for module in _own_modules(model):
-        if isinstance(module, PATCHED):
+        if isinstance(module, tuple(PATCHED)):
             _unpatch(module)
     model.__class__ = type(model).__bases__[1]
     return model
 
 
-PATCHED = (ATMBlocks, ATMBlock, ATMAttention)  # each derived from the class that a module has without a patch
+PATCHED = {ATMBlocks: nn.Sequential, ATMBlock: Block, ATMAttention: Attention}  # and what they are without a patch
 
 
 def _own_modules(model: nn.Module) -> list[nn.Module]:
@@ -170,7 +171,7 @@ def _own_modules(model: nn.Module) -> list[nn.Module]:
 
 
 def _unpatch(module: nn.Module) -> None:
-    (own,) = (ours.__base__ for ours in PATCHED if isinstance(module, ours))
+    (own,) = (theirs for ours, theirs in PATCHED.items() if isinstance(module, ours))
     for cls in type(module).__mro__[: type(module).__mro__.index(own)]:
         for name in inspect.get_annotations(cls):
             vars(module).pop(name, None)
@@ -182,7 +183,7 @@ def _forget_forwards(model: nn.Module) -> None:
     another class too."""
     for module in model.modules():
         own = vars(module).get("forward")
-        if getattr(own, "__func__", None) is type(module).forward and own.__self__ is module:
+        if isinstance(own, MethodType) and own.__func__ is type(module).forward and own.__self__ is module:
             del module.forward
 
 
@@ -212,7 +213,8 @@ def install(model: VisionTransformer, make: Callable[[Block, int], ATMBlock], co
     blocks.__class__ = ATMBlocks
     blocks.config, blocks.last, blocks.engine = config, None, Engine(model)
     blocks.depth, blocks.warns, blocks.looked = len(blocks), True, False
-    model.__class__ = merging_class(type(model))
+    own: type = type(model)
+    model.__class__ = merging_class(own)
     return model
 
 

@@ -26,6 +26,11 @@ class Record:
     way: str = field(default="", compare=False)
 
     @property
+    def N(self) -> int:
+        """The tokens of an image that enter the first block, of every image as many."""
+        return int(self.tokens[0])
+
+    @property
     def queries(self) -> tuple[Number, ...]:
         """The tokens whose attention each block computes."""
         return self.tokens if self.leading is None else (*self.tokens[:-1], self.leading)

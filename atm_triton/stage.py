@@ -8,10 +8,11 @@ rows as it began with. Rows beyond the last image hold garbage that nothing read
 
 from collections.abc import Callable, Sequence
 from operator import itemgetter
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import torch
 from timm.layers import Mlp, PatchEmbed
+from timm.layers.attention import Attention
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -37,12 +38,29 @@ class Pending(NamedTuple):
     spans: Tensor
     cu_seqlens: Tensor
 
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Pending":
+        """The same with every tensor changed."""
+        return Pending(
+            x=change(self.x),
+            attended=change(self.attended),
+            sizes=None if self.sizes is None else change(self.sizes),
+            slots=change(self.slots),
+            order=change(self.order),
+            spans=change(self.spans),
+            cu_seqlens=change(self.cu_seqlens),
+        )
+
+    def first(self, T: int | None) -> "Pending":
+        """The first T rows of them; None: all."""
+        return self.each(lambda tensor: tensor[:T])._replace(cu_seqlens=self.cu_seqlens)
+
 
 class Stage(NamedTuple):
-    """``first``: the block whose merge begins it, None: it begins with the tokens of the stem; ``last``: the block
-    whose attention ends it, None: the pass ends; ``counted``: its blocks whose own counts say how many tokens merge."""
+    """``start``: the first block whose attention it computes; it begins with the merge of the block before, or with the
+    stem. ``last``: the block whose attention ends it, None: the pass ends; ``counted``: its blocks whose own counts say
+    how many tokens merge."""
 
-    first: int | None
+    start: int
     last: int | None
     counted: tuple[int, ...]
 
@@ -59,9 +77,9 @@ def stages(blocks: Sequence[ATMBlock], leading: int | None, rows: int, read: flo
     for last in (*counted, None):
         ways = []
         for merges, (cost, before) in enumerate(plans):
-            first = before[-1].last if before else None
-            start, end = 0 if first is None else first + 1, len(blocks) if last is None else last + 1
-            stage = Stage(first, last, tuple(index for index in counted if start <= index < end))
+            read_at = before[-1].last if before else None
+            start, end = 0 if read_at is None else read_at + 1, len(blocks) if last is None else last + 1
+            stage = Stage(start, last, tuple(index for index in counted if start <= index < end))
             ways.append((cost + read + LEFT**merges * sum(gflop[start:end]), (*before, stage)))
         plans.append(min(ways, key=itemgetter(0)))
     return list(plans[-1][1])
@@ -118,7 +136,7 @@ def run(
     trace: Tensor | None,
     may: int,
     leading: int | None,
-    counted: Callable[[Tensor], None] | None,
+    counted: Callable[[Tensor], None],
     branch: Branch,
     out: Pending | None = None,
 ) -> tuple[Packed | Pending, Tensor | None]:
@@ -136,32 +154,45 @@ def run(
     Returns:
         What is to merge, or the tokens after the last block; the trace.
     """
-    start = 0 if stage.first is None else stage.first + 1
-    before = None if stage.first is None else blocks[stage.first]
-    for index, block in enumerate(blocks[start:], start=start):
+    before = blocks[stage.start - 1] if stage.start else None
+    y = blocks[0].norm1(tokens.x) if y is None else y
+    for index, block in enumerate(blocks[stage.start :], start=stage.start):
         into = out if index == stage.last else None
-        if before is None:
-            x, y = tokens.x, block.norm1(tokens.x)
-        else:
-            x, y = residual(tokens.x, feed_forward(before.mlp, y), before.ls2, block.norm1, into and into.x)
-        tokens = tokens.with_x(x)
+        if before is not None:
+            to = None if into is None else into.x
+            x, y = residual(tokens.x, feed_forward(before.mlp, y), before.ls2, block.norm1, to)
+            tokens = tokens.with_x(x)
         if leading is not None and index == len(blocks) - 1:
             return block.forward_leading(tokens, leading, y), trace
         mixed, assignment = attend(block, tokens, y, index < may, counted, branch, into)
-        attended = project(block.attention, mixed, into and into.attended)
+        attended = project(block.attention, mixed, None if into is None else into.attended)
         branch.join()
         if assignment is not None and trace is not None:
             trace = assignment.slots.index_select(0, trace)  # no token is dropped here
-        if index == stage.last:
-            slots, _, images, order, spans = assignment
-            return Pending(x, attended, tokens.sizes, slots, order, spans, images.cu_seqlens), trace
         if assignment is None:
-            x, y = residual(x, attended, block.ls1, block.norm2)
+            x, y = residual(tokens.x, attended, block.ls1, block.norm2)
             tokens = tokens.with_x(x)
+        elif index == stage.last:
+            return left_by(tokens, attended, assignment), trace
         else:
             tokens, y = block.merge(tokens, attended, assignment)
         before = block
-    return tokens.with_x(tokens.x + rows(before.ls2(feed_forward(before.mlp, y)))), trace
+    last = blocks[-1]
+    return tokens.with_x(tokens.x + rows(last.ls2(feed_forward(last.mlp, y)))), trace
+
+
+def left_by(tokens: Packed, attended: Tensor, assignment: Assignment) -> Pending:
+    """What the last block of a stage leaves to the next one's :func:`begin`."""
+    order, spans = ops.lists(assignment)
+    return Pending(
+        x=tokens.x,
+        attended=attended,
+        sizes=tokens.sizes,
+        slots=assignment.slots,
+        order=order,
+        spans=spans,
+        cu_seqlens=assignment.images.cu_seqlens,
+    )
 
 
 def attend(
@@ -169,7 +200,7 @@ def attend(
     tokens: Packed,
     y: Tensor,
     merges: bool,
-    counted: Callable[[Tensor], None] | None,
+    counted: Callable[[Tensor], None],
     branch: Branch,
     into: Pending | None,
 ) -> tuple[Tensor, Assignment | None]:
@@ -184,18 +215,18 @@ def attend(
 
 
 def assign(
-    block: ATMBlock, keys: Tensor, tokens: Packed, counted: Callable[[Tensor], None] | None, into: Pending | None
+    block: ATMBlock, keys: Tensor, tokens: Packed, counted: Callable[[Tensor], None], into: Pending | None
 ) -> Assignment | None:
     """What merges; where counts say how much, the assignment has room for all T tokens."""
     images, found = tokens.images, block.match(keys, tokens)
     if found is None:
         return None
     given = block.given_r(images)
-    if given is None:
+    if found.counts is not None:
         counted(found.counts)
     T = len(tokens.x) - (0 if given is None else images.B * given)
     options = (block.num_prefix_tokens, T, given is not None, block.config.backend)
-    out = into and (into.slots, into.order, into.spans, into.cu_seqlens)
+    out = None if into is None else (into.slots, into.order, into.spans, into.cu_seqlens)
     return ops.assign(found, block.r_of(images), images, *options, out=out)
 
 
@@ -204,7 +235,7 @@ def residual(
 ) -> tuple[Tensor, Tensor]:
     """x + scale(update), rows [T, C], and the norm of that; by one kernel where the modules are plain."""
     update = rows(update)
-    if is_plain(scale, norm):
+    if is_plain(norm, scale):
         return ops.add_norm(x, update, scale_of(scale, x), norm, out)
     x = x + scale(update)
     return x, norm(x)
@@ -212,15 +243,20 @@ def residual(
 
 def feed_forward(mlp: nn.Module, y: Tensor) -> Tensor:
     """The MLP of normalised tokens; where it is timm's own, its first layer and GELU may be one kernel."""
+    return mlp.fc2(ops.linear_gelu(rows(y), mlp.fc1.weight, mlp.fc1.bias)) if _is_timms(mlp) else mlp(y)
+
+
+def _is_timms(mlp: nn.Module) -> TypeGuard[Mlp]:
+    """Whether an MLP and all in it are timm's and torch's own, with the exact GELU."""
     modules = (mlp, *(getattr(mlp, name, None) for name in ("fc1", "act", "norm")))
+    if tuple(map(type, modules)) != (Mlp, nn.Linear, nn.GELU, nn.Identity):
+        return False
     drops = (getattr(mlp, name, None) for name in ("drop1", "drop2"))
-    own = tuple(map(type, modules)) == (Mlp, nn.Linear, nn.GELU, nn.Identity) and mlp.act.approximate == "none"
-    if not own or any(type(drop) not in (nn.Dropout, nn.Identity) for drop in drops):
-        return mlp(y)
-    return mlp.fc2(ops.linear_gelu(rows(y), mlp.fc1.weight, mlp.fc1.bias))
+    exact = getattr(mlp.act, "approximate", None) == "none"
+    return exact and all(type(drop) in (nn.Dropout, nn.Identity) for drop in drops)
 
 
-def project(attn: nn.Module, mixed: Tensor, out: Tensor | None) -> Tensor:
+def project(attn: Attention, mixed: Tensor, out: Tensor | None) -> Tensor:
     """The projection of what tokens attend to, rows [T, C], written to ``out`` where the module is torch's own."""
     proj = attn.proj
     if out is None or type(proj) is not nn.Linear:

@@ -21,14 +21,14 @@ class Summary:
     """
 
     record: Record
-    cost: Cost
-    unmerged: Cost
+    cost: Cost[float]
+    unmerged: Cost[float]
     way: str  # how the pass ran
     source: str = ""  # where thresholds or r come from, if the configuration says so
     logits: str = ""  # what the logits are, where a model has several answers
 
     @property
-    def tokens(self) -> tuple[int | float, ...]:
+    def tokens(self) -> tuple[float, ...]:
         return tuple(map(mean, self.record.tokens))
 
     @property
@@ -40,13 +40,13 @@ class Summary:
         return tuple(int(n.max()) if isinstance(n, Tensor) else n for n in self.record.tokens)
 
     @property
-    def r(self) -> tuple[int | float, ...]:
+    def r(self) -> tuple[float, ...]:
         record = self.record
         merged = [mean(tokens - rows) for tokens, rows in zip(record.tokens, record.rows, strict=True)]
         return tuple(merged if record.leading is None else [*merged[:-1], 0])
 
     @property
-    def macs(self) -> int | float:
+    def macs(self) -> float:
         return self.cost.macs
 
     @property
@@ -73,7 +73,7 @@ class Summary:
         return "\n".join([*lines, *(f"{what}: {text}" for what, text in said.items() if text)])
 
 
-def _number(value: int | float, width: int) -> str:
+def _number(value: float, width: int) -> str:
     return f"{value:{width}d}" if isinstance(value, int) else f"{value:{width}.1f}"
 
 

@@ -8,7 +8,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Container
 from dataclasses import replace
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Self, overload
 
 import torch
 from timm.models._features import feature_take_indices
@@ -88,13 +88,17 @@ class ATMBlocks(nn.Sequential):
             self._last = record
         return record
 
+    @last.setter
+    def last(self, done: Record | Facts | None) -> None:
+        self._last = done
+
     def _recorded(self, done: Facts) -> Record:
         with self.engine.lock:  # another thread's pass reads the same mailbox
             record = recorded(done)
         self.looked = True
         if self.quarter:
             left = torch.as_tensor(record.rows[self.quarter - 1], dtype=torch.float64)  # on the host, as all of it
-            self._warn_of_what_is_gone(left.mean().item() / record.tokens[0])
+            self._warn_of_what_is_gone(left.mean().item() / record.N)
         return record
 
     def look(self, done: Facts) -> None:
@@ -102,15 +106,17 @@ class ATMBlocks(nn.Sequential):
         if self.warns and not self.looked:
             self._recorded(done)
 
-    @last.setter
-    def last(self, done: Record | Facts | None) -> None:
-        self._last = done
-
     def __getstate__(self) -> dict[str, Any]:
         """A copy gets the record: counts on their way to the host are in memory that cannot be copied."""
         return {**super().__getstate__(), "_last": self.last}
 
-    def __getitem__(self, index: int | slice) -> nn.Module:
+    @overload
+    def __getitem__(self, index: slice, /) -> nn.Sequential: ...
+
+    @overload
+    def __getitem__(self, index: int, /) -> nn.Module: ...
+
+    def __getitem__(self, index: int | slice, /) -> nn.Module:
         if isinstance(index, slice):
             return nn.Sequential(OrderedDict(list(self._modules.items())[index]))
         return super().__getitem__(index)
@@ -120,7 +126,7 @@ class ATMBlocks(nn.Sequential):
             raise TypeError(_no_block(index, module))
         super().__setitem__(index, module)
 
-    def _fixed(self, *_: Any, **__: Any) -> None:
+    def _fixed(self, *_: Any, **__: Any) -> NoReturn:
         raise ValueError(
             "blocks of a patched model cannot be added or removed, for each merges as its place says: remove_patch, "
             "then change them, then apply_patch"
@@ -149,8 +155,14 @@ class ATMBlocks(nn.Sequential):
         model; without it as any sequence."""
         if run is None:
             return super().forward(x)
-        now, trace, B = Packed.of(x), None, x.shape[0]
-        traces, collected, tokens, left, counts, matched = [], [], [], [], [], []
+        B, now = x.shape[0], Packed.of(x)
+        trace: Tensor | None = None
+        traces: list[Tensor | None] = []
+        collected: list[Tensor] = []
+        tokens: list[Images] = []
+        left: list[Images] = []
+        counts: list[Tensor | None] = []
+        matched: list[bool] = []
         for index, block in enumerate(list(self)[: run.stop]):
             if self.own(index, block) is None:
                 raise TypeError(_no_block(index, block))
@@ -177,10 +189,16 @@ class ATMBlocks(nn.Sequential):
             counts.append(count)
             matched.append(slots is not None or count is not None)
         numbers = {id(images): number_of(images) for images in (*tokens, *left)}
-        before, after = ([numbers[id(images)] for images in of] for of in (tokens, left))
-        served = None if run.dense else run.leading
-        facts = map(tuple, (before, after, counts, matched))
-        record = Record(B, run.image_shape, served, *facts, f"blocks: {run.refusal}")
+        record = Record(
+            batch=B,
+            image_shape=run.image_shape,
+            leading=None if run.dense else run.leading,
+            tokens=tuple(numbers[id(images)] for images in tokens),
+            rows=tuple(numbers[id(images)] for images in left),
+            counts=tuple(counts),
+            matched=tuple(matched),
+            way=f"blocks: {run.refusal}",
+        )
         self.last = record if len(tokens) == len(self) else None
         run.tokens, run.traces, run.images, run.collected = now, traces, left, collected
         return x
@@ -235,7 +253,13 @@ def knows_sizes(model: VisionTransformer) -> bool:
     return not (model.global_pool == "avg" and model.has_class_token)
 
 
-class MergingTransformer:
+if TYPE_CHECKING:  # what it is mixed into
+    from timm.models.vision_transformer import VisionTransformer as Base
+else:
+    Base = object
+
+
+class MergingTransformer(Base):
     """Mixed in before a model's own class while it is patched. What a caller sees is what the model always returns:
     logits, or features of all N tokens, where merged tokens share one value."""
 
@@ -295,13 +319,14 @@ class MergingTransformer:
 
     def finish(self, tokens: Packed, trace: Tensor | None, B: int, dense: bool, head: bool) -> Tensor:
         """What comes after the last block: the norm of the tokens that the classifier reads, or of all N; the head."""
-        if dense and is_changed(self.norm):  # who watches it sees all N tokens
+        read = None if dense else leading_tokens(self)
+        if read is not None:
+            x = self.norm(tokens.images.first(tokens.x, read))
+        elif is_changed(self.norm):  # who watches it sees all N tokens
             x = self.norm(self.blocks.unmerge(tokens, trace, B))
-        elif dense:
+        else:
             x = self.norm(tokens.images.shaped(tokens.x)).flatten(0, -2)
             x = self.blocks.unmerge(tokens.with_x(x), trace, B)
-        else:
-            x = self.norm(tokens.images.first(tokens.x, leading_tokens(self)))
         return self.forward_head(x) if head else x
 
     def forward_intermediates(
@@ -385,5 +410,4 @@ def merging_class(base: type) -> type:
 
 
 def _new(base: type) -> VisionTransformer:
-    cls = merging_class(base)
-    return cls.__new__(cls)
+    return object.__new__(merging_class(base))

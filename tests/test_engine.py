@@ -270,7 +270,7 @@ def test_the_host_reads_where_all_takes_the_least(theta, leading):
         found = stages(blocks, leading, 1000, read)
         ends = tuple(stage.last for stage in found[:-1])
         assert cost(ends, read) <= min(cost(way, read) for way in ways) + 1e-9
-        assert [stage.first for stage in found] == [None, *ends] and found[-1].last is None
+        assert [stage.start for stage in found] == [0, *(end + 1 for end in ends)] and found[-1].last is None
         assert [index for stage in found for index in stage.counted] == may
         seen.add(len(ends))
     assert len(seen) > 2 or not may
