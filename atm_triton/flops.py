@@ -82,7 +82,8 @@ def mean(number: float | Tensor) -> float:
 def cost_of_each(model: VisionTransformer, record: Record) -> Cost[float | Tensor]:
     """:func:`cost` of every image: tensors [B] where they differ."""
     blocks = [inside(block, Block) or block for block in model.blocks]
-    counts = list(zip(record.tokens, record.queries, record.rows, strict=True))
+    recorded = zip(blocks, record.tokens, record.queries, record.rows, strict=True)
+    counts = [_computed(block, *count) for block, *count in recorded]
     stem, stem_norms = _counted(model, "patch_embed", record.image_shape)
     head, head_norms = _counted(model, "forward_head", (_read_by_head(record), model.embed_dim))
     ends = stem + stem_norms + head + head_norms
@@ -94,7 +95,7 @@ def cost_of_each(model: VisionTransformer, record: Record) -> Cost[float | Tenso
         head=head,
         paper=ends
         + sum(paper_block(model, block, *count) for block, count in zip(blocks, counts, strict=True))
-        + paper_last_norm(model, counts[-1][2]),
+        + paper_last_norm(model, record.rows[-1]),
         matching=sum(
             _matching_macs(block, tokens, model.num_prefix_tokens)
             for block, (tokens, *_), matched in zip(blocks, counts, record.matched, strict=True)
@@ -170,6 +171,12 @@ def answer_shape(model: VisionTransformer) -> tuple[int, ...]:
     if not isinstance(answer, Tensor):
         raise TypeError(f"the model answers with a {type(answer).__name__}; want a tensor of logits or features")
     return tuple(answer.shape[1:])
+
+
+def _computed(block: Block, tokens: Number, queries: Number, rows: Number) -> tuple[Number, Number, Number]:
+    """What a block computes of what the record says, or what a block that drops tokens after its MLP says of itself by
+    a method ``computed``."""
+    return block.computed(tokens, queries, rows) if hasattr(block, "computed") else (tokens, queries, rows)
 
 
 def _macs(block: Block, tokens: Number, queries: Number, rows: Number) -> Number:

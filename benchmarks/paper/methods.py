@@ -5,8 +5,9 @@ where it hangs on similarities, the images to choose by do. Labels are not used.
 or for ATM as it was calibrated for the nearest cost, which is more search than the others get.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,9 +20,11 @@ from atm_triton.calibration.search import SEEN
 from atm_triton.measure.evaluate import Patch, share
 from atm_triton.summary import summary
 from benchmarks.baselines import baseline
+from benchmarks.baselines.dtome import DToMe
 from benchmarks.bench import Bench
 from benchmarks.paper.subject import Subject
 
+POINTS = sorted({round(2 * 1.02**step) for step in range(450)}, reverse=True)  # of ATS, 14,538 to 2
 NEAR = 0.03  # of the unmerged model's cost: a method that comes no nearer is left out
 STYLES = {  # a colour for each method; those with several published settings stand with each of them
     "tome": "C1s--",
@@ -34,6 +37,10 @@ STYLES = {  # a colour for each method; those with several published settings st
     "mctf": "C4D--",
     "mctf, fast": "C4D:",
     "pitome": "C5P--",
+    "ats": "C6X-",
+    "zero_tprune": "C7*--",
+    "tofu": "C8p--",
+    "dtome": "C9h-",
     "atm, batch": "C0o--",
     "atm, image": "C0o-",
 }
@@ -41,23 +48,25 @@ STYLES = {  # a colour for each method; those with several published settings st
 
 @dataclass(frozen=True)
 class Way:
-    """A method with settings; ``patch`` puts it into a model, whose last block serves the class token alone."""
+    """A method with settings; ``patch`` puts it into a model, whose last block serves the class token alone.
+    ``own_count``: each image has its own cost, so that the images to choose by tell what it costs."""
 
     settings: dict[str, Any]
     patch: Patch
+    own_count: bool = False
 
 
-def of_baseline(name: str, **settings: Any) -> Way:
-    return Way(settings, baseline(name, cls_only_last=True, **settings).apply)
+def of_baseline(name: str, *, own_count: bool = False, **settings: Any) -> Way:
+    return Way(settings, baseline(name, cls_only_last=True, **settings).apply, own_count)
 
 
 def of_config(config: ATMConfig) -> Way:
     return Way({"config": asdict(config)}, lambda model: apply_patch(model, config))
 
 
-def nearest(subject: Subject, ways: list[Way], goal: float, within: float = NEAR) -> Way | None:
+def nearest(subject: Subject, ways: Sequence[Way], goal: float, within: float = NEAR) -> Way | None:
     """The way among ``ways``, from the dearest to the cheapest, whose cost comes closest to ``goal``; None if it is
-    farther than this share of the unmerged model's. Their costs hang on the shape of an image alone."""
+    farther than this share of the unmerged model's."""
     first, last = 0, len(ways) - 1
     while last - first > 1:
         middle = (first + last) // 2
@@ -68,10 +77,14 @@ def nearest(subject: Subject, ways: list[Way], goal: float, within: float = NEAR
 
 @torch.inference_mode()
 def counted(subject: Subject, way: Way) -> float:
-    """GFLOPs of an image, where they hang on its shape alone."""
+    """GFLOPs of an image; of those to choose by their mean, where each has its own."""
     model: VisionTransformer = way.patch(share(subject.model))
-    model(subject.image())
-    return summary(model).paper_gflops
+    batches = [batch[0] for batch in subject.loader] if way.own_count else [subject.image()]
+    total = 0.0
+    for images in batches:
+        model(images.to(next(model.parameters())))
+        total += len(images) * summary(model).paper_gflops
+    return total / sum(map(len, batches))
 
 
 def at_scale(bench: Bench, shape: Shape, goal: float) -> ATMConfig | None:
@@ -95,6 +108,31 @@ def constant_threshold(subject: Subject, adapt: str, goal: float) -> Way | None:
     return None if found is None else of_baseline("threshold", theta=found.thresholds[0], adapt=adapt)
 
 
+def sampling(subject: Subject, goal: float, within: float) -> Way | None:
+    """ATS in the last three quarters of the blocks, as published, or in as many of the last as leave ``goal`` in
+    reach."""
+    for first in range(subject.depth // 4, subject.depth):
+        blocks = tuple(range(first, subject.depth))
+        ways = [of_baseline("ats", own_count=True, M=M, blocks=blocks) for M in POINTS]
+        if counted(subject, ways[0]) >= goal:
+            break
+    return nearest(subject, ways, goal, within)
+
+
+def fitted(subject: Subject, goal: float, within: float) -> Way | None:
+    """DToMe with the r whose thresholds, fitted by the images to choose by, cost closest to ``goal`` on them."""
+
+    @cache
+    def of_r(r: int) -> Way:
+        thresholds = DToMe.fitted(subject.model, subject.loader, r).thresholds
+        return of_baseline("dtome", own_count=True, thresholds=thresholds)
+
+    every_r = range(1, subject.predictor.N)
+    ways = [Way({"r": r}, lambda model, r=r: of_r(r).patch(model), own_count=True) for r in every_r]
+    found = nearest(subject, ways, goal, within)
+    return None if found is None else of_r(found.settings["r"])
+
+
 def at_cost(subject: Subject, method: str, goal: float, within: float = NEAR) -> Way | None:
     """A method of :data:`STYLES` at ``goal`` GFLOPs, or ``within`` this share of the unmerged model's where settings
     come in steps; None if it cannot be there.
@@ -105,6 +143,7 @@ def at_cost(subject: Subject, method: str, goal: float, within: float = NEAR) ->
     every_r = range(1, subject.predictor.N)
     ratios, rates = ([1 - step / steps for step in range(1, last)] for steps, last in ((400, 201), (200, 200)))
     quarters = sorted({subject.depth * quarter // 4 for quarter in (1, 2, 3)})  # of twelve blocks 3, 6, 9, as published
+    spread = sorted({subject.depth * block // 12 for block in (0, 2, 5, 8, 10)})
     candidates: dict[str, Callable[[], list[Way]]] = {
         "tome": lambda: [of_baseline("tome", r=r) for r in every_r],
         "tome, rising": lambda: [of_baseline("tome", r=(r, 1.0)) for r in every_r],
@@ -114,10 +153,14 @@ def at_cost(subject: Subject, method: str, goal: float, within: float = NEAR) ->
         "mctf": lambda: [of_baseline("mctf", r=r) for r in every_r],
         "mctf, fast": lambda: [of_baseline("mctf", r=1 - ratio, blocks=quarters) for ratio in ratios],
         "pitome": lambda: [of_baseline("pitome", ratio=ratio) for ratio in ratios],
+        "zero_tprune": lambda: [of_baseline("zero_tprune", keep_rate=rate, blocks=spread) for rate in (1.0, *rates)],
+        "tofu": lambda: [of_baseline("tofu", r=r) for r in every_r],
     }
     if method in candidates:
         return nearest(subject, candidates[method](), goal, within)
     name, _, adapt = method.partition(", ")
+    if name in ("ats", "dtome"):
+        return {"ats": sampling, "dtome": fitted}[name](subject, goal, within)
     if name == "threshold":
         return constant_threshold(subject, adapt, goal)
     config = subject.thresholds.near(adapt, goal)
