@@ -221,7 +221,7 @@ def run_finetune(args: argparse.Namespace) -> dict[str, Any]:
     images, validation = finetuning.training_images(args, model, recipe)
     recalibrate = finetuning.recalibration(args, recipe)
     config = _config(args, model) if recalibrate is None else None
-    folder = RunFolder(args.out, finetuning.settings(args, recipe, images, config and asdict(config)))
+    folder = RunFolder(args.out, finetuning.settings(args, recipe, images, None if config is None else asdict(config)))
     print(f"{args.model} on {args.data or DIGITS}, {recipe.images_per_step} images a step, {_where(args)}")
     if config is not None:
         _say_source(config)

@@ -72,10 +72,17 @@ class NamedImages(ImageFolder):
 
     def read(self, path: str, label: int) -> tuple[Tensor, int] | str:
         try:
-            return self.transform(self.open(path)), label
-        except Exception as error:
+            return self.readable(path, label)
+        except ValueError:
             if self.lenient:
                 return path
+            raise
+
+    def readable(self, path: str, label: int) -> tuple[Tensor, int]:
+        """Raise ValueError where it cannot be read, also where ``lenient``."""
+        try:
+            return self.transform(self.open(path)), label
+        except Exception as error:
             raise ValueError(f"{path} is no readable image: {error}") from error
 
 
