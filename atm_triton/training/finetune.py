@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -23,6 +23,15 @@ from atm_triton.training.recipe import AMP, Recipe
 
 SAID_EVERY = 60.0  # seconds between two lines, where no terminal shows a bar
 LEAST_SCALE = 2.0**-20  # of a float16 loss whose gradients are still not finite
+
+
+class StepRow(TypedDict):
+    """What the log says of a step."""
+
+    step: int
+    loss: float
+    lr: float
+    grad_norm: float | None
 
 
 class Training:
@@ -55,7 +64,7 @@ class Training:
         self.merging = apply_patch(share(self.model), self.config).train()
         self.merging.set_grad_checkpointing(self.recipe.grad_checkpointing)
 
-    def advance(self, own_passes: list[tuple[Tensor, Tensor]]) -> dict[str, Any]:
+    def advance(self, own_passes: list[tuple[Tensor, Tensor]]) -> StepRow:
         """Take a step from the passes of this process; its loss, learning rate and norm of the gradient (None where a
         scaled loss was too large, and the step was left out).
 
