@@ -1,9 +1,9 @@
-"""Multiply-accumulates of a VisionTransformer, from the tokens that were really there.
+"""Multiply-accumulates of a VisionTransformer, counted from the tokens that were really there.
 
 ``macs``: convolutions, linear layers and the two products of attention, as torch's FlopCounterMode counts them (halved,
-with unfused attention). ``paper_gflops``: what the paper calls FLOPs, the same and one operation an element for every
-LayerNorm, save for LV-ViT, which has a count of its own. The products of the matching are neither's: they are reported
-beside.
+with unfused attention). ``paper_gflops``: what the paper calls FLOPs, which is ``macs`` plus one operation per element
+of every LayerNorm; LV-ViT has a count of its own. The products of the matching are in neither number and are reported
+separately.
 """
 
 import copy
@@ -28,9 +28,9 @@ Value = TypeVar("Value", float, float | Tensor)
 
 @dataclass(frozen=True)
 class Cost(Generic[Value]):
-    """Multiply-accumulates of one image: ``stem``, each of ``blocks``, ``head``; ``paper``: the operations that the
-    paper counts; ``matching``: the cosine similarities, in no total. Whole numbers where all images cost the same;
-    else means, or tensors [B] with the cost of each."""
+    """Multiply-accumulates per image: ``stem``, each of ``blocks``, ``head``. ``paper``: the operations that the paper
+    counts. ``matching``: the cosine similarities, which are in no total. Whole numbers if all images cost the same,
+    otherwise means, or tensors [B] with the cost of each image."""
 
     stem: int
     blocks: tuple[Value, ...]
@@ -48,11 +48,13 @@ class Cost(Generic[Value]):
 
 
 def block_macs(block: Block, tokens: Number, queries: Number, rows: Number) -> Number:
-    """One block: 2 N D A for keys and values, D A for each query (and its gate), 2 N A for its two products, A D for
-    its projection, and the linear layers of the MLP for each row.
+    """The cost of one block: 2 N D A for keys and values; for each query D A (and its gate), 2 N A for its two products
+    and A D for its projection; for each row the linear layers of the MLP.
 
     Args:
-        tokens: N, that enter the block; queries: whose attention is computed; rows: that the MLP sees.
+        tokens: N, the tokens that enter the block.
+        queries: the tokens whose attention is computed.
+        rows: the tokens that the MLP sees.
     """
     attn = inside(block.attn, Attention) or block.attn
     qkv, A = linear_macs(attn.qkv), attn.num_heads * attn.head_dim
@@ -69,7 +71,7 @@ def linear_macs(module: nn.Module) -> int:
 
 
 def cost(model: VisionTransformer, record: Record) -> Cost[float]:
-    """What ``record`` says a forward pass of ``model`` cost: of one image, the mean where they differ."""
+    """The cost per image of the forward pass in ``record``; the mean where images differ."""
     each = cost_of_each(model, record)
     return Cost(each.stem, tuple(map(mean, each.blocks)), each.head, mean(each.paper), mean(each.matching))
 

@@ -1,4 +1,4 @@
-"""summary(model): what the last forward pass of a patched model kept, and what it cost."""
+"""summary(model): how many tokens the last forward pass of a patched model kept, and what it cost."""
 
 from dataclasses import dataclass
 
@@ -12,12 +12,12 @@ from atm_triton.transformer import MergingTransformer
 
 @dataclass(frozen=True)
 class Summary:
-    """The last forward pass, for one image; ``print`` it as a table.
+    """The last forward pass, per image. ``print`` it as a table.
 
-    ``tokens`` enter each block and ``r`` merge in it: means over the images where these differ, and ``fewest`` and
-    ``most`` are the tokens of the images with the fewest and the most. ``macs`` and ``paper_gflops`` (1e9) as
-    ``flops.py`` defines them, ``unmerged`` the cost of the model without a patch, ``saved`` the share of its MACs that
-    was not spent, in [0, 1] (with that of a last block that computes the class token alone).
+    ``tokens`` enter each block and ``r`` merge in it; where images differ these are means, and ``fewest`` and ``most``
+    are the smallest and the largest number of tokens. ``macs`` and ``paper_gflops`` (1e9) are defined in ``flops.py``.
+    ``unmerged`` is the cost of the unpatched model, ``saved`` the share of its MACs that was saved, in [0, 1] (which
+    includes what a last block saves that computes only the class token).
     """
 
     record: Record
@@ -78,10 +78,10 @@ def _number(value: float, width: int) -> str:
 
 
 def summary(model: VisionTransformer) -> Summary:
-    """The :class:`Summary` of the last forward pass of a patched model.
+    """Summarise the last forward pass of a patched model.
 
     Raises:
-        ValueError: the model is not patched, or its last pass did not run every block.
+        ValueError: the model is not patched, or its last pass did not run all blocks.
     """
     if not isinstance(model, MergingTransformer):
         raise ValueError(f"{type(model).__name__} is not patched: apply_patch first")

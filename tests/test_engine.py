@@ -761,7 +761,7 @@ def test_refusals():
         assert scripted.engine.refusal(x) == "blocks.1.mlp.act is compiled by torch.jit, which is not looked into"
         ours.blocks[0].attn.proj_drop = nn.Sequential().eval()
         assert ours.engine.refusal(x) == "a dropout is of a class of its own"
-    with pytest.raises(TypeError, match="engine=1 is no bool"):
+    with pytest.raises(TypeError, match="engine must be True or False, got 1"):
         ATMConfig(engine=1)
 
 
