@@ -1,9 +1,10 @@
-"""The engine: inference on a GPU by CUDA graphs, one for each stage of a pass and bucket of rows.
+"""The engine: inference on a GPU through CUDA graphs, one per stage of a pass and bucket of rows.
 
-The host reads how many rows are left as soon as a stage has matched its tokens, while attention runs, and launches the
-next stage's graph for as many. It reads only where that is likely to save more time than it takes. A graph bakes in
-addresses: what passes from stage to stage lies in two sets of buffers, used in turn, so that any bucket may follow any
-other. Where there is no GPU but Triton's interpreter, the same engine calls the stages again instead of replaying them.
+As soon as a stage has matched its tokens, and while attention runs, the host reads how many rows are left and launches
+the next stage's graph for that number. It reads only where this is likely to save more time than it takes. A graph
+bakes in addresses, so what passes from stage to stage lies in two sets of buffers that are used in turn, and any bucket
+may follow any other. Without a GPU, under Triton's interpreter, the same engine calls the stages again instead of
+replaying them.
 """
 
 import copy
@@ -36,8 +37,8 @@ KINDS = 4  # of passes whose buffers are kept
 
 
 class Kind(NamedTuple):
-    """What passes must share to share graphs: the images' shape, dtype and device, autocast's dtype (None: off),
-    ``leading``, ``dense`` and ``head`` as in :meth:`Engine.run`, and how the model pools."""
+    """What passes must have in common to share graphs: shape, dtype and device of the images, the dtype of autocast
+    (None: off), ``leading``, ``dense`` and ``head`` as in :meth:`Engine.run`, and how the model pools."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -50,8 +51,8 @@ class Kind(NamedTuple):
 
 
 class Counts:
-    """The counts of a pass, by block: one number an image. Those of the last stage are read when somebody wants them,
-    at the latest by the next pass, which writes to the same mailbox."""
+    """The counts of a pass, by block: one number per image. Those of the last stage are read when somebody asks, at the
+    latest by the next pass, which writes to the same mailbox."""
 
     def __init__(self) -> None:
         self.known: dict[int, list[int]] = {}
@@ -70,8 +71,8 @@ class Counts:
 
 
 class Facts(NamedTuple):
-    """What :func:`recorded` needs of a pass: its kind, the blocks, the tokens of an image that enter the first, and the
-    counts of each block with a theta."""
+    """What :func:`recorded` needs to know about a pass: its kind, the blocks, the tokens per image that enter the first
+    block, and the counts of each block with a threshold."""
 
     kind: Kind
     blocks: list[ATMBlock]
@@ -80,9 +81,9 @@ class Facts(NamedTuple):
 
 
 class Passes:
-    """What passes of one kind have in common: their stages, and what those read and write at fixed addresses: the
+    """What all passes of one kind share: their stages, and what those read and write at fixed addresses, which are the
     ``images``, two sets of ``buffers`` with as many rows as the first stage has, and a mailbox for each stage with
-    counts. ``counts``: of the last pass; ``read``: what a read takes, in GFLOP."""
+    counts. ``counts`` are those of the last pass; ``read`` is the cost of a host read, in GFLOP."""
 
     def __init__(self, model: VisionTransformer, kind: Kind, replays: Replays, read: float) -> None:
         self.model, self.kind, self.replays, self.read = model, kind, replays, read
@@ -97,7 +98,7 @@ class Passes:
         self.buffers: list[tuple[Pending, Tensor | None]] = []
 
     def stage(self, number: int, rows: int | None) -> Tensor | None:
-        """Run a stage of so many rows (None: the first); the last one returns the output of the pass."""
+        """Run a stage of so many rows (None: the first stage). The last stage returns the output of the pass."""
         kind = self.kind
         casts = torch.autocast(kind.device.type, kind.autocast, cache_enabled=False) if kind.autocast else nullcontext()
         into = self.buffers[(number + 1) % 2][0].first(rows) if self.buffers else None
@@ -161,7 +162,7 @@ class Passes:
             return made, None if trace is None else torch.empty_like(trace)
 
     def _write(self, number: int, left: Pending, trace: Tensor | None) -> None:
-        """To the buffers, what does not lie there yet."""
+        """Copy to the buffers what is not there yet."""
         buffer, kept = self.buffers[(number + 1) % 2]
         for to, of in zip((*buffer, kept), (*left, trace), strict=True):
             if to is not None and of is not None and to.data_ptr() != of.data_ptr():
@@ -172,10 +173,13 @@ Key = tuple[Passes, int, int | None]  # of a graph: the number of its stage, and
 
 
 class Engine:
-    """Runs a patched ``model`` in inference. ``max_graphs`` and ``max_mib`` (MiB that captured graphs hold) may be set:
-    beyond the first, the graphs used least recently are dropped; beyond the second, what is new runs without one.
-    ``step``: rows of a bucket, None: the multiple of 128 next to a 64th of the first stage's rows; ``read_gflop``: what
-    a read takes, as :func:`stages` wants it, for the kinds of passes that have not run yet."""
+    """Runs a patched ``model`` in inference.
+
+    ``max_graphs`` and ``max_mib`` (MiB held by captured graphs) may be set. Beyond the first limit the least recently
+    used graphs are dropped; beyond the second, new stages run without a graph. ``step``: rows per bucket, None: the
+    multiple of 128 nearest to 1/64 of the first stage's rows. ``read_gflop``: the cost of a host read, as
+    :func:`stages` wants it, for kinds of passes that have not run yet.
+    """
 
     def __init__(
         self,
@@ -202,7 +206,7 @@ class Engine:
                 self.replays.reset()
 
     def refresh(self) -> None:
-        """Forget them if the model has changed."""
+        """Forget all graphs if the model has changed."""
         with self.lock:
             if self.seen is not None and self.seen != Modules(self.model):
                 self.drop()
@@ -230,11 +234,11 @@ class Engine:
         return self.max_graphs, self.max_mib, self.step, self.read_gflop
 
     def refusal(self, images: Tensor) -> str | None:
-        """Why the engine does not take a pass over ``images`` [B, C, H, W], so that the blocks run; None: it does."""
+        """Why the engine does not take a pass over ``images`` [B, C, H, W], so that the blocks run. None: it does."""
         return self._unfit(images) or Modules(self.model).obstacle
 
     def _unfit(self, images: Tensor) -> str | None:
-        """What images and configuration have against it, and what goes on around the pass."""
+        """What about the images, the configuration or the surroundings of the pass speaks against it."""
         config, device = self.model.blocks.config, images.device.type
         if not config.engine:
             return "engine=False in the configuration"
@@ -260,15 +264,15 @@ class Engine:
         return "the images want a gradient" if ops.needs_grad(images) else None
 
     def run(self, images: Tensor, leading: int | None, dense: bool, head: bool) -> tuple[Tensor, Facts] | str:
-        """A pass over images [B, C, H, W].
+        """Run a pass over images [B, C, H, W].
 
         Args:
-            leading: how many leading tokens the classifier reads, where the last block serves them alone.
-            dense: serve all tokens, also those that the classifier does not read.
-            head: return logits, not what goes into the head.
+            leading: how many leading tokens the classifier reads, if the last block computes only these.
+            dense: compute all tokens, including those that the classifier does not read.
+            head: return logits instead of what goes into the head.
 
         Returns:
-            The output, which is the caller's own, and what the pass did; or the :meth:`refusal`.
+            The output, which belongs to the caller, and what the pass did; or the :meth:`refusal`.
         """
         unfit = self._unfit(images)
         if unfit is not None:
@@ -295,7 +299,7 @@ class Engine:
         return done
 
     def _examine(self) -> Modules:
-        """The modules as they are now. Where they have changed, what was captured is forgotten."""
+        """The modules as they are now. If they have changed, everything captured is forgotten."""
         now = Modules(self.model)
         if now.obstacle is None and self.seen != now:
             self.drop()
@@ -304,7 +308,8 @@ class Engine:
         return now
 
     def _take_turn(self, images: Tensor) -> torch.cuda.Stream | None:
-        """After the last pass, which may still be at work on another stream. The stream of this one; None on a CPU."""
+        """Wait for the last pass, which may still be at work on another stream. Returns the stream of this pass, None
+        on a CPU."""
         if not images.is_cuda:
             return None
         if self.stream is None or self.stream.cuda_stream != raw_stream(images.device):
@@ -316,7 +321,8 @@ class Engine:
     def _run(
         self, images: Tensor, leading: int | None, dense: bool, head: bool, modules: Modules, early: bool
     ) -> tuple[Tensor, Facts] | None:
-        """``early``: ask whether the ``modules`` are still the same while the device is at work; None: they are not."""
+        """``early``: check, while the device is at work, whether the ``modules`` are still the same. None: they are
+        not."""
         passes = self._passes(images, leading, dense, head)
         passes.images.copy_(images)
         passes.counts.settle()
@@ -363,12 +369,12 @@ class Engine:
         return self.replays
 
     def _bucket(self, T: int, most: int) -> int:
-        """As many rows or a few more, of which there are not too many kinds."""
+        """Round the number of rows up, so that there are not too many different ones."""
         step = self.step or 128 * max(1, round(most / 64 / 128))
         return min(most, -(-T // step) * step)
 
     def _play(self, key: Key, call: Callable[[], Any]) -> Any:
-        """Eagerly the first time, which warms up what it needs; captured the second time; from then on replayed."""
+        """Run eagerly the first time, as a warm-up; capture the second time; replay from then on."""
         if key not in self.graphs:
             out = key[0].replays.eagerly(call)
             self.graphs[key] = None
@@ -394,18 +400,18 @@ class Engine:
 
 
 def raw_stream(device: torch.device) -> int:
-    """The current stream, for a tenth of what torch.cuda.current_stream() takes."""
+    """The current stream, in a tenth of the time that torch.cuda.current_stream() takes."""
     return torch._C._cuda_getCurrentRawStream(device.index)
 
 
 def removed(block: ATMBlock, counts: list[int]) -> int:
-    """How many tokens of all images a block with these counts, one an image, merges away."""
+    """How many tokens, of all images together, a block with these counts (one per image) merges away."""
     total = sum(counts)
     return total if block.config.adapt == "image" else total // len(counts) * len(counts)
 
 
 def recorded(facts: Facts) -> Record:
-    """What a pass did, by the counts of its blocks."""
+    """The record of a pass, from the counts of its blocks."""
     kind, blocks = facts.kind, facts.blocks
     B, leading = kind.shape[0], None if kind.dense else kind.leading
     known = facts.counts.settle()
