@@ -38,13 +38,14 @@ gpu:
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest $(VENV)-docs $(VENV)-integration build *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-docs $(VENV)-integration build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
 
 $(VENV)-oldest/installed: pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)-oldest

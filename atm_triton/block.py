@@ -1,7 +1,7 @@
 """ATMBlock: timm's transformer block with a merge between attention and MLP."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -18,16 +18,18 @@ from atm_triton.reference import largest_r, of_tokens
 
 
 class Step:
-    """A block's part of a pass, beside the values of its tokens. These alone go through the block as a module, so that
-    its hooks see tensors, and what wraps it hands on one keyword. A call leaves what it was given as it is, so that it
-    can be made again, as checkpointing does.
+    """What a block needs to know, and what it reports, in one pass, apart from the values of its tokens.
 
-    Given: ``before``, the tokens that enter; ``merges``, False: every token stays as it is; ``leading``, how many
-    leading tokens a last block serves alone, None: all. Left by the block: ``after``, the tokens that leave; ``slots``
-    [T], where those that entered went (None: nothing merged, the order is as before); ``counts`` [B], each image's own
-    number of candidates (None where no threshold is at work).
+    Only the values pass through the block's call, so that hooks see tensors and a wrapper forwards a single keyword. A
+    call does not change its inputs, so it can be repeated, as checkpointing does.
 
-    No tuple and no dataclass: what wraps modules looks for tensors in these, casts them and hands on a copy.
+    Inputs: ``before``, the tokens that enter; ``merges``, False: every token stays as it is; ``leading``, how many
+    leading tokens the last block computes, None: all. Outputs: ``after``, the tokens that leave; ``slots`` [T], where
+    each token that entered went (None: nothing merged, the order is unchanged); ``counts`` [B], the number of
+    candidates per image (None: no threshold is used).
+
+    This is neither a tuple nor a dataclass because module wrappers search those for tensors, cast them, and forward a
+    copy.
     """
 
     def __init__(self, before: Packed, merges: bool = True, leading: int | None = None) -> None:
@@ -38,16 +40,18 @@ class Step:
 
 
 class Planned(NamedTuple):
-    """The partners that a block has found, and their counts on the way to the host, if it waits for them: what
-    :meth:`ATMBlock.assign` makes an assignment of once attention has run."""
+    """The partners that a block found and, if it has to wait for their counts, the copy of these to the host.
+    :meth:`ATMBlock.assign` turns it into an assignment after attention has run."""
 
     found: ops.Match
     copy: ops.HostCopy | None
 
 
 class ATMAttention(Attention):
-    """timm's ``Attention`` in an :class:`ATMBlock`. The block calls it as a module, so that hooks and wrappers work,
-    with the function ``by`` that computes the projection from the normalised tokens; without ``by`` it is timm's."""
+    """timm's ``Attention`` inside an :class:`ATMBlock`.
+
+    The block calls it as a module, so that hooks and wrappers work, and passes the function ``by`` that computes the
+    projection from the normalised tokens. Without ``by`` it behaves as timm's."""
 
     def forward(self, x: Tensor, *args: Any, by: Callable[[Tensor], Tensor] | None = None, **options: Any) -> Tensor:
         return super().forward(x, *args, **options) if by is None else by(x)
@@ -56,12 +60,13 @@ class ATMAttention(Attention):
 class ATMBlock(Block):
     """timm's ``Block`` that merges tokens after attention: ``block(x, size) -> (x, size)``.
 
-    With ``adapt="image"`` each image merges by its own count, images of different lengths lie one after the other, and
-    it is ``block(x, size)`` or ``block(packed) -> packed``, a :class:`~atm_triton.packed.Packed`. A block takes what a
-    block returns: ``for block in model.blocks: h = block(h)``.
+    With ``adapt="image"`` each image merges by its own count, and images of different lengths are stored one after the
+    other: then it is ``block(x, size) -> packed`` or ``block(packed) -> packed``, with a
+    :class:`~atm_triton.packed.Packed`. A block accepts what a block returns, so ``h = block(h)`` works for one block
+    after the other.
 
-    Its model calls it as ``block(x, step=step) -> x``, and hooks see that: x [B, N, C], or rows [T, C] of all images
-    once their lengths differ.
+    A patched model calls ``block(x, step=step) -> x``, and this is what hooks see: x [B, N, C], or rows [T, C] of all
+    images once their lengths differ.
 
     Another method of token reduction is a subclass with a :meth:`plan` of its own, put into a model by
     ``apply_patch(model, block_class=...)``.
@@ -70,9 +75,9 @@ class ATMBlock(Block):
         dim: C.
         num_heads: H.
         **block_kwargs: further arguments of timm's ``Block``.
-        block_index: the position of this block in its model, from 0.
-        depth: the number of blocks of the model.
-        config: what merges, and how much.
+        block_index: position of this block in its model, from 0.
+        depth: number of blocks in the model.
+        config: which tokens merge, and how many.
         num_prefix_tokens: the protected tokens (class, distillation, registers) at the start of the sequence.
 
     Raises:
@@ -109,7 +114,7 @@ class ATMBlock(Block):
 
     @classmethod
     def of(cls, block: Block, config: ATMConfig, block_index: int, depth: int, num_prefix_tokens: int) -> Self:
-        """Let ``block`` merge, in place: it stays the object that it is, with its hooks; returns it."""
+        """Make ``block`` merge, in place, and return it: the same object, with its hooks."""
         cls._set_merging(block, config, block_index, depth, num_prefix_tokens)
         block.__class__, block.attn.__class__ = cls, ATMAttention
         return block
@@ -131,18 +136,18 @@ class ATMBlock(Block):
 
         Args:
             x: tokens [B, N, C], or what a block returned.
-            size: [B, N] float32, the patches that each token stands for; None: one each.
-            step: for the model, whose x may be rows [T, C]: the block's part of a pass. Then x alone is returned.
+            size: [B, N] float32, the number of patches that each token stands for. None: one each.
+            step: given by the model, whose x may be rows [T, C]. Then only x is returned.
 
         Returns:
-            x [B, M, C] with M <= N, and its sizes [B, M]; None while nothing has merged. With ``adapt="image"`` all of
-            it as Packed.
+            x [B, M, C] with M <= N and its sizes [B, M] (None as long as nothing has merged). With ``adapt="image"``
+            both as Packed.
 
         Raises:
-            ValueError: images of different lengths where one r is to hold for the batch; TypeError: ``attn`` was
-                replaced by what does not compute by the block.
+            ValueError: images differ in length, but one r must hold for the batch.
+            TypeError: ``attn`` was replaced by a module that does not compute what the block passes to it.
         """
-        if step is None:
+        if step is None or not isinstance(x, Tensor):
             return self._alone(x, size)
         step.after = tokens = self.forward_packed(handed_on(step.before, x), step)
         return tokens.images.shaped(tokens.x)
@@ -168,8 +173,10 @@ class ATMBlock(Block):
         images = tokens.images
         x = images.shaped(tokens.x)
         attended, plan = self.called_attn(self.norm1(x), self.attend, tokens, step.merges)
-        waits = isinstance(plan, Planned)
-        assignment = self.assign(*plan, images) if waits else plan
+        if isinstance(plan, Planned):
+            assignment, counts = self.assign(plan.found, plan.copy, images), plan.found.counts
+        else:
+            assignment, counts = plan, None
         if assignment is None:
             x = x + self._drop_path(self.drop_path1, self.ls1(attended), images)
             del attended  # its memory is wanted again
@@ -180,13 +187,13 @@ class ATMBlock(Block):
             images = tokens.images
             x = images.shaped(tokens.x)
         x = x + self._drop_path(self.drop_path2, self.ls2(self.mlp(y)), images)
-        step.counts = plan.found.counts if waits else None
+        step.counts = counts
         step.slots = None if assignment is None else assignment.slots
         return tokens.with_x(rows(x))
 
     def forward_leading(self, tokens: Packed, n: int, y: Tensor | None = None) -> Packed:
-        """The last block of a model that classifies from its first ``n`` tokens (Appendix A): those tokens alone, from
-        one query, projection and MLP row each. ``y``: the norm of all tokens, if it is at hand."""
+        """The last block of a model that classifies from its first ``n`` tokens (Appendix A). It computes only these:
+        one query, one projection and one MLP row each. ``y``: the norm of all tokens, if already computed."""
         images = tokens.images
         y = self.norm1(images.shaped(tokens.x)) if y is None else y
         size = None if tokens.sizes is None else images.first(tokens.sizes, n).flatten()
@@ -197,8 +204,8 @@ class ATMBlock(Block):
         return Packed.of(x, size)
 
     def called_attn(self, y: Tensor, by: Callable[..., tuple[Tensor, Any]], *given: Any) -> tuple[Tensor, Any]:
-        """``attn``, called as a module on the normalised tokens ``y`` and computed ``by`` a method of this block, which
-        gets y and what is ``given``; and what that returns beside."""
+        """Call ``attn`` as a module on the normalised tokens ``y``; ``by``, a method of this block, computes it from y
+        and what is ``given``. Returns both results of ``by``: the projection, and whatever else it found."""
         attn, noted = self.attn, []
         if type(attn) is Attention:  # put in its place since
             attn.__class__ = ATMAttention
@@ -217,11 +224,12 @@ class ATMBlock(Block):
 
     @property
     def attention(self) -> Attention:
-        """``attn``, also where a wrapper stands in its place."""
+        """``attn``, even if a wrapper has taken its place."""
         return inside(self.attn, Attention)
 
     def attend(self, y: Tensor, tokens: Packed, merges: bool) -> tuple[Tensor, Assignment | Planned | None]:
-        """What attention adds to the tokens of norm ``y`` [..., C]; and the :meth:`plan` of what merges after it."""
+        """What attention adds to the tokens, given their norm ``y`` [..., C], and the :meth:`plan` of what merges
+        afterwards."""
         attn = self.attention
         q, k, v = self.heads(attn.qkv(y))
         q, k = attn.q_norm(q), attn.k_norm(k)
@@ -229,24 +237,25 @@ class ATMBlock(Block):
         return self.attended(y, q, k, v, tokens), plan
 
     def plan(self, q: Tensor, k: Tensor, tokens: Packed) -> Assignment | Planned | None:
-        """Which tokens merge, or are dropped, between attention and MLP. A subclass overrides this for another method.
+        """Decide which tokens merge, or are dropped, between attention and MLP. Another method overrides this.
 
         Args:
             q, k: queries and keys [H, T, d] as attention uses them, after ``q_norm`` and ``k_norm``.
-            tokens: the tokens that enter the block, T rows of all images. ``self.block_index`` tells which block it is,
-                ``self.num_prefix_tokens`` how many tokens at the start of each image a method should leave alone.
+            tokens: the tokens that enter the block, T rows of all images. ``self.block_index`` says which block this
+                is, ``self.num_prefix_tokens`` how many tokens at the start of each image must stay as they are.
 
         Returns:
-            The assignment of every row; None: all stay. (:class:`Planned` is ATM's own, which waits for counts.)
+            The assignment of every row. None: all tokens stay. (:class:`Planned` is for ATM, which waits for counts.)
         """
         found = self.match(k, tokens)
         if found is None:
             return None
-        return Planned(found, None if self.given_r(tokens.images) is not None else ops.to_host(found.counts))
+        return Planned(found, None if found.counts is None else ops.to_host(found.counts))
 
     def _attend_leading(self, y: Tensor, tokens: Packed, n: int) -> tuple[Tensor, None]:
-        """One query for each leading token; keys and values of all. A qkv that is more than its matrix (an adapter, a
-        quantised or pruned layer, one with hooks) is called as it is, and its other queries are left out."""
+        """Attention with one query per leading token and the keys and values of all tokens. If qkv is more than a
+        matrix (an adapter, a quantised or pruned layer, one with hooks), it is called as a module and the other
+        queries are discarded."""
         attn, images = self.attention, tokens.images
         A, qkv = attn.num_heads * attn.head_dim, attn.qkv
         asking = images.first(rows(y), n)
@@ -261,7 +270,7 @@ class ATMBlock(Block):
         return self.attended(asking, attn.q_norm(q), attn.k_norm(k), v, tokens, queries), None
 
     def heads(self, projected: Tensor) -> tuple[Tensor, ...]:
-        """[..., n H d] to n tensors [H, T, d] that share its memory."""
+        """Split [..., n H d] into n tensors [H, T, d] that share its memory."""
         attn = self.attention
         each = projected.view(
             -1, projected.shape[-1] // (attn.num_heads * attn.head_dim), attn.num_heads, attn.head_dim
@@ -269,50 +278,49 @@ class ATMBlock(Block):
         return each.permute(1, 2, 0, 3).unbind(0)
 
     def _drop_path(self, drop_path: nn.Module, x: Tensor, images: Images) -> Tensor:
-        """Drops whole images, also where their lengths differ."""
+        """Drop whole images, even if their lengths differ."""
         if images.equal or not self.training or isinstance(drop_path, nn.Identity):
             return drop_path(x)
         return x * of_tokens(drop_path(x.new_ones(images.B, 1)), images, x.shape[0])
 
     def given_r(self, images: Images) -> int | None:
-        """The r of each image, where no count is to say it; else None."""
+        """The r of each image if it is given. None: counts decide."""
         if self.r is None:
             return 0 if self.theta is None else None
         return min(self.r, largest_r(images.N, self.num_prefix_tokens))
 
     def r_of(self, images: Images) -> int | str:
-        """What says the r of each image, for :func:`ops.assign`: where the three ways to adapt differ."""
+        """Where the r of each image comes from, for :func:`ops.assign`. The three ways to adapt differ only here."""
         given = self.given_r(images)
         return self.config.adapt if given is None else given
 
     def match(self, keys: Tensor, tokens: Packed) -> ops.Match | None:
-        """Partners by the keys that attention uses (after ``k_norm``); None where r is known to be 0."""
+        """Find partners by the keys that attention uses (after ``k_norm``). None: r is known to be 0."""
         if self.given_r(tokens.images) == 0:
             return None
         options = (self.num_prefix_tokens, self.by_size, self.theta, self.config.backend)
         return ops.match(keys, tokens.sizes, tokens.images, *options)
 
     def assign(self, found: ops.Match, copy: ops.HostCopy | None, images: Images) -> Assignment | None:
-        """Which tokens merge; None if none do. Where r depends on counts, the host waits for them here: attention has
-        given them time."""
+        """Decide which tokens merge; None if none do. If r depends on counts, the host waits for them here: they had
+        time to arrive while attention ran."""
         _check_exporter(None if copy is None else self.config.adapt)
-        T, one_r = found.partner.shape[0], self.config.adapt != "image"
-        if copy is None:
-            T -= images.B * self.given_r(images)
-        elif one_r or not torch.compiler.is_compiling():
+        T, one_r, given = found.partner.shape[0], self.config.adapt != "image", self.given_r(images)
+        left: int | None = None  # a compiled graph reads it from the device
+        if given is not None:
+            left = T - images.B * given
+        elif copy is not None and (one_r or not torch.compiler.is_compiling()):
             removed = int(ops.read(copy).sum())
             if one_r and images.B:
                 removed -= removed % images.B  # the mean, rounded down, of each
             if removed == 0:
                 return None
-            T -= removed
-        else:
-            T = None
-        options = (self.num_prefix_tokens, T, one_r, self.config.backend)
+            left = T - removed
+        options = (self.num_prefix_tokens, left, one_r, self.config.backend)
         return ops.assign(found, self.r_of(images), images, *options)
 
     def merge(self, tokens: Packed, attended: Tensor, assignment: Assignment) -> tuple[Packed, Tensor]:
-        """The residual sum of x and ``attended``, merged, and its norm for the MLP."""
+        """Add ``attended`` to x and merge; returns the merged tokens and their norm for the MLP."""
         images = tokens.images
         if assignment.tokens is not None and self._fuses(tokens.x, attended):
             gamma = scale_of(self.ls1, tokens.x)
@@ -323,7 +331,8 @@ class ATMBlock(Block):
         return merged, self.norm2(merged.images.shaped(merged.x))
 
     def _fuses(self, x: Tensor, attended: Tensor) -> bool:
-        """Whether residual sum, merge and norm are what one kernel computes: no gradient, and plain modules."""
+        """Whether one kernel can compute residual sum, merge and norm: no gradient is needed, and the modules are
+        plain."""
         if torch.is_grad_enabled():
             parameters = (*self.norm2.parameters(), *self.ls1.parameters())
             if any(tensor.requires_grad for tensor in (x, attended, *parameters)):
@@ -331,7 +340,7 @@ class ATMBlock(Block):
         if every_module._has_any_global_hook():
             return False
         drops = self.training and not isinstance(self.drop_path1, nn.Identity)
-        return is_plain(self.ls1, self.norm2) and is_own(self.drop_path1, nn.Identity, DropPath) and not drops
+        return is_plain(self.norm2, self.ls1) and is_own(self.drop_path1, nn.Identity, DropPath) and not drops
 
     def attended(
         self, y: Tensor, q: Tensor, k: Tensor, v: Tensor, tokens: Packed, queries: Images | None = None
@@ -342,7 +351,7 @@ class ATMBlock(Block):
         return attn.proj_drop(attn.proj(self.mix(y, q, k, v, tokens, queries)))
 
     def mix(self, y: Tensor, q: Tensor, k: Tensor, v: Tensor, tokens: Packed, queries: Images | None = None) -> Tensor:
-        """What comes before the projection."""
+        """Attention before the projection."""
         attn, images = self.attention, tokens.images
         n = None if self.config.proportional_attention is False else tokens.sizes
         dropout_p = attn.attn_drop.p if attn.fused_attn and attn.training else 0.0
@@ -390,7 +399,7 @@ def _no_attention(module: nn.Module) -> str:
     )
 
 
-def is_plain(scale: nn.Module, norm: nn.Module) -> bool:
+def is_plain(norm: nn.Module, scale: nn.Module) -> TypeGuard[nn.LayerNorm]:
     """Whether the residual sum through ``scale`` and its ``norm`` are what one kernel computes."""
     scales = is_own(scale, nn.Identity, LayerScale) or (hasattr(scale, "gamma_like") and not is_changed(scale))
     return scales and is_own(norm, nn.LayerNorm, LayerNorm)
@@ -422,7 +431,8 @@ def is_changed(module: nn.Module) -> bool:
 
 def scale_of(scale: nn.Module, x: Tensor) -> Tensor | None:
     """The factor [C] of a plain LayerScale; None: there is none."""
-    return scale.gamma_like(x) if hasattr(scale, "gamma_like") else getattr(scale, "gamma", None)
+    gamma_like = getattr(scale, "gamma_like", None)
+    return getattr(scale, "gamma", None) if gamma_like is None else gamma_like(x)
 
 
 def rows(x: Tensor) -> Tensor:

@@ -1,15 +1,16 @@
-"""ATMConfig: what merges, how much, and how it is computed."""
+"""ATMConfig: which tokens merge, how many, and how it is computed."""
 
 import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from numbers import Integral, Real
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from atm_triton.operating_points import choose
 from atm_triton.reference import threshold
 
+T = TypeVar("T")
 ADAPT = ("batch", "image", "static")
 BACKENDS = ("auto", "triton", "reference")
 REMEDY = "atm-triton calibrate finds them, or give alpha, beta and theta_min, or thresholds"
@@ -19,34 +20,34 @@ REMEDY = "atm-triton calibrate finds them, or give alpha, beta and theta_min, or
 class ATMConfig:
     """The settings of adaptive token merging.
 
-    Thresholds belong to a trained model: those of another model over- or under-merge yours. So they have no default:
-    ``alpha``, ``beta`` and ``theta_min`` are given together, or ``thresholds``, or a ``schedule`` in their place.
-    Without any of them :func:`atm_triton.apply_patch` takes the paper's for a model of its tables, and refuses others.
+    Thresholds belong to a trained model; those of another model merge too much or too little. They therefore have no
+    default. Give ``alpha``, ``beta`` and ``theta_min`` together, or ``thresholds``, or a ``schedule``. Without any of
+    these, :func:`atm_triton.apply_patch` uses the paper's thresholds for a model of its tables and refuses any other.
 
     Args:
         alpha: threshold of the first block, a cosine similarity (Eq. 1).
         beta: decay rate, in [0, 1] (Eq. 1).
         theta_min: lowest threshold, -1 <= theta_min <= alpha <= 1 (Eq. 1).
-        split_depth: the number of blocks that group tokens alternately; later ones group them by size (Section 3.3).
-            None: three quarters of the depth, rounded down. The model's depth: alternate everywhere, as ToMe.
+        split_depth: number of blocks with alternate grouping; later blocks group tokens by size (Section 3.3). None:
+            three quarters of the depth, rounded down. The model's depth: alternate grouping everywhere, as in ToMe.
         adapt: "batch": all images of a batch merge r tokens, the mean of their counts, rounded down (Section 3.4).
-            "image": every image merges by its own count (Section 3.2), whatever else is in its batch. "static":
-            ``schedule`` tells r.
-        schedule: r for each block; for "static" alone. An r above half of the tokens that may merge takes that half.
-        thresholds: a threshold for each block instead of Eq. 1, None where a block does not merge, nor look for
-            partners; for "batch" and "image".
+            "image": each image merges by its own count (Section 3.2), independently of the rest of its batch.
+            "static": ``schedule`` gives r.
+        schedule: r per block, only for "static". An r above half of the mergeable tokens is lowered to that half.
+        thresholds: one threshold per block instead of Eq. 1, for "batch" and "image". None: the block does not merge
+            and does not look for partners.
         proportional_attention: add log n to the attention scores of a token that stands for n patches (Appendix A).
-            None: as the model wants it when it runs. Not where patch tokens are averaged beside a class token, as MAE
-            is fine-tuned (Appendix A: MAE runs without); else it does, and so does a block alone.
-        cls_only_last: where the classifier reads the class token alone, the last block does not merge and computes
-            that token only (Appendix A); it changes no logit. False: the last block merges as every other.
-        backend: "auto" takes the Triton kernels where they can run and the plain-torch reference elsewhere; "triton"
-            and "reference" insist.
-        engine: run inference on a GPU by CUDA graphs (:mod:`atm_triton.engine`) wherever that can be; False: never.
-        source: where the values come from, for people to read.
+            None: decided when the model runs. A model that averages its patch tokens beside a class token, as
+            fine-tuned MAE does, runs without it (Appendix A); all others, and a block on its own, run with it.
+        cls_only_last: if the classifier reads only the class token, the last block does not merge and computes only
+            that token (Appendix A). This changes no logit. False: the last block merges like every other.
+        backend: "auto" uses the Triton kernels where they can run and the plain-torch reference elsewhere; "triton"
+            and "reference" force one of them.
+        engine: run inference on a GPU through CUDA graphs (:mod:`atm_triton.engine`) where possible. False: never.
+        source: where the values come from, as text for people.
 
     Raises:
-        TypeError, ValueError: a field of the wrong kind or out of its range, or a part of Eq. 1 alone.
+        TypeError, ValueError: a field has the wrong type or is out of range, or Eq. 1 is given only in part.
 
     Examples:
         >>> ATMConfig(alpha=0.99, beta=0.04, theta_min=0.88).theta(2, depth=12)
@@ -74,11 +75,11 @@ class ATMConfig:
         for name, unset in (("proportional_attention", True), ("cls_only_last", False), ("engine", False)):
             value = getattr(self, name)
             if not isinstance(value, bool) and not (unset and value is None):
-                raise TypeError(f"{name}={value!r} is no bool; give True or False")
+                raise TypeError(f"{name} must be True or False, got {value!r}")
         if self.backend not in BACKENDS:
             raise ValueError(f"backend={self.backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
         if not isinstance(self.source, str):
-            raise TypeError(f"source={self.source!r} is no text")
+            raise TypeError(f"source must be a string, got {self.source!r}")
 
     def _check_curve(self) -> None:
         curve = {name: getattr(self, name) for name in ("alpha", "beta", "theta_min")}
@@ -88,7 +89,7 @@ class ATMConfig:
         if 0 < len(given) < len(curve):
             missing = " and ".join(name for name in curve if name not in given)
             raise ValueError(f"{' and '.join(given)} without {missing}; give all three of them, or thresholds")
-        if given and self.alpha < self.theta_min:
+        if self.alpha is not None and self.theta_min is not None and self.alpha < self.theta_min:
             raise ValueError(f"alpha={self.alpha} is below theta_min={self.theta_min}; raise alpha or lower theta_min")
 
     def _check_adapt(self) -> None:
@@ -108,11 +109,11 @@ class ATMConfig:
 
     @property
     def has_thresholds(self) -> bool:
-        """Whether it says how much merges: by Eq. 1, a threshold for each block, or a schedule."""
+        """Whether anything says how much merges: Eq. 1, a threshold per block, or a schedule."""
         return any(given is not None for given in (self.alpha, self.thresholds, self.schedule))
 
     def check_depth(self, depth: int) -> None:
-        """Raise ValueError if this configuration cannot be that of a model with ``depth`` blocks."""
+        """Raise ValueError if this configuration does not fit a model of ``depth`` blocks."""
         if self.split_depth is not None and self.split_depth > depth:
             raise ValueError(f"split_depth={self.split_depth} is beyond the model's {depth} blocks")
         for name in ("schedule", "thresholds"):
@@ -121,22 +122,22 @@ class ATMConfig:
                 raise ValueError(f"{name} has {len(values)} values for a model of {depth} blocks; give one for each")
 
     def theta(self, block: int, depth: int) -> float | None:
-        """The threshold of a block, counted from 1 as in Eq. 1, of a model with ``depth`` blocks; None: it does not
+        """The threshold of a block in a model of ``depth`` blocks, counted from 1 as in Eq. 1. None: the block does not
         merge.
 
         Raises:
-            ValueError: another depth, a block outside it, or no thresholds.
+            ValueError: the depth does not fit, the block is outside it, or there are no thresholds.
         """
         self.check_depth(depth)
         _check_block(block, depth)
         if self.thresholds is not None:
             return self.thresholds[block - 1]
-        if self.alpha is None:
+        if self.alpha is None or self.beta is None or self.theta_min is None:  # given together, or not at all
             raise ValueError(f"the configuration has no thresholds; {REMEDY}")
         return threshold(block, self.alpha, self.beta, self.theta_min)
 
     def groups_by_size(self, block: int, depth: int) -> bool:
-        """Whether a block, counted from 1, lies beyond the splitting depth l_s (Section 3.3)."""
+        """Whether a block, counted from 1, is beyond the splitting depth l_s (Section 3.3)."""
         _check_block(block, depth)
         return block > (3 * depth // 4 if self.split_depth is None else self.split_depth)
 
@@ -146,7 +147,7 @@ class ATMConfig:
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """The configuration of :meth:`to_json`, or of a document that holds one under "config"."""
+        """Read what :meth:`to_json` wrote, or a document that holds it under "config"."""
         try:
             document = json.loads(text)
         except (json.JSONDecodeError, RecursionError) as error:
@@ -168,21 +169,24 @@ class ATMConfig:
         fine_tuned: bool = False,
         **changes: Any,
     ) -> Self:
-        """An operating point of the paper: the most accurate at or below ``max_gflops``, or the cheapest that loses at
-        most ``top1_drop`` points of top-1, or without either the cheapest of those that lose least; ``source`` says
-        which, with the paper's figures.
+        """An operating point of the paper.
 
-        The figures are the paper's, for the checkpoints that it used: another model wants thresholds of its own, which
-        :func:`atm_triton.calibrate` finds from images without labels.
+        With ``max_gflops`` it is the most accurate one at or below that cost, with ``top1_drop`` the cheapest one that
+        loses at most so many points of top-1. With neither it is the cheapest of those that lose least. ``source``
+        says which point it is and gives the paper's figures.
+
+        These figures hold for the checkpoints that the paper used. Another model needs thresholds of its own:
+        :func:`atm_triton.calibrate` finds them from images without labels.
 
         Args:
-            name: a model of the paper, by timm's name or the paper's ("deit_small_patch16_224", "DeiT-S").
-            max_gflops: 1e9 multiply-accumulates an image; top1_drop: percentage points. At most one of the two.
-            fine_tuned: from Table A3 (30 epochs of fine-tuning).
+            name: a model of the paper, by timm's or the paper's name ("deit_small_patch16_224", "DeiT-S").
+            max_gflops: 1e9 multiply-accumulates per image.
+            top1_drop: percentage points. Give at most one of the two targets.
+            fine_tuned: use Table A3 (30 epochs of fine-tuning).
             changes: further fields, such as ``backend``.
 
         Raises:
-            ValueError: an unknown model, a target that the paper does not reach, or both targets.
+            ValueError: the model is unknown, the paper does not reach the target, or both targets are given.
         """
         point, unmerged = choose(name, max_gflops, top1_drop, fine_tuned)
         source = (
@@ -197,11 +201,16 @@ class ATMConfig:
         return cls(**{**values, **mae, **changes})
 
 
+def _is(kind: type, value: Any) -> bool:
+    """Whether a value is a number of this kind. Python counts a bool as a number; here it is none."""
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
 def _real(name: str, value: Any, low: float, high: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name}={value!r} is no number; give one from {low} to {high}")
+    if not _is(Real, value):
+        raise TypeError(f"{name} must be a number in [{low}, {high}], got {value!r}")
     if not low <= value <= high or not math.isfinite(value):
-        raise ValueError(f"{name}={value!r} is out of range; give one from {low} to {high}")
+        raise ValueError(f"{name} must be a number in [{low}, {high}], got {value!r}")
     return float(value)
 
 
@@ -210,16 +219,16 @@ def _theta(name: str, value: Any) -> float | None:
 
 
 def _count(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name}={value!r} is no whole number")
+    if not _is(Integral, value):
+        raise TypeError(f"{name} must be a whole number, 0 or more, got {value!r}")
     if value < 0:
-        raise ValueError(f"{name}={value} is negative")
+        raise ValueError(f"{name} must be a whole number, 0 or more, got {value!r}")
     return int(value)
 
 
-def _each(name: str, values: Any, check: Callable[[str, Any], float]) -> tuple:
+def _each(name: str, values: Any, check: Callable[[str, Any], T]) -> tuple[T, ...]:
     if not isinstance(values, (tuple, list)) or not values:
-        raise TypeError(f"{name}={values!r} is no list; give one value for each block")
+        raise TypeError(f"{name} must be a list with one value per block, got {values!r}")
     return tuple(check(f"{name}[{index}]", value) for index, value in enumerate(values))
 
 

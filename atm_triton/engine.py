@@ -1,9 +1,10 @@
-"""The engine: inference on a GPU by CUDA graphs, one for each stage of a pass and bucket of rows.
+"""The engine: inference on a GPU through CUDA graphs, one per stage of a pass and bucket of rows.
 
-The host reads how many rows are left as soon as a stage has matched its tokens, while attention runs, and launches the
-next stage's graph for as many. It reads only where that is likely to save more time than it takes. A graph bakes in
-addresses: what passes from stage to stage lies in two sets of buffers, used in turn, so that any bucket may follow any
-other. Where there is no GPU but Triton's interpreter, the same engine calls the stages again instead of replaying them.
+As soon as a stage has matched its tokens, and while attention runs, the host reads how many rows are left and launches
+the next stage's graph for that number. It reads only where this is likely to save more time than it takes. A graph
+bakes in addresses, so what passes from stage to stage lies in two sets of buffers that are used in turn, and any bucket
+may follow any other. Without a GPU, under Triton's interpreter, the same engine calls the stages again instead of
+replaying them.
 """
 
 import copy
@@ -25,7 +26,7 @@ from atm_triton.block import ATMBlock
 from atm_triton.graphs import Mailbox, Replays, replays_on
 from atm_triton.modules import Modules
 from atm_triton.packed import Images, Packed
-from atm_triton.record import Record
+from atm_triton.record import Number, Record
 from atm_triton.reference import largest_r
 from atm_triton.stage import Pending, Stage, begin, enter, run, stages
 
@@ -36,8 +37,8 @@ KINDS = 4  # of passes whose buffers are kept
 
 
 class Kind(NamedTuple):
-    """What passes must share to share graphs: the images' shape, dtype and device, autocast's dtype (None: off),
-    ``leading``, ``dense`` and ``head`` as in :meth:`Engine.run`, and how the model pools."""
+    """What passes must have in common to share graphs: shape, dtype and device of the images, the dtype of autocast
+    (None: off), ``leading``, ``dense`` and ``head`` as in :meth:`Engine.run`, and how the model pools."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -50,8 +51,8 @@ class Kind(NamedTuple):
 
 
 class Counts:
-    """The counts of a pass, by block: one number an image. Those of the last stage are read when somebody wants them,
-    at the latest by the next pass, which writes to the same mailbox."""
+    """The counts of a pass, by block: one number per image. Those of the last stage are read when somebody asks, at the
+    latest by the next pass, which writes to the same mailbox."""
 
     def __init__(self) -> None:
         self.known: dict[int, list[int]] = {}
@@ -70,8 +71,8 @@ class Counts:
 
 
 class Facts(NamedTuple):
-    """What :func:`recorded` needs of a pass: its kind, the blocks, the tokens of an image that enter the first, and the
-    counts of each block with a theta."""
+    """What :func:`recorded` needs to know about a pass: its kind, the blocks, the tokens per image that enter the first
+    block, and the counts of each block with a threshold."""
 
     kind: Kind
     blocks: list[ATMBlock]
@@ -80,16 +81,16 @@ class Facts(NamedTuple):
 
 
 class Passes:
-    """What passes of one kind have in common: their stages, and what those read and write at fixed addresses: the
+    """What all passes of one kind share: their stages, and what those read and write at fixed addresses, which are the
     ``images``, two sets of ``buffers`` with as many rows as the first stage has, and a mailbox for each stage with
-    counts. ``counts``: of the last pass; ``read``: what a read takes, in GFLOP."""
+    counts. ``counts`` are those of the last pass; ``read`` is the cost of a host read, in GFLOP."""
 
     def __init__(self, model: VisionTransformer, kind: Kind, replays: Replays, read: float) -> None:
         self.model, self.kind, self.replays, self.read = model, kind, replays, read
         self.blocks, self.counts = list(model.blocks), Counts()
         self.B, self.N = kind.shape[0], 0  # N, and with it the stages, are known once the stem has run
         self.stages: list[Stage] = []
-        self.mailboxes: list[Mailbox | None] = []
+        self.mailboxes: dict[int, Mailbox] = {}  # by the number of a stage
         self.branch = replays.branch()
         self.merged_first = False  # whether a block has merged before the first stage ends
         with torch.inference_mode(False):
@@ -97,33 +98,32 @@ class Passes:
         self.buffers: list[tuple[Pending, Tensor | None]] = []
 
     def stage(self, number: int, rows: int | None) -> Tensor | None:
-        """Run a stage of so many rows (None: the first); the last one returns the output of the pass."""
+        """Run a stage of so many rows (None: the first stage). The last stage returns the output of the pass."""
         kind = self.kind
         casts = torch.autocast(kind.device.type, kind.autocast, cache_enabled=False) if kind.autocast else nullcontext()
-        out = self.buffers[(number + 1) % 2][0] if self.buffers else None
-        into = out and Pending(*(tensor[:rows] for tensor in out[:-1]), out.cu_seqlens)
+        into = self.buffers[(number + 1) % 2][0].first(rows) if self.buffers else None
         with casts:
-            tokens, y, trace = self._entered(into) if number == 0 else self._merged(number, rows)
-            now, mailbox = self.stages[number], self.mailboxes[number]
+            tokens, y, trace = self._entered(into) if rows is None else self._merged(number, rows)
+            now = self.stages[number]
             leading = None if kind.dense else kind.leading
             may = len(self.blocks) - (kind.leading is not None)
-            found = []
+            found: list[Tensor] = []
 
             def counted(counts: Tensor) -> None:
                 found.append(counts)
                 if len(found) == len(now.counted):
-                    mailbox.send(torch.cat(found) if len(found) > 1 else counts)
+                    self.mailboxes[number].send(torch.cat(found) if len(found) > 1 else counts)
 
             try:
                 left, trace = run(self.blocks, now, tokens, y, trace, may, leading, counted, self.branch, into)
-                if now.last is None:
+                if isinstance(left, Packed):
                     return self.model.finish(left, trace, self.B, kind.dense, kind.head)
             finally:  # a capture cannot end while its streams are apart
                 try:
                     self.branch.join()
                 finally:
-                    if mailbox is not None:
-                        mailbox.join()
+                    if number in self.mailboxes:
+                        self.mailboxes[number].join()
         made = not self.buffers
         if made:
             self.buffers = [self._buffer(left, trace) for _ in range(2)]
@@ -133,16 +133,17 @@ class Passes:
         return self.stage(number, rows) if made else None  # once more, writing to them: a warm-up of what is captured
 
     def _entered(self, into: Pending | None) -> tuple[Packed, None, Tensor | None]:
-        x = enter(self.model, self.images, into and into.x)
+        x = enter(self.model, self.images, None if into is None else into.x)
         tokens = Packed.of(x)
         if not self.stages:
             self.N = x.shape[1]
             self.stages = stages(self.blocks, self.kind.leading, len(tokens.x), self.read)
             with torch.inference_mode(False):
-                self.mailboxes = [
-                    self.replays.mailbox(self.B * len(stage.counted)) if stage.counted else None
-                    for stage in self.stages
-                ]
+                self.mailboxes = {
+                    number: self.replays.mailbox(self.B * len(stage.counted))
+                    for number, stage in enumerate(self.stages)
+                    if stage.counted
+                }
         trace = torch.arange(len(tokens.x), dtype=torch.int32, device=x.device) if self.kind.dense else None
         return tokens, None, trace
 
@@ -150,29 +151,35 @@ class Passes:
         pending, trace = self.buffers[number % 2]
         if number == 1 and not self.merged_first:  # what the stem made: one patch each
             pending = pending._replace(sizes=None)
-        block = self.blocks[self.stages[number].first]
+        block = self.blocks[self.stages[number].start - 1]
         longest = self.N if block.config.adapt == "image" else min(self.N, rows // self.B)
         return *begin(block, pending, rows, Images(pending.cu_seqlens, longest, False)), trace
 
     def _buffer(self, left: Pending, trace: Tensor | None) -> tuple[Pending, Tensor | None]:
         sized = left._replace(sizes=left.x.new_empty(len(left.x), dtype=torch.float32))
         with torch.inference_mode(False):
-            made = (torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in sized)
-            return Pending(*made), None if trace is None else torch.empty_like(trace)
+            made = sized.each(partial(torch.empty_like, memory_format=torch.contiguous_format))
+            return made, None if trace is None else torch.empty_like(trace)
 
     def _write(self, number: int, left: Pending, trace: Tensor | None) -> None:
-        """To the buffers, what does not lie there yet."""
+        """Copy to the buffers what is not there yet."""
         buffer, kept = self.buffers[(number + 1) % 2]
         for to, of in zip((*buffer, kept), (*left, trace), strict=True):
-            if of is not None and to.data_ptr() != of.data_ptr():
+            if to is not None and of is not None and to.data_ptr() != of.data_ptr():
                 to[: len(of)].copy_(of)
 
 
+Key = tuple[Passes, int, int | None]  # of a graph: the number of its stage, and its rows (None: the first stage)
+
+
 class Engine:
-    """Runs a patched ``model`` in inference. ``max_graphs`` and ``max_mib`` (MiB that captured graphs hold) may be set:
-    beyond the first, the graphs used least recently are dropped; beyond the second, what is new runs without one.
-    ``step``: rows of a bucket, None: the multiple of 128 next to a 64th of the first stage's rows; ``read_gflop``: what
-    a read takes, as :func:`stages` wants it, for the kinds of passes that have not run yet."""
+    """Runs a patched ``model`` in inference.
+
+    ``max_graphs`` and ``max_mib`` (MiB held by captured graphs) may be set. Beyond the first limit the least recently
+    used graphs are dropped; beyond the second, new stages run without a graph. ``step``: rows per bucket, None: the
+    multiple of 128 nearest to 1/64 of the first stage's rows. ``read_gflop``: the cost of a host read, as
+    :func:`stages` wants it, for kinds of passes that have not run yet.
+    """
 
     def __init__(
         self,
@@ -199,13 +206,13 @@ class Engine:
                 self.replays.reset()
 
     def refresh(self) -> None:
-        """Forget them if the model has changed."""
+        """Forget all graphs if the model has changed."""
         with self.lock:
             if self.seen is not None and self.seen != Modules(self.model):
                 self.drop()
 
     def _forget(self) -> None:
-        self.graphs: OrderedDict[tuple[Passes, int, int | None], Callable[[], Any] | None] = OrderedDict()
+        self.graphs: OrderedDict[Key, Callable[[], Any] | None] = OrderedDict()
         self.passes: OrderedDict[Kind, Passes] = OrderedDict()
         self.stream: torch.cuda.Stream | None = None  # of the last pass
         self.done: torch.cuda.Event | None = None
@@ -227,11 +234,11 @@ class Engine:
         return self.max_graphs, self.max_mib, self.step, self.read_gflop
 
     def refusal(self, images: Tensor) -> str | None:
-        """Why the engine does not take a pass over ``images`` [B, C, H, W], so that the blocks run; None: it does."""
+        """Why the engine does not take a pass over ``images`` [B, C, H, W], so that the blocks run. None: it does."""
         return self._unfit(images) or Modules(self.model).obstacle
 
     def _unfit(self, images: Tensor) -> str | None:
-        """What images and configuration have against it, and what goes on around the pass."""
+        """What about the images, the configuration or the surroundings of the pass speaks against it."""
         config, device = self.model.blocks.config, images.device.type
         if not config.engine:
             return "engine=False in the configuration"
@@ -257,125 +264,135 @@ class Engine:
         return "the images want a gradient" if ops.needs_grad(images) else None
 
     def run(self, images: Tensor, leading: int | None, dense: bool, head: bool) -> tuple[Tensor, Facts] | str:
-        """A pass over images [B, C, H, W].
+        """Run a pass over images [B, C, H, W].
 
         Args:
-            leading: how many leading tokens the classifier reads, where the last block serves them alone.
-            dense: serve all tokens, also those that the classifier does not read.
-            head: return logits, not what goes into the head.
+            leading: how many leading tokens the classifier reads, if the last block computes only these.
+            dense: compute all tokens, including those that the classifier does not read.
+            head: return logits instead of what goes into the head.
 
         Returns:
-            The output, which is the caller's own, and what the pass did; or the :meth:`refusal`.
+            The output, which belongs to the caller, and what the pass did; or the :meth:`refusal`.
         """
         unfit = self._unfit(images)
         if unfit is not None:
             return unfit
         with self.lock, ops.device_of(images):
             early = self.trusted and not self.model.training and not torch.is_grad_enabled()
-            obstacle = None if early else self._examine()
-            if obstacle is not None:
-                return obstacle
-            self._take_turn(images)
+            modules = self.seen if early else None
+            if modules is None:
+                modules = self._examine()
+                if modules.obstacle is not None:
+                    return modules.obstacle
+            stream = self._take_turn(images)
             try:
                 with torch.no_grad():
-                    done = self._run(images, leading, dense, head, early)
+                    done = self._run(images, leading, dense, head, modules, early)
             except BaseException:  # what a pass that was broken off left behind is not to be read
                 self.drop()
                 raise
             if done is None:  # modules have changed
                 self.drop()
                 return self.run(images, leading, dense, head)
-            if images.is_cuda:
-                self.done = self.stream.record_event(self.done)
+            if stream is not None:
+                self.done = stream.record_event(self.done)
         return done
 
-    def _examine(self) -> str | None:
-        """What the modules have against a pass. Where they have changed, what was captured is forgotten."""
+    def _examine(self) -> Modules:
+        """The modules as they are now. If they have changed, everything captured is forgotten."""
         now = Modules(self.model)
         if now.obstacle is None and self.seen != now:
             self.drop()
             self.seen = now
         self.trusted = now.obstacle is None
-        return now.obstacle
+        return now
 
-    def _take_turn(self, images: Tensor) -> None:
-        """After the last pass, which may still be at work on another stream."""
-        if self.replays is None or self.replays.device != images.device:
-            self.replays = self.make_replays(images.device)
-        if not images.is_cuda or (self.stream is not None and self.stream.cuda_stream == raw_stream(images.device)):
-            return
-        self.stream = torch.cuda.current_stream()
-        if self.done is not None:
-            self.stream.wait_event(self.done)
+    def _take_turn(self, images: Tensor) -> torch.cuda.Stream | None:
+        """Wait for the last pass, which may still be at work on another stream. Returns the stream of this pass, None
+        on a CPU."""
+        if not images.is_cuda:
+            return None
+        if self.stream is None or self.stream.cuda_stream != raw_stream(images.device):
+            self.stream = torch.cuda.current_stream()
+            if self.done is not None:
+                self.stream.wait_event(self.done)
+        return self.stream
 
     def _run(
-        self, images: Tensor, leading: int | None, dense: bool, head: bool, early: bool
+        self, images: Tensor, leading: int | None, dense: bool, head: bool, modules: Modules, early: bool
     ) -> tuple[Tensor, Facts] | None:
-        """``early``: ask whether the modules are still the same while the device is at work; None: they are not."""
+        """``early``: check, while the device is at work, whether the ``modules`` are still the same. None: they are
+        not."""
         passes = self._passes(images, leading, dense, head)
         passes.images.copy_(images)
         passes.counts.settle()
         passes.counts = counts = Counts()
-        parts = iter(self.seen.parts if early else ())
-        left, rows = 0, None
+        parts = iter(modules.parts if early else ())
+        left = 0
+        rows: int | None = None
         for number in count():
             key = (passes, number, rows)
             if self.graphs.get(key) is None and not all(part.same() for part in parts):  # what is to come runs Python
                 return None
             out = self._play(key, partial(passes.stage, number, rows))
-            now, mailbox = passes.stages[number], passes.mailboxes[number]
-            share = None if now.last is None else 1 + len(self.seen.parts) // len(passes.stages)
+            now = passes.stages[number]
+            share = None if now.last is None else 1 + len(modules.parts) // len(passes.stages)
             if not all(part.same() for part in islice(parts, share)):
                 return None
             if now.last is None:
                 break
-            counts.take(now, mailbox)
+            counts.take(now, passes.mailboxes[number])
             merged = (removed(passes.blocks[index], counts.known[index]) for index in now.counted)
             left = (left or passes.B * passes.N) - sum(merged)
             rows = self._bucket(left, passes.B * passes.N)
         if now.counted:
-            counts.late = now, mailbox
+            counts.late = now, passes.mailboxes[number]
         return out.clone(), Facts(passes.kind, passes.blocks, passes.N, counts)
 
     def _passes(self, images: Tensor, leading: int | None, dense: bool, head: bool) -> Passes:
         autocast = ops.autocast_dtype(images.device.type)
-        asked = leading, dense, head, self.model.global_pool
-        kind = Kind(tuple(images.shape), images.dtype, images.device, autocast, *asked)
+        shape, dtype, device, pool = tuple(images.shape), images.dtype, images.device, self.model.global_pool
+        kind = Kind(shape, dtype, device, autocast, leading, dense, head, pool)  # by name takes a microsecond more
         if kind not in self.passes:
-            read = self.read_gflop / (FLOAT32 if (autocast or images.dtype) == torch.float32 else 1)
-            self.passes[kind] = Passes(self.model, kind, self.replays, read)
+            read = self.read_gflop / (FLOAT32 if (autocast or dtype) == torch.float32 else 1)
+            self.passes[kind] = Passes(self.model, kind, self._replays_on(device), read)
         self.passes.move_to_end(kind)
         if len(self.passes) > KINDS:
-            self.replays.wait()  # they may still work in its buffers
             _, old = self.passes.popitem(last=False)
+            old.replays.wait()  # they may still work in its buffers
             self.graphs = OrderedDict((key, graph) for key, graph in self.graphs.items() if key[0] is not old)
         return self.passes[kind]
 
+    def _replays_on(self, device: torch.device) -> Replays:
+        if self.replays is None or self.replays.device != device:
+            self.replays = self.make_replays(device)
+        return self.replays
+
     def _bucket(self, T: int, most: int) -> int:
-        """As many rows or a few more, of which there are not too many kinds."""
+        """Round the number of rows up, so that there are not too many different ones."""
         step = self.step or 128 * max(1, round(most / 64 / 128))
         return min(most, -(-T // step) * step)
 
-    def _play(self, key: tuple, call: Callable[[], Any]) -> Any:
-        """Eagerly the first time, which warms up what it needs; captured the second time; from then on replayed."""
+    def _play(self, key: Key, call: Callable[[], Any]) -> Any:
+        """Run eagerly the first time, as a warm-up; capture the second time; replay from then on."""
         if key not in self.graphs:
-            out = self.replays.eagerly(call)
+            out = key[0].replays.eagerly(call)
             self.graphs[key] = None
         else:
-            replay = self.graphs.pop(key) or self._captured(call)
+            replay = self.graphs.pop(key) or self._captured(key[0].replays, call)
             self.graphs[key] = replay  # used last
             out = replay()
         if len(self.graphs) > self.max_graphs:
             self.graphs.popitem(last=False)
         return out
 
-    def _captured(self, call: Callable[[], Any]) -> Callable[[], Any]:
-        eagerly = partial(self.replays.eagerly, call)
-        if self.replays.mib() >= self.max_mib:
+    def _captured(self, replays: Replays, call: Callable[[], Any]) -> Callable[[], Any]:
+        eagerly = partial(replays.eagerly, call)
+        if replays.mib() >= self.max_mib:
             warnings.warn(f"graphs hold {self.max_mib} MiB: raise engine.max_mib; new ones run eagerly", stacklevel=2)
             return eagerly
         try:
-            return self.replays.capture(call)
+            return replays.capture(call)
         except RuntimeError as error:  # out of memory, or what a module does cannot be captured
             line = str(error).splitlines()[0]
             warnings.warn(f"a stage could not be captured and runs eagerly from now on: {line}", stacklevel=2)
@@ -383,35 +400,49 @@ class Engine:
 
 
 def raw_stream(device: torch.device) -> int:
-    """The current stream, for a tenth of what torch.cuda.current_stream() takes."""
+    """The current stream, in a tenth of the time that torch.cuda.current_stream() takes."""
     return torch._C._cuda_getCurrentRawStream(device.index)
 
 
 def removed(block: ATMBlock, counts: list[int]) -> int:
-    """How many tokens of all images a block with these counts, one an image, merges away."""
+    """How many tokens, of all images together, a block with these counts (one per image) merges away."""
     total = sum(counts)
     return total if block.config.adapt == "image" else total // len(counts) * len(counts)
 
 
 def recorded(facts: Facts) -> Record:
-    """What a pass did, by the counts of its blocks."""
-    kind, blocks, now, _ = facts
+    """The record of a pass, from the counts of its blocks."""
+    kind, blocks = facts.kind, facts.blocks
     B, leading = kind.shape[0], None if kind.dense else kind.leading
     known = facts.counts.settle()
     counts = [torch.tensor(known[index]) if index in known else None for index in range(len(blocks))]
-    tokens, rows, matched = [], [], []
+    now: Number = facts.N
+    tokens: list[Number] = []
+    rows: list[Number] = []
+    matched: list[bool] = []
     for index, (block, found) in enumerate(zip(blocks, counts, strict=True)):
         last = index == len(blocks) - 1
         tokens.append(now)
-        if last and leading is not None:
-            now, r = leading, 0
-        elif last and kind.leading is not None:
-            r = 0
-        elif block.config.adapt == "static":
-            r = min(block.r, largest_r(now, block.num_prefix_tokens))
-        else:
-            r = 0 if found is None else found if block.config.adapt == "image" else int(found.sum()) // B
-        now = now - r
+        r = 0 if last and kind.leading is not None else _merged_in(block, now, found)
+        now = leading if last and leading is not None else now - r
         rows.append(now)
         matched.append(found is not None or (isinstance(r, int) and r > 0))
-    return Record(B, kind.shape[1:], leading, *map(tuple, (tokens, rows, counts, matched)), "engine")
+    return Record(
+        batch=B,
+        image_shape=kind.shape[1:],
+        leading=leading,
+        tokens=tuple(tokens),
+        rows=tuple(rows),
+        counts=tuple(counts),
+        matched=tuple(matched),
+        way="engine",
+    )
+
+
+def _merged_in(block: ATMBlock, N: Number, counts: Tensor | None) -> Number:
+    """How many of its N tokens each image merged in a block with these counts, [B]."""
+    if block.r is not None:  # N is a number then
+        return min(block.r, largest_r(int(N), block.num_prefix_tokens))
+    if counts is None or block.config.adapt == "image":
+        return 0 if counts is None else counts
+    return int(counts.sum()) // len(counts)

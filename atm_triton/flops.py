@@ -1,14 +1,15 @@
-"""Multiply-accumulates of a VisionTransformer, from the tokens that were really there.
+"""Multiply-accumulates of a VisionTransformer, counted from the tokens that were really there.
 
 ``macs``: convolutions, linear layers and the two products of attention, as torch's FlopCounterMode counts them (halved,
-with unfused attention). ``paper_gflops``: what the paper calls FLOPs, the same and one operation an element for every
-LayerNorm, save for LV-ViT, which has a count of its own. The products of the matching are neither's: they are reported
-beside.
+with unfused attention). ``paper_gflops``: what the paper calls FLOPs, which is ``macs`` plus one operation per element
+of every LayerNorm; LV-ViT has a count of its own. The products of the matching are in neither number and are reported
+separately.
 """
 
 import copy
 from collections import OrderedDict
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 from timm.layers.attention import Attention
@@ -22,34 +23,38 @@ from atm_triton.record import Number, Record
 from atm_triton.reference import largest_r
 from atm_triton.transformer import leading_tokens
 
+Value = TypeVar("Value", float, float | Tensor)
+
 
 @dataclass(frozen=True)
-class Cost:
-    """Multiply-accumulates of one image: ``stem``, each of ``blocks``, ``head``; ``paper``: the operations that the
-    paper counts; ``matching``: the cosine similarities, in no total. Whole numbers where all images cost the same;
-    else means, or tensors [B] with the cost of each."""
+class Cost(Generic[Value]):
+    """Multiply-accumulates per image: ``stem``, each of ``blocks``, ``head``. ``paper``: the operations that the paper
+    counts. ``matching``: the cosine similarities, which are in no total. Whole numbers if all images cost the same,
+    otherwise means, or tensors [B] with the cost of each image."""
 
     stem: int
-    blocks: tuple[Number | float, ...]
+    blocks: tuple[Value, ...]
     head: int
-    paper: Number | float
-    matching: Number | float
+    paper: Value
+    matching: Value
 
     @property
-    def macs(self) -> Number | float:
+    def macs(self) -> Value:
         return self.stem + sum(self.blocks) + self.head
 
     @property
-    def paper_gflops(self) -> float | Tensor:
+    def paper_gflops(self) -> Value:
         return self.paper / 1e9
 
 
 def block_macs(block: Block, tokens: Number, queries: Number, rows: Number) -> Number:
-    """One block: 2 N D A for keys and values, D A for each query (and its gate), 2 N A for its two products, A D for
-    its projection, and the linear layers of the MLP for each row.
+    """The cost of one block: 2 N D A for keys and values; for each query D A (and its gate), 2 N A for its two products
+    and A D for its projection; for each row the linear layers of the MLP.
 
     Args:
-        tokens: N, that enter the block; queries: whose attention is computed; rows: that the MLP sees.
+        tokens: N, the tokens that enter the block.
+        queries: the tokens whose attention is computed.
+        rows: the tokens that the MLP sees.
     """
     attn = inside(block.attn, Attention) or block.attn
     qkv, A = linear_macs(attn.qkv), attn.num_heads * attn.head_dim
@@ -65,21 +70,22 @@ def linear_macs(module: nn.Module) -> int:
     return inner or getattr(module, "in_features", 0) * getattr(module, "out_features", 0)
 
 
-def cost(model: VisionTransformer, record: Record) -> Cost:
-    """What ``record`` says a forward pass of ``model`` cost: of one image, the mean where they differ."""
+def cost(model: VisionTransformer, record: Record) -> Cost[float]:
+    """The cost per image of the forward pass in ``record``; the mean where images differ."""
     each = cost_of_each(model, record)
     return Cost(each.stem, tuple(map(mean, each.blocks)), each.head, mean(each.paper), mean(each.matching))
 
 
-def mean(number: Number) -> int | float:
+def mean(number: float | Tensor) -> float:
     """The mean over the images."""
     return number.double().mean().item() if isinstance(number, Tensor) else number
 
 
-def cost_of_each(model: VisionTransformer, record: Record) -> Cost:
+def cost_of_each(model: VisionTransformer, record: Record) -> Cost[float | Tensor]:
     """:func:`cost` of every image: tensors [B] where they differ."""
     blocks = [inside(block, Block) or block for block in model.blocks]
-    counts = list(zip(record.tokens, record.queries, record.rows, strict=True))
+    recorded = zip(blocks, record.tokens, record.queries, record.rows, strict=True)
+    counts = [_computed(block, *count) for block, *count in recorded]
     stem, stem_norms = _counted(model, "patch_embed", record.image_shape)
     head, head_norms = _counted(model, "forward_head", (_read_by_head(record), model.embed_dim))
     ends = stem + stem_norms + head + head_norms
@@ -91,7 +97,7 @@ def cost_of_each(model: VisionTransformer, record: Record) -> Cost:
         head=head,
         paper=ends
         + sum(paper_block(model, block, *count) for block, count in zip(blocks, counts, strict=True))
-        + paper_last_norm(model, counts[-1][2]),
+        + paper_last_norm(model, record.rows[-1]),
         matching=sum(
             _matching_macs(block, tokens, model.num_prefix_tokens)
             for block, (tokens, *_), matched in zip(blocks, counts, record.matched, strict=True)
@@ -124,15 +130,28 @@ def planned(
         patches = _run(skeleton, "patch_embed", image).numel() // model.embed_dim
     leading = leading_tokens(model) if cls_only_last else None
     P = model.num_prefix_tokens
-    left, tokens, rows, matched = patches + P, [], [], []
+    left = patches + P
+    tokens: list[int] = []
+    rows: list[int] = []
+    matched: list[bool] = []
     for block, r in enumerate(schedule, start=1):
-        alone = leading is not None and block == len(schedule)
-        r = 0 if alone else min(r, largest_r(left, P))
         tokens.append(left)
-        left = leading if alone else left - r
+        if leading is not None and block == len(schedule):
+            left, r = leading, 0
+        else:
+            r = min(r, largest_r(left, P))
+            left -= r
         rows.append(left)
         matched.append(r > 0)
-    return Record(1, image_shape, leading, *map(tuple, (tokens, rows, [None] * len(rows), matched)))
+    return Record(
+        batch=1,
+        image_shape=image_shape,
+        leading=leading,
+        tokens=tuple(tokens),
+        rows=tuple(rows),
+        counts=(None,) * len(schedule),
+        matched=tuple(matched),
+    )
 
 
 def unmerged(model: VisionTransformer, image_shape: tuple[int, ...]) -> Record:
@@ -156,6 +175,12 @@ def answer_shape(model: VisionTransformer) -> tuple[int, ...]:
     return tuple(answer.shape[1:])
 
 
+def _computed(block: Block, tokens: Number, queries: Number, rows: Number) -> tuple[Number, Number, Number]:
+    """What a block computes of what the record says, or what a block that drops tokens after its MLP says of itself by
+    a method ``computed``."""
+    return block.computed(tokens, queries, rows) if hasattr(block, "computed") else (tokens, queries, rows)
+
+
 def _macs(block: Block, tokens: Number, queries: Number, rows: Number) -> Number:
     """:func:`block_macs`, or what a block that works in another way says of itself by a method ``macs``."""
     return block.macs(tokens, queries, rows) if hasattr(block, "macs") else block_macs(block, tokens, queries, rows)
@@ -170,7 +195,7 @@ def _matching_macs(block: Block, tokens: Number, num_prefix: int) -> Number:
 
 def _read_by_head(record: Record) -> int:
     """The tokens that the head sees: the leading ones alone, or every original one."""
-    return record.tokens[0] if record.leading is None else record.leading
+    return record.N if record.leading is None else record.leading
 
 
 def _counted(model: VisionTransformer, part: str, shape: tuple[int, ...]) -> tuple[int, int]:
@@ -215,5 +240,6 @@ def _skeleton(model: VisionTransformer) -> VisionTransformer:
     with torch.inference_mode(False):
         shapes = {id(t): nn.Parameter(t.to("meta")) if isinstance(t, nn.Parameter) else t.to("meta") for t in tensors}
     hooks = (vars(module)[name] for module in model.modules() for name in ("_forward_hooks", "_forward_pre_hooks"))
-    none = {id(each): OrderedDict() for each in hooks}  # not copied either: what they hold may be large
+    # not copied either: what they hold may be large
+    none: dict[int, OrderedDict] = {id(each): OrderedDict() for each in hooks}
     return copy.deepcopy(model, {**shapes, **none, id(model.blocks): nn.Sequential()}).eval()

@@ -3,11 +3,14 @@
 import threading
 import weakref
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.cuda.graphs import _POOL_HANDLE
 
 UNREAD = -1  # what counts on the host hold until they are there
 PRIORITY = -2  # of the streams that are captured on: torch has 32 of each priority, and no library takes these
@@ -16,7 +19,7 @@ _capturing = threading.Lock()  # CUDA captures one graph at a time in a process
 
 
 class Replays:
-    """How stages are run again where there is no GPU: by calling them."""
+    """Runs stages again where there is no GPU, by calling them."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -45,20 +48,24 @@ class Replays:
 
 
 class CaptureStreams(NamedTuple):
-    """What an engine captures on: the ``main`` stream; ``branch`` and ``copies``, whose short work goes first; the
-    ``pool`` of cuBLAS's workspace on the main stream; a graph that ``keeps`` the pool and is never replayed."""
+    """The streams on which an engine captures: ``main``; ``branch`` and ``copies``, whose short work has priority; the
+    ``pool`` of cuBLAS's workspace on the main stream; and a graph that ``keeps`` the pool alive and is never replayed.
+    """
 
     main: torch.cuda.Stream
     branch: torch.cuda.Stream
     copies: torch.cuda.Stream
-    pool: tuple[int, int]
+    pool: "_POOL_HANDLE"
     keeps: torch.cuda.CUDAGraph
 
 
 class StreamLease:
-    """Capture streams that one engine has at a time. Their cuBLAS workspace lies in a pool of its own that is never
-    freed. A graph keeps the workspace's address, but torch.compile clears all cuBLAS workspaces: in any other pool the
-    allocator could then give that memory to another tensor, or back to the device."""
+    """Capture streams that belong to one engine at a time.
+
+    Their cuBLAS workspace lies in a pool of its own that is never freed. A graph keeps the address of the workspace,
+    but torch.compile clears all cuBLAS workspaces; in any other pool the allocator could then give that memory to
+    another tensor, or back to the device.
+    """
 
     made: ClassVar[dict[int, int]] = {}  # by the device's index
     spare: ClassVar[dict[int, list[CaptureStreams]]] = {}
@@ -80,12 +87,12 @@ class StreamLease:
         weakref.finalize(self, spare.append, self.streams).atexit = False
 
     def place_workspace(self) -> None:
-        """See that this thread's workspace lies in the pool, also after it was cleared."""
+        """Make sure that this thread's workspace lies in the pool, even after it was cleared."""
         _place_workspace(self.streams.main, self.streams.pool)
 
 
-def _place_workspace(stream: torch.cuda.Stream, pool: tuple[int, int]) -> torch.cuda.CUDAGraph:
-    """A graph that has made cuBLAS allocate its workspace in the pool, if there was none."""
+def _place_workspace(stream: torch.cuda.Stream, pool: "_POOL_HANDLE") -> torch.cuda.CUDAGraph:
+    """Capture a graph that makes cuBLAS allocate its workspace in the pool, if there was none."""
     graph, ones = torch.cuda.CUDAGraph(), torch.ones(16, 16, dtype=torch.float16, device=stream.device)
     _multiply(ones)  # CUDA loads what this needs before the capture
     with torch.cuda.stream(stream):
@@ -98,12 +105,12 @@ def _place_workspace(stream: torch.cuda.Stream, pool: tuple[int, int]) -> torch.
 
 
 def _multiply(ones: Tensor) -> Tensor:
-    """By cuBLAS and by cuBLASLt."""
+    """Multiply through cuBLAS and through cuBLASLt."""
     return F.linear(ones, ones, ones[0]) @ ones
 
 
 class CUDAGraphs(Replays):
-    """CUDA graphs from one pool, captured on streams of their own."""
+    """CUDA graphs that share one pool and are captured on streams of their own."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
@@ -125,8 +132,8 @@ class CUDAGraphs(Replays):
                 before = torch.cuda.memory_reserved(self.device)
                 lease = self.lease = self.lease or StreamLease(self.device)
                 lease.place_workspace()
-                how = {"pool": self.pool, "stream": lease.streams.main, "capture_error_mode": "thread_local"}
-                with torch.cuda.graph(graph, **how):
+                main, mode = lease.streams.main, "thread_local"
+                with torch.cuda.graph(graph, pool=self.pool, stream=main, capture_error_mode=mode):
                     out = run()
                 self.held += torch.cuda.memory_reserved(self.device) - before
         except BaseException:  # torch leaves its stream current then, and the pool marked as being captured to
@@ -148,9 +155,11 @@ class CUDAGraphs(Replays):
         return StreamBranch(self)
 
     def side(self, name: str) -> torch.cuda.Stream | None:
-        """One of the streams while a graph is captured, None elsewhere: another thread's stream may have the same
-        handle, and its work there could take memory that is still read here."""
-        return getattr(self.lease.streams, name) if torch.cuda.is_current_stream_capturing() else None
+        """One of the streams while a graph is captured, otherwise None: another thread's stream may have the same
+        handle, and its work could then take memory that is still read here."""
+        if self.lease is None or not torch.cuda.is_current_stream_capturing():
+            return None
+        return getattr(self.lease.streams, name)
 
     def wait(self) -> None:
         with _capturing:  # no other engine may capture meanwhile
@@ -165,7 +174,7 @@ def replays_on(device: torch.device) -> Replays:
 
 
 class Mailbox:
-    """Counts [length] on their way to the host, where they lie in ``counts``; ``seen``: the same memory for Python."""
+    """Counts [length] on their way to the host. ``counts``: where they arrive. ``seen``: the same memory for Python."""
 
     def __init__(self, length: int) -> None:
         self._lie_in(torch.full((length,), UNREAD))
@@ -180,7 +189,7 @@ class Mailbox:
         """What follows on the device waits for the copy."""
 
     def receive(self) -> list[int]:
-        """The counts, once they are there."""
+        """The counts, once they have arrived."""
         return self._taken(self.seen.tolist())
 
     def _taken(self, counts: list[int]) -> list[int]:
@@ -191,7 +200,8 @@ class Mailbox:
 
 
 class PinnedMailbox(Mailbox):
-    """From a GPU, in a graph side by side with what goes on; ``copied``: the event that tells when they are there."""
+    """A mailbox for counts from a GPU, copied inside a graph while other work goes on. ``copied``: the event that says
+    when they have arrived."""
 
     def __init__(self, length: int, graphs: CUDAGraphs) -> None:
         self._lie_in(torch.full((length,), UNREAD).pin_memory())
@@ -242,7 +252,7 @@ class Aside:
 
 
 class Branch:
-    """What may run side by side with what is called between it and :meth:`join`."""
+    """Work that may run concurrently with everything called between it and :meth:`join`."""
 
     def run(self, call: Callable[..., Any], *args: Any) -> Any:
         return call(*args)
@@ -252,7 +262,7 @@ class Branch:
 
 
 class StreamBranch(Branch):
-    """In a graph, on a stream beside the main one."""
+    """A branch inside a graph, on a stream beside the main one."""
 
     def __init__(self, graphs: CUDAGraphs) -> None:
         self.graphs, self.aside = graphs, Aside()

@@ -1,4 +1,4 @@
-"""What graphs bake in of a model: its modules, and the memory of their tensors."""
+"""What CUDA graphs bake in from a model: its modules, and the memory of their tensors."""
 
 from itertools import chain, repeat
 from operator import contains, is_, itemgetter
@@ -25,9 +25,11 @@ MODULES = 24  # of a part: so many are asked while the host waits for a stage an
 
 
 class Modules:
-    """The modules of a patched model as they are now. ``obstacle``: why its forward pass cannot be captured, None: it
-    can. The memory of its tensors is kept: a graph that is replayed before all ``parts`` have been asked whether they
-    are still the same reads nothing else."""
+    """The modules of a patched model as they are now.
+
+    ``obstacle``: why its forward pass cannot be captured, None: it can. The memory of its tensors is kept alive: a
+    graph that is replayed before all ``parts`` were checked for changes reads nothing else.
+    """
 
     def __init__(self, model: VisionTransformer) -> None:
         found = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
@@ -45,11 +47,10 @@ class Modules:
         same = self.pointers == other.pointers and self.settings == other.settings
         return same and all(map(is_, self.objects, other.objects))
 
-    __hash__ = None
-
 
 class Part:
-    """Some modules, by what they are made of, and those of them of which Python must do nothing in a pass."""
+    """Some modules, described by what they are made of, and those among them for which Python must do nothing in a
+    pass."""
 
     def __init__(self, modules: list[nn.Module], captured: list[nn.Module]) -> None:
         self.owns, self.captured = ([module.__dict__ for module in some] for some in (modules, captured))
@@ -88,7 +89,7 @@ class Part:
 
 
 def _plain(value: Any) -> Any:
-    """Of numbers, strings and what holds them a copy that can be compared; None of all else."""
+    """A copy of numbers, strings and their containers that can be compared. None for everything else."""
     if isinstance(value, dict):
         return {key: _plain(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
@@ -110,7 +111,7 @@ def _obstacle(model: VisionTransformer, whole: Part) -> str | None:
 
 
 def _of_blocks(model: VisionTransformer) -> str | None:
-    """What the structure of the blocks has against it."""
+    """What about the structure of the blocks prevents a capture."""
     blocks = model.blocks
     for index, block in enumerate(blocks):
         if type(block) is not ATMBlock:
@@ -129,7 +130,7 @@ def _of_blocks(model: VisionTransformer) -> str | None:
 
 
 def _of_python(model: VisionTransformer) -> str:
-    """What a pass does in Python, by the name of the module."""
+    """What Python does in a pass, with the name of the module."""
     for name, module in model.named_modules():
         if name and module.training:
             return f"{name} is in training mode"

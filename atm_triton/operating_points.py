@@ -59,13 +59,13 @@ def choose(
 
     Raises:
         ValueError: an unknown model, a target that no point reaches, or both targets.
-        TypeError: a target that is no number.
+        TypeError: a target is not a number.
     """
     if max_gflops is not None and top1_drop is not None:
         raise ValueError("preset wants at most one of max_gflops and top1_drop")
     for what, target in (("max_gflops", max_gflops), ("top1_drop", top1_drop)):
         if target is not None and (isinstance(target, bool) or not isinstance(target, Real) or math.isnan(target)):
-            raise TypeError(f"{what}={target!r} is no number")
+            raise TypeError(f"{what} must be a number, got {target!r}")
     if not isinstance(name, str):
         raise TypeError(f"name={name!r} is no model's name; give one of timm's or of the paper's")
     rows = [p for p in operating_points() if p.model == paper_name(name) and p.fine_tuned == fine_tuned]

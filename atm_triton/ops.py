@@ -1,11 +1,10 @@
 """The operations of a merge step, each computed by the backend that the configuration asks for.
 
-Checks and dispatch; the formulas are in ``reference.py``. Tokens are rows [T, C] of images that lie as ``images`` says,
-keys [H, T, d]. ``sizes`` float32 [T] may be None wherever every token still stands for one patch.
+This file checks and dispatches; the formulas are in ``reference.py``. Tokens are rows [T, C] of images that lie as
+``images`` says, keys are [H, T, d]. ``sizes`` float32 [T] may be None as long as every token stands for one patch.
 
-What a compiler or autograd goes through are the operations ``torch.ops.atm_triton``, one function each for both
-devices, at the end of this file: the Triton kernels on CUDA; on the CPU the reference, or the kernels where Triton's
-interpreter is on.
+Compilers and autograd see the operations ``torch.ops.atm_triton`` at the end of this file, one function each for both
+devices: on CUDA they run the Triton kernels; on the CPU the reference, or the kernels if Triton's interpreter is on.
 """
 
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib.util import find_spec
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -29,8 +28,8 @@ KERNEL_PREFIX, KERNEL_CHANNELS = 16, 128  # protected tokens, and channels of a 
 
 
 class Match(NamedTuple):
-    """``similarity`` [T] float32 or above and ``partner`` [T] int32 as :func:`reference.match` gives them; ``counts``
-    [B] int64: the candidates at or above ``theta``; both None where no theta was given."""
+    """``similarity`` [T] (float32 or wider) and ``partner`` [T] int32, as :func:`reference.match` returns them.
+    ``counts`` [B] int64: the number of candidates at or above ``theta``. Both are None if no theta was given."""
 
     similarity: Tensor
     partner: Tensor
@@ -43,7 +42,7 @@ def explain(backend: str, device: str, dtype: torch.dtype = torch.float32) -> tu
     """Which backend, "reference" or "triton", computes tensors of a dtype on a device ("cpu", "cuda"), and why.
 
     Raises:
-        ValueError: "triton" was asked for and cannot run.
+        ValueError: "triton" was requested and cannot run.
     """
     if backend == "reference":
         return "reference", "asked for"
@@ -83,7 +82,7 @@ def runs_kernels(backend: str, x: Tensor) -> bool:
 
 
 def _follower() -> str | None:
-    """What records or differentiates each operation of a pass and cannot see into a kernel; None: nothing does."""
+    """What records or differentiates every operation of a pass and cannot look into a kernel. None: nothing does."""
     if torch.jit.is_tracing():  # it would keep the sizes of this launch for all others
         return "torch.jit.trace"
     if torch._C._functorch.peek_interpreter_stack() is not None:
@@ -92,13 +91,13 @@ def _follower() -> str | None:
 
 
 def _traced(x: Tensor) -> bool:
-    """Whether a compiler sees the CPU's tensors. Of images whose lengths differ it is shown the operations, which are
-    the reference there: shapes in that hang on numbers that only a run knows."""
+    """Whether a compiler traces tensors on the CPU. If images differ in length it is shown the operations, which run
+    the reference there: their inner shapes depend on numbers that are only known at run time."""
     return torch.compiler.is_compiling() and x.device.type == "cpu" and not interpreting()
 
 
 def _fits_kernels(backend: str, x: Tensor, num_prefix: int = 0) -> bool:
-    """Whether the kernels compute on ``x`` [..., d]: "auto" leaves them what they can take."""
+    """Whether the kernels compute on ``x`` [..., d]. "auto" gives them whatever they support."""
     if not runs_kernels(backend, x):
         return False
     over = f"num_prefix={num_prefix} is above {KERNEL_PREFIX}" if num_prefix > KERNEL_PREFIX else ""
@@ -118,17 +117,18 @@ def _takes_kernels(backend: str, device: str, dtype: torch.dtype) -> bool:
     return not onnx
 
 
+Result = TypeVar("Result")
 _PLAIN = frozenset((Tensor, nn.Parameter, int, float, bool, type(None)))
 
 
-def _call(run: Callable[..., Any], *arguments: Any) -> Any:
-    """An operation: in eager inference past torch's dispatcher, which costs as much as a launch; under tracing, under
-    autograd and for tensors of other classes through it."""
+def _call(run: Callable[..., Result], *arguments: Any) -> Result:
+    """Call an operation. Eager inference goes past torch's dispatcher, which costs as much as a launch; tracing,
+    autograd and tensor subclasses go through it."""
     return run(*arguments) if _plain(arguments) else getattr(torch.ops.atm_triton, _name(run)).default(*arguments)
 
 
 def _plain(arguments: tuple[Any, ...]) -> bool:
-    """Whether nobody needs to see what becomes of the arguments."""
+    """Whether nothing needs to observe what happens to the arguments."""
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
     return not traced and _PLAIN.issuperset(map(type, arguments)) and not _any_needs_grad(arguments)
 
@@ -150,17 +150,18 @@ def match(
     theta: float | None = None,
     backend: str = "auto",
 ) -> Match:
-    """Each token's most similar partner, and each image's number of candidates (Sections 3.1 to 3.3).
+    """Find each token's most similar partner, and count each image's candidates (Sections 3.1 to 3.3).
 
     Args:
-        keys: [H, T, d], the keys of the block's attention; no gradient flows through the choice.
-        num_prefix: the protected tokens at the start of each image.
+        keys: [H, T, d], the keys of the block's attention. No gradient flows through the choice.
+        num_prefix: number of protected tokens at the start of each image.
         by_size: size-distinctive instead of alternate grouping.
         theta: count the candidates at or above this cosine similarity.
 
     Raises:
-        ValueError, TypeError: arguments of another shape, dtype or device; theta outside -1 .. 1; "triton" with more
-            protected tokens (16) or channels a head (128) than the kernels take, where "auto" takes the reference.
+        ValueError, TypeError: arguments have another shape, dtype or device; theta is outside -1 .. 1; "triton" was
+            requested for more protected tokens (16) or channels per head (128) than the kernels take ("auto" uses the
+            reference then).
     """
     _check(keys.dim() == 3, "keys", keys, "[H, T, d]")
     _check_images("keys", keys, images)
@@ -171,8 +172,9 @@ def match(
     keys = keys.detach()
     bound = 2.0 if theta is None else theta  # nothing is as similar as that
     if _fits_kernels(backend, keys, num_prefix) or (_traced(keys) and not images.equal):
-        found = _call(_match, keys, sizes, images.cu_seqlens, num_prefix, by_size, bound, images.N)
-        return Match(*found[:2], None if theta is None else found[2], theta)
+        arguments = (keys, sizes, images.cu_seqlens, num_prefix, by_size, bound, images.N)
+        similarity, partner, counts = _call(_match, *arguments)
+        return Match(similarity, partner, None if theta is None else counts, theta)
     with torch.no_grad(), _without_autocast(keys.device.type):  # 16-bit cosines would flip decisions
         similarity, partner = reference.match(keys, sizes, num_prefix, by_size, images)
         return Match(similarity, partner, None if theta is None else reference.count(similarity, theta, images), theta)
@@ -182,7 +184,7 @@ HostCopy = tuple[Tensor, torch.cuda.Event | None]
 
 
 def to_host(r: Tensor) -> HostCopy:
-    """``r`` on its way to the host. Queue other work, then :func:`read` it: only the copy is waited for."""
+    """Start copying ``r`` to the host. Queue other work, then :func:`read` it: only the copy is waited for."""
     if not r.is_cuda or torch.compiler.is_compiling():
         return r, None
     on_host = r.to("cpu", non_blocking=True)  # to pinned memory
@@ -204,20 +206,20 @@ def assign(
     T: int | None,
     one_r: bool,
     backend: str = "auto",
-    out: tuple[Tensor, ...] | None = None,
+    out: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
 ) -> Assignment:
-    """The assignment in which the most similar tokens of each image join their partners, ``r`` of each.
+    """Let the ``r`` most similar tokens of each image join their partners.
 
     Args:
         found: from :func:`match` with the same ``images`` and ``num_prefix``.
-        r: from 0 to the number of tokens in A: of all images, or int64 [B]; or how it follows from the counts of
-            ``found``: "image", each image its own, or "batch", all images their mean, rounded down.
-        T: how many rows are left; None under a compiler, whose graph reads it from the device.
-        one_r: r is the same for all images, so that those of one length stay so.
-        out: slots, tokens, spans and cu_seqlens, where the kernels are to write them.
+        r: a number from 0 to the tokens in A, for all images; or int64 [B]; or where it comes from: "image", the own
+            count of each image in ``found``, or "batch", the mean of all counts, rounded down.
+        T: how many rows are left. None under a compiler, whose graph reads it from the device.
+        one_r: r is the same for all images, so that images of equal length stay equal.
+        out: slots, tokens, spans and cu_seqlens, for the kernels to write to.
 
     Raises:
-        ValueError, TypeError: arguments of another shape, dtype or device; counts are asked for, but there are none.
+        ValueError, TypeError: arguments have another shape, dtype or device; or r refers to counts and there are none.
     """
     _check_pairs(found, images, num_prefix, T)
     r, mean, theta = _source_of_r(found, r, images)
@@ -233,12 +235,12 @@ def assign(
         tokens = spans = None
     elif T is not None and (out is not None or _plain((similarity, partner, r, begin))):
         with device_of(partner):
-            arguments = (similarity, partner, r, begin, num_prefix, images.N, T, out, theta, mean)
-            slots, tokens, spans, begin = _kernels().assign(*arguments)
+            options = (num_prefix, images.N, T, out, theta, mean)
+            slots, tokens, spans, begin = _kernels().assign(similarity, partner, r, begin, *options)
     else:
         of_each = _of_each(r, mean, images, partner.device)
-        arguments = (similarity, partner, of_each, begin, num_prefix, images.N, -1 if T is None else T)
-        slots, tokens, spans, begin = _call(_assign, *arguments)
+        rows = -1 if T is None else T
+        slots, tokens, spans, begin = _call(_assign, similarity, partner, of_each, begin, num_prefix, images.N, rows)
         T = spans.shape[0]
     N = T // images.B if equal and images.B else images.N
     return Assignment(slots, T, Images(begin, N, equal), tokens, spans)
@@ -260,75 +262,84 @@ def _source_of_r(found: Match, r: int | Tensor | str, images: Images) -> tuple[i
 
 
 def _of_each(r: int | Tensor, mean: bool, images: Images, device: torch.device) -> Tensor:
-    """r of each image, int64 [B]."""
+    """The r of each image, int64 [B]."""
     if not isinstance(r, Tensor):
         return torch.full((images.B,), r, dtype=torch.int64, device=device)
     return reference.batch_r(r) if mean else r
 
 
+def lists(assignment: Assignment) -> tuple[Tensor, Tensor]:
+    """``tokens`` and ``spans`` of an assignment, computed if the reference left them out."""
+    if assignment.tokens is None or assignment.spans is None:
+        return reference.lists(assignment.slots, assignment.T)
+    return assignment.tokens, assignment.spans
+
+
 def merge(tokens: Packed, assignment: Assignment, backend: str = "auto") -> Packed:
-    """Size-weighted means of the tokens of each slot (Definition 2).
+    """The size-weighted mean of the tokens in each slot (Definition 2).
 
     Raises:
-        ValueError, TypeError: arguments of another shape, dtype or device.
+        ValueError, TypeError: arguments have another shape, dtype or device.
     """
-    x, sizes, *_ = tokens
+    x, sizes, slots, images = tokens.x, tokens.sizes, assignment.slots, assignment.images
     _check_tokens(tokens, assignment)
-    slots, T, images, order, spans = assignment
-    if order is None and not runs_kernels(backend, x):
-        return Packed(*reference.merge(x, sizes, slots, T), images)
-    order, spans = reference.lists(slots, T) if order is None else (order, spans)
-    merged, *of_sizes = _call(_merge, x, sizes, slots, order, spans, images.cu_seqlens)
-    return Packed(merged, of_sizes[0], images, of_sizes[1])
+    if assignment.tokens is None and not runs_kernels(backend, x):
+        merged, merged_sizes = reference.merge(x, sizes, slots, assignment.T)
+        return Packed(merged, merged_sizes, images)
+    order, spans = lists(assignment)
+    merged, merged_sizes, log2_sizes = _call(_merge, x, sizes, slots, order, spans, images.cu_seqlens)
+    return Packed(merged, merged_sizes, images, log2_sizes)
 
 
 def add_merge_norm(
     tokens: Packed, attended: Tensor, gamma: Tensor | None, assignment: Assignment, norm: nn.LayerNorm
 ) -> tuple[Packed, Tensor]:
-    """What a block does between attention and MLP, in one pass over memory by the kernels: x + gamma * attended,
-    merged, and the LayerNorm of that [T', C], without a derivative.
+    """What a block does between attention and MLP, in one pass over memory: x + gamma * attended, merged, and the
+    LayerNorm of that [T', C]. Computed by the kernels, without a derivative.
 
     Args:
-        attended: [T, C], what attention adds to x; gamma: [C], the LayerScale, None for 1; norm: over C channels.
+        attended: [T, C], what attention adds to x.
+        gamma: [C], the LayerScale; None: 1.
+        norm: the LayerNorm over C channels.
+
     Raises:
-        ValueError, TypeError: arguments of another shape, dtype or device.
+        ValueError, TypeError: arguments have another shape, dtype or device.
     """
-    x, sizes, *_ = tokens
     _check_tokens(tokens, assignment)
-    _check_residual(x, attended, gamma, norm)
-    slots, T, images, order, spans = assignment
-    order, spans = reference.lists(slots, T) if order is None else (order, spans)
-    arguments = (x, attended, gamma, sizes, slots, order, spans, images.cu_seqlens, norm.weight, norm.bias, norm.eps)
+    _check_residual(tokens.x, attended, gamma, norm)
+    images, merging = assignment.images, (assignment.slots, *lists(assignment), assignment.images.cu_seqlens)
+    arguments = (tokens.x, attended, gamma, tokens.sizes, *merging, norm.weight, norm.bias, norm.eps)
     with torch.no_grad():
-        merged, normed, *of_sizes = _call(_add_merge_norm, *arguments)
-    return Packed(merged, of_sizes[0], images, of_sizes[1]), normed
+        merged, normed, merged_sizes, log2_sizes = _call(_add_merge_norm, *arguments)
+    return Packed(merged, merged_sizes, images, log2_sizes), normed
 
 
 def add_norm(
     x: Tensor, attended: Tensor, gamma: Tensor | None, norm: nn.LayerNorm, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """x + gamma * attended [T, C], written to ``out`` if that is given, and its LayerNorm, in one pass over memory by
-    the kernels; arguments as of :func:`add_merge_norm`."""
+    the kernels. Arguments as in :func:`add_merge_norm`."""
     _check_residual(x, attended, gamma, norm)
     with device_of(x):
         return _kernels().add_norm(x, attended, gamma, (norm.weight, norm.bias, norm.eps), out)
 
 
 def stem(images: Tensor, weight: Tensor, bias: Tensor | None, position: Tensor, out: Tensor | None = None) -> Tensor:
-    """Images to tokens by the kernels: cut into patches that do not overlap, embedded, and moved by their positions.
+    """Turn images into tokens by the kernels: cut them into patches that do not overlap, embed these and add positions.
     Under autocast the embedding is in its dtype.
 
     Args:
         images: [B, channels, H, W].
-        weight: [C, channels, height, width] of the convolution that embeds a patch; bias: [C] or None.
+        weight: [C, channels, height, width] of the convolution that embeds a patch.
+        bias: [C] or None.
         position: [N, C]: the prefix tokens, and what is added to each patch.
-        out: rows [B N, C]; the tokens are written to them if the dtypes agree.
+        out: rows [B N, C]; the tokens are written there if the dtypes agree.
 
     Returns:
         [B, N, C] in the dtype of ``position``.
 
     Raises:
-        ValueError: images or positions of another shape.
+        ValueError: images or positions have another shape.
     """
     channels, height, width = weight.shape[1:]
     patches = (images.shape[-2] // height) * (images.shape[-1] // width)
@@ -343,14 +354,16 @@ def stem(images: Tensor, weight: Tensor, bias: Tensor | None, position: Tensor, 
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """gelu(x weight^T + bias), under autocast in its dtype: by one kernel where that is faster than torch's two, and by
-    those elsewhere. The kernel rounds once, to the dtype of the result; it is within 2e-6 of the exact GELU before.
+    """gelu(x weight^T + bias), under autocast in its dtype; one kernel where that is faster than torch's two. The
+    kernel rounds once, to the dtype of the result; before that it is within 2e-6 of the exact GELU.
 
     Args:
-        x: rows [T, C]; weight: [hidden, C]; bias: [hidden] or None.
+        x: rows [T, C].
+        weight: [hidden, C].
+        bias: [hidden] or None.
 
     Raises:
-        ValueError: arguments of another shape or device.
+        ValueError: arguments have another shape or device.
     """
     _check(x.dim() == 2, "x", x, "[T, C]")
     _check(weight.dim() == 2 and weight.shape[1] == x.shape[1], "weight", weight, lambda: f"[hidden, {x.shape[1]}]")
@@ -369,10 +382,10 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def unmerge(x: Tensor, slots: Tensor, backend: str = "auto") -> Tensor:
-    """Give every token the value of its slot, 0 to a dropped one: x [T', C], slots [T] int32 to [T, C].
+    """Give every token the value of its slot, and 0 to a dropped one: x [T', C], slots [T] int32 to [T, C].
 
     Raises:
-        ValueError, TypeError: arguments of another shape, dtype or device.
+        ValueError, TypeError: arguments have another shape, dtype or device.
     """
     _check(x.dim() == 2, "x", x, "[T, C]")
     _check_slots(slots, slots.shape[:1], x)
@@ -399,18 +412,19 @@ def attention(
 ) -> Tensor:
     """softmax(q k^T d^-0.5 + log sizes) v (Appendix A): q [H, Tq, d], k and v [H, T, d], sizes [T] float32.
 
-    Under autocast q, k and v take its dtype, as in torch's own attention; log n stays in float32. The kernel computes
-    what :func:`atm_triton.kernels.choice.attention_choice` leaves it, with its derivative where one is wanted; torch's
-    own attention the rest, and all with dropout.
+    Under autocast q, k and v take its dtype, as in torch's own attention, while log n stays in float32. The kernel
+    computes what :func:`atm_triton.kernels.choice.attention_choice` assigns to it, with its derivative if one is
+    needed. Torch's own attention computes the rest, and everything with dropout.
 
     Args:
-        queries: where the queries of the images lie; None: as the keys.
-        fused: by torch's scaled_dot_product_attention, where the kernel does not compute it.
-        log2_sizes: of ``sizes``, if they are at hand.
-        drop: what the softmax, written out, is to go through, as of :func:`reference.attention`.
+        queries: where the queries of the images lie. None: where the keys lie.
+        fused: use torch's scaled_dot_product_attention where the kernel does not compute.
+        log2_sizes: log2 of ``sizes``, if already computed.
+        drop: the dropout that the written-out softmax goes through, as in :func:`reference.attention`.
 
     Raises:
-        ValueError, TypeError: arguments of another shape, dtype or device; "triton" with more channels a head than 128.
+        ValueError, TypeError: arguments have another shape, dtype or device; "triton" was requested for more than 128
+            channels per head.
     """
     queries = images if queries is None else queries
     _check(k.dim() == 3, "k", k, "[H, T, d]")
@@ -445,7 +459,7 @@ def _without_autocast(device: str) -> AbstractContextManager:
 
 
 def autocast_dtype(device: str) -> torch.dtype | None:
-    """What autocast casts to on a kind of device; None: it is off."""
+    """The dtype that autocast casts to on a kind of device. None: it is off."""
     return torch.get_autocast_dtype(device) if device != "meta" and torch.is_autocast_enabled(device) else None
 
 
@@ -461,7 +475,7 @@ def _check_dtype(name: str, tensor: Tensor, want: torch.dtype) -> None:
 
 
 def _check_images(name: str, heads: Tensor, images: Images) -> None:
-    """Whether there are as many tokens as equal images have; of others only the device knows."""
+    """Check that there are as many tokens as images of equal length have. For others only the device knows."""
     B, N, T = images.B, images.N, heads.shape[1]
     if images.equal and B * N != T:
         raise ValueError(f"{name} has {T} tokens, {B} images of {N} tokens have {B * N}; want the same number")
@@ -485,10 +499,10 @@ def _check_pairs(found: Match, images: Images, num_prefix: int, T: int | None) -
 
 
 def _check_tokens(tokens: Packed, assignment: Assignment) -> None:
-    x, sizes, *_ = tokens
+    x = tokens.x
     _check(x.dim() == 2, "x", x, "[T, C]")
     _check_slots(assignment.slots, x.shape[:1], x)
-    _check_sizes(sizes, x.shape[0], x)
+    _check_sizes(tokens.sizes, x.shape[0], x)
     if assignment.T < 0:
         raise ValueError(f"T={assignment.T} is below 0; want the number of slots")
 
@@ -553,23 +567,26 @@ def _on_kernels(x: Tensor) -> bool:
 
 
 def device_of(x: Tensor) -> AbstractContextManager:
-    """Triton launches on the current device, which need not be that of the tensors."""
+    """Triton launches on the current device, which may differ from that of the tensors."""
     if x.is_cuda and x.device.index != torch.cuda.current_device():
         return torch.cuda.device(x.device)
     return nullcontext()
 
 
 def _images(cu_seqlens: Tensor, N: int) -> Images:
-    """For the reference, on the CPU, where it costs nothing to see whether all images have N tokens."""
+    """For the reference, on the CPU, where it costs nothing to check whether all images have N tokens."""
     return Images(cu_seqlens, N, bool((cu_seqlens.diff() == N).all()))
+
+
+Run = TypeVar("Run", bound=Callable[..., Any])
 
 
 def _name(run: Callable[..., Any]) -> str:
     return run.__name__.removeprefix("_")
 
 
-def operation(run: Callable[..., Any]) -> Callable[..., Any]:
-    """Make a function, less its leading underscore, an operation ``torch.ops.atm_triton`` on CUDA and on the CPU."""
+def operation(run: Run) -> Run:
+    """Register ``_<name>`` as the operation ``torch.ops.atm_triton.<name>`` on CUDA and on the CPU."""
     _library.define(_name(run) + infer_schema(run, mutates_args=()))
     for device in ("CUDA", "CPU"):  # a compiler that meets an operation outside a graph must not look into it
         _library.impl(_name(run), torch.compiler.disable(run), device)
@@ -577,7 +594,7 @@ def operation(run: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def fake(run: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Make a function the shapes-only form of the operation ``run``."""
+    """Register a function as the fake implementation of the operation ``run``: shapes and dtypes only."""
     return register_fake(f"atm_triton::{_name(run)}", lib=_library)
 
 
@@ -619,8 +636,9 @@ def _assign(
 def _(
     similarity: Tensor, partner: Tensor, r: Tensor, cu_seqlens: Tensor, num_prefix: int, N: int, T: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    T = torch.library.get_ctx().new_dynamic_size() if T < 0 else T
-    return *(torch.empty_like(partner) for _ in range(2)), partner.new_empty((T, 2)), torch.empty_like(cu_seqlens)
+    merged = torch.library.get_ctx().new_dynamic_size() if T < 0 else T
+    slots, tokens, spans = torch.empty_like(partner), torch.empty_like(partner), partner.new_empty((merged, 2))
+    return slots, tokens, spans, torch.empty_like(cu_seqlens)
 
 
 @operation
@@ -630,10 +648,10 @@ def _merge(
     """Merged x [T', C], its sizes float32 [T'] and their log2; ``cu_seqlens``: of the merged images."""
     if _on_kernels(x):
         with device_of(x):
-            merged, _, *of_sizes = _kernels().merge(x, sizes, tokens, spans, cu_seqlens)
-        return merged, *of_sizes
-    merged, new_sizes = reference.merge(x, sizes, slots, spans.shape[0])
-    return merged, new_sizes, new_sizes.log2()
+            merged, _, merged_sizes, log2_sizes = _kernels().merge(x, sizes, tokens, spans, cu_seqlens)
+        return merged, merged_sizes, log2_sizes
+    merged, merged_sizes = reference.merge(x, sizes, slots, spans.shape[0])
+    return merged, merged_sizes, merged_sizes.log2()
 
 
 @fake(_merge)
@@ -682,8 +700,8 @@ def _add_merge_norm(
     update = attended.float() if gamma is None else attended.float() * gamma.float()
     merged, new_sizes = reference.merge(x.float() + update, sizes, slots, spans.shape[0])
     merged = merged.to(x.dtype)
-    affine = (None if parameter is None else parameter.float() for parameter in (weight, bias))
-    normed = F.layer_norm(merged.float(), x.shape[1:], *affine, eps)
+    weight, bias = (None if parameter is None else parameter.float() for parameter in (weight, bias))
+    normed = F.layer_norm(merged.float(), x.shape[1:], weight, bias, eps)
     return merged, normed.to(x.dtype), new_sizes, new_sizes.log2()
 
 
@@ -717,7 +735,7 @@ def _keep_for_unmerge(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 
 def _unmerge_backward(ctx: Any, grad: Tensor) -> tuple:
-    """A slot sums what its tokens got: the mean over its tokens, times their number."""
+    """A slot receives the sum over its tokens: their mean times their number."""
     (slots,) = ctx.saved_tensors
     end = slots.new_full((1,), ctx.T)  # of all slots as one image
     mean, number, _ = torch.ops.atm_triton.merge(grad.contiguous(), None, slots, *reference.lists(slots, ctx.T), end)
@@ -800,7 +818,8 @@ def _attention_backward(
 
 @fake(_attention_backward)
 def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(x.new_empty((x.shape[1], x.shape[0], x.shape[2])).transpose(0, 1) for x in (q, k, v))
+    dq, dk, dv = (x.new_empty((x.shape[1], x.shape[0], x.shape[2])).transpose(0, 1) for x in (q, k, v))
+    return dq, dk, dv
 
 
 def _keep_for_attention(ctx: Any, inputs: tuple, output: tuple) -> None:

@@ -1,7 +1,7 @@
 """The two things that travel through a model: packed tokens, and the assignment that merges them.
 
-Tokens of all images are rows [T, C], one image after the other. Images of one length are a special case of that and no
-other form: their rows are a view of [B, N, C].
+The tokens of all images are rows [T, C], one image after the other. Images of equal length are a special case, not
+another form: their rows are a view of [B, N, C].
 """
 
 from typing import NamedTuple, Self
@@ -12,11 +12,13 @@ from torch import Tensor
 
 
 class Images(NamedTuple):
-    """Where the images of a batch lie. ``cu_seqlens`` int32 [B + 1], on the device of the tokens: the row at which each
-    image begins and, at the end, T, the number of rows; ``N``: no image has more tokens; ``equal``: every image has N.
+    """Where each image of a batch lies among the rows.
 
-    What a kernel chooses by the length of an image it chooses by N. Once images differ, N stays what it was before, so
-    that no image's result depends on the other images of its batch.
+    ``cu_seqlens``: int32 [B + 1] on the device of the tokens, the first row of each image and, at the end, the number
+    of rows T. ``N``: upper bound on the tokens per image. ``equal``: every image has exactly N tokens.
+
+    Kernels choose their configuration by N. Once images differ in length, N keeps the value that it had before, so that
+    the result of an image never depends on the other images of its batch.
     """
 
     cu_seqlens: Tensor
@@ -30,7 +32,7 @@ class Images(NamedTuple):
 
     @classmethod
     def of_lengths(cls, lengths: Tensor, N: int | None = None) -> Self:
-        """Images of these lengths, integers [B], on their device; ``N``: the longest of them by default."""
+        """Images of these lengths, integers [B], on their device. ``N`` defaults to the longest."""
         if N is None:
             N = int(lengths.max()) if len(lengths) else 0
         return cls(F.pad(lengths.cumsum(0), (1, 0)).int(), N, False)
@@ -41,23 +43,23 @@ class Images(NamedTuple):
 
     @property
     def lengths(self) -> Tensor:
-        """The tokens of each image, int64 [B]."""
+        """The number of tokens of each image, int64 [B]."""
         return self.cu_seqlens.diff().long()
 
     def first(self, rows: Tensor, n: int) -> Tensor:
-        """The first n rows of every image, [B, n, ...], of rows [T, ...]."""
+        """The first n rows of every image: [B, n, ...] of rows [T, ...]."""
         if self.equal:
             return rows.unflatten(0, (self.B, self.N))[:, :n]
         return rows[self.cu_seqlens[:-1].unsqueeze(1) + torch.arange(n, device=rows.device)]
 
     def shaped(self, rows: Tensor) -> Tensor:
-        """Rows [T, ...] as a model's own modules know them: [B, N, ...] where all images have N tokens."""
+        """Rows [T, ...] in the shape that a model's own modules expect: [B, N, ...] if all images have N tokens."""
         return rows.unflatten(0, (self.B, self.N)) if self.equal else rows
 
 
 class Packed(NamedTuple):
-    """Tokens ``x`` [T, C]; ``sizes`` float32 [T], the patches that each stands for (None: one each); ``images``: where
-    they lie; ``log2_sizes`` float32 [T], where the kernels have made it."""
+    """Tokens. ``x``: rows [T, C]. ``sizes``: float32 [T], the number of patches that each stands for (None: one each).
+    ``images``: where each image lies. ``log2_sizes``: float32 [T], if the kernels have already computed it."""
 
     x: Tensor
     sizes: Tensor | None
@@ -66,21 +68,23 @@ class Packed(NamedTuple):
 
     @classmethod
     def of(cls, x: Tensor, sizes: Tensor | None = None) -> Self:
-        """Of images of one length: x [B, N, C], sizes [B, N]."""
+        """Pack images of equal length: x [B, N, C], sizes [B, N]."""
         B, N, _ = x.shape
         sizes = None if sizes is None else sizes.reshape(-1)
         return cls(x.reshape(B * N, x.shape[2]), sizes, Images.of(B, N, x.device))
 
-    def with_x(self, x: Tensor) -> Self:
+    def with_x(self, x: Tensor) -> "Packed":
         """The same tokens with other values; unlike ``_replace``, dynamo of torch 2.11 can rebuild it."""
         return Packed(x, self.sizes, self.images, self.log2_sizes)
 
 
 class Assignment(NamedTuple):
-    """A merge step: ``slots`` int32 [T], the row of the merged tokens that each token goes to (any number outside
-    0 .. T' - 1 drops it); ``T``: T', how many rows there then are; ``images``: where they lie. The same the other way
-    round, for the kernels: ``tokens`` int32 [T], the tokens in the order of their slots, and ``spans`` int32 [T', 2],
-    where in it those of each slot begin and end (None by the reference)."""
+    """A merge step.
+
+    ``slots``: int32 [T], the row among the merged tokens that each token goes to; a number outside 0 .. T' - 1 drops
+    it. ``T``: T', the number of merged rows. ``images``: where the merged images lie. The kernels also need the inverse
+    (None if the reference made the assignment): ``tokens``, int32 [T], the tokens ordered by slot, and ``spans``,
+    int32 [T', 2], where in it the tokens of each slot begin and end."""
 
     slots: Tensor
     T: int
@@ -90,8 +94,8 @@ class Assignment(NamedTuple):
 
     @classmethod
     def of(cls, slots: Tensor, M: int) -> Self:
-        """Of images of one length that keep M tokens each: ``slots`` [B, N], integers from 0 to M - 1; -1 drops a
-        token."""
+        """An assignment for images of equal length that keep M tokens each. ``slots``: [B, N], integers from 0 to
+        M - 1 per image; -1 drops a token."""
         B, device = slots.shape[0], slots.device
         first = M * torch.arange(B, device=device).unsqueeze(1)
         numbered = torch.where(slots < 0, -1, slots + first).int().flatten()

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable
 from dataclasses import replace
+from types import MethodType
 from typing import Any
 
 import timm
@@ -35,25 +36,25 @@ _REASONS = {
 def apply_patch(
     model: VisionTransformer, config: ATMConfig | None = None, block_class: type[ATMBlock] = ATMBlock
 ) -> VisionTransformer:
-    """Let the blocks of a timm VisionTransformer merge tokens, in place.
+    """Make the blocks of a timm VisionTransformer merge tokens, in place.
 
-    Every module stays the object that it is, with its hooks; parameters keep their names. A patched model is patched
-    anew, never twice over. Wrap, shard or compile a model and its blocks after patching, not before.
+    Every module stays the same object with its hooks, and parameters keep their names. Patching a patched model
+    replaces the earlier patch. Wrap, shard or compile a model and its blocks after patching, not before.
 
     Args:
         model: any of timm's VisionTransformer class (or a subclass) whose blocks are ``Block`` with ``Attention``.
-        config: what merges, and how much. Without thresholds, or None: the paper's for a model of its tables, told by
-            timm's name, its shape and the published weights that it is made for; the weights themselves are not
-            checked. ``summary`` says which thresholds these are.
-        block_class: the class of the merging blocks; one with a ``plan`` of its own needs no thresholds.
+        config: which tokens merge, and how many. None, or without thresholds: the paper's thresholds if the model is in
+            its tables, recognised by timm's name, its shape and the published weights that the name stands for; the
+            weights themselves are not checked. ``summary`` says which thresholds were used.
+        block_class: the class of the merging blocks. One with its own ``plan`` needs no thresholds.
 
     Returns:
         ``model``.
 
     Raises:
-        TypeError: the model cannot be merged, named with the reason; it is left as it was. A ``block_class`` that is no
-            ATMBlock, or has a plan and does not say what it costs.
-        ValueError: ``config`` is for another depth, or has no thresholds and the model is none of the paper's. A
+        TypeError: the model cannot be merged (it is left as it was), or ``block_class`` is no ATMBlock, or has a plan
+            but does not say what it costs.
+        ValueError: ``config`` is for another depth, or has no thresholds and the model is not one of the paper's. A
             backend that cannot run is refused when the model runs.
     """
     if not isinstance(config, ATMConfig | None):
@@ -66,13 +67,13 @@ def apply_patch(
             ATMConfig(adapt="static", schedule=(0,) * depth, source=block_class.__name__) if own_plan else ATMConfig()
         )
 
-    def merging(block: Block, index: int) -> ATMBlock:
-        return block_class.of(block, config, index, depth, model.num_prefix_tokens)
-
     config.check_depth(depth)
-    by_pool = config.proportional_attention is None
-    config = settled(config, model)
-    install(model, merging, config).blocks.by_pool = by_pool
+    whole = settled(config, model)
+
+    def merging(block: Block, index: int) -> ATMBlock:
+        return block_class.of(block, whole, index, depth, model.num_prefix_tokens)
+
+    install(model, merging, whole).blocks.by_pool = config.proportional_attention is None
     return model
 
 
@@ -94,10 +95,10 @@ def _has_plan(block_class: type[ATMBlock]) -> bool:
 
 
 def settled(config: ATMConfig, model: VisionTransformer) -> ATMConfig:
-    """``config`` with what it leaves to the model: its thresholds, and whether attention knows sizes.
+    """Fill in what ``config`` leaves to the model: its thresholds, and whether attention adds log n.
 
     Raises:
-        ValueError: no thresholds, and the paper has none for this model.
+        ValueError: there are no thresholds, and the paper has none for this model.
     """
     if not config.has_thresholds:
         name = _name_in_paper(model)
@@ -115,10 +116,10 @@ _AS_FINE_TUNED = {"vit_base_patch16_224.mae": {"global_pool": "avg", "num_classe
 
 
 def _name_in_paper(model: VisionTransformer) -> str:
-    """The name by which the paper's tables know a model.
+    """The name of a model in the paper's tables.
 
     Raises:
-        ValueError: they do not know it, or only by its name.
+        ValueError: it is not there, or differs from the one of that name.
     """
     made = getattr(model, "pretrained_cfg", None) or {}
     name = made.get("architecture")
@@ -142,11 +143,12 @@ def _shape(model: VisionTransformer) -> tuple[Any, ...]:
 
 
 def remove_patch(model: VisionTransformer) -> VisionTransformer:
-    """Make a patched model what it was, the very objects, with the hooks that they have now and with what was put in
-    the place of their parts; returns ``model``.
+    """Undo :func:`apply_patch`, in place, and return ``model``. Its modules are the same objects, with the hooks that
+    they have now and with parts that were replaced meanwhile.
 
     Raises:
-        ValueError: the model is not patched; TypeError: what was done to it since stands in the way, and is named.
+        ValueError: the model is not patched.
+        TypeError: something that was done to it while it was patched stands in the way.
     """
     if not isinstance(model, MergingTransformer):
         raise ValueError(f"{type(model).__name__} is not patched; remove_patch undoes apply_patch")
@@ -154,13 +156,13 @@ def remove_patch(model: VisionTransformer) -> VisionTransformer:
     if isinstance(model.blocks, ATMBlocks):
         model.blocks.engine.drop()
     for module in _own_modules(model):
-        if isinstance(module, PATCHED):
+        if isinstance(module, tuple(PATCHED)):
             _unpatch(module)
     model.__class__ = type(model).__bases__[1]
     return model
 
 
-PATCHED = (ATMBlocks, ATMBlock, ATMAttention)  # each derived from the class that a module has without a patch
+PATCHED = {ATMBlocks: nn.Sequential, ATMBlock: Block, ATMAttention: Attention}  # and what they are without a patch
 
 
 def _own_modules(model: nn.Module) -> list[nn.Module]:
@@ -170,7 +172,7 @@ def _own_modules(model: nn.Module) -> list[nn.Module]:
 
 
 def _unpatch(module: nn.Module) -> None:
-    (own,) = (ours.__base__ for ours in PATCHED if isinstance(module, ours))
+    (own,) = (theirs for ours, theirs in PATCHED.items() if isinstance(module, ours))
     for cls in type(module).__mro__[: type(module).__mro__.index(own)]:
         for name in inspect.get_annotations(cls):
             vars(module).pop(name, None)
@@ -182,7 +184,7 @@ def _forget_forwards(model: nn.Module) -> None:
     another class too."""
     for module in model.modules():
         own = vars(module).get("forward")
-        if getattr(own, "__func__", None) is type(module).forward and own.__self__ is module:
+        if isinstance(own, MethodType) and own.__func__ is type(module).forward and own.__self__ is module:
             del module.forward
 
 
@@ -212,7 +214,8 @@ def install(model: VisionTransformer, make: Callable[[Block, int], ATMBlock], co
     blocks.__class__ = ATMBlocks
     blocks.config, blocks.last, blocks.engine = config, None, Engine(model)
     blocks.depth, blocks.warns, blocks.looked = len(blocks), True, False
-    model.__class__ = merging_class(type(model))
+    own: type = type(model)
+    model.__class__ = merging_class(own)
     return model
 
 

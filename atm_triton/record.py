@@ -1,4 +1,4 @@
-"""What a forward pass did: how many tokens of each image went where."""
+"""Record: what a forward pass did, in numbers of tokens per image and block."""
 
 from dataclasses import dataclass, field, replace
 
@@ -6,15 +6,16 @@ from torch import Tensor
 
 from atm_triton.packed import Images
 
-Number = int | Tensor  # of every image the same, or int64 [B], each image its own
+Number = int | Tensor  # the same for every image, or int64 [B], one per image
 
 
 @dataclass(frozen=True)
 class Record:
-    """What a forward pass did. ``leading``: how many tokens the last block served alone, None where it served all;
-    ``tokens``: the tokens of an image that enter each block; ``rows``: those that its MLP sees; ``counts``: each
-    block's [B] candidates, None without a theta; ``matched``: whether a block looked for partners at all; ``way``:
-    "engine", or why the blocks ran one after the other."""
+    """What a forward pass did, block by block.
+
+    ``leading``: how many tokens the last block computed, None: all. ``tokens``: tokens per image that enter each block.
+    ``rows``: tokens per image that its MLP sees. ``counts``: candidates [B] of each block, None without a threshold.
+    ``matched``: whether a block looked for partners. ``way``: "engine", or why the blocks ran one after the other."""
 
     batch: int
     image_shape: tuple[int, ...]
@@ -26,23 +27,28 @@ class Record:
     way: str = field(default="", compare=False)
 
     @property
+    def N(self) -> int:
+        """Tokens per image that enter the first block, the same for every image."""
+        return int(self.tokens[0])
+
+    @property
     def queries(self) -> tuple[Number, ...]:
-        """The tokens whose attention each block computes."""
+        """Tokens per image for which each block computes attention."""
         return self.tokens if self.leading is None else (*self.tokens[:-1], self.leading)
 
     @property
     def all_served(self) -> "Record":
-        """The same with a last block that computes all its tokens and merges none, but for one that fuses before its
-        attention: it gives the same logits."""
+        """The same pass with a last block that computes all its tokens and merges none, which gives the same logits.
+        (A block that fuses tokens before its attention still does so.)"""
         return self if self.leading is None else replace(self, leading=None, rows=(*self.rows[:-1], self.tokens[-1]))
 
     @property
     def merged(self) -> tuple[Number, ...]:
-        """The tokens of an image that each block merges."""
+        """Tokens per image that each block merges."""
         r = tuple(before - after for before, after in zip(self.tokens, self.rows, strict=True))
         return r if self.leading is None else (*r[:-1], 0)
 
 
 def number_of(images: Images) -> Number:
-    """The tokens of an image."""
+    """Tokens per image."""
     return images.N if images.equal else images.lengths

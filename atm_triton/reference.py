@@ -110,7 +110,8 @@ def match(keys: Tensor, sizes: Tensor | None, num_prefix: int, by_size: bool, im
             absent = torch.maximum(a, found) >= lengths.unsqueeze(1)
             best, found = best.masked_fill(absent, -math.inf), found.masked_fill(absent, -1)
         similarity, partner = similarity.scatter(1, a, best), partner.scatter(1, a, found.int())
-    return tuple(packed(of_token, images, keys.shape[1]) for of_token in (similarity, partner))
+    T = keys.shape[1]
+    return packed(similarity, images, T), packed(partner, images, T)
 
 
 def unit_keys(keys: Tensor) -> Tensor:
@@ -337,26 +338,26 @@ def attention(
     options = (q.shape[-1] ** -0.5 if scale is None else scale, dropout_p, fused, drop)
     bias = None if sizes is None else log_sizes(sizes, q.dtype)
     if images.equal and queries.equal:
-        each = (queries, images, images)
-        by_image = [x.unflatten(1, (i.B, i.N)).transpose(0, 1) for x, i in zip((q, k, v), each, strict=True)]
+        q, k, v = (x.unflatten(1, (i.B, i.N)).transpose(0, 1) for x, i in ((q, queries), (k, images), (v, images)))
         bias = None if bias is None else bias.unflatten(0, (images.B, images.N))
-        return _attend(*by_image, bias, *options).transpose(1, 2).flatten(0, 1).transpose(0, 1)
+        return _attend(q, k, v, bias, *options).transpose(1, 2).flatten(0, 1).transpose(0, 1)
     if torch.compiler.is_compiling() and drop is None:  # one graph for all lengths
-        bias = q.new_zeros(k.shape[1]) if bias is None else bias
+        Tq, bias = q.shape[1], q.new_zeros(k.shape[1]) if bias is None else bias
         each = ((q, queries), (k, images), (v, images))
-        by_image = [padded(x.transpose(0, 1), i, 0.0).transpose(1, 2) for x, i in each]
-        rows = _attend(*by_image, padded(bias, images, -math.inf), *options).transpose(1, 2)
-        return packed(rows, queries, q.shape[1]).transpose(0, 1)
+        q, k, v = (padded(x.transpose(0, 1), i, 0.0).transpose(1, 2) for x, i in each)
+        rows = _attend(q, k, v, padded(bias, images, -math.inf), *options).transpose(1, 2)
+        return packed(rows, queries, Tq).transpose(0, 1)
     asking, lengths = queries.lengths.tolist(), images.lengths.tolist()
     if not lengths:
         return q
-    if bias is None:
-        bias = [None] * len(lengths)
-    else:  # CUDA's kernels misread a mask that begins within another's memory
-        bias = [part.clone() for part in bias.unsqueeze(0).split(lengths, dim=1)]
-    split = (q.unsqueeze(0).split(asking, dim=2), *(x.unsqueeze(0).split(lengths, dim=2) for x in (k, v)), bias)
-    rows = [_attend(*image, *options).transpose(1, 2) for image in zip(*split, strict=True)]  # as they lie in memory
-    return torch.cat(rows, dim=1)[0].transpose(0, 1)
+    biases: list[Tensor | None] = [None] * len(lengths)
+    if bias is not None:  # CUDA's kernels misread a mask that begins within another's memory
+        biases = [part.clone() for part in bias.unsqueeze(0).split(lengths, dim=1)]
+    of_q = q.unsqueeze(0).split(asking, dim=2)
+    of_k, of_v = (x.unsqueeze(0).split(lengths, dim=2) for x in (k, v))
+    parts = zip(of_q, of_k, of_v, biases, strict=True)
+    by_image = [_attend(*part, *options).transpose(1, 2) for part in parts]  # as they lie in memory
+    return torch.cat(by_image, dim=1)[0].transpose(0, 1)
 
 
 def _attend(

@@ -1,17 +1,18 @@
-"""A stage: the stretch of a pass from one merge whose count the host reads to the next, a function from rows to rows.
+"""A stage: the part of a pass from one merge whose count the host reads to the next, as a function from rows to rows.
 
-It computes what the blocks compute, but for the fusion of every residual sum with the norm after it. Which tokens merge
-depends on the images, so a stage ends where a block has assigned its tokens and attended, and the next one begins with
-the merge, once the host has read how many rows are left. Blocks may also merge within a stage, which then keeps as many
-rows as it began with. Rows beyond the last image hold garbage that nothing reads.
+A stage computes what the blocks compute, except that every residual sum is fused with the norm after it. Which tokens
+merge depends on the images. A stage therefore ends where a block has assigned its tokens and attended, and the next one
+begins with the merge, once the host knows how many rows are left. Blocks may also merge inside a stage, which then
+keeps the number of rows that it began with. Rows beyond the last image hold garbage that nothing reads.
 """
 
 from collections.abc import Callable, Sequence
 from operator import itemgetter
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import torch
 from timm.layers import Mlp, PatchEmbed
+from timm.layers.attention import Attention
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -25,9 +26,9 @@ LEFT = 0.85  # the share of its tokens that a block with a theta is assumed to k
 
 
 class Pending(NamedTuple):
-    """The T tokens of a block between its attention and its merge: ``x`` [T, C], ``attended`` [T, C], what attention
-    adds to it, and their ``sizes`` [T] (None: one each); the assignment, ``slots``, ``order``, ``spans`` and
-    ``cu_seqlens`` of the merged images."""
+    """The T tokens of a block between its attention and its merge: ``x`` [T, C]; ``attended`` [T, C], what attention
+    adds to it; ``sizes`` [T] (None: one each); and the assignment: ``slots``, ``order``, ``spans``, and ``cu_seqlens``
+    of the merged images."""
 
     x: Tensor
     attended: Tensor
@@ -37,21 +38,40 @@ class Pending(NamedTuple):
     spans: Tensor
     cu_seqlens: Tensor
 
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Pending":
+        """The same with ``change`` applied to every tensor."""
+        return Pending(
+            x=change(self.x),
+            attended=change(self.attended),
+            sizes=None if self.sizes is None else change(self.sizes),
+            slots=change(self.slots),
+            order=change(self.order),
+            spans=change(self.spans),
+            cu_seqlens=change(self.cu_seqlens),
+        )
+
+    def first(self, T: int | None) -> "Pending":
+        """The first T rows. None: all."""
+        return self.each(lambda tensor: tensor[:T])._replace(cu_seqlens=self.cu_seqlens)
+
 
 class Stage(NamedTuple):
-    """``first``: the block whose merge begins it, None: it begins with the tokens of the stem; ``last``: the block
-    whose attention ends it, None: the pass ends; ``counted``: its blocks whose own counts say how many tokens merge."""
+    """``start``: the first block whose attention the stage computes. It begins with the merge of the block before, or
+    with the stem. ``last``: the block whose attention ends the stage, None: the pass ends. ``counted``: those of its
+    blocks whose own counts decide how many tokens merge."""
 
-    first: int | None
+    start: int
     last: int | None
     counted: tuple[int, ...]
 
 
 def stages(blocks: Sequence[ATMBlock], leading: int | None, rows: int, read: float) -> list[Stage]:
-    """The stages of a pass over so many ``rows``: one for all blocks where r is given. Else a stage ends wherever the
-    host reads counts: where the whole pass takes the least time by a rough model, in which a read takes as long as
-    ``read`` GFLOP of matrix products, a block counts with the rows that enter it, and every block with a theta keeps
-    ``LEFT`` of its tokens."""
+    """Divide a pass over so many ``rows`` into stages: a single one if r is given.
+
+    Otherwise a stage ends wherever the host reads counts. These places are chosen so that the whole pass takes the
+    least time in a rough model: a read takes as long as ``read`` GFLOP of matrix products, a block costs in proportion
+    to the rows that enter it, and every block with a threshold keeps ``LEFT`` of its tokens.
+    """
     may = blocks if leading is None else blocks[:-1]
     counted = [index for index, block in enumerate(may) if block.theta is not None]
     gflop = [2e-9 * rows * sum(parameter.numel() for parameter in block.parameters()) for block in blocks]
@@ -59,18 +79,18 @@ def stages(blocks: Sequence[ATMBlock], leading: int | None, rows: int, read: flo
     for last in (*counted, None):
         ways = []
         for merges, (cost, before) in enumerate(plans):
-            first = before[-1].last if before else None
-            start, end = 0 if first is None else first + 1, len(blocks) if last is None else last + 1
-            stage = Stage(first, last, tuple(index for index in counted if start <= index < end))
+            read_at = before[-1].last if before else None
+            start, end = 0 if read_at is None else read_at + 1, len(blocks) if last is None else last + 1
+            stage = Stage(start, last, tuple(index for index in counted if start <= index < end))
             ways.append((cost + read + LEFT**merges * sum(gflop[start:end]), (*before, stage)))
         plans.append(min(ways, key=itemgetter(0)))
     return list(plans[-1][1])
 
 
 def enter(model: VisionTransformer, images: Tensor, out: Tensor | None = None) -> Tensor:
-    """The stem: images [B, channels, H, W] to the tokens [B, N, C] that enter the first block, by one kernel where the
-    model cuts them into patches that do not overlap and adds positions as timm does; ``out``: rows [B N, C] where they
-    are then to be written."""
+    """The stem: images [B, channels, H, W] to the tokens [B, N, C] that enter the first block. One kernel does this if
+    the model cuts images into patches that do not overlap and adds positions as timm does. ``out``: rows [B N, C] to
+    write the tokens to."""
     if not _cuts(model, images):
         return model.stem(images)
     embed, proj = model.patch_embed, model.patch_embed.proj
@@ -104,7 +124,7 @@ _POSITIONS = (VisionTransformer._pos_embed, VisionTransformerDistilled._pos_embe
 
 
 def begin(block: ATMBlock, pending: Pending, T: int, images: Images) -> tuple[Packed, Tensor]:
-    """The merge that a stage of T rows begins with: the merged tokens and their norm for the MLP."""
+    """The merge at the beginning of a stage of T rows: the merged tokens and their norm for the MLP."""
     assignment = Assignment(pending.slots, T, images, pending.order, pending.spans[:T])
     tokens = Packed(pending.x, pending.sizes, images)
     return block.merge(tokens, pending.attended, assignment)
@@ -118,50 +138,63 @@ def run(
     trace: Tensor | None,
     may: int,
     leading: int | None,
-    counted: Callable[[Tensor], None] | None,
+    counted: Callable[[Tensor], None],
     branch: Branch,
     out: Pending | None = None,
 ) -> tuple[Packed | Pending, Tensor | None]:
-    """From the MLP of the block that has just merged, or from the stem, to the end of the stage.
+    """Run a stage, from the MLP of the block that has just merged, or from the stem, to its end.
 
     Args:
-        tokens, y: from :func:`begin`; or the tokens of the stem and None.
-        trace: int32 [B N], the rows that the tokens of the first block are in; None: nobody asks.
+        tokens, y: from :func:`begin`; or the tokens of the stem, and None.
+        trace: int32 [B N], the row in which each token of the first block is. None: nobody asked.
         may: how many blocks may merge: all, or all but the last.
-        leading: how many tokens the last block serves alone, None: all.
-        counted: told the counts [B] of each block whose own counts say how many tokens merge, once they are there.
-        branch: where tokens are matched and assigned while others attend.
-        out: where what is to merge is to be written, if it can be helped.
+        leading: how many tokens the last block computes, None: all.
+        counted: called with the counts [B] of each block whose own counts decide how many tokens merge.
+        branch: where tokens are matched and assigned while attention runs.
+        out: where to write what is to merge, if possible.
 
     Returns:
-        What is to merge, or the tokens after the last block; the trace.
+        What is to merge, or the tokens after the last block; and the trace.
     """
-    start = 0 if stage.first is None else stage.first + 1
-    before = None if stage.first is None else blocks[stage.first]
-    for index, block in enumerate(blocks[start:], start=start):
+    before = blocks[stage.start - 1] if stage.start else None
+    y = blocks[0].norm1(tokens.x) if y is None else y
+    for index, block in enumerate(blocks[stage.start :], start=stage.start):
         into = out if index == stage.last else None
-        if before is None:
-            x, y = tokens.x, block.norm1(tokens.x)
-        else:
-            x, y = residual(tokens.x, feed_forward(before.mlp, y), before.ls2, block.norm1, into and into.x)
-        tokens = tokens.with_x(x)
+        if before is not None:
+            to = None if into is None else into.x
+            x, y = residual(tokens.x, feed_forward(before.mlp, y), before.ls2, block.norm1, to)
+            tokens = tokens.with_x(x)
         if leading is not None and index == len(blocks) - 1:
             return block.forward_leading(tokens, leading, y), trace
         mixed, assignment = attend(block, tokens, y, index < may, counted, branch, into)
-        attended = project(block.attention, mixed, into and into.attended)
+        attended = project(block.attention, mixed, None if into is None else into.attended)
         branch.join()
         if assignment is not None and trace is not None:
             trace = assignment.slots.index_select(0, trace)  # no token is dropped here
-        if index == stage.last:
-            slots, _, images, order, spans = assignment
-            return Pending(x, attended, tokens.sizes, slots, order, spans, images.cu_seqlens), trace
         if assignment is None:
-            x, y = residual(x, attended, block.ls1, block.norm2)
+            x, y = residual(tokens.x, attended, block.ls1, block.norm2)
             tokens = tokens.with_x(x)
+        elif index == stage.last:
+            return left_by(tokens, attended, assignment), trace
         else:
             tokens, y = block.merge(tokens, attended, assignment)
         before = block
-    return tokens.with_x(tokens.x + rows(before.ls2(feed_forward(before.mlp, y)))), trace
+    last = blocks[-1]
+    return tokens.with_x(tokens.x + rows(last.ls2(feed_forward(last.mlp, y)))), trace
+
+
+def left_by(tokens: Packed, attended: Tensor, assignment: Assignment) -> Pending:
+    """What the last block of a stage leaves to :func:`begin` of the next one."""
+    order, spans = ops.lists(assignment)
+    return Pending(
+        x=tokens.x,
+        attended=attended,
+        sizes=tokens.sizes,
+        slots=assignment.slots,
+        order=order,
+        spans=spans,
+        cu_seqlens=assignment.images.cu_seqlens,
+    )
 
 
 def attend(
@@ -169,12 +202,12 @@ def attend(
     tokens: Packed,
     y: Tensor,
     merges: bool,
-    counted: Callable[[Tensor], None] | None,
+    counted: Callable[[Tensor], None],
     branch: Branch,
     into: Pending | None,
 ) -> tuple[Tensor, Assignment | None]:
-    """A block's attention before its projection, for tokens [T, C] of norm ``y``; and what merges after it, which is
-    found on the ``branch``."""
+    """A block's attention before its projection, for tokens [T, C] with norm ``y``, and what merges afterwards, which
+    is computed on the ``branch``."""
     y = tokens.images.shaped(y)
     attn = block.attention
     q, k, v = block.heads(attn.qkv(y))
@@ -184,44 +217,49 @@ def attend(
 
 
 def assign(
-    block: ATMBlock, keys: Tensor, tokens: Packed, counted: Callable[[Tensor], None] | None, into: Pending | None
+    block: ATMBlock, keys: Tensor, tokens: Packed, counted: Callable[[Tensor], None], into: Pending | None
 ) -> Assignment | None:
-    """What merges; where counts say how much, the assignment has room for all T tokens."""
+    """Decide what merges. If counts decide how much, the assignment has room for all T tokens."""
     images, found = tokens.images, block.match(keys, tokens)
     if found is None:
         return None
     given = block.given_r(images)
-    if given is None:
+    if found.counts is not None:
         counted(found.counts)
     T = len(tokens.x) - (0 if given is None else images.B * given)
     options = (block.num_prefix_tokens, T, given is not None, block.config.backend)
-    out = into and (into.slots, into.order, into.spans, into.cu_seqlens)
+    out = None if into is None else (into.slots, into.order, into.spans, into.cu_seqlens)
     return ops.assign(found, block.r_of(images), images, *options, out=out)
 
 
 def residual(
     x: Tensor, update: Tensor, scale: nn.Module, norm: nn.Module, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """x + scale(update), rows [T, C], and the norm of that; by one kernel where the modules are plain."""
+    """x + scale(update), rows [T, C], and its norm; in one kernel if the modules are plain."""
     update = rows(update)
-    if is_plain(scale, norm):
+    if is_plain(norm, scale):
         return ops.add_norm(x, update, scale_of(scale, x), norm, out)
     x = x + scale(update)
     return x, norm(x)
 
 
 def feed_forward(mlp: nn.Module, y: Tensor) -> Tensor:
-    """The MLP of normalised tokens; where it is timm's own, its first layer and GELU may be one kernel."""
+    """The MLP on normalised tokens. If it is timm's own, its first layer and GELU may be one kernel."""
+    return mlp.fc2(ops.linear_gelu(rows(y), mlp.fc1.weight, mlp.fc1.bias)) if _is_timms(mlp) else mlp(y)
+
+
+def _is_timms(mlp: nn.Module) -> TypeGuard[Mlp]:
+    """Whether an MLP and everything in it are timm's and torch's own, with the exact GELU."""
     modules = (mlp, *(getattr(mlp, name, None) for name in ("fc1", "act", "norm")))
+    if tuple(map(type, modules)) != (Mlp, nn.Linear, nn.GELU, nn.Identity):
+        return False
     drops = (getattr(mlp, name, None) for name in ("drop1", "drop2"))
-    own = tuple(map(type, modules)) == (Mlp, nn.Linear, nn.GELU, nn.Identity) and mlp.act.approximate == "none"
-    if not own or any(type(drop) not in (nn.Dropout, nn.Identity) for drop in drops):
-        return mlp(y)
-    return mlp.fc2(ops.linear_gelu(rows(y), mlp.fc1.weight, mlp.fc1.bias))
+    exact = getattr(mlp.act, "approximate", None) == "none"
+    return exact and all(type(drop) in (nn.Dropout, nn.Identity) for drop in drops)
 
 
-def project(attn: nn.Module, mixed: Tensor, out: Tensor | None) -> Tensor:
-    """The projection of what tokens attend to, rows [T, C], written to ``out`` where the module is torch's own."""
+def project(attn: Attention, mixed: Tensor, out: Tensor | None) -> Tensor:
+    """The projection of attention's result, rows [T, C], written to ``out`` if the module is torch's own."""
     proj = attn.proj
     if out is None or type(proj) is not nn.Linear:
         return rows(attn.proj_drop(proj(mixed)))

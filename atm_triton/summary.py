@@ -1,4 +1,4 @@
-"""summary(model): what the last forward pass of a patched model kept, and what it cost."""
+"""summary(model): how many tokens the last forward pass of a patched model kept, and what it cost."""
 
 from dataclasses import dataclass
 
@@ -12,23 +12,23 @@ from atm_triton.transformer import MergingTransformer
 
 @dataclass(frozen=True)
 class Summary:
-    """The last forward pass, for one image; ``print`` it as a table.
+    """The last forward pass, per image. ``print`` it as a table.
 
-    ``tokens`` enter each block and ``r`` merge in it: means over the images where these differ, and ``fewest`` and
-    ``most`` are the tokens of the images with the fewest and the most. ``macs`` and ``paper_gflops`` (1e9) as
-    ``flops.py`` defines them, ``unmerged`` the cost of the model without a patch, ``saved`` the share of its MACs that
-    was not spent, in [0, 1] (with that of a last block that computes the class token alone).
+    ``tokens`` enter each block and ``r`` merge in it; where images differ these are means, and ``fewest`` and ``most``
+    are the smallest and the largest number of tokens. ``macs`` and ``paper_gflops`` (1e9) are defined in ``flops.py``.
+    ``unmerged`` is the cost of the unpatched model, ``saved`` the share of its MACs that was saved, in [0, 1] (which
+    includes what a last block saves that computes only the class token).
     """
 
     record: Record
-    cost: Cost
-    unmerged: Cost
+    cost: Cost[float]
+    unmerged: Cost[float]
     way: str  # how the pass ran
     source: str = ""  # where thresholds or r come from, if the configuration says so
     logits: str = ""  # what the logits are, where a model has several answers
 
     @property
-    def tokens(self) -> tuple[int | float, ...]:
+    def tokens(self) -> tuple[float, ...]:
         return tuple(map(mean, self.record.tokens))
 
     @property
@@ -40,13 +40,13 @@ class Summary:
         return tuple(int(n.max()) if isinstance(n, Tensor) else n for n in self.record.tokens)
 
     @property
-    def r(self) -> tuple[int | float, ...]:
+    def r(self) -> tuple[float, ...]:
         record = self.record
         merged = [mean(tokens - rows) for tokens, rows in zip(record.tokens, record.rows, strict=True)]
         return tuple(merged if record.leading is None else [*merged[:-1], 0])
 
     @property
-    def macs(self) -> int | float:
+    def macs(self) -> float:
         return self.cost.macs
 
     @property
@@ -73,15 +73,15 @@ class Summary:
         return "\n".join([*lines, *(f"{what}: {text}" for what, text in said.items() if text)])
 
 
-def _number(value: int | float, width: int) -> str:
+def _number(value: float, width: int) -> str:
     return f"{value:{width}d}" if isinstance(value, int) else f"{value:{width}.1f}"
 
 
 def summary(model: VisionTransformer) -> Summary:
-    """The :class:`Summary` of the last forward pass of a patched model.
+    """Summarise the last forward pass of a patched model.
 
     Raises:
-        ValueError: the model is not patched, or its last pass did not run every block.
+        ValueError: the model is not patched, or its last pass did not run all blocks.
     """
     if not isinstance(model, MergingTransformer):
         raise ValueError(f"{type(model).__name__} is not patched: apply_patch first")

@@ -1,6 +1,6 @@
 """A timm VisionTransformer whose blocks merge: how sizes, the trace and the record travel through a forward pass.
 
-Nothing is kept between calls but what the last one did and the engine's graphs, for which threads take turns.
+Between calls only the record of the last pass and the engine's graphs are kept; threads take turns to use them.
 """
 
 import functools
@@ -8,7 +8,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Container
 from dataclasses import replace
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Self, overload
 
 import torch
 from timm.models._features import feature_take_indices
@@ -29,20 +29,21 @@ GONE = 0.6  # of the tokens after a quarter of the blocks: warn of a larger shar
 
 
 class Run:
-    """A pass through the blocks, beside the values of their tokens: like a block's :class:`~atm_triton.block.Step`.
+    """One pass through the blocks, apart from the values of the tokens: what :class:`~atm_triton.block.Step` is to a
+    block.
 
-    Given:
+    Inputs:
         image_shape: [channels, H, W].
-        leading: how many leading tokens the classifier reads, where the last block serves them alone.
-        dense: the caller wants every token, also those that the classifier does not read.
+        leading: how many leading tokens the classifier reads, if the last block computes only these.
+        dense: the caller wants every token, including those that the classifier does not read.
         checkpointing: recompute each block in the backward pass.
-        collect: the blocks, from 0, after which to keep the unmerged tokens.
-        stop: the number of blocks to run, None for all.
-        refusal: why the engine does not run, for the record.
+        collect: the blocks, from 0, after which the unmerged tokens are kept.
+        stop: number of blocks to run, None for all.
+        refusal: why the engine does not run this pass, for the record.
 
-    Left: the merged ``tokens`` after the last block run, the ``traces``: where the rows that entered the first block
-    are after each block, int32 [B N] (None: nothing has merged, or nobody wants it), with the ``images`` that they are
-    then of, and the unmerged tokens [B, N, C] ``collected`` after each block asked for.
+    Outputs: the merged ``tokens`` after the last block; ``traces``, int32 [B N] per block, the row in which each token
+    of the first block is now (None: nothing has merged, or nobody asked); the ``images`` after each block; and the
+    unmerged tokens [B, N, C] ``collected`` after the requested blocks.
     """
 
     tokens: Packed
@@ -65,8 +66,8 @@ class Run:
 
 
 class ATMBlocks(nn.Sequential):
-    """The blocks of a patched model. A slice of them is a plain sequence of the same blocks, as the whole is where it
-    is called without its model: ``blocks(x)`` gives what the last block returns."""
+    """The blocks of a patched model. A slice is a plain sequence of the same blocks. Called without the model,
+    ``blocks(x)`` behaves like such a sequence and returns what the last block returns."""
 
     config: ATMConfig
     engine: Engine
@@ -78,8 +79,8 @@ class ATMBlocks(nn.Sequential):
 
     @property
     def last(self) -> Record | None:
-        """What the last whole pass did. The engine leaves the facts alone: to write the record takes as long as a pass
-        over a few images."""
+        """The record of the last complete pass. The engine only leaves its facts, because writing a record takes as
+        long as a pass over a few images; the record is written when somebody asks."""
         done = self._last
         if not isinstance(done, Facts):
             return done
@@ -88,29 +89,36 @@ class ATMBlocks(nn.Sequential):
             self._last = record
         return record
 
+    @last.setter
+    def last(self, done: Record | Facts | None) -> None:
+        self._last = done
+
     def _recorded(self, done: Facts) -> Record:
         with self.engine.lock:  # another thread's pass reads the same mailbox
             record = recorded(done)
         self.looked = True
         if self.quarter:
             left = torch.as_tensor(record.rows[self.quarter - 1], dtype=torch.float64)  # on the host, as all of it
-            self._warn_of_what_is_gone(left.mean().item() / record.tokens[0])
+            self._warn_of_what_is_gone(left.mean().item() / record.N)
         return record
 
     def look(self, done: Facts) -> None:
-        """See once whether most tokens are gone early, for those who never ask what merged."""
+        """Check once whether most tokens are gone early, for users who never ask for the record."""
         if self.warns and not self.looked:
             self._recorded(done)
 
-    @last.setter
-    def last(self, done: Record | Facts | None) -> None:
-        self._last = done
-
     def __getstate__(self) -> dict[str, Any]:
-        """A copy gets the record: counts on their way to the host are in memory that cannot be copied."""
+        """A copy gets the finished record, because counts on their way to the host lie in memory that cannot be
+        copied."""
         return {**super().__getstate__(), "_last": self.last}
 
-    def __getitem__(self, index: int | slice) -> nn.Module:
+    @overload
+    def __getitem__(self, index: slice, /) -> nn.Sequential: ...
+
+    @overload
+    def __getitem__(self, index: int, /) -> nn.Module: ...
+
+    def __getitem__(self, index: int | slice, /) -> nn.Module:
         if isinstance(index, slice):
             return nn.Sequential(OrderedDict(list(self._modules.items())[index]))
         return super().__getitem__(index)
@@ -120,7 +128,7 @@ class ATMBlocks(nn.Sequential):
             raise TypeError(_no_block(index, module))
         super().__setitem__(index, module)
 
-    def _fixed(self, *_: Any, **__: Any) -> None:
+    def _fixed(self, *_: Any, **__: Any) -> NoReturn:
         raise ValueError(
             "blocks of a patched model cannot be added or removed, for each merges as its place says: remove_patch, "
             "then change them, then apply_patch"
@@ -129,14 +137,14 @@ class ATMBlocks(nn.Sequential):
     append = extend = insert = pop = __delitem__ = __iadd__ = __imul__ = _fixed
 
     def own(self, index: int, module: nn.Module) -> ATMBlock | None:
-        """``module``, or the block in it, if it merges as this place says; None: it does not."""
+        """``module``, or the block inside it, if it merges as this position requires; otherwise None."""
         block = inside(module, ATMBlock)
         if block is None or block.block_index != index:
             return None
         return block if block.config is self.config or block.config == self.config else None
 
     def know_sizes(self, proportional: bool) -> None:
-        """Let attention know sizes, or not, from now on."""
+        """Turn log n in attention on or off from now on."""
         config = replace(self.config, proportional_attention=proportional)
         for index, module in enumerate(self):
             block = self.own(index, module)
@@ -145,12 +153,18 @@ class ATMBlocks(nn.Sequential):
         self.config = config
 
     def forward(self, x: Any, *, run: Run | None = None) -> Any:
-        """The tokens x [B, N, C] after the blocks, [B, M, C], or rows [T, C] once lengths differ. ``run``: for the
-        model; without it as any sequence."""
+        """Run the blocks on tokens x [B, N, C]; returns [B, M, C], or rows [T, C] once lengths differ. ``run`` is given
+        by the model; without it this is a plain sequence."""
         if run is None:
             return super().forward(x)
-        now, trace, B = Packed.of(x), None, x.shape[0]
-        traces, collected, tokens, left, counts, matched = [], [], [], [], [], []
+        B, now = x.shape[0], Packed.of(x)
+        trace: Tensor | None = None
+        traces: list[Tensor | None] = []
+        collected: list[Tensor] = []
+        tokens: list[Images] = []
+        left: list[Images] = []
+        counts: list[Tensor | None] = []
+        matched: list[bool] = []
         for index, block in enumerate(list(self)[: run.stop]):
             if self.own(index, block) is None:
                 raise TypeError(_no_block(index, block))
@@ -177,21 +191,27 @@ class ATMBlocks(nn.Sequential):
             counts.append(count)
             matched.append(slots is not None or count is not None)
         numbers = {id(images): number_of(images) for images in (*tokens, *left)}
-        before, after = ([numbers[id(images)] for images in of] for of in (tokens, left))
-        served = None if run.dense else run.leading
-        facts = map(tuple, (before, after, counts, matched))
-        record = Record(B, run.image_shape, served, *facts, f"blocks: {run.refusal}")
+        record = Record(
+            batch=B,
+            image_shape=run.image_shape,
+            leading=None if run.dense else run.leading,
+            tokens=tuple(numbers[id(images)] for images in tokens),
+            rows=tuple(numbers[id(images)] for images in left),
+            counts=tuple(counts),
+            matched=tuple(matched),
+            way=f"blocks: {run.refusal}",
+        )
         self.last = record if len(tokens) == len(self) else None
         run.tokens, run.traces, run.images, run.collected = now, traces, left, collected
         return x
 
     @property
     def quarter(self) -> int:
-        """A quarter of the blocks."""
+        """The number of blocks in the first quarter."""
         return len(self) // 4
 
     def _warn_of_what_is_gone(self, left: float) -> None:
-        """``left``: the share of the tokens that are left after a quarter of the blocks."""
+        """``left``: the share of tokens left after a quarter of the blocks."""
         if self.warns and left < 1 - GONE:
             self.warns = False
             warnings.warn(
@@ -201,7 +221,7 @@ class ATMBlocks(nn.Sequential):
             )
 
     def unmerge(self, tokens: Packed, trace: Tensor | None, B: int) -> Tensor:
-        """All N tokens of the B images, [B, N, C], of those that are left."""
+        """Give every original token the value of the token that it is now in: [B, N, C]."""
         x = tokens.x if trace is None else ops.unmerge(tokens.x, trace, self.config.backend)
         return x.unflatten(0, (B, -1) if B else (B, tokens.images.N))
 
@@ -214,9 +234,9 @@ def _no_block(index: int, module: nn.Module) -> str:
 
 
 def leading_tokens(model: VisionTransformer) -> int | None:
-    """How many leading tokens the classifier reads if it reads no others: the class token, and in a distilled model the
-    distillation token; None for a model that pools its patch tokens, or reads them in a way of its own. A class with a
-    head of its own may tell by a property ``leading_tokens``."""
+    """How many leading tokens the classifier reads, if it reads no others: the class token, and in a distilled model
+    also the distillation token. None for a model that pools its patch tokens or reads them in its own way. A class with
+    its own head may define a property ``leading_tokens``."""
     cls = type(model)
     if hasattr(cls, "leading_tokens"):
         return model.leading_tokens
@@ -231,13 +251,19 @@ _HEADS = (VisionTransformer.forward_head, VisionTransformerDistilled.forward_hea
 
 
 def knows_sizes(model: VisionTransformer) -> bool:
-    """Whether attention adds log n where nothing is said: not where patch tokens are averaged beside a class token."""
+    """Whether attention adds log n by default: not in a model that averages its patch tokens beside a class token."""
     return not (model.global_pool == "avg" and model.has_class_token)
 
 
-class MergingTransformer:
-    """Mixed in before a model's own class while it is patched. What a caller sees is what the model always returns:
-    logits, or features of all N tokens, where merged tokens share one value."""
+if TYPE_CHECKING:  # what it is mixed into
+    from timm.models.vision_transformer import VisionTransformer as Base
+else:
+    Base = object
+
+
+class MergingTransformer(Base):
+    """Mixed in before a model's own class while it is patched. Callers get what the model always returns: logits, or
+    features of all N tokens, in which merged tokens share one value."""
 
     blocks: ATMBlocks
 
@@ -255,7 +281,8 @@ class MergingTransformer:
         return self._output(x, dense=True, head=False)
 
     def _output(self, images: Tensor, dense: bool, head: bool) -> Tensor:
-        """By the engine, or by the blocks where it refuses: logits, or all N normalised tokens; ``dense``: from all."""
+        """Run the engine, or the blocks if it refuses. Returns logits (``head``) or normalised tokens; ``dense``: all N
+        of them."""
         mine = self.engine.model is self  # not so in a replica of DataParallel
         done = self.engine.run(images, self._leading(), dense, head) if mine else "a replica has no engine"
         if not isinstance(done, str):
@@ -290,18 +317,20 @@ class MergingTransformer:
         return done
 
     def stem(self, images: Tensor) -> Tensor:
-        """Images [B, C, H, W] to the tokens [B, N, C] that enter the first block."""
+        """Turn images [B, C, H, W] into the tokens [B, N, C] that enter the first block."""
         return self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(images))))
 
     def finish(self, tokens: Packed, trace: Tensor | None, B: int, dense: bool, head: bool) -> Tensor:
-        """What comes after the last block: the norm of the tokens that the classifier reads, or of all N; the head."""
-        if dense and is_changed(self.norm):  # who watches it sees all N tokens
+        """Everything after the last block: the norm, of the tokens that the classifier reads or of all N, and the
+        head."""
+        read = None if dense else leading_tokens(self)
+        if read is not None:
+            x = self.norm(tokens.images.first(tokens.x, read))
+        elif is_changed(self.norm):  # who watches it sees all N tokens
             x = self.norm(self.blocks.unmerge(tokens, trace, B))
-        elif dense:
+        else:
             x = self.norm(tokens.images.shaped(tokens.x)).flatten(0, -2)
             x = self.blocks.unmerge(tokens.with_x(x), trace, B)
-        else:
-            x = self.norm(tokens.images.first(tokens.x, leading_tokens(self)))
         return self.forward_head(x) if head else x
 
     def forward_intermediates(
@@ -342,8 +371,8 @@ class MergingTransformer:
         return features if intermediates_only else (final, features)
 
     def traces(self, x: Tensor) -> list[Tensor | None]:
-        """Which token of its image each of the N tokens of images [B, C, H, W] is after each block: int32 [B, N], -1:
-        dropped; None: nothing has merged."""
+        """For images [B, C, H, W] and after each block, the merged token of its image that each of the N tokens is in:
+        int32 [B, N]; -1: dropped. None: nothing has merged yet."""
         run = self._run(x, self._leading(), dense=True)
         traces = [None if trace is None else trace.unflatten(0, (len(x), -1)) for trace in run.traces]
         return [
@@ -380,10 +409,9 @@ def _refuse(images: Tensor, attn_mask: Tensor | None, is_causal: bool) -> None:
 
 @functools.cache
 def merging_class(base: type) -> type:
-    """The class of a patched model whose own class is ``base``."""
+    """The class that a model of class ``base`` has while it is patched."""
     return type(f"ATM{base.__name__}", (MergingTransformer, base), {"__module__": __name__})
 
 
 def _new(base: type) -> VisionTransformer:
-    cls = merging_class(base)
-    return cls.__new__(cls)
+    return object.__new__(merging_class(base))

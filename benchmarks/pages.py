@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import timm
 
 from atm_triton.digits import model as digits_model
 from benchmarks import host, integration
+from benchmarks.baselines import BASELINES
+from benchmarks.baselines.table import table as methods_table
 from benchmarks.bench import RESULTS
 from benchmarks.gpu.models import DIGITS, NAMES
 from benchmarks.paper import flops, table1, table2
@@ -403,6 +406,7 @@ TABLES = {  # of each page, from files
     },
     BACKBONES: {"flops": (flops.table, ("paper_flops.json",))},
     CALIBRATION: {"calibration": (calibration_table, ("digits_calibration.json", "digits_calibrate_512.json"))},
+    EXPERIMENTS: {"methods": (partial(methods_table, BASELINES), ())},  # what the classes say
     ENGINE: {"host": (host.table, ("host.json",))},
     KERNELS: {
         "attention": (attention_beside, ("h200_kernels.json",)),
@@ -433,7 +437,7 @@ def fill(page: Path) -> str:
         if not pattern.search(text):
             raise ValueError(f"{page.name} has no place for the table {name!r}")
         source = named(*files) if page == README else made_by(*files)
-        content = f"{table(*map(load, files))}\n\n{source}"
+        content = f"{table(*map(load, files))}\n\n{source}".rstrip()
         text = pattern.sub(lambda match, content=content: f"{match[1]}{content}\n{match[2]}", text)
     return text
 

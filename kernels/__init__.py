@@ -17,7 +17,7 @@ def _give_way() -> None:
     places = [place for place, entry in enumerate(sys.path) if Path(entry).resolve() == here]
     # only what comes later: what was found before this would be found again
     spec = PathFinder.find_spec("kernels", sys.path[places[-1] + 1 :] if places else [])
-    if spec is not None and spec.has_location:
+    if spec is not None and spec.loader is not None and spec.has_location:
         sys.modules["kernels"] = module = module_from_spec(spec)  # which is what the import then returns
         spec.loader.exec_module(module)
 

@@ -5,6 +5,8 @@ tokens in the order of their slots (within a slot in the order in which they sto
 tokens of a slot begin and end. Slots of all images are numbered through, as are tokens: the merge knows no images.
 """
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
@@ -300,8 +302,8 @@ def assign(
     """
     T, B, device = len(partner), len(cu_seqlens) - 1, partner.device
     if out is None:
-        shapes = ((T,), (T,), (slots, 2), (B + 1,))
-        out = tuple(torch.empty(shape, dtype=torch.int32, device=device) for shape in shapes)
+        empty = partial(torch.empty, dtype=torch.int32, device=device)
+        out = empty(T), empty(T), empty((slots, 2)), empty(B + 1)
     to, tokens, spans, new_cu_seqlens = out
     if not (B and T):
         new_cu_seqlens.zero_()  # every image begins and ends at 0
@@ -310,8 +312,9 @@ def assign(
     block = block_for(longest)
     if longest > ONE_PROGRAM:
         r = aligned(_of_each(r, B, mean, device))
-        tensors = (similarity, partner, r, cu_seqlens, to.fill_(-1), new_cu_seqlens)
-        assign_long_kernel[(B,)](*tensors, P=num_prefix, BLOCK=block, **(config or LONG_CONFIG))
+        inputs = (similarity, partner, r, cu_seqlens)
+        options = config or LONG_CONFIG
+        assign_long_kernel[(B,)](*inputs, to.fill_(-1), new_cu_seqlens, P=num_prefix, BLOCK=block, **options)
         join_kernel[(B, -(-longest // JOINED))](to, cu_seqlens, JOINED)
         for one, made in zip((tokens, spans), _lists(to, slots), strict=True):
             one.copy_(made)

@@ -208,7 +208,7 @@ def attention_backward(
     dq, dk, dv = (torch.empty((x.shape[1], H, d), dtype=x.dtype, device=x.device) for x in (q, k, v))
     B = len(cu_seqlens) - 1
     if not (B and Tq):
-        return tuple(x.zero_().transpose(0, 1) for x in (dq, dk, dv))
+        return dq.zero_().transpose(0, 1), dk.zero_().transpose(0, 1), dv.zero_().transpose(0, 1)
     config = config or attention_backward_table(q.dtype, d, longest_q)
     log2_sizes, grad, out, lse, q_cu_seqlens, cu_seqlens = map(
         aligned, (log2_sizes, grad, out, lse, q_cu_seqlens, cu_seqlens)
@@ -223,4 +223,4 @@ def attention_backward(
     gradient_of_q_kernel[grid](*given, out, lse, delta, *begins, dq, *tail, **constants)
     grid = (-(-longest // config["COLUMNS"]), H, B)
     gradient_of_kv_kernel[grid](*given, lse, delta, *begins, dk, dv, *tail, **constants)
-    return tuple(x.transpose(0, 1) for x in (dq, dk, dv))
+    return dq.transpose(0, 1), dk.transpose(0, 1), dv.transpose(0, 1)

@@ -247,7 +247,7 @@ CURVE = ("--alpha", "0.95", "--beta", "0.04", "--theta-min", "0.9")
         bad("eval", "--beta", "-1", "beta=-1.0 is out of range"),
         bad("eval", "--split-depth", "13", "split_depth=13 is beyond the model's 12 blocks"),
         bad("eval", "--schedule", "8", "schedule has 1 values for a model of 12 blocks"),
-        bad("eval", "--schedule", "-8", "schedule[0]=-8 is negative"),
+        bad("eval", "--schedule", "-8", "schedule[0] must be a whole number, 0 or more, got -8"),
         bad("eval", "--config", "missing.json", "--config missing.json is no file; atm-triton calibrate makes one"),
         bad("eval", "--data", "pyproject.toml", "directory pyproject.toml is a file"),
         bad("eval", "--max-gflops", "3", "the paper has no operating points for 'digits'"),

@@ -270,7 +270,7 @@ def test_the_host_reads_where_all_takes_the_least(theta, leading):
         found = stages(blocks, leading, 1000, read)
         ends = tuple(stage.last for stage in found[:-1])
         assert cost(ends, read) <= min(cost(way, read) for way in ways) + 1e-9
-        assert [stage.first for stage in found] == [None, *ends] and found[-1].last is None
+        assert [stage.start for stage in found] == [0, *(end + 1 for end in ends)] and found[-1].last is None
         assert [index for stage in found for index in stage.counted] == may
         seen.add(len(ends))
     assert len(seen) > 2 or not may
@@ -761,7 +761,7 @@ def test_refusals():
         assert scripted.engine.refusal(x) == "blocks.1.mlp.act is compiled by torch.jit, which is not looked into"
         ours.blocks[0].attn.proj_drop = nn.Sequential().eval()
         assert ours.engine.refusal(x) == "a dropout is of a class of its own"
-    with pytest.raises(TypeError, match="engine=1 is no bool"):
+    with pytest.raises(TypeError, match="engine must be True or False, got 1"):
         ATMConfig(engine=1)
 
 

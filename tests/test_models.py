@@ -452,7 +452,7 @@ def test_a_model_without_memory_is_told_to_get_some(tmp_path):
 WRONG = [
     ("lvvit_s", {"global_pool": "avg"}, ValueError, "global_pool='avg': LV-ViT classifies from its class token"),
     ("lvvit_s", {"init_values": 0.1}, ValueError, "init_values=0.1: LV-ViT has no LayerScale"),
-    ("lvvit_s", {"aux_eval": "false"}, TypeError, "aux_eval='false' is no bool"),
+    ("lvvit_s", {"aux_eval": "false"}, TypeError, "aux_eval must be True or False, got 'false'"),
     ("lvvit_s", {"dynamic_img_size": True}, ValueError, "images of one size"),
     ("t2t_vit_t_14", {"img_size": 100}, ValueError, "one token for 16 x 16 pixels"),
     ("t2t_vit_t_14", {"patch_size": 8}, ValueError, "one token for 16 x 16 pixels"),

@@ -366,14 +366,16 @@ def imagenet(tmp_path_factory):
 
 
 def test_the_line_for_imagenet_in_docs(imagenet, monkeypatch, capsys):
-    """Word for word; what is added makes it short."""
+    """Word for word; what is added makes it short, as what is left out does: methods that take long to be set."""
+    styles = {name: style for name, style in methods.STYLES.items() if name not in ("ats", "dtome")}
+    monkeypatch.setattr(figure4, "STYLES", styles)
     text = EXPERIMENTS.read_text()
     (line,) = re.findall(r"^python -m benchmarks.paper figure4 --model .*$", text, re.MULTILINE)
     monkeypatch.chdir(imagenet)
     arguments = shlex.split(line, comments=True)[3:]
     assert paper.main([*arguments, "--limit", "4", "--shares", "0.3", "--out", "."]) == 0
     found = json.loads(Path("deit_tiny_patch16_224_figure4.json").read_text())
-    assert [row["method"] for row in found["rows"]] == list(methods.STYLES)
+    assert [row["method"] for row in found["rows"]] == list(styles)
     missing = {row["method"]: row["missing"] for row in found["rows"] if "missing" in row}
     assert missing == {"atm, batch": 'no thresholds are calibrated for adapt="batch"; give them by --config'}
     measured = [row["overall"] for row in found["rows"] if "overall" in row]

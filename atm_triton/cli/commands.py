@@ -11,7 +11,7 @@ from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict, fields, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -41,8 +41,18 @@ DEIT = "deit_small_patch16_224"
 RANDOM_R = 8  # of every block, where no images tell thresholds what to do
 
 Batches = list[torch.Tensor]
-# title, model, batches, what merges, whose counts, what is timed beside it
-Case = tuple[str, VisionTransformer, Batches, ATMConfig, list[Record] | None, ATMConfig | None]
+
+
+class Case(NamedTuple):
+    """What to time: an unpatched model and how it merges on these batches; ``given``: the records whose counts it takes
+    instead of its own; ``beside``: another configuration that is timed with it."""
+
+    title: str
+    model: VisionTransformer
+    batches: Batches
+    config: ATMConfig
+    given: list[Record] | None = None
+    beside: ATMConfig | None = None
 
 
 def bench(args: argparse.Namespace) -> dict[str, Any]:
@@ -52,16 +62,17 @@ def bench(args: argparse.Namespace) -> dict[str, Any]:
     report.check_plot(args.plot)
     keep_freed_memory()
     results = []
-    for title, model, batches, config, given, beside in _cases(args):
-        print(title)
-        _say_source(config)
-        _say_logits(model)
+    for case in _cases(args):
+        print(case.title)
+        _say_source(case.config)
+        _say_logits(case.model)
         print()
-        rows = measure(model, batches, config, args.repeats, given, beside)
+        rows = measure(case.model, case.batches, case.config, args.repeats, case.given, case.beside)
         print(report.throughput_table(rows) + "\n")
         if (warning := report.slower(rows)) is not None:
             print(warning + "\n")
-        results.append({"title": title, "config": asdict(config), "batch_size": len(batches[0]), "rows": rows})
+        about = {"title": case.title, "config": asdict(case.config), "batch_size": len(case.batches[0])}
+        results.append({**about, "rows": rows})
     if args.plot is not None:
         report.throughput_plot(results, args.plot)
     return {"cases": results}
@@ -89,7 +100,7 @@ def _image_case(args: argparse.Namespace) -> Case:
     weights = _weights(args.model, args.checkpoint, args.pretrained)
     title = f"{args.model}, {weights}, on {data}: {len(batches)} batches of {len(batches[0])}"
     beside = digits_config() if args.model == DIGITS and args.adapt == "image" and not _configured(args) else None
-    return f"{title}, {_where(args)}", model, batches, _config(args, model), None, beside
+    return Case(f"{title}, {_where(args)}", model, batches, _config(args, model), beside=beside)
 
 
 def _random_case(args: argparse.Namespace, name: str) -> Case:
@@ -99,7 +110,7 @@ def _random_case(args: argparse.Namespace, name: str) -> Case:
     stated = ATMConfig(adapt="static", schedule=(RANDOM_R,) * len(model.blocks))
     scheduled = args.adapt in (None, "static") or _configured(args)
     config = _config(args, model, stated) if scheduled else None
-    if config is None or config.adapt != "static":
+    if config is None or config.schedule is None:
         raise ValueError(f"thresholds mean nothing on random images: give {name} a --schedule, or --data DIR")
     shape = data_config(model)["input_size"]
     batch_size = 8 if args.batch_size is None else args.batch_size
@@ -113,21 +124,21 @@ def _random_case(args: argparse.Namespace, name: str) -> Case:
     )
     weights = _weights(name, *((args.checkpoint, args.pretrained) if given else (None, False)))
     title = f"{name}, {weights}, random images, batch {batch_size}, r = {r}"
-    return f"{title}, {_where(args)}", model, [images.to(args.device, DTYPES[args.dtype])], config, None, None
+    return Case(f"{title}, {_where(args)}", model, [images.to(args.device, DTYPES[args.dtype])], config)
 
 
 @torch.inference_mode()
 def _counted_case(args: argparse.Namespace) -> Case:
     """DeiT-S, random weights, on random images that merge as many tokens as the digits do: it has as many tokens and
     blocks."""
-    _, digits, batches, config, *_ = _image_case(args)
-    batch = batches[0]
-    apply_patch(digits, config)(batch)
+    digits = _image_case(args)
+    batch = digits.batches[0]
+    apply_patch(digits.model, digits.config)(batch)
     model = open_model(DEIT).to(args.device, DTYPES[args.dtype])
     shape = data_config(model)["input_size"]
     images = torch.randn(len(batch), *shape, generator=torch.Generator().manual_seed(0)).to(batch)
     title = f"{DEIT}, random weights, random images, counts of the digits, batch {len(batch)}"
-    return f"{title}, {_where(args)}", model, [images], config, [digits.blocks.last], None
+    return Case(f"{title}, {_where(args)}", model, [images], digits.config, given=[digits.model.blocks.last])
 
 
 def run_eval(args: argparse.Namespace) -> dict[str, Any]:
@@ -210,7 +221,7 @@ def run_finetune(args: argparse.Namespace) -> dict[str, Any]:
     images, validation = finetuning.training_images(args, model, recipe)
     recalibrate = finetuning.recalibration(args, recipe)
     config = _config(args, model) if recalibrate is None else None
-    folder = RunFolder(args.out, finetuning.settings(args, recipe, images, config and asdict(config)))
+    folder = RunFolder(args.out, finetuning.settings(args, recipe, images, None if config is None else asdict(config)))
     print(f"{args.model} on {args.data or DIGITS}, {recipe.images_per_step} images a step, {_where(args)}")
     if config is not None:
         _say_source(config)
@@ -235,7 +246,7 @@ def run_visualize(args: argparse.Namespace) -> dict[str, Any]:
     config = _config(args, model)
     apply_patch(model, config)
     depth = len(model.blocks)
-    blocks = args.blocks or sorted({-(-depth * quarter // 4) for quarter in (1, 2, 3, 4)})
+    blocks = tuple(args.blocks or sorted({-(-depth * quarter // 4) for quarter in (1, 2, 3, 4)}))
     images = [open_image(model, path) for path in args.images]
     rows = [picture(model, image, blocks, path.name) for path, image in zip(args.images, images, strict=True)]
     draw(rows, args.out)
@@ -294,7 +305,7 @@ def _configured(args: argparse.Namespace) -> bool:
     return bool(_curve(args)) or any(value is not None for value in given)
 
 
-def _curve(args: argparse.Namespace) -> dict[str, float]:
+def _curve(args: argparse.Namespace) -> dict[str, Any]:
     """What is given of the paper's curve (Eq. 1)."""
     curve = {name: getattr(args, name) for name in ("alpha", "beta", "theta_min")}
     return {name: value for name, value in curve.items() if value is not None}

@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from timm.models.vision_transformer import VisionTransformer
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from atm_triton.calibration.calibrate import Target, calibrate
 from atm_triton.config import ATMConfig
 from atm_triton.measure.configurations import checksum
-from atm_triton.measure.images import open_images
+from atm_triton.measure.images import ReadableImages, open_images
 from atm_triton.measure.models import DIGITS
 from atm_triton.measure.provenance import check_outputs
 from atm_triton.training.folder import NAMES
-from atm_triton.training.images import TrainDigits, TrainFolder
+from atm_triton.training.images import TrainDigits, TrainFolder, TrainImages
 from atm_triton.training.recipe import Recipe
 
 DIGITS_AN_EPOCH = 4096
@@ -31,7 +31,7 @@ def check_options(args: argparse.Namespace) -> None:
         ValueError: with the option's name.
     """
     of_folders = ("val_data", *AUGMENTATION)
-    idle = of_folders if _is_digits(args) else ("images",)
+    idle: tuple[str, ...] = of_folders if _is_digits(args) else ("images",)
     if args.recalibrate is not None:
         idle += ("alpha", "beta", "theta_min", "split_depth")
         if args.max_gflops is None:
@@ -72,7 +72,9 @@ def drop_path(args: argparse.Namespace) -> dict[str, float]:
     return {"drop_path_rate": baseline if args.drop_path is None else args.drop_path}
 
 
-def training_images(args: argparse.Namespace, model: VisionTransformer, recipe: Recipe) -> tuple[Dataset, DataLoader]:
+def training_images(
+    args: argparse.Namespace, model: VisionTransformer, recipe: Recipe
+) -> tuple[TrainImages, DataLoader | ReadableImages]:
     """What to train on, and what to judge by.
 
     Raises:
@@ -80,13 +82,13 @@ def training_images(args: argparse.Namespace, model: VisionTransformer, recipe: 
     """
     reading = {"limit": args.limit, "batch_size": recipe.batch_size, "workers": args.workers, "device": args.device}
     if _is_digits(args):
-        images = TrainDigits(DIGITS_AN_EPOCH if args.images is None else args.images, recipe.seed)
-        return images, open_images(model, DIGITS, "test", dealt=True, **reading)
+        digits = TrainDigits(DIGITS_AN_EPOCH if args.images is None else args.images, recipe.seed)
+        return digits, open_images(model, DIGITS, "test", dealt=True, **reading)
     train, judged = folders(args)
     augmentation = {name: getattr(args, name) for name in AUGMENTATION if getattr(args, name) is not None}
     images = TrainFolder(model, train, recipe.seed, **augmentation)
     validation = open_images(model, str(judged), dealt=True, **reading)
-    if validation.dataset.classes != images.images.classes:
+    if getattr(validation.dataset, "classes", None) != images.images.classes:
         raise ValueError(f"directories {train} and {judged} hold other classes; want folders of the same names in both")
     return images, validation
 
@@ -127,10 +129,12 @@ def recalibration(args: argparse.Namespace, recipe: Recipe) -> Callable[[VisionT
     return found
 
 
-def settings(args: argparse.Namespace, recipe: Recipe, images: Dataset, config: dict[str, Any]) -> dict[str, Any]:
+def settings(
+    args: argparse.Namespace, recipe: Recipe, images: TrainImages, config: dict[str, Any] | None
+) -> dict[str, Any]:
     """What decides the result: a run goes on with the same alone. Not where it runs, nor how images are loaded."""
-    names = ("model", "model_kwargs", "pretrained", "data", "val_data", "limit", "dtype", "max_gflops")
-    names += ("adapt", "calibration_images", "all_tokens_last", "proportional_attention", "backend")
+    of_run = ("model", "model_kwargs", "pretrained", "data", "val_data", "limit", "dtype", "max_gflops")
+    names = (*of_run, "adapt", "calibration_images", "all_tokens_last", "proportional_attention", "backend")
     given = {name: getattr(args, name) for name in names}
     given |= {"checkpoint_sha256": checksum(args.checkpoint), **drop_path(args), "merging": config}
     return given | recipe.to_dict() | images.settings

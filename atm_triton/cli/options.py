@@ -2,7 +2,7 @@
 
 import argparse
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,11 @@ class _Arguments(ParseKwargs):
         super().__call__(parser, namespace, values, option)
 
 
-def parser(commands: dict[str, Callable[[argparse.Namespace], Any]]) -> argparse.ArgumentParser:
+def parser(commands: Mapping[str, Callable[[argparse.Namespace], Any]]) -> argparse.ArgumentParser:
     """Of ``commands`` by name; a docstring is a command's help, and what it is becomes ``run``."""
-    made = Parser(prog="atm-triton", description="Adaptive token merging for Vision Transformers.")
+    made: argparse.ArgumentParser = Parser(
+        prog="atm-triton", description="Adaptive token merging for Vision Transformers."
+    )
     subparsers = made.add_subparsers(dest="command", required=True)
     model, data, merging, out, measure = model_options(), data_options(), _merging(), _out(), _measure()
     parents = {
@@ -48,8 +50,7 @@ def parser(commands: dict[str, Callable[[argparse.Namespace], Any]]) -> argparse
         "visualize": _visualize,
     }
     for name, run in commands.items():
-        text = {"help": run.__doc__, "description": run.__doc__}
-        sub = subparsers.add_parser(name, parents=parents.get(name, [out]), **text)
+        sub = subparsers.add_parser(name, parents=parents.get(name, [out]), help=run.__doc__, description=run.__doc__)
         own.get(name, lambda _: None)(sub)
         sub.set_defaults(run=run)
     return made
@@ -58,8 +59,14 @@ def parser(commands: dict[str, Callable[[argparse.Namespace], Any]]) -> argparse
 def model_options() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(add_help=False)
     options.add_argument("--model", default=DIGITS, help="digits (default), or any ViT of timm's or the paper's")
-    arguments = {"nargs": "*", "default": {}, "action": _Arguments, "metavar": "NAME=VALUE"}
-    options.add_argument("--model-kwargs", **arguments, help="of the model's function, as global_pool=avg")
+    options.add_argument(
+        "--model-kwargs",
+        nargs="*",
+        default={},
+        action=_Arguments,
+        metavar="NAME=VALUE",
+        help="of the model's function, as global_pool=avg",
+    )
     options.add_argument("--checkpoint", type=Path, help="weights to load (safetensors or .pth)")
     options.add_argument("--pretrained", action="store_true", help="download timm's published weights")
     options.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])

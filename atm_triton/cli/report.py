@@ -38,23 +38,21 @@ def slower(rows: list[dict[str, Any]]) -> str | None:
 
 def evaluation_table(outcome: Evaluation) -> str:
     """All images, then the deciles from the easiest to the hardest."""
-    change = ("distance", "99th %ile") if outcome.overall.kl is None else ("agree %", "KL")
-    lines = [
-        f"{'':10} {'images':>7} {'top-1':>7} {'before':>7} {change[0]:>9} {change[1]:>9} {'GFLOPs':>7} "
-        f"{'own tokens':>10}"
-    ]
-    lines.append(_line("all", outcome.overall))
+    overall = outcome.overall
+    change, much = ("distance", "99th %ile") if overall.kl is None else ("agree %", "KL")
+    lines = [f"{'':10} {'images':>7} {'top-1':>7} {'before':>7} {change:>9} {much:>9} {'GFLOPs':>7} {'own tokens':>10}"]
+    lines.append(_line("all", overall))
     lines += [_line(f"decile {number}", quality) for number, quality in enumerate(outcome.deciles, start=1)]
     if outcome.deciles:
         lines.append("deciles: from the images that would keep the fewest tokens by their own count to the most")
     lines.append("tokens that enter each block: " + " ".join(f"{n:.1f}" for n in outcome.tokens))
     lines.append(
-        f"{outcome.overall.gflops:.3f} GFLOPs an image of {outcome.gflops_unpatched:.3f}: "
+        f"{overall.gflops:.3f} GFLOPs an image of {outcome.gflops_unpatched:.3f}: "
         f"{100 * outcome.saved:.1f} % of the MACs saved"
     )
-    if outcome.top1_drop_se is not None:
-        change = outcome.overall.top1 - outcome.overall.top1_unpatched
-        lines.append(f"top-1 changes by {change:+.2f} points (standard error {outcome.top1_drop_se:.2f})")
+    if overall.top1 is not None and overall.top1_unpatched is not None:
+        gained = overall.top1 - overall.top1_unpatched
+        lines.append(f"top-1 changes by {gained:+.2f} points (standard error {outcome.top1_drop_se:.2f})")
     return "\n".join(lines)
 
 
@@ -75,7 +73,7 @@ def _line(name: str, quality: Quality) -> str:
 def calibration_table(found: Calibration) -> str:
     """What was found, and what it promises."""
     config, promise = found.config, found.promise
-    merging = config.schedule if config.thresholds is None else config.thresholds
+    merging = config.thresholds or config.schedule or ()
     values = " ".join("-" if value is None else f"{value:g}" for value in merging)
     of_r = "r" if config.thresholds is None else "threshold"
     whole = found.unmerged_gflops
@@ -96,12 +94,16 @@ def calibration_table(found: Calibration) -> str:
 
 
 def _promised_change(promise: Promise) -> list[str]:
-    error = promise.kl_se if promise.distance is None else promise.distance_se
-    error = "" if error is None else f" ± {error:.2g}"
-    if promise.distance is not None:
-        return [f"  distance {promise.distance:.3g}{error}", f"  its 99th percentile {promise.distance_p99:.3g}"]
-    agreement = f"  agreement {100 * promise.agreement:.2f} ± {100 * promise.agreement_se:.2f} %"
-    return [f"  KL {promise.kl:.3g}{error}", agreement]
+    if promise.distance is None:
+        what, value, error = "KL", promise.kl, promise.kl_se
+    else:
+        what, value, error = "distance", promise.distance, promise.distance_se
+    lines = [f"  {what} {value:.3g}" + ("" if error is None else f" ± {error:.2g}")]
+    if promise.distance_p99 is not None:
+        lines.append(f"  its 99th percentile {promise.distance_p99:.3g}")
+    if promise.agreement is not None and promise.agreement_se is not None:
+        lines.append(f"  agreement {100 * promise.agreement:.2f} ± {100 * promise.agreement_se:.2f} %")
+    return lines
 
 
 def left_out(broken: list[str]) -> str:

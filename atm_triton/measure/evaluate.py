@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from atm_triton.config import ATMConfig
-from atm_triton.flops import cost, cost_of_each, unmerged
+from atm_triton.flops import Cost, cost, cost_of_each, unmerged
 from atm_triton.measure.comparison import Measure, measure_of, percentile
 from atm_triton.measure.distributed import in_order, silent
 from atm_triton.patch import apply_patch
@@ -126,7 +126,7 @@ def evaluate(
     measure = measure_of(model) if measure is None else measure
     patched = config(share(model)) if callable(config) else apply_patch(share(model), config)
     bar = tqdm(batches, desc=title, unit="batch", disable=silent(title))
-    own = []
+    own: list[tuple[tuple[int, ...], dict[str, Tensor]]] = []
     for (images, labels), known in zip(bar, repeat(None) if base is None else base, strict=base is not None):
         before = _unpatched(model, images, len(own), measure) if known is None else known
         rows = compare(patched, images, before, len(own), measure)
@@ -167,10 +167,10 @@ def compare(
     return {name: column for name, column in rows.items() if column is not None}
 
 
-def _conclude(table: dict[str, Tensor], whole: Any, measure: Measure) -> Evaluation:
+def _conclude(table: dict[str, Tensor], whole: Cost[float], measure: Measure) -> Evaluation:
     n = len(table["divergence"])
     every = torch.arange(n)
-    deciles = ()
+    deciles: tuple[Quality, ...] = ()
     if "own_tokens" in table and n >= 10:
         order = table["own_tokens"].argsort(stable=True)
         deciles = tuple(_quality(table, part, measure) for part in order.tensor_split(10))
@@ -194,11 +194,12 @@ def _quality(table: dict[str, Tensor], chosen: Tensor, measure: Measure) -> Qual
         return table[name][chosen].mean().item() if name in table else None
 
     def percent(name: str) -> float | None:
-        return 100 * mean(name) if name in table else None
+        share = mean(name)
+        return None if share is None else 100 * share
 
     divergence = table["divergence"][chosen]
     error = (divergence.std(correction=0) / len(chosen) ** 0.5).item()
-    values = {"kl": None, "kl_se": None, "agreement": percent("agree")}
+    values: dict[str, float | None] = {"kl": None, "kl_se": None, "agreement": percent("agree")}
     if measure.of_features:
         values["distance_p99"] = percentile(divergence)
     values |= {measure.divergence: divergence.mean().item(), f"{measure.divergence}_se": error}
@@ -206,7 +207,7 @@ def _quality(table: dict[str, Tensor], chosen: Tensor, measure: Measure) -> Qual
         images=len(chosen),
         top1=percent("right"),
         top1_unpatched=percent("right_unpatched"),
-        gflops=mean("gflops"),
+        gflops=table["gflops"][chosen].mean().item(),
         own_tokens=mean("own_tokens"),
         **values,
     )

@@ -57,24 +57,32 @@ def _picture(path: str | Path, mode: str) -> Image.Image:
 
 class NamedImages(ImageFolder):
     """torchvision's ImageFolder, whose errors say which file is to blame; grey for a model of one channel. ``lenient``:
-    an image that cannot be read is (None, its path) instead. ``spare``: samples to take others from."""
+    an image that cannot be read is its path instead. ``spare``: samples to take others from."""
 
     def __init__(self, root: str, channels: int) -> None:
-        self.mode, self.lenient, self.spare = "L" if channels == 1 else "RGB", False, []
+        self.mode, self.lenient = "L" if channels == 1 else "RGB", False
+        self.spare: list[tuple[str, int]] = []
         super().__init__(root, loader=self.open)
 
     def open(self, path: str) -> Image.Image:
         return _picture(path, self.mode)
 
-    def __getitem__(self, index: int) -> tuple[Tensor | None, int | str]:
+    def __getitem__(self, index: int) -> tuple[Tensor, int] | str:
         return self.read(*self.samples[index])
 
-    def read(self, path: str, label: int) -> tuple[Tensor | None, int | str]:
+    def read(self, path: str, label: int) -> tuple[Tensor, int] | str:
+        try:
+            return self.readable(path, label)
+        except ValueError:
+            if self.lenient:
+                return path
+            raise
+
+    def readable(self, path: str, label: int) -> tuple[Tensor, int]:
+        """Raise ValueError where it cannot be read, also where ``lenient``."""
         try:
             return self.transform(self.open(path)), label
         except Exception as error:
-            if self.lenient:
-                return None, path
             raise ValueError(f"{path} is no readable image: {error}") from error
 
 
@@ -94,8 +102,9 @@ class ReadableImages:
     """Batches of a :class:`NamedImages` loader without the images that cannot be read, then as many others, as far as
     there are spare ones. ``broken``: the paths of those that cannot be read, as far as they have been met."""
 
-    def __init__(self, loader: DataLoader) -> None:
-        self.loader, self.dataset, self.broken = loader, loader.dataset, set()
+    def __init__(self, loader: DataLoader, dataset: NamedImages, batch_size: int) -> None:
+        self.loader, self.dataset, self.batch_size = loader, dataset, batch_size
+        self.broken: set[str] = set()
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -108,26 +117,27 @@ class ReadableImages:
             if len(images):
                 yield images, labels
         others = self._others(missing)
-        for first in range(0, len(others), self.loader.batch_size):
-            yield default_collate(others[first : first + self.loader.batch_size])
+        for first in range(0, len(others), self.batch_size):
+            yield default_collate(others[first : first + self.batch_size])
 
     def _others(self, missing: int) -> list[tuple[Tensor, int]]:
-        others, spare = [], self.dataset.spare
+        spare = self.dataset.spare
+        others: list[tuple[Tensor, int]] = []
         for sample in random.Random(0).sample(spare, len(spare)):
             if len(others) == missing:
                 break
             row = self.dataset.read(*sample)
-            if row[0] is None:
-                self.broken.add(row[1])
+            if isinstance(row, str):
+                self.broken.add(row)
             else:
                 others.append(row)
         return others
 
     @staticmethod
-    def collate(rows: list[tuple[Tensor | None, int | str]]) -> tuple[Tensor, Tensor, list[str]]:
-        good = [row for row in rows if row[0] is not None]
+    def collate(rows: list[tuple[Tensor, int] | str]) -> tuple[Tensor, Tensor, list[str]]:
+        good = [row for row in rows if not isinstance(row, str)]
         images, labels = default_collate(good) if good else (torch.empty(0), torch.empty(0))
-        return images, labels, [path for image, path in rows if image is None]
+        return images, labels, [row for row in rows if isinstance(row, str)]
 
 
 def open_images(
@@ -192,7 +202,7 @@ def open_images(
         collate_fn=ReadableImages.collate if lenient else None,
         **{name: config[name] for name in TRANSFORM},
     )
-    return ReadableImages(loader) if lenient else loader
+    return ReadableImages(loader, dataset, batch_size) if lenient else loader
 
 
 def open_image(model: VisionTransformer, path: Path) -> Tensor:
@@ -226,7 +236,7 @@ def _anywhere(data: str, channels: int) -> "AnyImages":
     return dataset
 
 
-def labels_fit(loader: DataLoader, model: VisionTransformer) -> bool:
+def labels_fit(loader: DataLoader | ReadableImages, model: VisionTransformer) -> bool:
     """Whether the labels are the model's classes: a folder for each of them, or the digits."""
     classes = getattr(loader.dataset, "classes", range(10))
     return len(classes) == model.num_classes

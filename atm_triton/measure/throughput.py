@@ -80,6 +80,8 @@ class CountedBlock(ATMBlock):
 
     def match(self, keys: Tensor, tokens: Packed) -> Match | None:
         found, images = super().match(keys, tokens), tokens.images
+        if found is None:
+            return None
         in_a = found.partner >= 0
         before = F.pad(in_a.cumsum(dim=0), (1, 0))
         most = of_tokens(self.counts + before[images.cu_seqlens[:-1].long()], images, len(in_a))
@@ -93,9 +95,10 @@ def free_merge_bound(model: VisionTransformer, record: Record, config: ATMConfig
     def slicing(block: Any, index: int) -> FreeMergeBlock:
         bound = FreeMergeBlock.of(block, config, index, len(record.rows), model.num_prefix_tokens)
         device, kept = next(block.parameters()).device, record.rows[index]
-        differ = isinstance(kept, Tensor)
-        bound.left = Images.of_lengths(kept.to(device)) if differ else Images.of(record.batch, kept, device)
-        bound.rows = int(kept.sum()) if differ else record.batch * kept
+        if isinstance(kept, Tensor):
+            bound.left, bound.rows = Images.of_lengths(kept.to(device)), int(kept.sum())
+        else:
+            bound.left, bound.rows = Images.of(record.batch, kept, device), record.batch * kept
         return bound
 
     return install(share(model), slicing, config)
@@ -103,7 +106,7 @@ def free_merge_bound(model: VisionTransformer, record: Record, config: ATMConfig
 
 def constant_r(model: VisionTransformer, image_shape: tuple[int, ...], macs: float, cls_only_last: bool) -> int:
     """The constant r whose MACs an image come closest to ``macs``."""
-    depth, N = len(model.blocks), unmerged(model, image_shape).tokens[0]
+    depth, N = len(model.blocks), unmerged(model, image_shape).N
 
     def distance(r: int) -> float:
         return abs(cost(model, planned(model, image_shape, (r,) * depth, cls_only_last)).macs - macs)
@@ -116,10 +119,11 @@ def counted(model: VisionTransformer, record: Record, config: ATMConfig) -> Visi
     which a model of the same depth and as many tokens left."""
 
     def counting(block: Any, index: int) -> ATMBlock:
-        kind = ATMBlock if record.counts[index] is None else CountedBlock
-        merging = kind.of(block, config, index, len(record.rows), model.num_prefix_tokens)
-        if isinstance(merging, CountedBlock):
-            merging.counts = record.counts[index].to(next(block.parameters()).device)
+        counts, place = record.counts[index], (index, len(record.rows), model.num_prefix_tokens)
+        if counts is None:
+            return ATMBlock.of(block, config, *place)
+        merging = CountedBlock.of(block, config, *place)
+        merging.counts = counts.to(next(block.parameters()).device)
         return merging
 
     return install(share(model), counting, config)
@@ -192,7 +196,7 @@ def _variant(
     models: list[VisionTransformer],
     batches: list[Tensor],
     records: list[Record],
-    costs: list[Cost],
+    costs: list[Cost[float]],
     note: str = "",
 ) -> Variant:
     def run() -> None:
@@ -228,9 +232,9 @@ def time_in_turn(runs: dict[str, Callable[[], None]], repeats: int, device: torc
 
 def _seconds(run: Callable[[], None], device: torch.device) -> float:
     if device.type != "cuda":
-        start = time.perf_counter()
+        before = time.perf_counter()
         run()
-        return time.perf_counter() - start
+        return time.perf_counter() - before
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     start.record()

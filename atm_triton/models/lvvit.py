@@ -71,7 +71,7 @@ class LVViT(VisionTransformer):
         kwargs: of timm's ``VisionTransformer``.
 
     Raises:
-        ValueError: a pool of patch tokens, or LayerScale; TypeError: ``aux_eval`` is no bool.
+        ValueError: a pool of patch tokens, or LayerScale; TypeError: ``aux_eval`` is not a bool.
     """
 
     evaluated_with_ema = False
@@ -97,7 +97,7 @@ class LVViT(VisionTransformer):
     @aux_eval.setter
     def aux_eval(self, value: bool) -> None:
         if not isinstance(value, bool):
-            raise TypeError(f"aux_eval={value!r} is no bool; give True or False")
+            raise TypeError(f"aux_eval must be True or False, got {value!r}")
         self._aux_eval = value
 
     @property

@@ -113,6 +113,8 @@ class T2TViT(VisionTransformer):
         kwargs: of timm's ``VisionTransformer``.
     """
 
+    pos_embed: nn.Parameter
+
     def __init__(self, *args: Any, attention: type = TokenTransformer, **kwargs: Any) -> None:
         if kwargs.get("pos_embed", "learn") != "learn":
             raise ValueError(f"pos_embed={kwargs['pos_embed']!r}: T2T-ViT has sinusoids; leave it out")

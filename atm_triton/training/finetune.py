@@ -5,13 +5,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from atm_triton.config import ATMConfig
@@ -19,11 +18,20 @@ from atm_triton.measure.distributed import rank, silent, sum_over_processes, wor
 from atm_triton.measure.evaluate import Batches, Evaluation, evaluate, share
 from atm_triton.patch import apply_patch, settled
 from atm_triton.training.folder import AVERAGED, WEIGHTS, RunFolder
-from atm_triton.training.images import PASS, passes, seed_all, steps_per_epoch
+from atm_triton.training.images import PASS, TrainImages, passes, seed_all, steps_per_epoch
 from atm_triton.training.recipe import AMP, Recipe
 
 SAID_EVERY = 60.0  # seconds between two lines, where no terminal shows a bar
 LEAST_SCALE = 2.0**-20  # of a float16 loss whose gradients are still not finite
+
+
+class StepRow(TypedDict):
+    """What the log says of a step."""
+
+    step: int
+    loss: float
+    lr: float
+    grad_norm: float | None
 
 
 class Training:
@@ -56,7 +64,7 @@ class Training:
         self.merging = apply_patch(share(self.model), self.config).train()
         self.merging.set_grad_checkpointing(self.recipe.grad_checkpointing)
 
-    def advance(self, own_passes: list[tuple[Tensor, Tensor]]) -> dict[str, float | None]:
+    def advance(self, own_passes: list[tuple[Tensor, Tensor]]) -> StepRow:
         """Take a step from the passes of this process; its loss, learning rate and norm of the gradient (None where a
         scaled loss was too large, and the step was left out).
 
@@ -86,7 +94,7 @@ class Training:
         images, targets = images.to(self.device, self.dtype), labels.to(self.device)
         if self.mixing is not None:
             images, targets = self.mixing(images, targets)
-        amp = AMP.get(self.recipe.amp)
+        amp = None if self.recipe.amp is None else AMP[self.recipe.amp]
         with torch.autocast(self.device.type, dtype=amp, enabled=amp is not None):
             logits = self.merging(images)
         loss = self.loss(logits.to(self.dtype), targets)
@@ -143,7 +151,7 @@ class Training:
 
 def finetune(
     model: VisionTransformer,
-    images: Dataset,
+    images: TrainImages,
     validation: Batches,
     config: ATMConfig | None,
     recipe: Recipe,
@@ -183,10 +191,9 @@ def finetune(
     """
     if (recalibrate is None) != (recipe.recalibrate is None):
         raise ValueError("recalibrate wants two things: how often, in the recipe, and what finds the configuration")
-    if config is None and recalibrate is None:
-        raise ValueError("there is no config, and no recalibrate that finds one; give one of them")
+    find = _fixed(config) if recalibrate is None else recalibrate
     training = Training(model, recipe, steps_per_epoch(images, recipe))
-    run = _Run(training, images, validation, folder, recalibrate, workers, save_every)
+    run = _Run(training, images, validation, folder, find, workers, save_every)
     if resume:
         run.load(folder.load())
     else:
@@ -197,21 +204,27 @@ def finetune(
     return run.result()
 
 
+def _fixed(config: ATMConfig | None) -> Callable[[VisionTransformer], ATMConfig]:
+    if config is None:
+        raise ValueError("there is no config, and no recalibrate that finds one; give one of them")
+    return lambda _: config
+
+
 class _Run:
     """A training with its images, its folder and what was measured after each epoch."""
 
     def __init__(
         self,
         training: Training,
-        images: Dataset,
+        images: TrainImages,
         validation: Batches,
         folder: RunFolder,
-        recalibrate: Callable[[VisionTransformer], ATMConfig] | None,
+        find: Callable[[VisionTransformer], ATMConfig],
         workers: int,
         save_every: int | None,
     ) -> None:
         self.training, self.images, self.validation, self.folder = training, images, validation, folder
-        self.recalibrate, self.workers, self.save_every = recalibrate, workers, save_every
+        self.find, self.workers, self.save_every = find, workers, save_every
         self.steps = steps_per_epoch(images, training.recipe)
         self.rows: list[dict[str, Any]] = []  # of epochs, the first before any
         self.evaluations: dict[str, Any] = {}
@@ -223,7 +236,7 @@ class _Run:
         return self.training.step // self.steps
 
     def begin(self, config: ATMConfig | None) -> None:
-        self.training.merge_by(self.recalibrate(self.training.model) if config is None else config)
+        self.training.merge_by(self.find(self.training.model) if config is None else config)
         before = self._evaluate(self.training.model)
         check_leaves_something(before, self.training.model)
         self.evaluations["before"] = before.to_dict()
@@ -240,7 +253,7 @@ class _Run:
         training, begin = self.training, time.perf_counter() - self.seconds
         every = training.recipe.recalibrate
         if every and epoch and epoch % every == 0 and training.step == epoch * self.steps:
-            training.merge_by(self.recalibrate(training.model))
+            training.merge_by(self.find(training.model))
         for own_passes in self._shown(epoch):
             row = training.advance(own_passes)
             self.losses += row["loss"]
@@ -282,7 +295,8 @@ class _Run:
         quality, recipe = now.overall, self.training.recipe
         row = {"epoch": self.epochs_done, "step": self.training.step, "train_loss": loss}
         row |= {"top1": quality.top1, "top1_unpatched": quality.top1_unpatched, "kl": quality.kl}
-        row |= {"gflops": quality.gflops, "top1_ema": averaged and averaged.overall.top1, "seconds": self.seconds}
+        top1_ema = None if averaged is None else averaged.overall.top1
+        row |= {"gflops": quality.gflops, "top1_ema": top1_ema, "seconds": self.seconds}
         self.rows.append(row)
         if rank() > 0:
             return row

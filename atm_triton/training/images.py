@@ -8,6 +8,7 @@ import hashlib
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,12 +34,22 @@ def seed_all(*numbers: int) -> None:
     torch.manual_seed(seed)
 
 
-class TrainDigits(Dataset):
+class TrainImages(Dataset[tuple[Tensor, int]]):
+    """By (epoch, number) an image and its label. ``settings``: what tells these images from others, as JSON has it."""
+
+    settings: dict[str, Any]
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+
+class TrainDigits(TrainImages):
     """``count`` digits of the training split for each epoch, drawn anew: by (epoch, number) float32 [1, 112, 112], and
     the label."""
 
     def __init__(self, count: int, seed: int) -> None:
-        self.count, self.seed, self.drawn, self.digits = count, seed, None, None
+        self.count, self.seed = count, seed
+        self.drawn: tuple[int, DigitImages] | None = None  # of the last epoch
         self.settings = {"images": count}
 
     def __len__(self) -> int:
@@ -46,13 +57,13 @@ class TrainDigits(Dataset):
 
     def __getitem__(self, at: tuple[int, int]) -> tuple[Tensor, int]:
         epoch, number = at
-        if self.drawn != epoch:
+        if self.drawn is None or self.drawn[0] != epoch:
             seed = int(np.random.SeedSequence([self.seed, IMAGE, epoch]).generate_state(1)[0])
-            self.digits, self.drawn = DigitImages("train", self.count, seed), epoch
-        return self.digits[number]
+            self.drawn = epoch, DigitImages("train", self.count, seed)
+        return self.drawn[1][number]
 
 
-class TrainFolder(Dataset):
+class TrainFolder(TrainImages):
     """The images of a folder of classes, augmented by timm as DeiT's: by (epoch, number) float32 [C, H, W], and the
     label. Files are read as for an evaluation.
 
@@ -79,10 +90,10 @@ class TrainFolder(Dataset):
         config = data_config(model)
         self.images, self.seed = class_folders(root, config["input_size"][0]), seed
         check_classes(self.images.classes, root, model.num_classes)
-        names = ("input_size", "interpolation", "mean", "std")
+        of_model = {name: config[name] for name in ("input_size", "interpolation", "mean", "std")}
         try:
             self.images.transform = create_transform(
-                **{name: config[name] for name in names},
+                **of_model,
                 is_training=True,
                 auto_augment=auto_augment or None,
                 color_jitter=color_jitter or None,
@@ -101,7 +112,7 @@ class TrainFolder(Dataset):
 
     def __getitem__(self, at: tuple[int, int]) -> tuple[Tensor, int]:
         seed_all(self.seed, IMAGE, *at)
-        return self.images[at[1]]
+        return self.images.readable(*self.images.samples[at[1]])
 
 
 def class_folders(root: Path, channels: int) -> NamedImages:
@@ -127,7 +138,7 @@ def check_classes(classes: list[str], root: Path, number: int) -> None:
         )
 
 
-def steps_per_epoch(images: Dataset, recipe: Recipe) -> int:
+def steps_per_epoch(images: TrainImages, recipe: Recipe) -> int:
     """As many as there are whole ones; the images left over, others in each epoch, are not seen in it.
 
     Raises:
@@ -143,7 +154,7 @@ def steps_per_epoch(images: Dataset, recipe: Recipe) -> int:
 
 
 def passes(
-    images: Dataset, recipe: Recipe, epoch: int, first: int, workers: int, pin_memory: bool
+    images: TrainImages, recipe: Recipe, epoch: int, first: int, workers: int, pin_memory: bool
 ) -> Iterator[list[tuple[Tensor, Tensor]]]:
     """The passes of this process, (images [B, C, H, W], labels [B]), step by step of an epoch, from step ``first``."""
     steps = steps_per_epoch(images, recipe)

@@ -1,7 +1,7 @@
 """Other methods of token reduction, training-free, on the engine of this package: ``apply_baseline(model, "evit")``.
 
-Each follows what its authors' code executes, not what a paper says of it; each docstring states where it departs. Same
-weights, same attention, same counter and same clock for all.
+Each follows what its authors' code executes, not what a paper says of it, and where no code was found what is known of
+the method; each docstring states where it departs. Same weights, same attention, same counter and same clock for all.
 """
 
 from dataclasses import fields
@@ -10,12 +10,16 @@ from typing import Any
 
 from timm.models.vision_transformer import VisionTransformer
 
+from benchmarks.baselines.ats import ATS
 from benchmarks.baselines.base import Baseline, Plan, ReducingBlock
+from benchmarks.baselines.dtome import DToMe
 from benchmarks.baselines.evit import EViT
 from benchmarks.baselines.mctf import MCTF
 from benchmarks.baselines.pitome import PiToMe
 from benchmarks.baselines.threshold import Threshold
+from benchmarks.baselines.tofu import ToFu
 from benchmarks.baselines.tome import ToMe
+from benchmarks.baselines.zero_tprune import ZeroTPrune
 
 BASELINES: dict[str, type[Baseline]] = {
     "tome": ToMe,
@@ -23,6 +27,10 @@ BASELINES: dict[str, type[Baseline]] = {
     "evit": EViT,
     "mctf": MCTF,
     "pitome": PiToMe,
+    "ats": ATS,
+    "zero_tprune": ZeroTPrune,
+    "tofu": ToFu,
+    "dtome": DToMe,
 }
 
 __all__ = ["BASELINES", "Baseline", "Plan", "ReducingBlock", "apply_baseline", "baseline"]
@@ -50,7 +58,7 @@ def apply_baseline(model: VisionTransformer, name: str, **settings: Any) -> Visi
 
     Args:
         model: as for :func:`atm_triton.apply_patch`.
-        name: "tome", "threshold", "evit", "mctf" or "pitome".
+        name: "tome", "threshold", "evit", "mctf", "pitome", "ats", "zero_tprune", "tofu" or "dtome".
         settings: of the method; ``python -m benchmarks.baselines`` lists them. Blocks count from 0.
 
     Returns:

@@ -1,7 +1,8 @@
-"""``python -m benchmarks.baselines``: the methods with their settings."""
+"""``python -m benchmarks.baselines``: the methods with their settings, and side by side."""
 
 from atm_triton.cli.command import Parser
 from benchmarks.baselines import BASELINES
+from benchmarks.baselines.table import table
 
 if __name__ == "__main__":
     Parser(prog="python -m benchmarks.baselines", description=__doc__.partition(": ")[2]).parse_args()
@@ -9,3 +10,4 @@ if __name__ == "__main__":
         what = " ".join(method.__doc__.split("\n\n")[0].split())
         settings = method.__doc__.partition("Args:")[2].strip()
         print(f"{name}: {what}\n    {method.settings()}\n    " + " ".join(settings.split()) + "\n")
+    print(table(BASELINES))

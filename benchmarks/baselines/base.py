@@ -10,8 +10,23 @@ from torch import Tensor
 
 from atm_triton import ATMConfig, ops
 from atm_triton.block import ATMBlock, Step
+from atm_triton.calibration.errors import UnreachableError
 from atm_triton.packed import Assignment, Packed
 from atm_triton.patch import check_model, install
+from atm_triton.record import Number
+from atm_triton.transformer import leading_tokens
+
+
+class About(NamedTuple):
+    """A row of the table of methods. ``title``: its name and where it was published; ``licence``: of the authors' code;
+    ``training``: whether the model must be trained for it, and what else it takes; ``own_count``: whether each image
+    keeps its own number of tokens; ``fused``: whether attention can stay fused, with no N x N map written out."""
+
+    title: str
+    licence: str
+    training: str = "no"
+    own_count: str = "no"
+    fused: str = "yes"
 
 
 class Plan(NamedTuple):
@@ -31,20 +46,24 @@ class Plan(NamedTuple):
 class Baseline:
     """A method; the fields of a subclass are its settings, with their published defaults.
 
-    A subclass fills an assignment in :meth:`plan`; :meth:`apply` puts it into a model.
+    A subclass fills an assignment in :meth:`plan`; :meth:`apply` puts it into a model. ``about`` is its row in the
+    table of methods; ``after_mlp``: it reduces after the MLP of a block, not between attention and MLP.
     """
 
     cls_only_last: bool = False  # as in ATMConfig; no method here has it of its own
     proportional_attention: ClassVar[bool | None] = False
+    after_mlp: ClassVar[bool] = False
+    about: ClassVar[About]
 
-    def plan(self, block: "ReducingBlock", q: Tensor, k: Tensor, tokens: Packed) -> Plan | None:
-        """Which tokens go where, from queries and keys [B, H, N, d]; None: all stay."""
+    def plan(self, block: "ReducingBlock", q: Tensor, k: Tensor, tokens: Packed) -> Plan | Assignment | None:
+        """Which tokens go where, from queries and keys [B, H, N, d]; None: all stay. An assignment where each image
+        keeps its own number."""
         raise NotImplementedError
 
     def check(self, model: VisionTransformer) -> None:
         """Raise ValueError for a model that the method cannot reduce."""
 
-    def matching_macs(self, block: "ReducingBlock", N: int) -> int:
+    def matching_macs(self, block: "ReducingBlock", N: Number) -> Number:
         """Multiply-accumulates of the plan's matrix products."""
         return 0
 
@@ -91,10 +110,13 @@ class ReducingBlock(ATMBlock):
         x = tokens.images.shaped(tokens.x)
         attended, plan = self.called_attn(self.norm1(x), self.planned, tokens, step.merges)
         x = x + self.drop_path1(self.ls1(attended))
-        tokens, step.slots = self.reduced(tokens.with_x(x.flatten(0, 1)), plan)
-        return self.fed_forward(tokens)
+        tokens = tokens.with_x(x.flatten(0, 1))
+        if self.baseline.after_mlp:
+            tokens = self.fed_forward(tokens)
+        tokens, step.slots = self.reduced(tokens, plan)
+        return tokens if self.baseline.after_mlp else self.fed_forward(tokens)
 
-    def planned(self, y: Tensor, tokens: Packed, merges: bool) -> tuple[Tensor, Plan | None]:
+    def planned(self, y: Tensor, tokens: Packed, merges: bool) -> tuple[Tensor, Plan | Assignment | None]:
         """What attention adds to the tokens of norm ``y`` [B, N, C], and what then becomes of them."""
         q, k, v = self.heads(self.attn.qkv(y))
         q, k = self.attn.q_norm(q), self.attn.k_norm(k)
@@ -102,22 +124,30 @@ class ReducingBlock(ATMBlock):
         return self.attended(y, q, k, v, tokens), plan
 
     def fed_forward(self, tokens: Packed) -> Packed:
-        x = tokens.images.shaped(tokens.x)
-        return tokens.with_x((x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))).flatten(0, 1))
+        images = tokens.images
+        x = images.shaped(tokens.x)
+        x = x + self._drop_path(self.drop_path2, self.ls2(self.mlp(self.norm2(x))), images)
+        return tokens.with_x(x.flatten(0, -2))
 
-    def reduced(self, tokens: Packed, plan: Plan | None) -> tuple[Packed, Tensor | None]:
+    def reduced(self, tokens: Packed, plan: Plan | Assignment | None) -> tuple[Packed, Tensor | None]:
         """The tokens of the slots, with their sizes; the slots numbered through all images."""
         if plan is None:
             return tokens, None
-        assignment, (x, sizes, images, _) = plan.assignment(), tokens
-        if plan.weights is None:
+        assignment = plan.assignment() if isinstance(plan, Plan) else plan
+        if assignment is plan or plan.weights is None:
             return ops.merge(tokens, assignment, self.config.backend), assignment.slots
+        x, sizes, images, _ = tokens
         sizes = torch.ones(len(x), dtype=torch.float32, device=x.device) if sizes is None else sizes
         weighted = x * plan.weights.to(x.dtype).reshape(-1, 1)
         return Packed.of(*(sums(images.shaped(rows), plan) for rows in (weighted, sizes))), assignment.slots
 
-    def matching_macs(self, N: int) -> int:
+    def matching_macs(self, N: Number) -> Number:
         return self.baseline.matching_macs(self, N)
+
+    def computed(self, tokens: Number, queries: Number, rows: Number) -> tuple[Number, Number, Number]:
+        """Tokens, queries and MLP rows that a block computes, of those in the record, which has the tokens that leave
+        as rows."""
+        return tokens, queries, tokens if self.baseline.after_mlp and queries is tokens else rows
 
 
 def is_number(value: object) -> bool:
@@ -130,6 +160,24 @@ def check_blocks(name: str, blocks: object) -> None:
     good = isinstance(blocks, (tuple, list)) and all(type(block) is int and block >= 0 for block in blocks)
     if not good or len(set(blocks)) < len(blocks):
         raise ValueError(f"{name}: blocks={blocks!r}; want different blocks, counted from 0")
+
+
+def check_class_token(name: str, model: VisionTransformer) -> None:
+    """Refuse a model that does not classify from its class token: the tokens that a method drops would be in its
+    logits."""
+    if not model.has_class_token:
+        raise UnreachableError(
+            f"{name} ranks tokens by the class token's attention; this {type(model).__name__} has none"
+        )
+    check_drops(name, model)
+
+
+def check_drops(name: str, model: VisionTransformer) -> None:
+    """Refuse a model whose logits are made of all patch tokens."""
+    if leading_tokens(model) is None:
+        raise UnreachableError(
+            f"{name} drops patch tokens; this {type(model).__name__} makes its logits of all of them"
+        )
 
 
 def by_image(heads: Tensor, x: Tensor) -> Tensor:

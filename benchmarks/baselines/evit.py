@@ -2,15 +2,24 @@
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from atm_triton.calibration.errors import UnreachableError
 from atm_triton.packed import Packed
-from atm_triton.transformer import leading_tokens
-from benchmarks.baselines.base import Baseline, Plan, ReducingBlock, by_value, check_blocks, is_number, places
+from benchmarks.baselines.base import (
+    About,
+    Baseline,
+    Plan,
+    ReducingBlock,
+    by_value,
+    check_blocks,
+    check_class_token,
+    is_number,
+    places,
+)
 
 
 @dataclass(frozen=True)
@@ -29,6 +38,7 @@ class EViT(Baseline):
     keep_rate: float = 0.7
     blocks: tuple[int, ...] = (3, 6, 9)
     fuse_token: bool = True
+    about: ClassVar[About] = About("EViT (ICLR 2022)", "Apache-2.0", fused="yes, the class row beside it")
 
     def __post_init__(self) -> None:
         if not (is_number(self.keep_rate) and 0 < self.keep_rate <= 1):
@@ -38,14 +48,7 @@ class EViT(Baseline):
         check_blocks("evit", self.blocks)
 
     def check(self, model: VisionTransformer) -> None:
-        if not model.has_class_token:
-            raise UnreachableError(
-                f"evit ranks tokens by the class token's attention; this {type(model).__name__} has none"
-            )
-        if leading_tokens(model) is None:
-            raise UnreachableError(
-                f"evit drops patch tokens; this {type(model).__name__} makes its logits of all of them"
-            )
+        check_class_token("evit", model)
 
     def plan(self, block: ReducingBlock, q: Tensor, k: Tensor, tokens: Packed) -> Plan | None:
         B, _, N, d = k.shape

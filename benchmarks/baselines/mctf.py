@@ -11,6 +11,7 @@ from atm_triton.block import Step, is_matrix
 from atm_triton.flops import block_macs
 from atm_triton.packed import Packed
 from benchmarks.baselines.base import (
+    About,
     Baseline,
     Plan,
     ReducingBlock,
@@ -44,6 +45,7 @@ class MCTF(Baseline):
     tau_info: float = 20
     tau_size: float = 40
     proportional_attention: ClassVar[bool | None] = True
+    about: ClassVar[About] = About("MCTF (CVPR 2024)", "MIT, its core from ToMe's", fused="no, the map is fused itself")
 
     def __post_init__(self) -> None:
         if not is_number(self.r) or self.r < 0 or (self.r >= 1 and self.r != int(self.r)):

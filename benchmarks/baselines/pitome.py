@@ -2,13 +2,14 @@
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from atm_triton.packed import Packed
-from benchmarks.baselines.base import Baseline, Plan, ReducingBlock, by_value, is_number, places
+from benchmarks.baselines.base import About, Baseline, Plan, ReducingBlock, by_value, is_number, places
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class PiToMe(Baseline):
     """
 
     ratio: float = 0.9125
+    about: ClassVar[About] = About("PiToMe (NeurIPS 2024)", "CC-BY-NC in the files, MIT beside them")
 
     def __post_init__(self) -> None:
         if not (is_number(self.ratio) and 0.5 <= self.ratio <= 1):

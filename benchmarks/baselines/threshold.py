@@ -1,11 +1,12 @@
 """Merging above one threshold, the same in every block: ATM without thresholds that fall with depth (Figure 5)."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from timm.models.vision_transformer import VisionTransformer
 
 from atm_triton import ATMConfig, apply_patch
-from benchmarks.baselines.base import Baseline, is_number
+from benchmarks.baselines.base import About, Baseline, is_number
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,9 @@ class Threshold(Baseline):
 
     theta: float = 0.9
     adapt: str = "batch"
+    about: ClassVar[About] = About(
+        "one threshold (ECAI 2025, ATM's Figure 5)", "no code found", own_count='with adapt="image"'
+    )
 
     def __post_init__(self) -> None:
         if self.adapt not in ("batch", "image"):

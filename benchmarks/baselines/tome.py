@@ -1,11 +1,12 @@
 """ToMe (Bolya et al., Token Merging: Your ViT But Faster, ICLR 2023)."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from timm.models.vision_transformer import VisionTransformer
 
 from atm_triton import ATMConfig, apply_patch
-from benchmarks.baselines.base import Baseline, is_number
+from benchmarks.baselines.base import About, Baseline, is_number
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class ToMe(Baseline):
     """
 
     r: int | list[int] | tuple[int, float] = 8
+    about: ClassVar[About] = About("ToMe (ICLR 2023)", "CC-BY-NC 4.0")
 
     def __post_init__(self) -> None:
         kind = "whole numbers from 0, or (r, inflect) with inflect from -1 to 1"

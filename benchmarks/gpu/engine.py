@@ -117,7 +117,8 @@ def cells(setting: Setting) -> list[Cell]:
     """Without torch.compile first: that takes the time that is left."""
     if setting.tiny:
         return [Cell("DeiT-S", 2, True), Cell(DIGITS, 2, False)]
-    return [Cell(*cell, False) for cell in PLAIN] + [Cell(*cell, True) for cell in COMPILED]
+    plain = [Cell(name, batch, compiles=False) for name, batch in PLAIN]
+    return plain + [Cell(name, batch, compiles=True) for name, batch in COMPILED]
 
 
 class OneGraph:

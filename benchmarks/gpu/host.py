@@ -53,7 +53,7 @@ def operations(setting: Setting) -> dict[str, tuple[Callable[[], Any], Callable[
     sizes, log2_sizes, begin = tokens.sizes, tokens.sizes.log2(), images.cu_seqlens
     found = ops.match(k, sizes, images, 1, False, 0.5, "triton")
     assignment = ops.assign(found, r, images, 1, B * M, True, "triton")
-    slots, _, left, *lists = assignment
+    slots, left, lists = assignment.slots, assignment.images, (assignment.tokens, assignment.spans)
     merged = ops.merge(tokens, assignment, "triton").x
     of = torch.ops.atm_triton
     affine = (norm.weight, norm.bias, norm.eps)
@@ -64,7 +64,7 @@ def operations(setting: Setting) -> dict[str, tuple[Callable[[], Any], Callable[
         ),
         "assign": (
             lambda: ops.assign(found, r, images, 1, B * M, True, "triton"),
-            lambda: of.assign(*found[:2], r, begin, 1, N, B * M),
+            lambda: of.assign(found.similarity, found.partner, r, begin, 1, N, B * M),
         ),
         "merge": (
             lambda: ops.merge(tokens, assignment, "triton"),

@@ -79,7 +79,7 @@ def calls(
         return similarity, partner, reference.count(similarity, 0.5, images)
 
     def reference_assign() -> Any:
-        slots, _ = reference.assign(*found[:2], r, 1, images)
+        slots, _ = reference.assign(found.similarity, found.partner, r, 1, images)
         return slots, reference.lists(slots, left)
 
     def reference_norm() -> Any:

@@ -323,7 +323,7 @@ def r_of_each(found: ops.Match, r: int | Tensor | str) -> Tensor:
 
 
 def check_assign(found: ops.Match, r: int | Tensor | str, images: Images, one_r: bool) -> Assignment:
-    slots, cu_seqlens = reference.assign(*found[:2], r_of_each(found, r), 1, images)
+    slots, cu_seqlens = reference.assign(found.similarity, found.partner, r_of_each(found, r), 1, images)
     T = int(cu_seqlens[-1])
     with poisoned():
         assignment = ops.assign(found, r, images, 1, T, one_r, "triton")
@@ -338,20 +338,21 @@ def check_assign(found: ops.Match, r: int | Tensor | str, images: Images, one_r:
 def check_merge(tokens: Packed, assignment: Assignment) -> tuple[float, Packed]:
     with poisoned():
         merged = ops.merge(tokens, assignment, "triton")
-    x, (slots, T, _, order, spans) = tokens.x, assignment
+    x, slots, T = tokens.x, assignment.slots, assignment.T
     want, want_sizes = reference.merge(x.double(), tokens.sizes, slots, T)
     magnitude, _ = reference.merge(x.double().abs(), tokens.sizes, slots, T)
     same(merged.sizes, want_sizes, "sizes")
     within(merged.log2_sizes, want_sizes.double().log2(), ARITHMETIC, "log2 of the sizes")
     share = within(merged.x, want, limit(want, magnitude, x.dtype), "merged tokens")
-    alone = spans.diff(dim=1).flatten() == 1
-    same(merged.x[alone], x[order[spans[alone, 0].long()].long()], "tokens that merged with none")
+    alone = assignment.spans.diff(dim=1).flatten() == 1
+    token = assignment.tokens[assignment.spans[alone, 0].long()]
+    same(merged.x[alone], x[token.long()], "tokens that merged with none")
     return share, merged
 
 
 def check_norms(tokens: Packed, attended: Tensor, assignment: Assignment) -> float:
     """Of what merges on the way to the norm, and of what does not."""
-    (x, sizes, *_), (slots, T, *_) = tokens, assignment
+    x, sizes, slots, T = tokens.x, tokens.sizes, assignment.slots, assignment.T
     norm = nn.LayerNorm(x.shape[1], eps=1e-6, device=x.device, dtype=x.dtype)
     gamma = torch.randn_like(norm.weight)
     for parameter in norm.parameters():

@@ -1,4 +1,4 @@
-"""Accuracy against FLOPs, all methods: ATM ("batch" and "image") beside ToMe, one threshold, EViT, MCTF and PiToMe.
+"""Accuracy against FLOPs, ATM ("batch" and "image") beside all methods of benchmarks/baselines.
 
 At each share of the model's FLOPs every method takes the setting whose cost comes closest, all with the last block for
 the class token alone; beside it stands the cost with a last block that computes all its tokens and merges none (MCTF

@@ -5,8 +5,9 @@ where it hangs on similarities, the images to choose by do. Labels are not used.
 or for ATM as it was calibrated for the nearest cost, which is more search than the others get.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,9 +21,11 @@ from atm_triton.flops import cost, unmerged
 from atm_triton.measure.evaluate import Patch, share
 from atm_triton.summary import summary
 from benchmarks.baselines import baseline
+from benchmarks.baselines.dtome import DToMe
 from benchmarks.bench import Bench
 from benchmarks.paper.subject import Subject
 
+POINTS = sorted({round(2 * 1.02**step) for step in range(450)}, reverse=True)  # of ATS, 14,538 to 2
 NEAR = 0.03  # of the unmerged model's cost: a method that comes no nearer is left out
 STYLES = {  # a colour for each method; those with several published settings stand with each of them
     "tome": "C1s--",
@@ -35,6 +38,10 @@ STYLES = {  # a colour for each method; those with several published settings st
     "mctf": "C4D--",
     "mctf, fast": "C4D:",
     "pitome": "C5P--",
+    "ats": "C6X-",
+    "zero_tprune": "C7*--",
+    "tofu": "C8p--",
+    "dtome": "C9h-",
     "atm, batch": "C0o--",
     "atm, image": "C0o-",
 }
@@ -42,23 +49,25 @@ STYLES = {  # a colour for each method; those with several published settings st
 
 @dataclass(frozen=True)
 class Way:
-    """A method with settings; ``patch`` puts it into a model, whose last block serves the class token alone."""
+    """A method with settings; ``patch`` puts it into a model, whose last block serves the class token alone.
+    ``own_count``: each image has its own cost, so that the images to choose by tell what it costs."""
 
     settings: dict[str, Any]
     patch: Patch
+    own_count: bool = False
 
 
-def of_baseline(name: str, cls_only_last: bool = True, **settings: Any) -> Way:
-    return Way(settings, baseline(name, cls_only_last=cls_only_last, **settings).apply)
+def of_baseline(name: str, *, own_count: bool = False, cls_only_last: bool = True, **settings: Any) -> Way:
+    return Way(settings, baseline(name, cls_only_last=cls_only_last, **settings).apply, own_count)
 
 
 def of_config(config: ATMConfig) -> Way:
     return Way({"config": asdict(config)}, lambda model: apply_patch(model, config))
 
 
-def nearest(subject: Subject, ways: list[Way], goal: float, within: float = NEAR) -> Way | None:
+def nearest(subject: Subject, ways: Sequence[Way], goal: float, within: float = NEAR) -> Way | None:
     """The way among ``ways``, from the dearest to the cheapest, whose cost comes closest to ``goal``; None if it is
-    farther than this share of the unmerged model's. Their costs hang on the shape of an image alone."""
+    farther than this share of the unmerged model's."""
     first, last = 0, len(ways) - 1
     while last - first > 1:
         middle = (first + last) // 2
@@ -70,10 +79,14 @@ def nearest(subject: Subject, ways: list[Way], goal: float, within: float = NEAR
 
 @torch.inference_mode()
 def counted(subject: Subject, way: Way) -> float:
-    """GFLOPs of an image, where they hang on its shape alone."""
+    """GFLOPs of an image; of those to choose by their mean, where each has its own."""
     model: VisionTransformer = way.patch(share(subject.model))
-    model(subject.image())
-    return summary(model).paper_gflops
+    batches = [batch[0] for batch in subject.loader] if way.own_count else [subject.image()]
+    total = 0.0
+    for images in batches:
+        model(images.to(next(model.parameters())))
+        total += len(images) * summary(model).paper_gflops
+    return total / sum(map(len, batches))
 
 
 def at_scale(bench: Bench, shape: Shape, goal: float) -> ATMConfig | None:
@@ -102,7 +115,7 @@ def published(depth: int, N: int, cls_only_last: bool = True) -> dict[str, list[
     model of ``depth`` blocks and N tokens."""
     ratios, rates = ([1 - step / steps for step in range(1, last)] for steps, last in ((400, 201), (200, 200)))
     quarters = sorted({depth * quarter // 4 for quarter in (1, 2, 3)})  # of twelve blocks 3, 6, 9, as published
-    in_quarters = {"blocks": quarters}
+    in_quarters, spread = {"blocks": quarters}, sorted({depth * block // 12 for block in (0, 2, 5, 8, 10)})
     settings = {
         "tome": ("tome", [{"r": r} for r in range(1, N)]),
         "tome, rising": ("tome", [{"r": (r, 1.0)} for r in range(1, N)]),
@@ -112,10 +125,38 @@ def published(depth: int, N: int, cls_only_last: bool = True) -> dict[str, list[
         "mctf": ("mctf", [{"r": r} for r in range(1, N)]),
         "mctf, fast": ("mctf", [{"r": 1 - ratio, **in_quarters} for ratio in ratios]),
         "pitome": ("pitome", [{"ratio": ratio} for ratio in ratios]),
+        "zero_tprune": ("zero_tprune", [{"keep_rate": rate, "blocks": spread} for rate in (1.0, *rates)]),
+        "tofu": ("tofu", [{"r": r} for r in range(1, N)]),
     }
     return {
-        method: [of_baseline(name, cls_only_last, **one) for one in ways] for method, (name, ways) in settings.items()
+        method: [of_baseline(name, cls_only_last=cls_only_last, **one) for one in ways]
+        for method, (name, ways) in settings.items()
     }
+
+
+def sampling(subject: Subject, goal: float, within: float) -> Way | None:
+    """ATS in the last three quarters of the blocks, as published, or in as many of the last as leave ``goal`` in
+    reach."""
+    for first in range(subject.depth // 4, subject.depth):
+        blocks = tuple(range(first, subject.depth))
+        ways = [of_baseline("ats", own_count=True, M=M, blocks=blocks) for M in POINTS]
+        if counted(subject, ways[0]) >= goal:
+            break
+    return nearest(subject, ways, goal, within)
+
+
+def fitted(subject: Subject, goal: float, within: float) -> Way | None:
+    """DToMe with the r whose thresholds, fitted by the images to choose by, cost closest to ``goal`` on them."""
+
+    @cache
+    def of_r(r: int) -> Way:
+        thresholds = DToMe.fitted(subject.model, subject.loader, r).thresholds
+        return of_baseline("dtome", own_count=True, thresholds=thresholds)
+
+    every_r = range(1, subject.predictor.N)
+    ways = [Way({"r": r}, lambda model, r=r: of_r(r).patch(model), own_count=True) for r in every_r]
+    found = nearest(subject, ways, goal, within)
+    return None if found is None else of_r(found.settings["r"])
 
 
 def at_cost(subject: Subject, method: str, goal: float, within: float = NEAR) -> Way | None:
@@ -129,6 +170,8 @@ def at_cost(subject: Subject, method: str, goal: float, within: float = NEAR) ->
     if method in candidates:
         return nearest(subject, candidates[method], goal, within)
     name, _, adapt = method.partition(", ")
+    if name in ("ats", "dtome"):
+        return {"ats": sampling, "dtome": fitted}[name](subject, goal, within)
     if name == "threshold":
         return constant_threshold(subject, adapt, goal)
     config = subject.thresholds.near(adapt, goal)

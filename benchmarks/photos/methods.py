@@ -17,7 +17,7 @@ CURVE = ATMConfig.preset("DeiT-S")  # whose distances from 1 are scaled
 LOWEST, HIGHEST = -5.0, 0.3  # log10 of a distance from 1: nothing merges, everything does
 CLOSE = 0.004  # of the unmerged model's GFLOPs; with one r a batch costs may jump, and the nearest is taken
 TRIES = 14
-DROPPING = ("evit, fused",)  # patches that they drop have no token
+DROPPING = ("evit, fused", "zero_tprune")  # patches that they drop have no token
 STYLES = {  # a colour for each method
     "tome": "C1s--",
     "tome, rising": "C1^:",
@@ -27,6 +27,8 @@ STYLES = {  # a colour for each method
     "evit, fused": "C3^--",
     "mctf": "C4D--",
     "pitome": "C5P--",
+    "zero_tprune": "C7*--",
+    "tofu": "C8p--",
     "atm, curve, batch": "C9o--",
     "atm, curve, image": "C9o-",
     "atm, calibrated, batch": "C0o--",

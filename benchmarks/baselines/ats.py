@@ -1,0 +1,141 @@
+"""ATS (Fayyaz et al., Adaptive Token Sampling for Efficient Vision Transformers, ECCV 2022)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from atm_triton.block import ATMBlock, Step, is_matrix, rows
+from atm_triton.flops import block_macs, linear_macs
+from atm_triton.packed import Assignment, Images, Packed
+from atm_triton.record import Number
+from atm_triton.reference import lists, of_tokens, packed, padded
+from benchmarks.baselines.base import About, Baseline, ReducingBlock, check_blocks, check_class_token
+
+
+@dataclass(frozen=True)
+class ATS(Baseline):
+    """Samples tokens by their scores, M of them with repeats, so that each image keeps its own number.
+
+    The score of a token is the class token's attention to it, summed over the heads, times the norm of its value over
+    all heads. The scores, sorted and summed up, rise from 0 to 1; each of M evenly spaced points between picks the
+    token with the nearest sum. Only the tokens that were picked ask in this block, but all of them answer. They leave
+    in rising order of their scores, after the leading tokens.
+
+    As in its authors' code the grid is fixed, not random, the token of the lowest score is never picked, and of two
+    patch tokens neither stays (a comparison with the constant 1). Their code always has M = 196 and crashes below; here
+    M is free, as in the paper. Their code fills images up to the longest of the batch, which moves the grid, so that a
+    result depends on the other images; here each image is sampled from its own tokens alone, with a plain softmax.
+    Their code keeps the class token alone, here all leading tokens stay. Where no score but the lowest is above 0,
+    their code divides by 0, and here all tokens stay. Costs are those of their code, which computes the queries of all
+    tokens and their products with all keys.
+
+    Args:
+        M: points of the grid, 2 or more; blocks: which sample.
+    """
+
+    M: int = 196
+    blocks: tuple[int, ...] = tuple(range(3, 12))
+    about: ClassVar[About] = About(
+        "ATS (ECCV 2022)", "Apache-2.0", own_count="yes", fused="yes, the class row beside it"
+    )
+
+    def __post_init__(self) -> None:
+        if type(self.M) is not int or self.M < 2:
+            raise ValueError(f"ats: M={self.M!r}; want a whole number of points, 2 or more")
+        check_blocks("ats", self.blocks)
+
+    def check(self, model: VisionTransformer) -> None:
+        check_class_token("ats", model)
+
+    def block_class(self) -> type[ReducingBlock]:
+        return ATSBlock
+
+    def sampled(self, scores: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
+        """The order [B, n] in which the scores [B, n] rise, absent tokens (not ``there``) last; which of them stay."""
+        order = scores.masked_fill(~there, torch.inf).argsort(dim=1, stable=True)
+        rising = scores.gather(1, order).masked_fill(~there, 0)  # the absent stand last in both
+        cdf = (rising / rising.sum(dim=1, keepdim=True)).cumsum(dim=1)
+        low, high = cdf[:, :1], cdf[:, -1:]
+        cdf = (cdf - low) / (high - low)
+        first = cdf.masked_fill(~(there & (cdf > 0)), torch.inf).amin(dim=1, keepdim=True)
+        points = first + (1 - first) * torch.arange(self.M, dtype=cdf.dtype, device=cdf.device) / (self.M - 1)
+        pick = _nearest(cdf.masked_fill(~there, torch.inf), points)
+        kept = torch.zeros_like(there).scatter(1, pick, True)
+        largest = pick.amax(dim=1, keepdim=True)
+        kept = kept & ~((largest == 1) & (torch.arange(kept.shape[1], device=kept.device) == 1))  # as in its code
+        return order, torch.where(high > low, kept, there)
+
+
+class ATSBlock(ReducingBlock):
+    """timm's block in which only the queries of sampled tokens attend, so that only those leave."""
+
+    baseline: ATS
+
+    def forward_packed(self, tokens: Packed, step: Step) -> Packed:
+        images, P = tokens.images, self.num_prefix_tokens
+        samples = step.merges and step.leading is None and self.index in self.baseline.blocks and images.N > P
+        if not samples:
+            return ATMBlock.forward_packed(self, tokens, step)  # its r is 0
+        y = self.norm1(images.shaped(tokens.x))
+        attended, assignment = self.called_attn(y, self._sampled_attention, tokens)
+        left, step.slots = assignment.images, assignment.slots
+        x = tokens.x.index_select(0, _order(assignment)) + self._drop_path(self.drop_path1, self.ls1(attended), left)
+        return self.fed_forward(Packed(x, None, left))
+
+    def _sampled_attention(self, y: Tensor, tokens: Packed) -> tuple[Tensor, Assignment]:
+        attn, images = self.attention, tokens.images
+        q, k, v = self.heads(attn.qkv(y))
+        q, k = attn.q_norm(q), attn.k_norm(k)
+        assignment = self.assignment(_scores(q, k, v, images), images)
+        asking = _order(assignment)
+        y = rows(y).index_select(0, asking)
+        return self.attended(y, q.index_select(1, asking), k, v, tokens, assignment.images), assignment
+
+    def assignment(self, scores: Tensor, images: Images) -> Assignment:
+        """Of scores [T]: the leading tokens, then the sampled ones by rising score; the rest is dropped."""
+        P = self.num_prefix_tokens
+        by_image = padded(scores, images, 0)[:, P:]
+        there = torch.arange(by_image.shape[1], device=scores.device) < (images.lengths - P).unsqueeze(1)
+        order, kept = self.baseline.sampled(by_image, there)
+        place = torch.where(kept, P - 1 + kept.cumsum(dim=1), -1)
+        slots = torch.empty_like(place).scatter(1, order, place)
+        slots = torch.cat([torch.arange(P, device=scores.device).expand(images.B, P), slots], dim=1)
+        left = Images.of_lengths(P + kept.sum(dim=1), images.N)
+        slots = torch.where(slots < 0, -1, slots + left.cu_seqlens[:-1].unsqueeze(1))
+        return Assignment(packed(slots.int(), images, len(scores)), int(left.cu_seqlens[-1]), left)
+
+    def macs(self, tokens: Number, queries: Number, rows: Number) -> Number:
+        """Beside what the tokens that leave cost, the queries of the others and their products with the keys."""
+        if queries is not tokens:  # the leading tokens alone
+            return block_macs(self, tokens, queries, rows)
+        attn = self.attention
+        query = linear_macs(attn.qkv) // 3 if is_matrix(attn.qkv) else 0  # else all of them are counted already
+        return block_macs(self, tokens, rows, rows) + (tokens - rows) * (query + tokens * attn.attn_dim)
+
+
+def _order(assignment: Assignment) -> Tensor:
+    """The rows of the tokens that stay, in the order of their slots."""
+    return lists(assignment.slots, assignment.T)[0][: assignment.T]
+
+
+@torch.no_grad()
+def _scores(q: Tensor, k: Tensor, v: Tensor, images: Images) -> Tensor:
+    """[T] float32 or above, of heads [H, T, d]: the class token's attention to each token, times the norm of its
+    value."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    q, k, v = (heads.to(dtype).transpose(0, 1) for heads in (q, k, v))
+    asking = of_tokens(images.first(q, 1).squeeze(1), images, len(k))
+    products = padded((asking * k).sum(dim=-1) * k.shape[-1] ** -0.5, images, -torch.inf)
+    attention = packed(products.softmax(dim=1).sum(dim=2), images, len(k))
+    return attention * v.flatten(1).norm(dim=-1)
+
+
+def _nearest(rising: Tensor, points: Tensor) -> Tensor:
+    """Where in each row [B, n], which rises, the values nearest to ``points`` [B, M] stand; the lower of equals."""
+    above = torch.searchsorted(rising, points.contiguous()).clamp(max=rising.shape[1] - 1)
+    below = (above - 1).clamp(min=0)
+    low, high = rising.gather(1, below), rising.gather(1, above)
+    return torch.where((points - low).abs() <= (high - points).abs(), below, above)

@@ -1,0 +1,121 @@
+"""DToMe, of DyMU (Wang et al., DyMU: Dynamic Merging and Virtual Unmerging for Efficient VLMs, NeurIPS 2025)."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor
+
+from atm_triton import ATMConfig, apply_patch, ops
+from atm_triton.block import ATMBlock
+from atm_triton.measure.evaluate import share
+from atm_triton.packed import Packed
+from atm_triton.patch import check_model, install
+from atm_triton.reference import count
+from benchmarks.baselines.base import About, Baseline, is_number
+from benchmarks.baselines.tome import ToMe
+
+
+@dataclass(frozen=True)
+class DToMe(Baseline):
+    """Merges every token of A that is more similar to its partner than the threshold of its block, which images without
+    labels have fitted; each image its own number. It is the engine's ``adapt="image"`` with alternate groups
+    throughout.
+
+    Its authors' code merges at most half of the tokens that may, rounded down; here A may hold one more, in models with
+    an even number of leading tokens, or none. Their thresholds are those of a language model's vision encoder.
+
+    Args:
+        thresholds: one for each block, cosine similarities, as :meth:`fitted` finds them.
+    """
+
+    thresholds: tuple[float, ...] = ()
+    about: ClassVar[About] = About(
+        "DToMe, of DyMU (NeurIPS 2025)",
+        "open_clip's, parts of ToMe's",
+        training="no, images without labels",
+        own_count="yes",
+    )
+
+    def __post_init__(self) -> None:
+        given = self.thresholds
+        if not isinstance(given, (tuple, list)) or not all(is_number(theta) and -1 <= theta <= 1 for theta in given):
+            raise ValueError(f"dtome: thresholds={given!r}; want a cosine similarity, -1 to 1, for each block")
+
+    def apply(self, model: VisionTransformer) -> VisionTransformer:
+        return apply_patch(model, self.config(len(check_model(model))))
+
+    def config(self, depth: int) -> ATMConfig:
+        """The engine's, for a model of so many blocks."""
+        if not self.thresholds:
+            raise ValueError("dtome: no thresholds; DToMe.fitted(model, batches, r) finds those of a model")
+        options = {"split_depth": depth, "cls_only_last": self.cls_only_last, "source": repr(self)}
+        return ATMConfig(adapt="image", thresholds=tuple(map(_above, self.thresholds)), **options)
+
+    @classmethod
+    @torch.inference_mode()
+    def fitted(cls, model: VisionTransformer, batches: Iterable[Any], r: Any = 8, **settings: Any) -> Self:
+        """The thresholds above which the images of a batch merge r tokens on average in each block.
+
+        In every block a batch of B images merges its B r most similar pairs. The similarity of the next pair is the
+        threshold of that batch, at least 0, and 0 where no pair is left; the mean over the batches is the block's.
+
+        Args:
+            model: unpatched, in eval mode; it stays so.
+            batches: images [B, channels, H, W], or tuples that begin with them. Their size matters: larger ones are
+                closer to the quantile over all images.
+            r: as of ToMe.
+            settings: others of the method.
+
+        Raises:
+            ValueError: no images, r out of its range, or a model that is patched or in training mode; TypeError: a
+                model that cannot be patched.
+        """
+        depth = len(check_model(model))
+        schedule = ToMe(r=r).schedule(depth)
+        config = ATMConfig(adapt="image", thresholds=(0.0,) * depth, cls_only_last=False)
+
+        def fitting(block: Block, index: int) -> FittingBlock:
+            made = FittingBlock.of(block, config, index, depth, model.num_prefix_tokens)
+            made.of_image, made.found = schedule[index], []
+            return made
+
+        patched, like = install(share(model), fitting, config), next(model.parameters())
+        patched.blocks.warns = False  # where most tokens are gone early: that is asked for here
+        for batch in batches:
+            patched((batch if isinstance(batch, Tensor) else batch[0]).to(like))
+        if not patched.blocks[0].found:
+            raise ValueError("dtome: no images to fit thresholds by; give batches of them")
+        means = (sum(block.found) / len(block.found) for block in patched.blocks)
+        return cls(thresholds=tuple(min(mean, 1.0) for mean in means), **settings)
+
+
+class FittingBlock(ATMBlock):
+    """timm's block that merges a batch by its most similar pairs and notes the similarity of the first that it leaves.
+    ``of_image``: how many it merges of each image, on average; ``found``: the threshold of each batch."""
+
+    of_image: int
+    found: list[float]
+
+    def match(self, keys: Tensor, tokens: Packed) -> ops.Match:
+        images, P, backend = tokens.images, self.num_prefix_tokens, self.config.backend
+        found = ops.match(keys, tokens.sizes, images, P, False, None, backend)
+        order = found.similarity.argsort(descending=True, stable=True)
+        pairs = int((found.partner >= 0).sum())
+        taken = min(images.B * self.of_image, pairs)
+        next_one = found.similarity[order[taken]].item() if taken < pairs else 0.0
+        self.found.append(max(next_one, 0.0))
+        joins = torch.zeros_like(found.partner).scatter(0, order[:taken], 1)
+        return found._replace(counts=count(joins, 1, images))
+
+
+def _above(theta: float) -> float | None:
+    """The engine merges at or above a threshold, DToMe above it: the next number in float32, the dtype of similarities
+    (in float64 what lies between the two does not merge). None: nothing is more alike than 1."""
+    if theta >= 1:
+        return None
+    near = np.float32(theta)
+    return float(near) if float(near) > theta else float(np.nextafter(near, np.float32(2)))

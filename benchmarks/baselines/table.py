@@ -1,0 +1,31 @@
+"""The methods side by side, in Markdown: what their classes say of them, and ATM."""
+
+from benchmarks.baselines.base import About, Baseline
+
+ATM = About("**ATM** (ECAI 2025)", "no code found", "no, thresholds", 'with adapt="image"')
+LEFT_OUT = {  # what is known of them does not say what they compute
+    "MaMe (CVPR 2026 Findings)": "whose repository (MIT) held no code when it was read: how its matrices are built, "
+    "and how one threshold gives all images of a batch the same shape, was not found",
+}
+HEAD = (
+    "method",
+    "name",
+    "licence of the authors' code",
+    "needs training",
+    "own count per image",
+    "fused attention",
+    "file",
+)
+
+
+def table(methods: dict[str, type[Baseline]]) -> str:
+    """Of methods by their names; and of those left out, why."""
+    body = [(ATM, "`atm_triton`", "atm_triton/block.py")]
+    for name, method in methods.items():
+        body.append((method.about, f"`{name}`", f"{method.__module__.replace('.', '/')}.py"))
+    lines = [f"| {' | '.join(HEAD)} |", f"|{'---|' * len(HEAD)}"]
+    for about, name, file in body:
+        cells = (about.title, name, about.licence, about.training, about.own_count, about.fused, f"`{file}`")
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", *(f"Left out is {title}, {why}." for title, why in LEFT_OUT.items())]
+    return "\n".join(lines)

@@ -1,0 +1,92 @@
+"""ToFu (Kim et al., Token Fusion: Bridging the Gap between Token Pruning and Token Merging, WACV 2024)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from atm_triton import ops
+from atm_triton.packed import Assignment, Packed
+from atm_triton.reference import largest_r
+from benchmarks.baselines.base import About, Baseline, ReducingBlock, check_drops
+
+
+@dataclass(frozen=True)
+class ToFu(Baseline):
+    """Drops r tokens of each early block and merges r of each later one: those that ToMe would merge, the most similar.
+
+    A merged token (MLERP) has the direction of the mean, weighted by size, and the largest norm of its tokens; where
+    the mean is 0, by whose norm the formula divides, it stays 0. Sizes count in the means and in attention from the
+    first merge on. No authors' code was found; this follows code of others, which agrees on the order of the two, on
+    ToMe's matching and on the largest norm. Some of it never sets sizes (``sizes``).
+
+    Args:
+        r: of every block. switch: the first block that merges, None: the one after half of the depth, as others have it
+            (7 of 12; the paper's own was not found). sizes: whether tokens count by the patches that they stand for.
+    """
+
+    r: int = 8
+    switch: int | None = None
+    sizes: bool = True
+    about: ClassVar[About] = About("ToFu (WACV 2024)", "no code of its authors found")
+
+    def __post_init__(self) -> None:
+        if type(self.r) is not int or self.r < 0:
+            raise ValueError(f"tofu: r={self.r!r}; want a whole number of tokens")
+        if self.switch is not None and (type(self.switch) is not int or self.switch < 0):
+            raise ValueError(f"tofu: switch={self.switch!r}; want the first block that merges, counted from 0, or None")
+        if not isinstance(self.sizes, bool):
+            raise ValueError(f"tofu: sizes={self.sizes!r}; want True or False")
+
+    @property
+    def proportional_attention(self) -> bool:
+        return self.sizes
+
+    def check(self, model: VisionTransformer) -> None:
+        if self.first_merge(len(model.blocks)) > 0:
+            check_drops("tofu", model)
+
+    def block_class(self) -> type[ReducingBlock]:
+        return ToFuBlock
+
+    def first_merge(self, depth: int) -> int:
+        return depth // 2 + 1 if self.switch is None else self.switch
+
+    def plan(self, block: ReducingBlock, q: Tensor, k: Tensor, tokens: Packed) -> Assignment | None:
+        images, P, backend = tokens.images, block.num_prefix_tokens, block.config.backend
+        r = min(self.r, largest_r(images.N, P))
+        if r == 0:
+            return None
+        keys = k.transpose(0, 1).flatten(1, 2)
+        found = ops.match(keys, tokens.sizes, images, P, False, None, backend)
+        merging = ops.assign(found, r, images, P, images.B * (images.N - r), True, backend)
+        if block.index >= self.first_merge(block.depth):
+            return merging
+        slots, partner = (images.shaped(of_token) for of_token in (merging.slots, found.partner))
+        joins = (partner >= 0) & (slots == slots.gather(1, partner.clamp(min=0).long()))
+        return Assignment(torch.where(joins, -1, slots).flatten(), merging.T, merging.images)
+
+    def matching_macs(self, block: ReducingBlock, N: int) -> int:
+        free = N - block.num_prefix_tokens
+        return (free // 2) * (free - free // 2) * block.attention.head_dim
+
+
+class ToFuBlock(ReducingBlock):
+    """timm's block that drops the tokens that are to merge, or merges them with the largest of their norms."""
+
+    baseline: ToFu
+
+    def reduced(self, tokens: Packed, plan: Assignment | None) -> tuple[Packed, Tensor | None]:
+        if plan is None or self.index < self.baseline.first_merge(self.depth):
+            return super().reduced(tokens, plan)
+        merged = ops.merge(tokens, plan, self.config.backend)
+        slots, mean = plan.slots.long(), merged.x.to(torch.promote_types(merged.x.dtype, torch.float32))
+        norms = tokens.x.to(mean.dtype).norm(dim=1)
+        largest = norms.new_zeros(plan.T).scatter_reduce(0, slots, norms, "amax", include_self=False)
+        norm = mean.norm(dim=1)
+        scale = largest / norm.masked_fill(norm == 0, 1)
+        alone = torch.bincount(slots, minlength=plan.T) == 1
+        x = torch.where(alone, 1, scale).unsqueeze(1) * mean
+        return Packed(x.to(tokens.x.dtype), merged.sizes if self.baseline.sizes else None, merged.images), plan.slots
