@@ -31,7 +31,7 @@ from atm_triton.measure.models import open_model
 from models import distilled, images, small, vit
 
 SOFTMAX = Measure("softmax")
-SMALL = {"LEVELS": (1 / 8, 1 / 2), "CURVES": ((0.0, 1.0),), "STEPS": ((2, 2), (1, 3))}
+SMALL = {"LEVELS": (1 / 8, 1 / 2), "CURVES": ((0.0, 1.0),), "STEPS": ((2, 1), (1, 2))}
 
 
 @pytest.fixture(autouse=True)

@@ -28,3 +28,9 @@ class Progress(tqdm):
             super().display(msg, pos)
         elif self.n:  # the first pass tells how long the rest takes
             print(str(self), file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self.lines and not self.disable:
+            self.display()
+            self.disable = True  # tqdm would end its line once more
+        super().close()
