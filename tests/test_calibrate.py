@@ -361,7 +361,7 @@ def test_an_interrupted_run_goes_on(tmp_path, loader, small_search, monkeypatch)
     notes.write_text(notes.read_text() + '["fit None')  # as a kill in the middle of a line leaves it
     with pytest.raises(ValueError, match="of another calibration that was interrupted; delete it, or choose another"):
         calibrate(vit(), loader, target, notes=notes, progress=False)
-    done, stop_at = len(passes) - 1 - 3, None  # but for those of the unmerged model
+    done, stop_at = stop_at - 1 - 3, None  # but for those of the unmerged model
     passes.clear()
     calibration = calibrate(model, loader, target, notes=notes, progress=False)
     resumed = len(passes)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from atm_triton import ops
-from atm_triton.block import ATMBlock, Step
+from atm_triton.block import ATMBlock, Planned, Step
 from atm_triton.calibration.costs import Costs
 from atm_triton.calibration.meter import Mean, Measured, Meter, together
 from atm_triton.config import ATMConfig
@@ -68,23 +68,23 @@ class Fitted(NamedTuple):
 class FittingBlock(ATMBlock):
     """A block that attends to all batches before any of them merges."""
 
-    attended: list[tuple[Tensor, Any]]
+    held: list[tuple[Tensor, Any]]
 
     def similarities(self, tokens: Packed) -> Tensor:
         """Attend, and return the similarities of the candidates [B Na] to their partners, on the host."""
         x = tokens.images.shaped(tokens.x)
-        out, (found, _) = super().called_attn(self.norm1(x), self.attend, tokens, True)
-        self.attended.append((out, found))
-        return found.similarity[found.partner >= 0].float().cpu()
+        out, plan = super().called_attn(self.norm1(x), self.attend, tokens, True)
+        self.held.append((out, plan.found))
+        return plan.found.similarity[plan.found.partner >= 0].float().cpu()
 
     def called_attn(self, y: Tensor, by: Any, *given: Any) -> tuple[Tensor, Any]:
-        if not self.attended:
+        if not self.held:
             return super().called_attn(y, by, *given)
-        out, found = self.attended.pop(0)
+        out, found = self.held.pop(0)
         if self.theta is None:
-            return out, (None, None)
+            return out, None
         counts = count(found.similarity, self.theta, given[0].images)
-        return out, (found._replace(counts=counts, theta=self.theta), ops.to_host(counts))
+        return out, Planned(found._replace(counts=counts, theta=self.theta), ops.to_host(counts))
 
 
 class State(NamedTuple):
@@ -157,7 +157,7 @@ class Fitting:
     def _install(self, config: ATMConfig) -> list[FittingBlock]:
         def fitting(block: nn.Module, index: int) -> FittingBlock:
             made = FittingBlock.of(block, config, index, self.depth, self._model.num_prefix_tokens)
-            made.attended = []
+            made.held = []
             return made
 
         return list(install(self._model, fitting, config).blocks)
