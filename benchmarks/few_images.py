@@ -81,6 +81,23 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             yield {"calibration": f"{size} images, set {number}", "goal": goal, **about}
 
 
+def table(result: dict[str, Any]) -> str:
+    """Each goal: the earlier calibration, and those from few images beside it."""
+    lines = [
+        f"| goal, GFLOPs | calibrated on | passes | seconds | GFLOPs of {result['test']} test images | KL there "
+        "| KL at the cost of the earlier one |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        effort = f"{row['passes']:,} | {row['seconds']:.0f}" if "passes" in row else " | "
+        same = f"{row['at_cost']['kl']:.1e} ± {row['at_cost']['kl_se']:.0e}" if "at_cost" in row else ""
+        kl = f"{row['as_is']['kl']:.1e} ± {row['as_is']['kl_se']:.0e}"
+        lines.append(
+            f"| {row['goal']:.4f} | {row['calibration']} | {effort} | {row['as_is']['gflops']:.4f} | {kl} | {same} |"
+        )
+    return "\n".join(lines)
+
+
 def run(args: argparse.Namespace) -> None:
     if min(args.images, args.test, args.sets) < 1:
         raise ValueError("--images, --test and --sets want 1 or more")

@@ -231,6 +231,6 @@ def ranked(found: list[Fitted], goal: float) -> list[Fitted]:
 
 def expected(costs: Costs, images: dict[str, int]) -> float:
     """How many images go through the model, roughly."""
-    alone = len(LEVELS) * costs.merging / 2
-    fits = alone + 2 * (len(CURVES) + 2) + 0.8 * sum(plans * steps for plans, steps in STEPS) + 4
-    return fits * images["fit"] + (len(STEPS) + 4) * images["choose"] + 2 * sum(images.values())
+    fits = 5 + 0.55 * len(LEVELS) * costs.merging + 3 * (len(CURVES) + 2) + 0.8 * sum(n * steps for n, steps in STEPS)
+    seen = sum(images[part] for part in SEEN)
+    return fits * images["fit"] + (len(STEPS) + 4) * images["choose"] + 3 * seen + 2 * sum(images.values())
