@@ -71,4 +71,4 @@ class Costs:
             middle = (low + high) / 2
             dearer = self.of(self.within([r * 2**middle for r in counts])) > goal
             low, high = (middle, high) if dearer else (low, middle)
-        return self.within([r * 2**high for r in counts])
+        return tuple(r * 2**high for r in counts)

@@ -138,7 +138,7 @@ class Fitting:
         if self.adapt != "static":
             thresholds = plan.thresholds or (None,) * self.costs.merging
             return ATMConfig(thresholds=(*thresholds, *[None] * rest), **fields)
-        whole = [round(total) for total in accumulate(self.costs.within(plan.counts), initial=0)]
+        whole = [round(total) for total in accumulate(plan.counts, initial=0)]
         return ATMConfig(schedule=(*(after - before for before, after in pairwise(whole)), *[0] * rest), **fields)
 
     @torch.inference_mode()

@@ -47,11 +47,11 @@ class Search:
 
     def run(self, goal: float) -> Fitted:
         """The plan that changes least at a cost of ``goal``, fitted to the images that the search may see."""
-        starts = self.starts(goal)
-        beam, last = list(starts), starts[:1]
+        beam = self.starts(goal)
+        last = beam[:2]
         for kept, steps in STEPS:
-            beam = [self.climbed(found, steps, goal) for found in ranked(beam, goal)[:kept]]
-            last += [ranked(beam, goal)[0]]
+            beam = ranked([self.climbed(found, steps, goal) for found in beam[:kept]], goal)
+            last.append(beam[0])
         last += self.grouped(last[-1], goal)
         judged = {found.config: found for found in last}.values()
         means = [self.fitting.meter.mean(found.config, ("choose",)) for found in judged]
@@ -60,7 +60,7 @@ class Search:
         return self.settled(chosen.plan, goal, SEEN)
 
     def starts(self, goal: float) -> list[Fitted]:
-        """The plans to begin with, the best first."""
+        """The plans to begin with: the best of each family, then the others, the best first."""
         counts = self.allotted(goal)
         found = [self.settled(self.plan(counts), goal)]
         if self.most == self.costs.merging:
@@ -72,7 +72,9 @@ class Search:
                 f"nothing costs {goal:.4g} GFLOPs nearly enough: what merges changes in steps, as where images are "
                 "alike or have few tokens; take another target, or more and other images"
             )
-        return ranked(found, goal)
+        found = ranked(found, goal)
+        best = {start.plan.family: start for start in reversed(found)}.values()
+        return [*(start for start in found if start in best), *(start for start in found if start not in best)]
 
     def settled(self, plan: Plan, goal: float, parts: tuple[str, ...] = ("fit",), tries: int = 4) -> Fitted:
         """A plan, scaled until it costs ``goal`` on parts of the images, or as nearly as in so many tries."""
