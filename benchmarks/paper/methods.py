@@ -118,7 +118,7 @@ def fitted(subject: Subject, goal: float, within: float) -> Way | None:
         thresholds = DToMe.fitted(subject.model, subject.loader, r).thresholds
         return of_baseline("dtome", own_count=True, thresholds=thresholds)
 
-    every_r = range(1, subject.predictor.N)
+    every_r = range(1, subject.costs.N)
     ways = [Way({"r": r}, lambda model, r=r: of_r(r).patch(model), own_count=True) for r in every_r]
     found = nearest(subject, ways, goal, within)
     return None if found is None else of_r(found.settings["r"])
