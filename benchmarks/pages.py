@@ -16,12 +16,14 @@ from benchmarks.bench import RESULTS
 from benchmarks.gpu.models import DIGITS, NAMES
 from benchmarks.paper import flops, table1, table2
 from benchmarks.paper.cells import saved
+from benchmarks.photos import ideas, unmerge
+from benchmarks.photos import report as photographs
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-ACCURACY, BACKBONES, CALIBRATION, ENGINE, EXPERIMENTS, KERNELS, PERFORMANCE = (
+ACCURACY, BACKBONES, CALIBRATION, ENGINE, EXPERIMENTS, KERNELS, PERFORMANCE, PHOTOS = (
     ROOT / f"docs/{page}.md"
-    for page in ("accuracy", "backbones", "calibration", "engine", "experiments", "kernels", "performance")
+    for page in ("accuracy", "backbones", "calibration", "engine", "experiments", "kernels", "performance", "photos")
 )
 WORKS_WITH = ROOT / "docs/works-with.md"
 AT = 0.5  # the share of FLOPs saved at which methods are compared
@@ -417,6 +419,11 @@ TABLES = {  # of each page, from files
         "training": (training_table, ("h200_training.json",)),
         "since": (since_the_first, ("h200_first.json", "h200_engine.json")),
         "throughput": (throughput_table, ("cpu_bench.json", "cpu_bench_image.json", "cpu_bench_single.json")),
+    },
+    PHOTOS: {
+        "photos": (photographs.table, ("photos.json",)),
+        "unmerge": (unmerge.table, ("photos_unmerge.json",)),
+        "ideas": (ideas.table, ("photos_ideas.json",)),
     },
     WORKS_WITH: {"works-with": (integration.table, ("integration.json",))},
 }

@@ -34,15 +34,15 @@ def page(directory: Path) -> str:
 
 
 def section(path: Path) -> str:
-    """A file's title, where it comes from, its table and its plot, as far as it has them."""
+    """A file's title, where it comes from, its table, its plot and its pictures, as far as it has them."""
     try:
         document = json.loads(path.read_text())
         made = document["environment"]
         lines = [f"## {_title(path)}", f"`{path.name}`: {_made(made)}", *_table(path, document)]
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, StopIteration) as error:
         raise ValueError(f"{path}: is no result of this version ({error!r}); make it anew") from error
-    plot = path.with_suffix(".png")
-    return "\n\n".join([*lines, f"![{path.stem}]({plot.name})"] if plot.exists() else lines)
+    plots = (path.with_name(f"{path.stem}{what}.png") for what in ("", "_pictures"))
+    return "\n\n".join([*lines, *(f"![{plot.stem}]({plot.name})" for plot in plots if plot.exists())])
 
 
 def _made(made: dict[str, Any]) -> str:

@@ -426,18 +426,36 @@ def test_an_experiment_runs_on_directories(name, imagenet, narrow, monkeypatch, 
     assert "left out: imagenet/val/n00000250/image.jpg" in capsys.readouterr().out.splitlines()[-1]
 
 
-def test_a_table_of_classes_refuses_a_model_without(imagenet, monkeypatch, tmp_path, capsys):
-    monkeypatch.chdir(imagenet)
-    shape = {"embed_dim": 24, "num_heads": 1, "num_classes": 0}
-    save_file(timm.create_model("deit_tiny_patch16_224", **shape).state_dict(), "headless.safetensors")
+def headless(directory, classes):
+    """Options of a model with so many classes, and of images."""
+    shape = {"embed_dim": 24, "num_heads": 1, "num_classes": classes}
+    save_file(timm.create_model("deit_tiny_patch16_224", **shape).state_dict(), directory / "other.safetensors")
     named = ["--model", "deit_tiny_patch16_224", "--model-kwargs", *(f"{key}={value}" for key, value in shape.items())]
-    reading = ["--checkpoint", "headless.safetensors", "--data", "imagenet/val", "--limit", "4", "--workers", "0"]
-    assert paper.main(["table3", *named, *reading, *CONFIG_FILE, "--out", str(tmp_path)]) == 2
+    reading = ["--checkpoint", str(directory / "other.safetensors"), "--data", "imagenet/val", "--limit", "4"]
+    return [*named, *reading, "--workers", "0"]
+
+
+@pytest.mark.parametrize("name", ["table3", "figure5", "figure6"])
+def test_a_model_without_a_head_is_compared_by_its_features(name, imagenet, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(imagenet)
+    monkeypatch.setattr(figure5, "DRAWS", 2)
+    options = CONFIG_FILE if name == "table3" else [*CHOOSE, "--shares", "0.3"]
+    assert paper.main([name, *headless(tmp_path, 0), *options, "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / f"deit_tiny_patch16_224_{name}.json").read_text())
+    distances = [row["overall"]["distance"] for row in found["rows"] if "overall" in row]
+    assert distances and all(distance > 0 for distance in distances)
+    if name != "figure6":  # whose table has no change
+        assert f"distance {distances[0]:.2e}"[:14] in capsys.readouterr().out
+
+
+def test_a_table_of_classes_refuses_a_head_of_labels(imagenet, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(imagenet)
+    results = tmp_path / "results"
+    results.mkdir()
+    assert paper.main(["table3", *headless(tmp_path, 1), *CONFIG_FILE, "--out", str(results)]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert (
-        "what is measured here is of classes, and this model has the pooled feature, by the cosine; atm-triton" in error
-    )
-    assert not list(tmp_path.iterdir())
+    assert "what is measured here is of classes or features; atm-triton eval has logits of labels" in error
+    assert not list(results.iterdir())
 
 
 def test_the_other_line_for_imagenet_in_docs(imagenet, monkeypatch, capsys):

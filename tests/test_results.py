@@ -182,3 +182,21 @@ def test_costs_of_the_papers_models_are_the_papers():
     for row in found["tome_on_deit_s"]:
         assert round(row["gmacs"], 3) == row["expected_gmacs"]
     assert [row["tokens"] for row in found["tome_on_vit_l_384"]] == [377, 177, 27, 8]
+
+
+def test_what_is_said_of_photographs():
+    rows = {(row["method"], row["share"]): row for row in result("photos.json")["rows"]}
+    tome, own = rows["tome", 0.1], rows["threshold, image", 0.1]
+    assert own["gflops"] < tome["gflops"]
+    assert all(own[name]["mean"] < tome[name]["mean"] for name in ("class_token", "patch_tokens", "saliency"))
+    curves = [row for (method, _), row in rows.items() if method.startswith("atm, curve") and "settings" in row]
+    assert len(curves) == 8 and {row["images"] for row in curves} == {48}
+    unmerged = {(row["method"], row["share"], row["unmerge"]): row for row in result("photos_unmerge.json")["rows"]}
+    for (method, share, way), row in unmerged.items():
+        nearest, after = unmerged[method, share, "nearest"]["patch_tokens"]["mean"], row["patch_tokens"]["mean"]
+        assert way == "nearest" or 0.86 < after / nearest < 1
+    ideas = {(row["idea"], row["r"]): row for row in result("photos_ideas.json")["rows"]}
+    for r in (8, 16):
+        assert (
+            ideas["no log n in attention", r]["patch_tokens"]["mean"] > 2 * ideas["as ToMe", r]["patch_tokens"]["mean"]
+        )

@@ -15,6 +15,13 @@ def drop(row: dict[str, Any]) -> str:
     return f"{quality['top1']:.2f} % ({quality['top1'] - quality['top1_unpatched']:+.2f} ± {row['top1_drop_se']:.2f})"
 
 
+def changed(quality: dict[str, Any], digits: int = 1) -> list[str]:
+    """Agreement and KL; of a model without a head, which has neither, the distance of its features."""
+    if quality["kl"] is None:
+        return ["-", f"distance {quality['distance']:.{digits}e}"]
+    return [f"{quality['agreement']:.2f} %", f"{quality['kl']:.{digits}e}"]
+
+
 def saved(row: dict[str, Any]) -> str:
     """The share of GFLOPs saved, and with a last block that computes all its tokens."""
     whole = row["gflops_unpatched"]

@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from benchmarks.paper.cells import about, markdown, percent
+from benchmarks.paper.cells import about, changed, markdown, percent
 from benchmarks.paper.methods import STYLES, measured_at
 from benchmarks.paper.rows import Rows
 from benchmarks.paper.subject import Subject, check_shares, shares
@@ -21,6 +21,7 @@ PANELS = (
     ("top1", "top-1, %"),
     ("agreement", "agreement with the unpatched model, %"),
     ("kl", "KL(unpatched || merged), nats"),
+    ("distance", "1 - cosine of the features"),
 )
 
 
@@ -41,7 +42,7 @@ def measure(subject: Subject, rows: Rows, args: argparse.Namespace) -> None:
 
 
 def table(result: dict[str, Any]) -> str:
-    """In Markdown: top-1 and KL at each share."""
+    """In Markdown: top-1 and KL at each share, or the distance of features."""
     at = sorted({row["share"] for row in result["rows"]})
     names = list(dict.fromkeys(row["method"] for row in result["rows"]))
     by_key = {(row["method"], row["share"]): row for row in result["rows"]}
@@ -56,7 +57,7 @@ def _cell(row: dict[str, Any] | None) -> str:
         return row["missing"]
     quality, whole = row["overall"], row["gflops_unpatched"]
     saved, without = (100 * (1 - cost / whole) for cost in (quality["gflops"], row["gflops_all_tokens_last"]))
-    return f"{percent(quality['top1'])}, {quality['kl']:.1e} (-{saved:.1f} %; all tokens last -{without:.1f} %)"
+    return f"{percent(quality['top1'])}, {changed(quality)[1]} (-{saved:.1f} %; all tokens last -{without:.1f} %)"
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
@@ -65,20 +66,22 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
 
 def draw(rows: list[dict[str, Any]], styles: dict[str, str], path: Path) -> None:
-    """A line for each method in each of :data:`PANELS`."""
+    """A line for each method in each of :data:`PANELS` that a row has."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13.5, 3.8), layout="constrained")
-    panels = figure.subplots(1, 3)
-    for panel, (name, label) in zip(panels, PANELS, strict=True):
+    measured = [row["overall"] for row in rows if "overall" in row]
+    shown = [(name, label) for name, label in PANELS if any(quality.get(name) is not None for quality in measured)]
+    figure = Figure(figsize=(4.5 * max(len(shown), 1), 3.8), layout="constrained")
+    panels = figure.subplots(1, max(len(shown), 1), squeeze=False)[0]
+    for panel, (name, label) in zip(panels, shown, strict=False):
         for method, style in styles.items():
             of_method = [row["overall"] for row in rows if row["method"] == method and "overall" in row]
             of_method.sort(key=lambda quality: quality["gflops"])
-            if of_method and all(quality[name] is not None for quality in of_method):
+            if of_method and all(quality.get(name) is not None for quality in of_method):
                 at = [quality["gflops"] for quality in of_method]
                 panel.plot(at, [q[name] for q in of_method], style, label=method, markersize=4)
         panel.set_xlabel("GFLOPs an image")
         panel.set_ylabel(label)
-    panels[2].set_yscale("log")
-    figure.legend(*panels[2].get_legend_handles_labels(), fontsize=7, loc="outside right center")
+    panels[-1].set_yscale("log")
+    figure.legend(*panels[-1].get_legend_handles_labels(), fontsize=7, loc="outside right center")
     figure.savefig(path, dpi=150)

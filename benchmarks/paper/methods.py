@@ -16,6 +16,7 @@ from timm.models.vision_transformer import VisionTransformer
 from atm_triton import ATMConfig, apply_patch
 from atm_triton.calibration.errors import UnreachableError
 from atm_triton.calibration.fitting import Plan
+from atm_triton.flops import cost, unmerged
 from atm_triton.measure.evaluate import Patch, share
 from atm_triton.summary import summary
 from benchmarks.baselines import baseline
@@ -55,8 +56,8 @@ class Way:
     own_count: bool = False
 
 
-def of_baseline(name: str, *, own_count: bool = False, **settings: Any) -> Way:
-    return Way(settings, baseline(name, cls_only_last=True, **settings).apply, own_count)
+def of_baseline(name: str, *, own_count: bool = False, cls_only_last: bool = True, **settings: Any) -> Way:
+    return Way(settings, baseline(name, cls_only_last=cls_only_last, **settings).apply, own_count)
 
 
 def of_config(config: ATMConfig) -> Way:
@@ -71,7 +72,8 @@ def nearest(subject: Subject, ways: Sequence[Way], goal: float, within: float = 
         middle = (first + last) // 2
         first, last = (middle, last) if counted(subject, ways[middle]) > goal else (first, middle)
     off, way = min(((abs(counted(subject, way) - goal), way) for way in (ways[first], ways[last])), key=lambda p: p[0])
-    return way if off <= within * subject.costs.unmerged else None
+    whole = cost(subject.model, unmerged(subject.model, tuple(subject.image().shape[1:]))).paper_gflops
+    return way if off <= within * whole else None
 
 
 @torch.inference_mode()
@@ -97,6 +99,30 @@ def constant_threshold(subject: Subject, adapt: str, goal: float) -> Way | None:
     plan = Plan((), (0.9,) * subject.costs.merging, subject.depth, subject.proportional)
     found = subject.at_cost(plan, adapt, goal)
     return None if found is None else of_baseline("threshold", theta=found.thresholds[0], adapt=adapt)
+
+
+def published(depth: int, N: int, cls_only_last: bool = True) -> dict[str, list[Way]]:
+    """The methods whose cost hangs on shapes alone, each with its settings from the dearest to the cheapest, for a
+    model of ``depth`` blocks and N tokens."""
+    ratios, rates = ([1 - step / steps for step in range(1, last)] for steps, last in ((400, 201), (200, 200)))
+    quarters = sorted({depth * quarter // 4 for quarter in (1, 2, 3)})  # of twelve blocks 3, 6, 9, as published
+    in_quarters, spread = {"blocks": quarters}, sorted({depth * block // 12 for block in (0, 2, 5, 8, 10)})
+    settings = {
+        "tome": ("tome", [{"r": r} for r in range(1, N)]),
+        "tome, rising": ("tome", [{"r": (r, 1.0)} for r in range(1, N)]),
+        "tome, falling": ("tome", [{"r": (r, -1.0)} for r in range(1, N)]),
+        "evit, fused": ("evit", [{"keep_rate": rate, **in_quarters} for rate in rates]),
+        "evit": ("evit", [{"keep_rate": rate, **in_quarters, "fuse_token": False} for rate in rates]),
+        "mctf": ("mctf", [{"r": r} for r in range(1, N)]),
+        "mctf, fast": ("mctf", [{"r": 1 - ratio, **in_quarters} for ratio in ratios]),
+        "pitome": ("pitome", [{"ratio": ratio} for ratio in ratios]),
+        "zero_tprune": ("zero_tprune", [{"keep_rate": rate, "blocks": spread} for rate in (1.0, *rates)]),
+        "tofu": ("tofu", [{"r": r} for r in range(1, N)]),
+    }
+    return {
+        method: [of_baseline(name, cls_only_last=cls_only_last, **one) for one in ways]
+        for method, (name, ways) in settings.items()
+    }
 
 
 def sampling(subject: Subject, goal: float, within: float) -> Way | None:
@@ -131,24 +157,9 @@ def at_cost(subject: Subject, method: str, goal: float, within: float = NEAR) ->
     Raises:
         UnreachableError: the model has nothing that the method goes by.
     """
-    every_r = range(1, subject.costs.N)
-    ratios, rates = ([1 - step / steps for step in range(1, last)] for steps, last in ((400, 201), (200, 200)))
-    quarters = sorted({subject.depth * quarter // 4 for quarter in (1, 2, 3)})  # of twelve blocks 3, 6, 9, as published
-    spread = sorted({subject.depth * block // 12 for block in (0, 2, 5, 8, 10)})
-    candidates: dict[str, Callable[[], list[Way]]] = {
-        "tome": lambda: [of_baseline("tome", r=r) for r in every_r],
-        "tome, rising": lambda: [of_baseline("tome", r=(r, 1.0)) for r in every_r],
-        "tome, falling": lambda: [of_baseline("tome", r=(r, -1.0)) for r in every_r],
-        "evit, fused": lambda: [of_baseline("evit", keep_rate=rate, blocks=quarters) for rate in rates],
-        "evit": lambda: [of_baseline("evit", keep_rate=rate, blocks=quarters, fuse_token=False) for rate in rates],
-        "mctf": lambda: [of_baseline("mctf", r=r) for r in every_r],
-        "mctf, fast": lambda: [of_baseline("mctf", r=1 - ratio, blocks=quarters) for ratio in ratios],
-        "pitome": lambda: [of_baseline("pitome", ratio=ratio) for ratio in ratios],
-        "zero_tprune": lambda: [of_baseline("zero_tprune", keep_rate=rate, blocks=spread) for rate in (1.0, *rates)],
-        "tofu": lambda: [of_baseline("tofu", r=r) for r in every_r],
-    }
+    candidates = published(subject.depth, subject.costs.N)
     if method in candidates:
-        return nearest(subject, candidates[method](), goal, within)
+        return nearest(subject, candidates[method], goal, within)
     name, _, adapt = method.partition(", ")
     if name in ("ats", "dtome"):
         return {"ats": sampling, "dtome": fitted}[name](subject, goal, within)

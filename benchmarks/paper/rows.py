@@ -21,16 +21,17 @@ class Rows:
         settings: what all rows have in common; a file of others is not gone on with, and not replaced but where
             FREE alone differ.
         resume: whether the rows that PATH.partial holds, or else the file, are kept.
+        same: of the environment, what all rows share.
 
     Raises:
         ValueError: to resume a file of other settings, or another commit, or no result at all; to begin anew where one
             of other settings lies, or what an interrupted run has left.
     """
 
-    def __init__(self, path: Path, settings: dict[str, Any], resume: bool) -> None:
+    def __init__(self, path: Path, settings: dict[str, Any], resume: bool, same: tuple[str, ...] = SAME) -> None:
         self.path, self.partial = path, path.with_name(f"{path.name}.partial")
         own = environment()
-        self.settings = json.loads(json.dumps(settings | {name: own[name] for name in SAME}))
+        self.settings = json.loads(json.dumps(settings | {name: own[name] for name in same}))
         self.rows, self._broken = [], set()
         self.broken: Callable[[], set[str]] = set  # paths of images that could not be read
         held = next((file for file in (self.partial, path) if file.exists()), None)

@@ -11,7 +11,7 @@ import math
 from functools import partial
 from typing import Any
 
-from benchmarks.paper.cells import about, drop, markdown, saved
+from benchmarks.paper.cells import about, changed, drop, markdown, saved
 from benchmarks.paper.methods import STYLES, at_cost, measured_at
 from benchmarks.paper.rows import Rows
 from benchmarks.paper.subject import Subject, options
@@ -76,6 +76,5 @@ def table(result: dict[str, Any]) -> str:
             body.append([method, _none(method, result), *[""] * 4])
             continue
         quality = row["overall"]
-        figures = [f"{quality['agreement']:.2f} %", f"{quality['kl']:.1e}"]
-        body.append([method, f"{quality['gflops']:.3f}", saved(row), drop(row), *figures])
+        body.append([method, f"{quality['gflops']:.3f}", saved(row), drop(row), *changed(quality)])
     return markdown(head, body)

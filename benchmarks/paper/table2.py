@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from benchmarks.paper.cells import about, drop, markdown, saved
+from benchmarks.paper.cells import about, changed, drop, markdown, saved
 from benchmarks.paper.figure4 import measure, settings
 from benchmarks.paper.subject import shares
 
@@ -26,6 +26,5 @@ def table(result: dict[str, Any]) -> str:
             body.append([*first, row["missing"], *[""] * 4])
             continue
         quality = row["overall"]
-        figures = [f"{quality['agreement']:.2f} %", f"{quality['kl']:.1e}"]
-        body.append([*first, f"{quality['gflops']:.3f}", saved(row), drop(row), *figures])
+        body.append([*first, f"{quality['gflops']:.3f}", saved(row), drop(row), *changed(quality)])
     return markdown(head, body)

@@ -7,7 +7,7 @@ import argparse
 from dataclasses import replace
 from typing import Any
 
-from benchmarks.paper.cells import about, drop, markdown, saved
+from benchmarks.paper.cells import about, changed, drop, markdown, saved
 from benchmarks.paper.methods import measured, of_config
 from benchmarks.paper.rows import Rows
 from benchmarks.paper.subject import Subject, options
@@ -40,6 +40,6 @@ def table(result: dict[str, Any]) -> str:
     body = []
     for row in result["rows"]:
         quality = row["overall"]
-        figures = [f"{quality['gflops']:.4f}", saved(row), drop(row), f"{quality['agreement']:.2f} %"]
-        body.append([str(row["split_depth"]), row["adapt"], *figures, f"{quality['kl']:.2e}"])
+        figures = [f"{quality['gflops']:.4f}", saved(row), drop(row)]
+        body.append([str(row["split_depth"]), row["adapt"], *figures, *changed(quality, digits=2)])
     return markdown(head, body)

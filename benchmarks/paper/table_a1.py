@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from atm_triton import ATMConfig
-from benchmarks.paper.cells import about, drop, markdown, saved
+from benchmarks.paper.cells import about, changed, drop, markdown, saved
 from benchmarks.paper.rows import Rows
 from benchmarks.paper.subject import Subject, options
 
@@ -57,6 +57,6 @@ def table(result: dict[str, Any]) -> str:
             body.append([*first, row["missing"], *[""] * 4])
             continue
         quality = row["overall"]
-        figures = [f"{quality['gflops']:.4f}", saved(row), drop(row), f"{quality['agreement']:.2f} %"]
-        body.append([*first, *figures, f"{quality['kl']:.2e}"])
+        figures = [f"{quality['gflops']:.4f}", saved(row), drop(row)]
+        body.append([*first, *figures, *changed(quality, digits=2)])
     return markdown(head, body)

@@ -1,0 +1,131 @@
+"""What is compared: what the model tells of photographs, with and without merging, and what it costs.
+
+Distances are 1 - cosine between the merged and the unmerged model's: of the class token, and of the patch tokens
+(unmerged; the mean of an image). Saliency is what the decoder makes of the patch tokens; its error is the mean absolute
+difference of two maps. The last block serves all tokens.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from atm_triton.flops import cost, cost_of_each, unmerged
+from atm_triton.measure.evaluate import share
+from benchmarks.paper.methods import Way
+from benchmarks.photos.weights import Decoder, read
+
+TO_SCALE = 32  # images that tell what thresholds cost
+MEASURES = ("class_token", "patch_tokens", "saliency")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of n images, float64 [n]: GFLOPs, distances and error; ``tokens``: the mean that enter each block. Without
+    ``patch_tokens`` and ``saliency`` where some patches have no token any more."""
+
+    gflops: Tensor
+    tokens: list[float]
+    class_token: Tensor
+    patch_tokens: Tensor | None
+    saliency: Tensor | None
+
+    def to_dict(self, photos: Tensor) -> dict[str, Any]:
+        """Means, standard errors and the worst image. ``photos`` [n]: the photograph that each image is a part of."""
+        found = {"images": len(photos), "gflops": self.gflops.mean().item(), "tokens": self.tokens}
+        for name in MEASURES:
+            values = getattr(self, name)
+            found[name] = None if values is None else told(values, photos)
+        return found
+
+
+def told(values: Tensor, photos: Tensor) -> dict[str, Any]:
+    """Mean, worst, and the standard error of the mean: from the means of the photographs, since what is cut from one
+    photograph is alike. None of one photograph. With the mean of each photograph where one has several images."""
+    of_each = torch.stack([values[photos == photo].mean() for photo in photos.unique()])
+    error = (of_each.std() / len(of_each) ** 0.5).item() if len(of_each) > 1 else None
+    found = {"mean": values.mean().item(), "se": error, "worst": values.max().item()}
+    return found if len(of_each) == len(values) else {**found, "of_photos": of_each.tolist()}
+
+
+class Photos:
+    """A model with its decoder, images [n, C, H, W] to choose settings by, and others to judge by; ``photos`` [n]: the
+    photograph that each of these is a part of."""
+
+    def __init__(
+        self, model: VisionTransformer, decoder: Decoder, chosen_by: Tensor, test: Tensor, photos: Tensor, batch: int
+    ) -> None:
+        self.model, self.decoder, self.batch = model, decoder, batch
+        self.chosen_by, self.test, self.photos = chosen_by, test, photos
+        record = unmerged(model, tuple(test.shape[1:]))
+        self.whole, self.N, self.depth = cost(model, record).paper_gflops, record.tokens[0], len(model.blocks)
+        self.costs: dict[Any, float] = {}  # GFLOPs that thresholds were found to have
+
+    def image(self) -> Tensor:
+        """One image [1, C, H, W], to count by."""
+        return self.chosen_by[:1]
+
+    def goal(self, saved: float) -> float:
+        """GFLOPs that save this share."""
+        return (1 - saved) * self.whole
+
+    @cached_property
+    def base(self) -> list[tuple[Tensor, ...]]:
+        return [read(self.model, self.decoder, images) for images in self.test.split(self.batch)]
+
+    @torch.inference_mode()
+    def gflops(self, way: Way) -> float:
+        """Of an image, the mean of the first of those to choose by."""
+        model = way.patch(share(self.model))
+        return torch.cat([_cost(model, images) for images in self.chosen_by[:TO_SCALE].split(self.batch)]).mean().item()
+
+    def outcome(self, way: Way, has_patches: bool = True) -> Outcome:
+        """On the images to judge by. ``has_patches``: whether the method leaves a token for every patch."""
+        return self.outcome_of(way.patch(share(self.model)), has_patches)
+
+    @torch.inference_mode()
+    def outcome_of(self, model: VisionTransformer, has_patches: bool = True) -> Outcome:
+        """Of a patched model.
+
+        Raises:
+            ValueError: it drops tokens, and ``has_patches`` says that it does not.
+        """
+        trace = model.traces(self.image())[-1]
+        if has_patches and trace is not None and (trace < 0).any():
+            raise ValueError(f"{model.blocks.config.source} drops tokens: those patches have no features to compare")
+        rows, tokens = [], []
+        for images, before in zip(self.test.split(self.batch), self.base, strict=True):
+            rows.append((*_compared(before, read(model, self.decoder, images)), _cost_of_last(model, len(images))))
+            tokens.append([_each(n, len(images)) for n in model.blocks.last.tokens])
+        of_class, of_patches, of_saliency, gflops = (torch.cat(column) for column in zip(*rows, strict=True))
+        means = [torch.cat(column).mean().item() for column in zip(*tokens, strict=True)]
+        return Outcome(gflops, means, of_class, *((of_patches, of_saliency) if has_patches else (None, None)))
+
+
+def distance(before: Tensor, after: Tensor) -> Tensor:
+    """1 - cosine, float64; of near vectors from their difference, which loses no digits."""
+    before, after = F.normalize(before.double(), dim=-1), F.normalize(after.double(), dim=-1)
+    return (before - after).square().sum(-1) / 2
+
+
+def _compared(before: tuple[Tensor, ...], after: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    of_patches = distance(before[1], after[1]).mean(1)
+    return distance(before[0], after[0]), of_patches, (before[2] - after[2]).double().abs().mean((1, 2))
+
+
+def _cost(model: VisionTransformer, images: Tensor) -> Tensor:
+    model.forward_features(images)
+    return _cost_of_last(model, len(images))
+
+
+def _cost_of_last(model: VisionTransformer, images: int) -> Tensor:
+    """GFLOPs of each image of the last pass."""
+    return _each(cost_of_each(model, model.blocks.last).paper_gflops, images)
+
+
+def _each(number: Any, images: int) -> Tensor:
+    return torch.as_tensor(number).double().expand(images)

@@ -1,0 +1,172 @@
+"""``python -m benchmarks.photos.ideas``: what other ways to match tokens are worth, at the same counts in every block.
+
+Each of them merges r tokens of every block in every image, so that cost and counts are equal and the matching alone
+differs. They are written for this comparison, on the reference.
+"""
+
+import argparse
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import geometric_mean
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from atm_triton.cli.command import Parser, exit_code
+from atm_triton.measure.provenance import check_file
+from benchmarks.baselines.base import Baseline, Plan, ReducingBlock, places, sums
+from benchmarks.bench import RESULTS
+from benchmarks.paper.cells import markdown
+from benchmarks.paper.methods import Way
+from benchmarks.paper.rows import Rows
+from benchmarks.photos import __main__ as photographs
+from benchmarks.photos.compare import MEASURES, Photos
+
+
+@dataclass(frozen=True)
+class Matching(Baseline):
+    """r tokens of every block join the most similar token of the other group.
+
+    Args:
+        of: what is compared: "keys", the block's input "tokens", or "both", the mean of the two cosines.
+        groups: "alternate", even and odd positions; or "drawn", halves of chance, others in every block.
+        order: of the tokens that are left: by "groups", as ToMe, or by "positions".
+        by: which merge first: by the cosine "distance" alone; times n m / (n + m) of the pair's "sizes" (Theorem 1); or
+            times the "class" token's attention to the one that joins.
+        rounds: 2: every second block merges 2 r, half of them among what the first half has left.
+    """
+
+    r: int = 8
+    of: str = "keys"
+    groups: str = "alternate"
+    order: str = "groups"
+    by: str = "distance"
+    rounds: int = 1
+    proportional_attention: ClassVar[bool | None] = True
+
+    def plan(self, block: ReducingBlock, q: Tensor, k: Tensor, tokens: Any) -> Plan | None:
+        if block.index % self.rounds:
+            return None
+        B, _, N, d = k.shape
+        P, x = block.num_prefix_tokens, tokens.images.shaped(tokens.x)
+        attention = (q[:, :, :1] @ k.transpose(-2, -1) * d**-0.5).softmax(-1).mean((1, 2))
+        size = x.new_ones(B, N) if tokens.sizes is None else tokens.images.shaped(tokens.sizes)
+        held = {"keys": k.mean(1), "tokens": x, "attention": attention.unsqueeze(-1), "size": size.unsqueeze(-1)}
+        slots, M = torch.arange(N).expand(B, N), N
+        for number in range(self.rounds):
+            step = self._round(held, P, seed=2 * block.index + number)
+            slots, M = step.slots.gather(1, slots), step.M
+            weight = held["size"]
+            total = sums(weight, step)
+            held = {name: sums(value * weight, step) / total for name, value in held.items()} | {"size": total}
+        return Plan(slots, M)
+
+    def _round(self, held: dict[str, Tensor], P: int, seed: int) -> Plan:
+        B, N = held["size"].shape[:2]
+        free = torch.arange(P, N)
+        if self.groups == "drawn":
+            free = free[torch.randperm(N - P, generator=torch.Generator().manual_seed(seed))]
+        b, a = free[::2], free[1::2]  # positions from P = 1 on: a at even ones, as ToMe
+        r = min(self.r, len(a))
+        cost = self._distance(held, a, b) * self._weight(held, a, b)
+        least, partner = cost.min(2)
+        joins = places(least.argsort(dim=1, stable=True)) < r  # [B, |a|]
+        stays, behind = torch.ones(B, N, dtype=torch.bool), torch.zeros(B, N, dtype=torch.bool)
+        stays[:, a] = ~joins
+        behind[:, b] = self.order == "groups"
+        ahead = stays & ~behind
+        slots = torch.where(behind, ahead.sum(1, keepdim=True) + behind.cumsum(1), ahead.cumsum(1)) - 1
+        slots[:, a] = torch.where(joins, slots[:, b].gather(1, partner), slots[:, a])
+        return Plan(slots, N - r)
+
+    def _distance(self, held: dict[str, Tensor], a: Tensor, b: Tensor) -> Tensor:
+        names = ("keys", "tokens") if self.of == "both" else (self.of,)
+        unit = [F.normalize(held[name], dim=-1) for name in names]
+        return sum(1 - each[:, a] @ each[:, b].transpose(1, 2) for each in unit) / len(unit)
+
+    def _weight(self, held: dict[str, Tensor], a: Tensor, b: Tensor) -> Tensor | float:
+        if self.by == "sizes":
+            n, m = held["size"][:, a], held["size"][:, b].transpose(1, 2)
+            return n * m / (n + m)
+        return held["attention"][:, a] if self.by == "class" else 1.0
+
+
+class WithoutSizes(Matching):
+    """The same, and attention does not know sizes."""
+
+    proportional_attention: ClassVar[bool | None] = False
+
+
+IDEAS = {
+    "as ToMe": Matching(),
+    "no log n in attention": WithoutSizes(),
+    "by tokens": Matching(of="tokens"),
+    "by keys and tokens": Matching(of="both"),
+    "groups drawn anew": Matching(groups="drawn"),
+    "tokens by position": Matching(order="positions"),
+    "weighed by sizes": Matching(by="sizes"),
+    "weighed by class attention": Matching(by="class"),
+    "keys and tokens, drawn": Matching(of="both", groups="drawn"),
+    "drawn, by sizes": Matching(groups="drawn", by="sizes"),
+    "two rounds in every second block": Matching(rounds=2),
+    "keys and tokens, drawn, by sizes": Matching(of="both", groups="drawn", by="sizes"),
+}
+EACH = (8, 16)  # r
+
+
+def measure(photos: Photos, rows: Rows, each: tuple[int, ...]) -> dict[str, Any]:
+    rows.expect(len(IDEAS) * len(each))
+    for r in each:
+        for name, idea in IDEAS.items():
+            way = Way({"r": r}, replace(idea, r=r).apply)
+            rows.add({"idea": name, "r": r}, lambda way=way: photos.outcome(way).to_dict(photos.photos))
+    return rows.finish()
+
+
+def table(result: dict[str, Any]) -> str:
+    """In Markdown; last how many times less class and patch tokens change than as ToMe: the geometric mean of the
+    photographs, of which one may decide the mean of the changes."""
+    head = [
+        "matching",
+        "r",
+        "GFLOPs",
+        "class token",
+        "its worst",
+        "patch tokens",
+        "saliency",
+        "times less than as ToMe",
+    ]
+    rows = {(row["r"], row["idea"]): row for row in result["rows"]}
+    body = []
+    for (r, idea), row in rows.items():
+        cells = [f"{row[name]['mean']:.4f}" for name in MEASURES]
+        less = ", ".join(f"{_less(rows[r, 'as ToMe'], row, name):.2f}" for name in MEASURES[:2])
+        worst = f"{row['class_token']['worst']:.4f}"
+        body.append([idea, str(r), f"{row['gflops']:.2f}", cells[0], worst, *cells[1:], less])
+    return markdown(head, body)
+
+
+def _less(before: dict[str, Any], row: dict[str, Any], name: str) -> float:
+    pairs = zip(before[name]["of_photos"], row[name]["of_photos"], strict=True)
+    return geometric_mean(tome / ours for tome, ours in pairs)
+
+
+def run(args: argparse.Namespace) -> None:
+    check_file("--out", args.out)
+    rows = Rows(args.out, photographs.settings(args), args.resume)
+    print(table(measure(photographs.subject(args), rows, EACH)))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(prog="python -m benchmarks.photos.ideas", description=__doc__.split("\n\n")[0].split(": ")[1])
+    photographs.add_subject(parser)
+    parser.add_argument("--out", type=Path, default=RESULTS / "photos_ideas.json")
+    args = parser.parse_args(argv)
+    return exit_code("benchmarks.photos.ideas", lambda: run(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

