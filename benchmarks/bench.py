@@ -1,5 +1,6 @@
 """A model with images to choose settings by and images to judge by: what several experiments measure on."""
 
+import math
 import random
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -13,21 +14,22 @@ from tqdm import tqdm
 
 from atm_triton import ATMConfig
 from atm_triton.calibration.calibrate import split_images
-from atm_triton.calibration.curves import Drawer, Predictor, Shape
+from atm_triton.calibration.costs import Costs
 from atm_triton.calibration.errors import UnreachableError
-from atm_triton.calibration.meter import Meter, similarities
-from atm_triton.calibration.search import Search, ranked
+from atm_triton.calibration.fitting import Fitted, Fitting, Plan
+from atm_triton.calibration.meter import Meter
+from atm_triton.calibration.search import FAR, SEEN, Search, at_goal, eq1, ranked
 from atm_triton.measure.comparison import Measure, measure_of
 from atm_triton.measure.distributed import own, silent
 from atm_triton.measure.evaluate import Evaluation, Patch, evaluate, unpatched_answers
 from atm_triton.measure.images import open_images
 from atm_triton.measure.models import open_model
 from atm_triton.patch import knows_sizes
-from atm_triton.reference import threshold
 
 RESULTS = Path(__file__).parent / "results"
 BATCH_SIZE = 64
-KEPT, LAST = 12, 4  # curves measured on the hardest images, and on others to choose by
+TRIES = 12  # of scales until a cost is met
+LAST = 4  # curves judged on images that they were not fitted to
 
 
 class Bench:
@@ -67,9 +69,8 @@ class Bench:
         return Meter(self.model, self.parts, {"cls_only_last": True, "backend": "auto"})
 
     @cached_property
-    def predictor(self) -> Predictor:
-        fit = self.parts["fit"]
-        return Predictor(self.model, tuple(fit[0].shape[1:]), similarities(self.model, fit), True)
+    def costs(self) -> Costs:
+        return Costs(self.model, tuple(self.parts["fit"][0].shape[1:]), True)
 
     @property
     def depth(self) -> int:
@@ -82,7 +83,7 @@ class Bench:
 
     def goal(self, share: float) -> float:
         """GFLOPs that save this share of the MACs; they count norms too, which are no MACs."""
-        return (1 - share) * self.predictor.unmerged
+        return (1 - share) * self.costs.unmerged
 
     def outcome(self, how: ATMConfig | Patch, title: str | None = None) -> Evaluation:
         """On the images to judge by."""
@@ -97,30 +98,36 @@ class Bench:
         return {**about, "config": asdict(config), **self.outcome(config).to_dict()}
 
     def search(self, adapt: str) -> Search:
-        return Search(self.meter, self.predictor, adapt, self.proportional, None, 0, tqdm(disable=True))
+        return Search(Fitting(self.meter, self.costs, adapt), self.proportional, None, 0, lambda least: None)
+
+    def at_cost(self, plan: Plan, adapt: str, goal: float) -> ATMConfig | None:
+        """A plan, scaled until the images to choose by cost ``goal``; None if it comes nowhere near."""
+        found = self.search(adapt).settled(plan, goal, SEEN, TRIES)
+        return found.config if abs(found.mean.gflops - goal) <= FAR * self.costs.unmerged else None
 
     def best_curve(self, adapt: str, goal: float, draws: int, split_depth: int | None = None) -> ATMConfig:
-        """Of random curves of the paper the one with the least change; the fewer are left, the more images decide.
-        ``split_depth``: of all of them; None: drawn too."""
-        search = self.search(adapt)
-        drawer = Drawer(self.predictor, adapt, self.proportional, None, random.Random(1), goal)
+        """Of random curves of the paper the one with the least change. ``split_depth``: of all of them; None: drawn
+        too."""
+        search, rng = self.search(adapt), random.Random(1)
         bar = tqdm(range(draws), desc=f"curves, {adapt}", unit="curve", disable=silent(""))
-        drawn = search.sketched((random_curve(drawer, split_depth) for _ in bar), goal)
-        fitted = ranked([search.measured(found[0], goal, found) for _, found in drawn[:KEPT]])
-        if not fitted:
+        drawn = [search.settled(self._random_curve(search, rng, split_depth), goal, tries=TRIES) for _ in bar]
+        near = [found for found in drawn if abs(found.mean.gflops - goal) <= FAR * self.costs.unmerged]
+        if not near:
             raise UnreachableError(f"none of {draws} curves costs {goal:.4g} GFLOPs")
-        best = min((found for _, found in fitted[:LAST]), key=lambda found: search.judged(found, goal))
-        return search.config(search.settled(best, goal))
 
+        def judged(found: Fitted) -> float:
+            return at_goal(self.meter.mean(found.config, ("choose",)), goal)
 
-def random_curve(drawer: Drawer, split_depth: int | None = None) -> Shape:
-    """Eq. 1 with its own parameters drawn, as one would without knowing what they do to this model."""
-    beta, spread = 10 ** drawer.rng.uniform(-5, 0), 10 ** drawer.rng.uniform(0, 2)
+        best = min(ranked(near, goal)[:LAST], key=judged)
+        return search.settled(best.plan, goal, SEEN).config
 
-    def distances(d: float) -> list[float | None]:
-        lowest = max(1 - spread * d, -1.0)
-        return [1 - threshold(block, 1 - d, beta, lowest) for block in range(1, drawer.merging + 1)]
-
-    split = drawer.rng.choice([None, drawer.depth])
-    split = split if split_depth is None else split_depth
-    return drawer.shaped(drawer.meeting(distances), split, "curve")
+    def _random_curve(self, search: Search, rng: random.Random, split_depth: int | None) -> Plan:
+        """Eq. 1 with its own parameters drawn, as one would without knowing what they do to this model; of a given
+        schedule the counts that it gives."""
+        spread, rise = rng.uniform(0, 2), math.exp(rng.uniform(math.log(0.5), math.log(4 * self.costs.merging)))
+        split = rng.choice([None, self.depth]) if split_depth is None else split_depth
+        plan = Plan((), eq1(10 ** rng.uniform(-4, -1), spread, rise, self.costs.merging), split, self.proportional)
+        if search.fitting.adapt != "static":
+            return plan
+        found = Fitting(self.meter, self.costs, "image").run(plan, "fit")
+        return Plan(found.mean.merged[: self.costs.merging], None, split, self.proportional)

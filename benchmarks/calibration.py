@@ -19,8 +19,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from atm_triton import Target, calibrate
-from atm_triton.calibration.curves import Shape
-from atm_triton.calibration.search import MANY
+from atm_triton.calibration.fitting import Plan
+from atm_triton.calibration.search import ranked
 from atm_triton.cli.command import Parser, exit_code
 from atm_triton.measure.distributed import rank, start, stop
 from atm_triton.measure.provenance import check_file, environment, write_result
@@ -47,12 +47,13 @@ def calibrated(bench: Bench, adapt: str, target: Target) -> dict[str, Any]:
 
 def given(bench: Bench, slopes: tuple[float, ...], goal: float) -> dict[str, Any]:
     """Of given r's that rise or fall with depth the best, with alternate grouping as ToMe has it."""
-    search, configs, merging = bench.search("static"), [], bench.predictor.merging
+    search, merging = bench.search("static"), bench.costs.merging
+    ramps = []
     for slope in slopes:
-        weights = (max(1 + slope * (2 * block / (merging - 1) - 1), 0) for block in range(merging))
-        shape = Shape((*weights, None), "static", split_depth=merging + 1)
-        configs.append(search.config((shape, search.foretold(shape, goal))))
-    return bench.judged(min(configs, key=lambda config: bench.meter.mean(config, ("fit",), MANY).change))
+        counts = tuple(max(1 + slope * (2 * block / (merging - 1) - 1), 0) for block in range(merging))
+        counts = bench.costs.scaled(counts, goal)
+        ramps.append(search.fitting.run(Plan(counts, None, bench.depth, bench.proportional), "fit"))
+    return bench.judged(ranked(ramps, goal)[0].config)
 
 
 def cells(shares: list[float]) -> Iterator[dict[str, Any]]:

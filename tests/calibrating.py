@@ -19,9 +19,7 @@ from models import images, vit
 def main(out, adapt, dies=None):
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    search.DRAWS, search.KEPT, search.STEPS, search.FINALISTS = 6, 2, 3, 2
-    search.CURVES, search.BENDS = 1, 2
-    search.FEW, search.SOME, search.MANY = 8, 16, 24  # fewer than there are: one batch, two and three
+    search.LEVELS, search.CURVES, search.STEPS = (1 / 8, 1 / 2), ((0.5, 6.0),), ((2, 2), (1, 2))
     start("cpu")
     if rank() == dies:
         meter.Meter.mean = lambda *_: os._exit(1)

@@ -1,7 +1,6 @@
 """Calibration: what it finds, promises and refuses, and that it goes on where it was interrupted."""
 
 import json
-import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,16 +9,17 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from tqdm import tqdm
 
 from atm_triton import ATMConfig, Target, apply_patch, calibrate
-from atm_triton.calibration import meter, search
+from atm_triton.calibration import calibrate as calibrating
+from atm_triton.calibration import fitting, progress, search
 from atm_triton.calibration.calibrate import Promise, split_images
-from atm_triton.calibration.curves import Drawer, Predictor, Shape
+from atm_triton.calibration.costs import Costs
 from atm_triton.calibration.errors import UnreachableError
-from atm_triton.calibration.meter import Mean, Measured, Meter, hardest, similarities
+from atm_triton.calibration.fitting import Fitting, Plan
+from atm_triton.calibration.meter import Mean, Measured, Meter
 from atm_triton.calibration.resume import Notes
-from atm_triton.calibration.search import Search, smoothest
+from atm_triton.calibration.search import Search
 from atm_triton.cli import main
 from atm_triton.cli.report import calibration_table
 from atm_triton.flops import cost, unmerged
@@ -31,7 +31,7 @@ from atm_triton.measure.models import open_model
 from models import distilled, images, small, vit
 
 SOFTMAX = Measure("softmax")
-SMALL = {"DRAWS": 12, "KEPT": 3, "STEPS": 4, "FINALISTS": 2, "CURVES": 1, "BENDS": 2}
+SMALL = {"LEVELS": (1 / 8, 1 / 2), "CURVES": ((0.0, 1.0),), "STEPS": ((2, 1), (1, 2))}
 
 
 @pytest.fixture(autouse=True)
@@ -129,42 +129,111 @@ def test_few_blocks_merge(adapt, loader, small_search):
     assert 1 <= sum(merging) <= 2
 
 
-def test_the_smoother_of_two_that_tie():
-    smooth = Shape((0.1, 0.2, 0.4, None), "image")
-    rough = Shape((0.1, 0.9, 0.2, None), "image")
-    assert smooth.roughness < 1e-20 < rough.roughness
-    assert smoothest([(1.0, (rough, 1.0)), (1.015, (smooth, 1.0))])[0] is smooth
-    assert smoothest([(1.0, (rough, 1.0)), (1.035, (smooth, 1.0))])[0] is rough
-    gapped = Shape((0.1, None, 0.9, None, 0.2), "image")
-    assert gapped.roughness == rough.roughness
+def fitted(model, loader, adapt, plan, *parts, measure=None, **settings):
+    split, _ = split_images(loader, 0)
+    meter = Meter(model, split, settings, measure)
+    costs = Costs(model, tuple(loader[0][0].shape[1:]), settings.get("cls_only_last", True))
+    return Fitting(meter, costs, adapt).run(plan, *parts), meter
+
+
+@pytest.mark.parametrize(
+    ("model", "measure", "cls_only_last"),
+    [
+        (vit(), None, True),
+        (vit(), None, False),
+        (vit(), Measure("dense"), False),
+        (distilled(), None, True),
+        (vit(class_token=False, global_pool="avg"), None, True),
+        (vit(reg_tokens=3, qk_norm=True, init_values=0.5), None, True),
+    ],
+    ids=["class", "all tokens", "dense", "distilled", "pooled", "registers"],
+)
+@pytest.mark.parametrize("adapt", ["image", "batch", "static"])
+def test_a_fitting_pass_merges_what_is_wanted_and_measures_what_an_evaluation_does(
+    model, measure, cls_only_last, adapt, loader
+):
+    wanted = (2.5, 0.0, 1.25, 2.0)
+    plan, parts = Plan(wanted, split_depth=2), ("fit", "choose")
+    found, meter = fitted(model, loader, adapt, plan, *parts, measure=measure, cls_only_last=cls_only_last)
+    merging = Costs(model, (3, 40, 40), cls_only_last).merging
+    merged = found.mean.merged
+    if adapt == "image":
+        assert merged[:merging] == pytest.approx(wanted[:merging], abs=1 / 72)
+    else:  # whole numbers, which carry what rounding leaves
+        assert sum(merged) == pytest.approx(sum(wanted[:merging]), abs=1)
+    assert merged[1] == 0 and merged[merging:] == (0.0,) * (4 - merging)
+    if adapt != "static":
+        assert found.config.thresholds[1] is None
+    measured = meter.mean(found.config, parts)
+    for name in ("gflops", "divergence", "agreement", "p99", "change", "merged"):
+        if getattr(measured, name) is not None:
+            assert getattr(found.mean, name) == pytest.approx(getattr(measured, name), rel=1e-5, abs=1e-9), name
+
+
+def test_a_pass_that_begins_in_the_midst_gives_the_same(loader, monkeypatch):
+    model = vit()
+    split, _ = split_images(loader, 0)
+    costs, last = Costs(model, (3, 40, 40), True), Plan((2.0, 3.0, 4.0))
+    plans = [last, replace(last, counts=(2.0, 3.0, 1.0)), replace(last, counts=(2.0, 1.0, 4.0))]
+    plans += [replace(last, split_depth=1), replace(last, counts=(1.0, 3.0, 4.0))]
+    for memory in (2**31, 1):  # enough for all blocks, or for none
+        monkeypatch.setattr(fitting, "MEMORY", memory)
+        meter = Meter(model, split, {})
+        kept = Fitting(meter, costs, "image")
+        kept.run(last, "fit")
+        kept.keep()
+        for plan in plans:
+            assert kept.run(plan, "fit") == Fitting(Meter(model, split, {}), costs, "image").run(plan, "fit")
+        begun = meter.images
+        kept.run(replace(last, counts=(2.0, 3.0, 2.0)), "fit")
+        assert meter.images - begun == 36 * (0.5 if memory > 1 else 1)
 
 
 @pytest.mark.parametrize("model", [vit(), distilled(), vit(class_token=False, global_pool="avg")])
 @pytest.mark.parametrize("cls_only_last", [True, False])
 def test_the_foretold_cost_of_a_schedule_is_the_measured_one(model, cls_only_last, loader):
-    predictor = Predictor(model, (3, 40, 40), [], cls_only_last)
-    assert predictor.unmerged == pytest.approx(whole(model))
+    costs = Costs(model, (3, 40, 40), cls_only_last)
+    assert costs.unmerged == pytest.approx(whole(model))
     for schedule in ((0, 0, 0, 0), (3, 1, 2, 5), (25, 25, 25, 25)):
         config = ATMConfig(adapt="static", schedule=schedule, cls_only_last=cls_only_last)
         measured = Meter(model, {"part": [loader[0][0]]}, {}).mean(config, ("part",))
-        assert predictor.of_schedule(schedule) == pytest.approx(measured.gflops)
+        assert costs.of_schedule(schedule) == pytest.approx(measured.gflops)
 
 
-def test_the_foretold_counts_of_a_first_block_are_those_that_merge(loader):
-    model, batches = vit(), [x for x, _ in loader]
-    predictor = Predictor(model, (3, 40, 40), similarities(model, batches), True)
-    theta = predictor.similarities[0].median().item()
-    patched = apply_patch(vit_of(model), ATMConfig(adapt="image", thresholds=(theta, None, None, None)))
-    with torch.inference_mode():
-        patched(torch.cat(batches))
-    counts = predictor.counts((theta, None, None, None))[0]
-    assert torch.equal(counts.round().long(), patched.blocks.last.counts[0].cpu())
+def searching(model, loader, adapt="image", most=None):
+    split, _ = split_images(loader, 0)
+    costs = Costs(model, (3, 40, 40), True)
+    return Search(Fitting(Meter(model, split, {}), costs, adapt), True, most, 0, lambda least: None)
 
 
-def vit_of(model):
-    copy = vit()
-    copy.load_state_dict(model.state_dict())
-    return copy
+def test_plans_to_begin_with_meet_the_goal(loader):
+    model = vit(depth=6)
+    with torch.no_grad():
+        model.blocks[0].attn.proj.weight *= 6
+    for adapt in ("image", "batch", "static"):
+        starts = searching(model, loader, adapt).starts(0.75 * whole(model))
+        assert all(start.mean.gflops == pytest.approx(0.75 * whole(model), rel=0.03) for start in starts)
+        families = [start.plan.family for start in starts]
+        assert families.count("free") == 2 and families.count("curve") >= 2 * (adapt != "static")
+    allotted = searching(model, loader).allotted(0.75 * whole(model))
+    assert allotted[0] < min(allotted[1:3])  # what merges in the first block changes most
+
+
+def test_a_curve_is_the_papers():
+    thetas = search.eq1(0.01, 1.0, 6.0, 11)
+    assert thetas[0] == 0.99 and min(thetas) == thetas[-1] == thetas[7] == 0.9 and thetas[5] > 0.9
+    assert search.eq1(0.3, 2.0, 1.0, 3)[1] == -1.0  # not below
+
+
+def test_a_changed_plan_costs_as_much(loader):
+    model, goal = vit(depth=8), 0.8 * whole(vit(depth=8))
+    for most in (None, 2):
+        searched = searching(model, loader, most=most)
+        found = searched.starts(goal)[0]
+        for _ in range(12):
+            plan = searched.changed(found, goal)
+            assert plan.family == "free" and sum(r > 0 for r in plan.counts) <= (most or 8)
+            assert searched.fitting.run(plan, "fit").mean.gflops == pytest.approx(goal, rel=0.03)
 
 
 @pytest.mark.parametrize(
@@ -198,11 +267,11 @@ def test_bad_input(loader):
         calibrate(vit().train(), loader, target)
     with pytest.raises(ValueError, match="^max_merging_blocks=0 is too small; give 1 or more$"):
         calibrate(model, loader, target, max_merging_blocks=0)
-    lowest = Predictor(model, (3, 40, 40), [], True).lowest(None)
+    lowest = Costs(model, (3, 40, 40), True).lowest(None)
     with pytest.raises(ValueError, match="^max_gflops=1e-05 is below .*, the lowest that .*; ask for more$") as refused:
         found(model, loader, max_gflops=1e-5)
     assert lowest <= float(str(refused.value).split()[3].rstrip(",")) < 1.001 * lowest
-    one_block = Predictor(model, (3, 40, 40), [], True).lowest(1)
+    one_block = Costs(model, (3, 40, 40), True).lowest(1)
     with pytest.raises(ValueError, match="is below .*, the lowest that merging"):
         calibrate(model, loader, Target(max_gflops=0.99 * one_block), max_merging_blocks=1)
     with pytest.raises(ValueError, match="^max_gflops=1: the model costs .* without merging; ask for less$"):
@@ -278,27 +347,27 @@ class StoppedError(Exception):
 
 def test_an_interrupted_run_goes_on(tmp_path, loader, small_search, monkeypatch):
     model, target = vit(), Target(max_gflops=0.8 * whole(vit()))
-    notes, calls, measure, stop_at = tmp_path / "out.json.partial", [], Meter.measure, 20
+    notes, passes, count, stop_at = tmp_path / "out.json.partial", [], Meter.count, 20
 
-    def failing(self, *arguments):
-        calls.append(arguments)
-        if len(calls) == stop_at:
+    def failing(self, images):
+        passes.append(images)
+        if len(passes) == stop_at:
             raise StoppedError
-        return measure(self, *arguments)
+        count(self, images)
 
-    monkeypatch.setattr(Meter, "measure", failing)
+    monkeypatch.setattr(Meter, "count", failing)
     with pytest.raises(StoppedError):
         calibrate(model, loader, target, notes=notes, progress=False)
     notes.write_text(notes.read_text() + '["fit None')  # as a kill in the middle of a line leaves it
     with pytest.raises(ValueError, match="of another calibration that was interrupted; delete it, or choose another"):
         calibrate(vit(), loader, target, notes=notes, progress=False)
-    interrupted, stop_at = len(calls) - 1, None
-    calls.clear()
+    done, stop_at = stop_at - 1 - 3, None  # but for those of the unmerged model
+    passes.clear()
     calibration = calibrate(model, loader, target, notes=notes, progress=False)
-    resumed = len(calls)
-    calls.clear()
+    resumed = len(passes)
+    passes.clear()
     fresh = calibrate(model, loader, target, progress=False)
-    assert replace(calibration, passes=fresh.passes) == fresh and resumed == len(calls) - interrupted
+    assert replace(calibration, passes=fresh.passes) == fresh and resumed == len(passes) - done
 
 
 def test_a_known_mean_is_not_measured_again(loader):
@@ -307,56 +376,6 @@ def test_a_known_mean_is_not_measured_again(loader):
     first = meter.mean(config, ("part",))
     assert isinstance(first, Mean) and meter.mean(config, ("part",)) == first
     assert meter.images == 2 * 24  # without and with merging
-
-
-def test_the_hardest_images_are_those_that_change_most(loader, monkeypatch):
-    monkeypatch.setattr(meter, "AT_LEAST", 10)
-    parts, _ = split_images(loader, 0)
-    one, other = (ATMConfig(adapt="static", schedule=schedule) for schedule in ((6,) * 4, (9, 0, 0, 0)))
-    measuring = Meter(vit(), parts, {})
-    means = []
-    for config in (one, other):
-        divergence = measuring.measure(config, "fit").divergence
-        measuring.focus([config], "fit")
-        of_hardest = measuring.measure(config, hardest("fit")).divergence
-        assert len(of_hardest) == 10 and torch.allclose(
-            of_hardest.sort().values, divergence.sort().values[-10:], atol=1e-9
-        )
-        means.append(measuring.mean(one, (hardest("fit"),)))
-    assert means[0].divergence != means[1].divergence  # of other images: not what was measured before
-
-
-@pytest.mark.parametrize("adapt", ["batch", "image"])
-def test_the_change_is_told_at_the_cost_of_the_goal(adapt, loader):
-    """A shape that costs a little more or less than the goal is told the same change there."""
-    parts, _ = split_images(loader, 0)
-    model = vit()
-    measuring = Meter(model, parts, {})
-    predictor = Predictor(model, (3, 40, 40), similarities(model, parts["fit"]), True)
-    searched = Search(measuring, predictor, adapt, True, None, 0, tqdm(disable=True))
-    goal, shape = 0.8 * whole(model), Shape((1.0,) * 4, adapt)
-    drawn = searched.sketched([shape], goal)
-    dear, cheap = (searched.measured(shape, share * goal, drawn[0][1])[1] for share in (1.0, 0.97))
-    means = [measuring.mean(searched.config(found), ("choose",)) for found in (dear, cheap)]
-    assert means[0].gflops > means[1].gflops and means[0].change < 0.95 * means[1].change
-    at_goal = [searched.judged(found, goal) for found in (dear, cheap)]
-    assert at_goal[0] == pytest.approx(at_goal[1], rel=0.5 * (means[1].change / means[0].change - 1))
-
-
-def test_images_in_batches_of_hard_ones_merge_as_many_as_among_others(loader):
-    parts, _ = split_images(loader, 0)
-    model = vit()
-    measuring = Meter(model, parts, {})
-    predictor = Predictor(model, (3, 40, 40), similarities(model, parts["fit"]), True)
-    searched = Search(measuring, predictor, "batch", True, None, 0, tqdm(disable=True))
-    goal = 0.8 * whole(model)
-    ((_, found),) = searched.sketched([Shape((1.0,) * 4, "batch")], goal)
-    mean = measuring.mean(searched.config(found), ("fit",))
-    asked = []
-    measuring.mean = lambda config, part: asked.append(config) or mean
-    searched._hardest(found, mean, goal)
-    (config,) = asked
-    assert config.adapt == "static" and sum(config.schedule) == round(sum(mean.merged)) > 0
 
 
 def test_the_error_of_a_cost_that_batches_share():
@@ -391,10 +410,18 @@ def test_a_target_that_may_not_hold_is_doubted():
 
 
 def test_the_promise_is_of_images_that_nothing_else_saw(loader, small_search, monkeypatch):
-    measure, seen = Meter.measure, []
-    monkeypatch.setattr(
-        Meter, "measure", lambda self, config, part, *more: seen.append(part) or measure(self, config, part, *more)
-    )
+    measure, run, seen = Meter.measure, Fitting.run, []
+
+    def measured(self, config, part):
+        seen.append(part)
+        return measure(self, config, part)
+
+    def fitted(self, plan, *parts):
+        seen.extend(parts)
+        return run(self, plan, *parts)
+
+    monkeypatch.setattr(Meter, "measure", measured)
+    monkeypatch.setattr(Fitting, "run", fitted)
     found(vit(), loader, max_gflops=0.8 * whole(vit()))
     assert seen.count("promise") == 1 and seen[-1] == "promise" and {"fit", "choose"} < set(seen)
 
@@ -525,13 +552,31 @@ def test_bad_input_of_the_command(arguments, message, tmp_path, capsys, monkeypa
     assert not list(tmp_path.iterdir())  # nor what would stand in the way of a better try
 
 
-def test_grouping_and_attention_are_drawn_too(loader):
-    model = vit()
-    predictor = Predictor(model, (3, 40, 40), similarities(model, [batch for batch, _ in loader]), True)
-    drawer = Drawer(predictor, "image", True, None, random.Random(0), 0.8 * whole(model))
-    shapes = [drawer.draw(number) for number in range(20)]
-    assert {shape.split_depth for shape in shapes} == {None, 4}
-    assert {shape.family for shape in shapes} == {"curve", "free"}
-    changed = [drawer.changed(shapes[0]) for _ in range(200)]
-    assert {shape.split_depth for shape in changed} == {None, 4, 1}
-    assert {shape.proportional_attention for shape in changed} == {True, False}
+def test_groups_and_attention_are_tried_too(loader):
+    searched, goal = searching(vit(), loader), 0.8 * whole(vit())
+    found, tried = searched.starts(goal)[0], []
+    run = searched.fitting.run
+    searched.fitting.run = lambda plan, *parts: tried.append(plan) or run(plan, *parts)
+    for other in searched.grouped(found, goal):
+        assert other.mean.change < found.mean.change * 1.5 and other.plan in tried
+    assert {(plan.split_depth, plan.proportional_attention) for plan in tried} == {(4, True), (1, True), (None, False)}
+
+
+def test_large_sets_are_not_fitted_to_as_a_whole(monkeypatch):
+    monkeypatch.setattr(calibrating, "MOST", {"fit": 20, "choose": 10})
+    parts, number = split_images([images(80, side=8)], 0)
+    assert [sum(map(len, batches)) for batches in parts.values()] == [20, 10, 20] and number == 80
+
+
+def test_lines_where_there_is_no_terminal(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "EVERY", 0)
+    with progress.Progress(10, True) as bar:
+        for _ in range(3):
+            bar.update(4)
+        bar.set_postfix_str("least KL 0.1", refresh=False)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("calibrate: 4 of 10 image passes, ") and lines[0].endswith(" left")
+    assert lines[-1].startswith("calibrate: 12 of 12 image passes, ") and lines[-1].endswith(", least KL 0.1")
+    with progress.Progress(10, False) as bar:
+        bar.update(4)
+    assert capsys.readouterr().err == ""

@@ -11,7 +11,7 @@ from benchmarks import adaptivity, calibration, invariance
 
 @pytest.fixture(autouse=True)
 def small_search(monkeypatch):
-    for name, value in {"DRAWS": 4, "KEPT": 2, "STEPS": 2, "FINALISTS": 2, "CURVES": 1, "BENDS": 2}.items():
+    for name, value in {"LEVELS": (1 / 8, 1 / 2), "CURVES": ((0.5, 6.0),), "STEPS": ((1, 2),)}.items():
         monkeypatch.setattr(search, name, value)
 
 

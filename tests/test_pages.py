@@ -89,7 +89,7 @@ def place(tmp_path_factory):
 @pytest.mark.parametrize("line", LINES)
 def test_shell_lines_run(line, place, capsys, monkeypatch):
     monkeypatch.chdir(place)
-    for name, value in {"DRAWS": 4, "KEPT": 2, "STEPS": 2, "FINALISTS": 2, "CURVES": 1, "BENDS": 2}.items():
+    for name, value in {"LEVELS": (1 / 8, 1 / 2), "CURVES": ((0.5, 6.0),), "STEPS": ((1, 1),)}.items():
         monkeypatch.setattr(search, name, value)  # a calibration in the small
     program, *arguments = shlex.split(line, comments=True)
     if program == "atm-triton":

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from atm_triton import ATMConfig, apply_patch, cli, report
-from atm_triton.calibration.curves import Predictor
+from atm_triton.calibration.costs import Costs
 from atm_triton.digits.model import CONFIG, IMAGE_CONFIG
 from atm_triton.measure.configurations import digits_config
 from atm_triton.measure.images import open_images
@@ -219,9 +219,9 @@ def test_the_stress_test_ends_where_top1_falls(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(table1, "STYLES", {"tome": "", "evit": ""})
 
     def measured(of, method, goal, find):
-        share = 1 - goal / of.predictor.unmerged
+        share = 1 - goal / of.costs.unmerged
         quality = {"top1": 90 - (share > 0.4), "top1_unpatched": 90.0, "gflops": goal, "agreement": 99.0, "kl": 0.0}
-        about = {"gflops_unpatched": of.predictor.unmerged, "gflops_all_tokens_last": goal, "top1_drop_se": 0.0}
+        about = {"gflops_unpatched": of.costs.unmerged, "gflops_all_tokens_last": goal, "top1_drop_se": 0.0}
         about |= {"settings": {"r": round(20 * share)}}
         return {"missing": "it cannot"} if method == "evit" else {"overall": quality | {"images": 4}, **about}
 
@@ -472,7 +472,7 @@ def test_the_other_line_for_imagenet_in_docs(imagenet, monkeypatch, capsys):
 
 def test_every_method_comes_close_to_the_cost():
     class Wide:
-        predictor = Predictor(vit(), (3, 40, 40), [], True)
+        costs = Costs(vit(), (3, 40, 40), True)
 
         def __init__(self):
             self.model = vit()
@@ -487,7 +487,7 @@ def test_every_method_comes_close_to_the_cost():
         for goal in (costs[0] * 2, costs[2], (costs[4] + 2 * costs[5]) / 3, 0.0):
             way = nearest(Wide(), ways, goal)
             off = min(abs(cost - goal) for cost in costs)
-            if off > NEAR * Wide.predictor.unmerged:
+            if off > NEAR * Wide.costs.unmerged:
                 assert way is None
             else:
                 assert abs(counted(Wide(), way) - goal) == off

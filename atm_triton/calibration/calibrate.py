@@ -1,8 +1,8 @@
 """calibrate(model, loader, target): the configuration that changes a model least at a cost, or costs least at a change.
 
 A model, some images without labels, and a wish: so many GFLOPs, or so little change, in the measure that fits the
-model's answers (:mod:`atm_triton.measure.comparison`). Of the images three parts in eight are fitted to, three choose
-among what fits, and two, which neither saw, measure what is promised.
+model's answers (:mod:`atm_triton.measure.comparison`). Of the images three eighths are fitted to, three choose among
+what fits, and two, which neither saw, measure what is promised.
 """
 
 import math
@@ -15,24 +15,23 @@ from typing import Any
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
-from tqdm import tqdm
 
-from atm_triton.calibration import search as searching
-from atm_triton.calibration.curves import Predictor, Shape
+from atm_triton.calibration.costs import Costs
 from atm_triton.calibration.errors import UnreachableError
-from atm_triton.calibration.meter import Mean, Measured, Meter, similarities
-from atm_triton.calibration.search import MANY, SEEN, Found, Search
+from atm_triton.calibration.fitting import Fitted, Fitting, Plan
+from atm_triton.calibration.meter import Mean, Measured, Meter
+from atm_triton.calibration.progress import Progress
+from atm_triton.calibration.search import SEEN, Search, expected
 from atm_triton.config import ADAPT, ATMConfig
 from atm_triton.flops import unmerged
 from atm_triton.measure.comparison import Measure, measure_of, percentile
-from atm_triton.measure.distributed import silent
 from atm_triton.patch import check_model, knows_sizes
 from atm_triton.reference import largest_r
 
 PARTS = {"fit": 3, "choose": 3, "promise": 2}  # in eighths
+MOST = {"fit": 256, "choose": 512}  # images of a part; more take time, and tell little more
 LEAST_IMAGES = 64
-ROUGHLY = 256  # images of a part by which a plain shape tells the cost at which a change is too large
-STRIDE = 0.08  # of log10 scale
+SCALES = (-20.0, 10.0)  # log2, from a plan that hardly merges to one that merges all
 ALIKE = 1e-4  # what rounding may do to what is compared of the answers to two equal images
 NEAR = 0.01  # of the range of all pixels: as much as a camera's noise
 WORST = 100  # images up to which their 99th percentile is the largest
@@ -197,7 +196,8 @@ def calibrate(
 
     Args:
         model: unpatched, in eval mode, on its device; it stays so.
-        loader: batches of images [B, C, H, W], or pairs of them and anything; all are kept in memory.
+        loader: batches of images [B, C, H, W], or pairs of them and anything; all are kept in memory. Of many, no more
+            than 256 are fitted to.
         adapt: "image", "batch" (in batches as large as the loader's), or "static".
         proportional_attention: as in :class:`ATMConfig`; the search begins with it.
         cls_only_last: as in :class:`ATMConfig`.
@@ -209,7 +209,7 @@ def calibrate(
         sigmoid: the logits are of labels that do not exclude one another. A single logit is known to be.
         seed: of the search; the same seed on the same images gives the same configuration.
         notes: a file that remembers what was measured, for a run that goes on where this one ends.
-        progress: show a bar.
+        progress: show a bar; where stderr is no terminal, a line every half minute.
 
     Raises:
         ValueError: a target that cannot be reached, or that does not fit what is compared; too few images, of another
@@ -229,15 +229,14 @@ def calibrate(
     _check_not_blank(parts)
     _check_differ(parts)
     settings = {"cls_only_last": cls_only_last and not dense, "backend": backend}
-    foretold = Predictor(model, shape, [], settings["cls_only_last"])
-    _check_merges(foretold)
+    costs = Costs(model, shape, settings["cls_only_last"])
+    _check_merges(costs)
     if target.max_gflops is not None:
-        _check_reachable(target.max_gflops, foretold, max_merging_blocks)
+        _check_reachable(target.max_gflops, costs, max_merging_blocks)
     proportional = knows_sizes(model) if proportional_attention is None else proportional_attention
-    hidden = silent("" if progress else None)
-    with tqdm(total=searching.shapes(), desc="calibrate", unit="shape", disable=hidden) as bar:
-        bar.set_postfix_str("the unmerged model")
-        meter = Meter(model, parts, settings, measure)
+    sizes = {name: sum(map(len, batches)) for name, batches in parts.items()}
+    with Progress(expected(costs, sizes), progress) as bar:
+        meter = Meter(model, parts, settings, measure, bar.update)
         if meter.spread() < ALIKE:
             raise ValueError(
                 "the model answers all images alike, so no merging changes it; check images, weights and head"
@@ -245,21 +244,24 @@ def calibrate(
         if meter.normalised():
             raise ValueError("all answers lie in 0 .. 1, as probabilities do; want logits: remove the last activation")
         meter.remember(notes)
-        found = similarities(model, parts["fit"], **settings)
-        predictor = Predictor(model, shape, found, settings["cls_only_last"])
-        search = Search(meter, predictor, adapt, proportional, max_merging_blocks, seed, bar)
-        chosen, scale = _found(search, target)
-    config = search.config((chosen, scale))
-    shared = len(parts["promise"][0]) if adapt == "batch" else 1
-    seen = [meter.measure(config, part) for part in SEEN]
-    meter.warns = True
-    promise = Promise.of(meter.measure(config, "promise"), measure, shared, seen)
-    passes = meter.images + sum(map(len, parts["fit"]))
-    return Calibration(config, target, number, promise, predictor.unmerged, chosen.family, passes, seed)
+        bar.refresh()
+
+        def show(least: float) -> None:
+            bar.set_postfix_str(f"least {measure.divergence.replace('kl', 'KL')} {least:.2g}", refresh=False)
+
+        search = Search(Fitting(meter, costs, adapt), proportional, max_merging_blocks, seed, show)
+        found = _found(search, target)
+        shared = len(parts["promise"][0]) if adapt == "batch" else 1
+        seen = [meter.measure(found.config, part) for part in SEEN]
+        meter.warns = True
+        promise = Promise.of(meter.measure(found.config, "promise"), measure, shared, seen)
+    passes = round(meter.images)
+    return Calibration(found.config, target, number, promise, costs.unmerged, found.plan.family, passes, seed)
 
 
 def split_images(loader: Iterable, seed: int) -> tuple[dict[str, list[Tensor]], int]:
-    """The images, in an order of chance, as batches of each part; and how many there are."""
+    """The images, in an order of chance, as batches of each part, of some no more than :data:`MOST`; and how many there
+    are."""
     batches = [batch[0] if isinstance(batch, (tuple, list)) else batch for batch in loader]
     for batch in batches:
         if not isinstance(batch, Tensor) or batch.dim() != 4 or not batch.is_floating_point():
@@ -276,7 +278,7 @@ def split_images(loader: Iterable, seed: int) -> tuple[dict[str, list[Tensor]], 
     for name, share in PARTS.items():
         eighths += share
         last = number * eighths // 8
-        parts[name] = list(images[order[first:last]].split(size))
+        parts[name] = list(images[order[first:last][: MOST.get(name)]].split(size))
         first = last
     return parts, number
 
@@ -304,23 +306,23 @@ def _check_differ(parts: dict[str, list[Tensor]]) -> None:
         )
 
 
-def _check_merges(predictor: Predictor) -> None:
-    if predictor.merging == 0:
+def _check_merges(costs: Costs) -> None:
+    if costs.merging == 0:
         raise ValueError("no block can merge: the last, here the only one, serves the class token alone")
-    if largest_r(predictor.N, predictor.prefix) == 0:
+    if largest_r(costs.N, costs.prefix) == 0:
         raise ValueError("images of one patch token have nothing to merge; give larger ones")
 
 
-def _check_reachable(max_gflops: float, predictor: Predictor, max_merging_blocks: int | None) -> None:
-    lowest = predictor.lowest(max_merging_blocks)
+def _check_reachable(max_gflops: float, costs: Costs, max_merging_blocks: int | None) -> None:
+    lowest = costs.lowest(max_merging_blocks)
     if max_gflops < lowest:
         raise ValueError(
             f"max_gflops={max_gflops:g} is below {_rounded_up(lowest)}, the lowest that merging can reach here; "
             "ask for more"
         )
-    if max_gflops >= predictor.highest:
+    if max_gflops >= costs.highest:
         raise ValueError(
-            f"max_gflops={max_gflops:g}: the model costs {predictor.highest:.4g} without merging; ask for less"
+            f"max_gflops={max_gflops:g}: the model costs {costs.highest:.4g} without merging; ask for less"
         )
 
 
@@ -330,45 +332,28 @@ def _rounded_up(number: float) -> str:
     return f"{math.ceil(number / unit) * unit:.4g}"
 
 
-def _found(search: Search, target: Target) -> Found:
-    """The chosen shape and scale. A target that limits the change first gets its cost from a plain shape; in the end
-    the scale is set on many of the images that the search may see."""
+def _found(search: Search, target: Target) -> Fitted:
+    """What is chosen. A target that limits the change first gets its cost from the plainest plan that holds it; in the
+    end the plan is scaled until it just holds."""
     if target.max_gflops is not None:
-        return search.settled(search.run(target.max_gflops), target.max_gflops)
-    predictor = search.predictor
-    first, most = (0, predictor.merging) if search.most is None else (1, search.most)
-    blocks = range(len(predictor.blocks))
-    plain = Shape(
-        tuple(1.0 if first <= i < min(first + most, predictor.merging) else None for i in blocks), search.adapt
-    )
-    goal = search.meter.mean(search.config((plain, _largest_scale(search, plain, target, ROUGHLY))), SEEN, MANY).gflops
-    found = search.run(goal)
-    return found[0], _largest_scale(search, found[0], target, MANY, found[1])
+        return search.run(target.max_gflops)
+    goal = _largest(search, target, search.plainest(), 9).mean.gflops
+    return _largest(search, target, search.run(goal).plan, 12)
 
 
-def _largest_scale(search: Search, shape: Shape, target: Target, limit: int, near: float | None = None) -> float:
-    """How much a shape may merge for the target to hold on so many images of each part; ``near``: a scale not far from
-    that."""
+def _largest(search: Search, target: Target, plan: Plan, steps: int) -> Fitted:
+    """A plan, scaled up as far as the target holds on the images that the search may see."""
 
-    def holds(scale: float) -> bool:
-        return target.holds(search.meter.mean(search.config((shape, 10**scale)), SEEN, limit))
+    def at(log2: float) -> Fitted:
+        return search.fitting.run(plan.scaled(2**log2), *SEEN)
 
-    low, high, steps = -5.0, 3.0, 10
-    if near is not None:
-        at, steps = math.log10(near), 5
-        inside = holds(at)
-        for _ in range(8):
-            at += STRIDE if inside else -STRIDE
-            if holds(at) != inside:
-                low, high = (at - STRIDE, at) if inside else (at, at + STRIDE)
-                break
-        else:
-            steps = 12
-    least = search.meter.mean(search.config((shape, 10**low)), SEEN, limit)
-    if not target.holds(least):
-        change = search.meter.by.text(least.divergence, least.agreement, least.p99)
+    low, high = SCALES
+    found = at(low)
+    if not target.holds(found.mean):
+        change = search.fitting.meter.by.text(found.mean.divergence, found.mean.agreement, found.mean.p99)
         raise UnreachableError(f"the target cannot be held: hardly merging has {change}")
     for _ in range(steps):
         middle = (low + high) / 2
-        low, high = (middle, high) if holds(middle) else (low, middle)
-    return 10**low
+        tried = at(middle)
+        found, low, high = (tried, middle, high) if target.holds(tried.mean) else (found, low, middle)
+    return found

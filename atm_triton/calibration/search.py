@@ -1,235 +1,238 @@
-"""The search of a calibration: fit configurations on some images, choose among them on others.
+"""The search of a calibration: how many tokens each block should merge, for a goal in GFLOPs.
 
-Only forward passes of whole configurations are compared, at one cost, by their *change*
-(:mod:`atm_triton.calibration.meter`). While shapes are fitted, the change is measured on the hardest images to fit
-alone, those that the best draws change most, and the cost on a few of chance. Another shape may have hard images of its
-own, so the last are judged on all images to choose by. Labels are never used. The search is seeded: a run that goes on
-where another was interrupted asks the same questions.
+It starts from three kinds of plan: the paper's curve (Eq. 1), the same mean count in every block, and counts allotted
+by what merging in one block alone changes. What blocks change does not add up, so the best of these are then changed at
+random, at equal cost, where a whole pass says that this is better. All this is measured on the images to fit; the last
+plans are judged on images to choose by. Labels are never used. The search is seeded: a run that goes on where another
+was interrupted asks the same questions.
 """
 
 import math
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
-from itertools import accumulate, pairwise
 
-from tqdm import tqdm
+import torch
+from torch import Tensor
 
-from atm_triton.calibration.curves import Drawer, Predictor, Shape
+from atm_triton.calibration.costs import Costs
 from atm_triton.calibration.errors import UnreachableError
-from atm_triton.calibration.meter import Mean, Meter, hardest
-from atm_triton.config import ATMConfig
+from atm_triton.calibration.fitting import Fitted, Fitting, Plan, theta_at
+from atm_triton.calibration.meter import Mean
+from atm_triton.reference import threshold
 
 SEEN = ("fit", "choose")  # parts of the images
-DRAWS, KEPT, STEPS, FINALISTS = 60, 8, 30, 4
-CURVES, BENDS = 2, 12  # of the curves those that are kept and bent apart from the others, and how often
-FEW, SOME = 128, 256  # images to fit on which a draw is measured first, and the cost of what is kept or changed
-MANY = 1024  # images of a part for the cost of the last
-PILOTS = 2  # draws that tell which images are hard
-BEYOND = 0.96  # of the goal: how much more the pilots change there tells what a little cost is worth
-CLOSE = 0.004  # of the unmerged model's cost: how near a measured cost must come to the goal; of a draw twice as far
-CLOSER = 0.001  # in the end
-COARSE = 4  # times that far is taken where nothing is nearer: one r for few small batches changes in steps
-TIE = 0.03  # a rougher shape must be better by more than this share of the change
-
-
-Found = tuple[Shape, float]  # a shape and the scale at which it meets the goal
-Scored = tuple[float, Found]  # with its change
+LEVELS = (1 / 16, 1 / 8, 1 / 4, 1 / 2)  # of the candidates of a block: what it alone merges, to see what that changes
+CURVES = ((0.0, 1.0), (0.5, 6.0), (1.0, 6.0), (1.0, 15.0), (1.5, 15.0))  # log10((1 - theta_min) / (1 - alpha)), blocks
+STEPS = ((3, 10), (2, 12), (1, 24))  # so many plans are changed so many times each, then the worst is left
+CLOSE = 0.002  # of the unmerged model's cost: how near a measured cost must come to the goal
+FAR = 0.01  # no farther, where costs change in steps
+STEEP = 10  # the change falls with this power of the cost, about: what compares plans of slightly different cost
+TIE = 0.03  # a plan that was fitted more must be better by more than this share of the change
 
 
 class Search:
-    """The best shapes for one goal in GFLOPs. ``most``: blocks that merge; None: any number. ``bar`` counts the shapes
-    and shows the least divergence so far."""
+    """The best plan for a goal. ``most``: blocks that merge; None: any number. ``show`` is told the least mean
+    divergence."""
 
     def __init__(
-        self,
-        meter: Meter,
-        predictor: Predictor,
-        adapt: str,
-        proportional: bool,
-        most: int | None,
-        seed: int,
-        bar: tqdm,
+        self, fitting: Fitting, proportional: bool, most: int | None, seed: int, show: Callable[[float], None]
     ) -> None:
-        self.meter, self.predictor, self.adapt, self.proportional = meter, predictor, adapt, proportional
-        self.most, self.seed, self.bar, self.least = most, seed, bar, math.inf
-        self._stage: tuple[float, bool] | None = None  # what the least divergence is of
-        self._lately = 0.0  # by how much costs were foretold too low
-        self._slope = 0.0  # of log change over log cost
+        self.fitting, self.costs, self.proportional = fitting, fitting.costs, proportional
+        self.most = self.costs.merging if most is None else min(most, self.costs.merging)
+        self.rng, self._show, self._least = random.Random(seed), show, math.inf
 
-    def config(self, found: Found) -> ATMConfig:
-        shape, scale = found
-        return shape.config(scale, **self.meter.fields)
+    def plan(self, counts: tuple[float, ...]) -> Plan:
+        return Plan(counts, proportional_attention=self.proportional)
 
-    def meet(
-        self,
-        shape: Shape,
-        goal: float,
-        wrong: float | None,
-        limit: int | None,
-        parts: tuple[str, ...] = ("fit",),
-        within: float = CLOSE,
-    ) -> tuple[float, Mean] | None:
-        """The scale at which a shape costs ``goal`` on parts of the images, and what was measured there; None if none
-        does. The foretold cost, moved by what it was wrong by, leads to the next scale to try. ``wrong``: what it is
-        too low by for a shape nearby; None: what it lately was. ``within``: of the unmerged model's cost."""
-        low, high = -math.inf, math.inf  # of log10 scale: too dear, too cheap
-        tried = []
-        close = within * self.predictor.unmerged
-        wanted = goal - (self._lately if wrong is None else wrong)
-        scale = self.foretold(shape, wanted)
-        for attempt in range(8):
-            config = self.config((shape, scale))
-            mean = self.meter.mean(config, parts, limit)
-            if attempt == 0 and wrong is None:
-                self._lately += max(-2 * close, min(2 * close, (mean.gflops - goal) / 2))
-            if abs(mean.gflops - goal) <= close:
-                return scale, mean
-            tried.append((abs(mean.gflops - goal), scale, mean))
-            if self.adapt == "static":
-                break  # whole numbers do not come nearer
-            at = math.log10(scale)
-            low, high = (max(low, at), high) if mean.gflops > goal else (low, min(high, at))
-            wanted += 0.9 * (goal - mean.gflops)
-            following = math.log10(self.foretold(shape, wanted))
-            if not low < following < high:
-                following = (low + high) / 2 if math.inf not in (-low, high) else at + (0.1 if low == at else -0.1)
-            scale = 10**following
-        far, scale, mean = min(tried, key=lambda attempt: attempt[0])
-        return (scale, mean) if far <= COARSE * max(close, CLOSE * self.predictor.unmerged) else None
+    def run(self, goal: float) -> Fitted:
+        """The plan that changes least at a cost of ``goal``, fitted to the images that the search may see."""
+        beam = self.starts(goal)
+        last = beam[:2]
+        for kept, steps in STEPS:
+            beam = ranked([self.climbed(found, steps, goal) for found in beam[:kept]], goal)
+            last.append(beam[0])
+        last += self.grouped(last[-1], goal)
+        judged = {found.config: found for found in last}.values()
+        means = [self.fitting.meter.mean(found.config, ("choose",)) for found in judged]
+        changes = [at_goal(mean, goal) for mean in means]
+        chosen = next(found for found, c in zip(judged, changes, strict=True) if c <= (1 + TIE) * min(changes))
+        return self.settled(chosen.plan, goal, SEEN)
 
-    def cost(self, found: Found) -> float:
-        """What is foretold that it costs."""
-        config = self.config(found)
-        if self.adapt == "static":
-            return self.predictor.of_schedule(config.schedule)
-        return self.predictor.of_thresholds(config.thresholds, self.adapt)
-
-    def foretold(self, shape: Shape, goal: float) -> float:
-        """The scale at which a shape should cost ``goal``."""
-        low, high = -4.0, 4.0
-        for _ in range(30):
-            middle = (low + high) / 2
-            low, high = (middle, high) if self.cost((shape, 10**middle)) > goal else (low, middle)
-        return 10**high
-
-    def run(self, goal: float) -> Found:
-        """Draw, keep the best, change them, and choose among the last on images that none of this has seen. The best
-        curves go a way of their own to the last choice: they have little to overfit with."""
-        rng = random.Random(self.seed)
-        drawer = Drawer(self.predictor, self.adapt, self.proportional, self.most, rng, goal)
-        drawn = self.sketched([drawer.draw(number) for number in range(DRAWS)], goal)
-        kept = drawn[:KEPT] + curves(drawn[KEPT:])[: max(0, CURVES - len(curves(drawn[:KEPT])))]
-        fitted = ranked([self.measured(found[0], goal, found) for _, found in kept])
-        if not fitted:
+    def starts(self, goal: float) -> list[Fitted]:
+        """The plans to begin with: the best of each family, then the others, the best first."""
+        counts = self.allotted(goal)
+        found = [self.settled(self.plan(counts), goal)]
+        if self.most == self.costs.merging:
+            even = self.settled(self.plan(self.costs.scaled([1.0] * self.costs.merging, goal)), goal)
+            found += [even, *self.curves(goal, even)]
+        found = [start for start in found if abs(start.mean.gflops - goal) <= FAR * self.costs.unmerged]
+        if not found:
             raise UnreachableError(
-                f"no shape costs {goal:.4g} GFLOPs nearly enough: what merges changes in steps, as where images are "
+                f"nothing costs {goal:.4g} GFLOPs nearly enough: what merges changes in steps, as where images are "
                 "alike or have few tokens; take another target, or more and other images"
             )
-        bent = self.climbed(curves(fitted)[:CURVES], drawer.bent, BENDS, goal)
-        last = ranked(self.climbed(fitted[:3], drawer.changed, STEPS, goal) + fitted)[:FINALISTS] + bent
-        different = {found[0]: found for _, found in last}.values()
-        return smoothest([(self.judged(found, goal), found) for found in different])
+        found = ranked(found, goal)
+        best = {start.plan.family: start for start in reversed(found)}.values()
+        return [*(start for start in found if start in best), *(start for start in found if start not in best)]
 
-    def sketched(self, shapes: Iterable[Shape], goal: float) -> list[Scored]:
-        """Shapes measured on a few images, ranked. The best tell which images are hard."""
-        drawn = []
-        for shape in shapes:
-            met = self.meet(shape, goal, None, FEW, within=2 * CLOSE)
-            if met is not None:
-                self._show(goal, False, met[1].divergence)
-                drawn.append((met[1].change, (shape, met[0])))
-            self.bar.update()
-        if not drawn:
-            raise UnreachableError(f"no draw costs {goal:.4g} GFLOPs; take another target, or more images")
-        drawn = ranked(drawn)
-        self._slope = 0.0
-        pilots = [found for _, found in drawn[:PILOTS]]
-        self.meter.focus([self.config(found) for found in pilots], "fit")
-        slopes = [self._steepness(found, goal) for found in pilots]
-        self._slope = sum(slopes) / len(slopes)
-        return drawn
+    def settled(self, plan: Plan, goal: float, parts: tuple[str, ...] = ("fit",), tries: int = 4) -> Fitted:
+        """A plan, scaled until it costs ``goal`` on parts of the images, or as nearly as in so many tries."""
+        low, high, scale = -math.inf, math.inf, 0.0  # of log: too dear, too cheap, tried now
+        tried: list[tuple[float, Fitted]] = []
+        for _ in range(tries):
+            found = self.fitting.run(plan.scaled(math.exp(scale)), *parts)
+            self.saw(found)
+            tried.append((scale, found))
+            off = found.mean.gflops - goal
+            if abs(off) <= CLOSE * self.costs.unmerged:
+                break
+            low, high = (max(low, scale), high) if off > 0 else (low, min(high, scale))
+            slope = found.mean.gflops - self.costs.highest  # as if savings grew with the scale
+            if len(tried) > 1:
+                (a, first), (b, second) = tried[-2:]
+                slope = (second.mean.gflops - first.mean.gflops) / (b - a)
+            following = scale - max(-2.0, min(off / min(slope, -0.01 * goal), 2.0))
+            if not low < following < high:
+                following = (low + high) / 2 if math.inf not in (-low, high) else scale + math.copysign(0.5, off)
+            scale = following
+        return min((found for _, found in tried), key=lambda found: abs(found.mean.gflops - goal))
 
-    def _steepness(self, found: Found, goal: float) -> float:
-        """By which power of the cost the change of a shape falls."""
-        changes = []
-        for cost in (goal, BEYOND * goal):
-            met = self.meet(found[0], cost, goal - self.cost(found), SOME)
-            changes.append(None if met is None else self._hardest((found[0], met[0]), met[1], cost).change)
-        if not all(changes):
-            return 0.0
-        return min(math.log(changes[1] / changes[0]) / math.log(BEYOND), 0.0)
+    def saw(self, found: Fitted) -> None:
+        self._least = min(self._least, found.mean.divergence)
+        self._show(self._least)
 
-    def climbed(self, beam: list[Scored], changed: Callable[[Shape], Shape], steps: int, goal: float) -> list[Scored]:
-        """Shapes, changed in turn where that is better."""
-        beam = list(beam)
-        for step in range(steps if beam else 0):
-            change, found = beam[step % len(beam)]
-            child = self.measured(changed(found[0]), goal, found)
-            if child is not None and child[0] < change:
-                beam[step % len(beam)] = child
-        return beam
+    def plainest(self) -> Plan:
+        """One threshold for all blocks, or one r, which merge nearly nothing; where few blocks may merge, the first."""
+        few = self.most < self.costs.merging
+        if self.fitting.adapt == "static" or few:
+            return self.plan(tuple(float(block < self.most) for block in range(self.costs.merging)))
+        return replace(self.plan(()), thresholds=(theta_at(0.01),) * self.costs.merging)
 
-    def settled(self, found: Found, goal: float) -> Found:
-        """With the scale at which it costs the goal on many of all images that the search may see."""
-        met = self.meet(found[0], goal, goal - self.cost(found), MANY, SEEN, CLOSER)
-        return found if met is None else (found[0], met[0])
+    # ------------------------------------------------------------------------------------------ plans to begin with
 
-    def measured(self, shape: Shape, goal: float, near: Found) -> Scored | None:
-        """With its change on the hardest images to fit. ``near``: a shape like it that met the goal."""
-        met = self.meet(shape, goal, goal - self.cost(near), SOME)
-        self.bar.update()
-        if met is None:
-            return None
-        found = shape, met[0]
-        mean = self._hardest(found, met[1], goal)
-        self._show(goal, True, mean.divergence)
-        return mean.change, found
+    def allotted(self, goal: float) -> tuple[float, ...]:
+        """Counts by the change of each block alone: those with the least sum of changes for the cost."""
+        losses, grid = self.losses()
+        blocks = list(range(self.costs.merging))
+        while len(blocks) > self.most:  # leave out the block without which the others change least
+            without = [[other for other in blocks if other != block] for block in blocks]
+            blocks = min(without, key=lambda rest: self._least_sum(losses, grid, rest, goal)[1])
+        return self._least_sum(losses, grid, blocks, goal)[0]
 
-    def judged(self, found: Found, goal: float) -> float:
-        """The change on all images to choose by, at the cost of ``goal``."""
-        mean = self.meter.mean(self.config(found), ("choose",))
-        self.bar.update()
-        return self._at(goal, mean).change
+    def losses(self) -> tuple[Tensor, Tensor]:
+        """The change [blocks, counts] where one block alone merges so many tokens [counts]: measured at some counts, a
+        power law between and beyond."""
+        M, half = self.costs.merging, (self.costs.N - self.costs.prefix) / 2
+        self.fitting.run(self.plan((0.0,) * M), "fit")
+        self.fitting.keep()
+        counts = torch.tensor([max(level * half, 1.0) for level in LEVELS]).double().log()
+        grid = torch.arange(0, half, 0.5).double()
+        losses = torch.zeros(M, len(grid)).double()
+        for block in range(M):
+            alone = [self.plan((*[0.0] * block, r, *[0.0] * (M - block - 1))) for r in counts.exp().tolist()]
+            changes = torch.tensor([max(self.fitting.run(plan, "fit").mean.change, 1e-12) for plan in alone]).double()
+            logs = changes.log().cummax(0).values
+            after = torch.bucketize(grid[1:].log(), counts).clamp(1, len(LEVELS) - 1)
+            rise = (counts[after] - counts[after - 1]).clamp(min=1e-9)
+            slope = ((logs[after] - logs[after - 1]) / rise).clamp(min=1.0)
+            losses[block, 1:] = (logs[after] + slope * (grid[1:].log() - counts[after])).exp()
+        return losses, grid
 
-    def _hardest(self, found: Found, mean: Mean, goal: float) -> Mean:
-        """On the hardest images to fit, at the cost of ``goal``. ``mean``: of images of chance. With one r for a batch
-        it is theirs that these merge by: in batches of hard images it would be another."""
-        config = self.config(found)
-        if self.adapt == "batch":
-            totals = [round(total) for total in accumulate(mean.merged, initial=0)]
-            schedule = tuple(after - before for before, after in pairwise(totals))
-            config = replace(config, adapt="static", thresholds=None, schedule=schedule)
-        return self._at(goal, replace(self.meter.mean(config, (hardest("fit"),)), gflops=mean.gflops))
+    def _least_sum(
+        self, losses: Tensor, grid: Tensor, blocks: list[int], goal: float
+    ) -> tuple[tuple[float, ...], float]:
+        """Of some blocks the counts of the least sum of losses for a cost, and that sum: at a price of a GFLOP, each
+        block merges as many tokens as pay."""
+        M = self.costs.merging
+        alone = [[float(other == block) for other in range(M)] for block in range(M)]
+        saved = torch.tensor([self.costs.highest - self.costs.of(counts) for counts in alone]).double()
+        mask = torch.tensor([block in blocks for block in range(M)])
+        low, high = -40.0, 40.0  # of the log of the price
+        for _ in range(40):
+            middle = (low + high) / 2
+            gain = math.exp(middle) * saved[:, None] * grid - losses
+            best = torch.where(mask, gain.argmax(1), 0)
+            dearer = self.costs.of(self.costs.within(grid[best].tolist())) > goal
+            low, high = (middle, high) if dearer else (low, middle)
+        best = torch.where(mask, (math.exp(high) * saved[:, None] * grid - losses).argmax(1), 0)
+        counts = self.costs.scaled(grid[best].tolist(), goal)
+        return counts, losses.gather(1, best[:, None]).sum().item()
 
-    def _at(self, goal: float, mean: Mean) -> Mean:
-        """What was measured at a cost near ``goal``, with the change that it should have there."""
-        return replace(mean, change=(goal / mean.gflops) ** self._slope * mean.change)
+    def curves(self, goal: float, near: Fitted) -> list[Fitted]:
+        """Eq. 1 by several spreads and rises, at the cost of the goal. ``near``: what tells where to begin."""
+        if self.fitting.adapt == "static":
+            return []
+        thetas = [theta for theta in near.config.thresholds if theta is not None]
+        begin = 1 - sorted(thetas)[len(thetas) // 2] if thetas else 0.1
+        found = []
+        for spread, rise in CURVES:
+            plan = replace(self.plan(()), thresholds=eq1(max(begin, 1e-6), spread, rise, self.costs.merging))
+            found.append(self.settled(plan, goal))
+            begin = 1 - found[-1].plan.thresholds[0]
+        return found
 
-    def _show(self, goal: float, focused: bool, divergence: float) -> None:
-        if (goal, focused) != self._stage:
-            self._stage, self.least = (goal, focused), math.inf
-        self.least = min(self.least, divergence)
-        self.bar.set_postfix_str(f"least {self.meter.by.divergence}{' of the hardest' * focused} {self.least:.2g}")
+    # ---------------------------------------------------------------------------------------------- changes of a plan
+
+    def climbed(self, found: Fitted, steps: int, goal: float) -> Fitted:
+        """A plan, changed where that is better."""
+        for _ in range(steps):
+            child = self.fitting.run(self.changed(found, goal), "fit")
+            self.saw(child)
+            if at_goal(child.mean, goal) < at_goal(found.mean, goal):
+                found = child
+                self.fitting.keep()
+        return found
+
+    def changed(self, found: Fitted, goal: float) -> Plan:
+        """A plan with a few or all of its counts changed, at the same cost."""
+        counts, rng = list(found.mean.merged[: self.costs.merging]), self.rng
+        missing = found.mean.gflops - self.costs.of(counts)  # images differ, and cost more than their mean
+        merging = [block for block, r in enumerate(counts) if r > 0]
+        idle = [block for block, r in enumerate(counts) if r == 0]
+        if idle and len(merging) < self.most and rng.random() < 0.3:
+            block = rng.choice(idle)
+            counts[block] = 1.0
+            merging.append(block)
+        some = merging if rng.random() < 0.5 else rng.sample(merging, min(2, len(merging)))
+        width = 0.3 if len(some) > 2 else 0.6
+        for block in some:
+            counts[block] *= math.exp(rng.gauss(0, width))
+        counts = [0.0 if r < 0.5 else r for r in counts]
+        if not any(counts):
+            return found.plan
+        return replace(found.plan, thresholds=None, counts=self.costs.scaled(counts, goal - missing))
+
+    def grouped(self, found: Fitted, goal: float) -> list[Fitted]:
+        """The plan with other groups or attention, if that is better."""
+        depth = self.fitting.depth
+        plan, better = found.plan, []
+        for split in (depth, self.costs.merging // 2):
+            better.append(replace(plan, split_depth=split))
+        better.append(replace(plan, proportional_attention=not plan.proportional_attention))
+        others = [self.settled(other, goal) for other in better]
+        return [other for other in others if at_goal(other.mean, goal) < at_goal(found.mean, goal)]
 
 
-def shapes() -> int:
-    """How many a search measures, or a few less."""
-    return DRAWS + KEPT + STEPS + BENDS + FINALISTS + CURVES
+def eq1(distance: float, spread: float, rise: float, blocks: int) -> tuple[float, ...]:
+    """The paper's Eq. 1 with alpha at this distance from 1; 1 - theta_min is 10^spread times that, and theta_min is
+    reached after ``rise`` blocks."""
+    alpha, lowest = theta_at(distance), theta_at(10**spread * distance)
+    beta = math.log1p(alpha - lowest) / rise
+    return tuple(threshold(block, alpha, beta, lowest) for block in range(1, blocks + 1))
 
 
-def curves(scored: list[Scored]) -> list[Scored]:
-    """Those that are curves over all blocks."""
-    return [found for found in scored if found[1][0].bend is not None]
+def at_goal(mean: Mean, goal: float) -> float:
+    """The change that a plan should have at the cost of the goal."""
+    return mean.change * (mean.gflops / goal) ** STEEP
 
 
-def ranked(scored: list[Scored | None]) -> list[Scored]:
-    """Those that met their goal, the least change first."""
-    return sorted((found for found in scored if found is not None), key=lambda pair: pair[0])
+def ranked(found: list[Fitted], goal: float) -> list[Fitted]:
+    return sorted(found, key=lambda one: at_goal(one.mean, goal))
 
 
-def smoothest(candidates: list[Scored]) -> Found:
-    """Of the candidates with the least change, or within TIE of it, the least rough."""
-    least = min(change for change, _ in candidates)
-    tied = [found for change, found in candidates if change <= (1 + TIE) * least]
-    return min(tied, key=lambda found: found[0].roughness)
+def expected(costs: Costs, images: dict[str, int]) -> float:
+    """How many images go through the model, roughly."""
+    fits = 5 + 0.55 * len(LEVELS) * costs.merging + 3 * (len(CURVES) + 2) + 0.8 * sum(n * steps for n, steps in STEPS)
+    seen = sum(images[part] for part in SEEN)
+    return fits * images["fit"] + (len(STEPS) + 4) * images["choose"] + 3 * seen + 2 * sum(images.values())

@@ -139,9 +139,7 @@ def _calibrate(options: argparse.ArgumentParser) -> None:
     wish.add_argument("--max-distance-p99", type=float, help="of features: the same at its 99th percentile")
     options.add_argument("--adapt", default="image", choices=ADAPT, help="who decides how much merges (image)")
     options.add_argument("--max-merging-blocks", type=int, help="merge in no more blocks than these; each takes time")
-    options.add_argument(
-        "--images", type=int, default=1024, help="how many to calibrate on, spread over the data (1024)"
-    )
+    options.add_argument("--images", type=int, default=256, help="how many to calibrate on, spread over the data (256)")
     options.add_argument("--split", default="calibration", choices=SPLITS, help="of the digits")
     options.add_argument("--out", type=Path, required=True, help="where the configuration goes (JSON)")
     options.add_argument("--seed", type=int, default=0, help="of the search (0)")

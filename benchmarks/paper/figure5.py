@@ -48,9 +48,7 @@ def schedule(subject: Subject, name: str, goal: float) -> Way | None:
         return of_config(subject.best_curve("batch", goal, DRAWS, split_depth=subject.depth))
     slope = {"constant r": 0, "increasing r": 1, "decreasing r": -1}[name]
     depth = subject.depth
-    ramps = [
-        [max(first + slope * block, 0) for block in range(depth)] for first in range(1 - depth, subject.predictor.N)
-    ]
+    ramps = [[max(first + slope * block, 0) for block in range(depth)] for first in range(1 - depth, subject.costs.N)]
     return nearest(subject, [of_baseline("tome", r=ramp) for ramp in ramps if any(ramp)], goal)
 
 

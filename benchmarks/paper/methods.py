@@ -14,9 +14,8 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from atm_triton import ATMConfig, apply_patch
-from atm_triton.calibration.curves import Shape
 from atm_triton.calibration.errors import UnreachableError
-from atm_triton.calibration.search import SEEN
+from atm_triton.calibration.fitting import Plan
 from atm_triton.flops import cost, unmerged
 from atm_triton.measure.evaluate import Patch, share
 from atm_triton.summary import summary
@@ -89,24 +88,16 @@ def counted(subject: Subject, way: Way) -> float:
     return total / sum(map(len, batches))
 
 
-def at_scale(bench: Bench, shape: Shape, goal: float) -> ATMConfig | None:
-    """Thresholds of a shape, scaled until the images to choose by cost ``goal``; None if none do."""
-    search = bench.search(shape.adapt)
-    met = search.meet(shape, goal, None, None, SEEN)
-    return None if met is None else search.config((shape, met[0]))
-
-
 def scaled(bench: Bench, config: ATMConfig, goal: float) -> ATMConfig | None:
     """Thresholds with their distances from 1 scaled until the images to choose by cost ``goal``; None if none do."""
-    thetas = [config.theta(block, bench.depth) for block in range(1, bench.depth + 1)]
-    weights = tuple(None if theta is None else 1 - theta for theta in thetas)
+    thetas = tuple(config.theta(block, bench.depth) for block in range(1, bench.costs.merging + 1))
     knows_sizes = bench.proportional if config.proportional_attention is None else config.proportional_attention
-    return at_scale(bench, Shape(weights, config.adapt, config.split_depth, knows_sizes), goal)
+    return bench.at_cost(Plan((), thetas, config.split_depth, knows_sizes), config.adapt, goal)
 
 
 def constant_threshold(subject: Subject, adapt: str, goal: float) -> Way | None:
-    shape = Shape((1.0,) * subject.depth, adapt, subject.depth, subject.proportional)
-    found = at_scale(subject, shape, goal)
+    plan = Plan((), (0.9,) * subject.costs.merging, subject.depth, subject.proportional)
+    found = subject.at_cost(plan, adapt, goal)
     return None if found is None else of_baseline("threshold", theta=found.thresholds[0], adapt=adapt)
 
 
@@ -153,7 +144,7 @@ def fitted(subject: Subject, goal: float, within: float) -> Way | None:
         thresholds = DToMe.fitted(subject.model, subject.loader, r).thresholds
         return of_baseline("dtome", own_count=True, thresholds=thresholds)
 
-    every_r = range(1, subject.predictor.N)
+    every_r = range(1, subject.costs.N)
     ways = [Way({"r": r}, lambda model, r=r: of_r(r).patch(model), own_count=True) for r in every_r]
     found = nearest(subject, ways, goal, within)
     return None if found is None else of_r(found.settings["r"])
@@ -166,7 +157,7 @@ def at_cost(subject: Subject, method: str, goal: float, within: float = NEAR) ->
     Raises:
         UnreachableError: the model has nothing that the method goes by.
     """
-    candidates = published(subject.depth, subject.predictor.N)
+    candidates = published(subject.depth, subject.costs.N)
     if method in candidates:
         return nearest(subject, candidates[method], goal, within)
     name, _, adapt = method.partition(", ")

@@ -37,7 +37,7 @@ def measure(subject: Subject, rows: Rows, args: argparse.Namespace) -> None:
     rows.expect(len(STYLES) * STEPS)
     find = partial(at_cost, within=math.inf)
     for method in STYLES:
-        low, high = 1 - subject.predictor.highest / subject.predictor.unmerged, MOST
+        low, high = 1 - subject.costs.highest / subject.costs.unmerged, MOST
         for _ in range(STEPS):
             share = (low + high) / 2
             key = {"method": method, "share": share}

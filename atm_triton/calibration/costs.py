@@ -1,0 +1,74 @@
+"""What merging costs, foretold from the number of tokens that merge in each block."""
+
+from collections.abc import Sequence
+
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from atm_triton.flops import cost, paper_block, paper_last_norm, planned, unmerged
+from atm_triton.reference import largest_r
+from atm_triton.transformer import leading_tokens
+
+
+class Costs:
+    """GFLOPs of an image, in the paper's convention.
+
+    Args:
+        image_shape: [C, H, W].
+        cls_only_last: as in :class:`ATMConfig`.
+
+    ``N``: tokens that enter the first block; ``prefix``: those of them that never merge; ``merging``: how many blocks
+    may merge; ``leading``: how many tokens the last block serves alone (None: all); ``unmerged``: GFLOPs of the plain
+    model; ``highest``: with merging that merges nothing.
+    """
+
+    def __init__(self, model: VisionTransformer, image_shape: tuple[int, ...], cls_only_last: bool) -> None:
+        self.model, self.blocks, self.prefix = model, list(model.blocks), model.num_prefix_tokens
+        self.leading = leading_tokens(model) if cls_only_last else None
+        self.merging = len(self.blocks) - (self.leading is not None)
+        record = unmerged(model, image_shape)
+        self.N, self.unmerged = record.tokens[0], cost(model, record).paper_gflops
+        self.highest = cost(model, planned(model, image_shape, (0,) * len(self.blocks), cls_only_last)).paper_gflops
+        self._ends = 0.0  # stem and head
+        self._ends = self.highest - self.of([0.0] * self.merging)
+
+    def of(self, merged: Sequence[float | Tensor]) -> float | Tensor:
+        """GFLOPs where each block that may merge merges so many tokens: numbers, or tensors [n] of n images."""
+        tokens, total = self.N, 0.0
+        for index, block in enumerate(self.blocks):
+            r = merged[index] if index < self.merging else 0
+            alone = self.leading is not None and index == len(self.blocks) - 1
+            rows = self.leading if alone else tokens - r
+            total = total + paper_block(self.model, block, tokens, rows if alone else tokens, rows)
+            tokens = tokens - r
+        return self._ends + (total + paper_last_norm(self.model, rows)) / 1e9
+
+    def within(self, counts: Sequence[float]) -> tuple[float, ...]:
+        """The same counts, none above the candidates that then are left."""
+        tokens, kept = float(self.N), []
+        for r in counts[: self.merging]:
+            kept.append(min(r, (tokens - self.prefix) / 2))
+            tokens -= kept[-1]
+        return tuple(kept)
+
+    def of_schedule(self, schedule: Sequence[int]) -> float:
+        """GFLOPs of a given r for each block, as ``adapt="static"`` takes it."""
+        tokens, merged = self.N, []
+        for r in schedule[: self.merging]:
+            merged.append(min(r, largest_r(tokens, self.prefix)))
+            tokens -= merged[-1]
+        return self.of(merged)
+
+    def lowest(self, most: int | None = None) -> float:
+        """GFLOPs where the first blocks, at ``most`` so many, merge all that they can."""
+        blocks = self.merging if most is None else min(most, self.merging)
+        return self.of_schedule([self.N] * blocks + [0] * (self.merging - blocks))
+
+    def scaled(self, counts: Sequence[float], goal: float) -> tuple[float, ...]:
+        """The counts times the number with which they cost ``goal``, or the least that they can."""
+        low, high = -6.0, 6.0  # of log2
+        for _ in range(40):
+            middle = (low + high) / 2
+            dearer = self.of(self.within([r * 2**middle for r in counts])) > goal
+            low, high = (middle, high) if dearer else (low, middle)
+        return tuple(r * 2**high for r in counts)

@@ -1,0 +1,128 @@
+"""Calibrations from few images beside earlier ones from many: ``python -m benchmarks.few_images``, on the digits.
+
+Beside each earlier calibration of ``results/`` for ``adapt="image"`` stand several for the same goal, each from other
+images. All are judged on the test split: as they are, and, since few images tell their cost less exactly, with the
+distances of their thresholds from 1 scaled until they cost there what the earlier one does.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from atm_triton import ATMConfig, Target, calibrate
+from atm_triton.calibration.costs import Costs
+from atm_triton.calibration.fitting import Fitting, Plan
+from atm_triton.calibration.meter import Meter
+from atm_triton.calibration.search import Search
+from atm_triton.cli.command import Parser, exit_code
+from atm_triton.measure.images import open_images
+from atm_triton.measure.models import open_model
+from atm_triton.measure.provenance import check_file, write_result
+from benchmarks.bench import BATCH_SIZE, RESULTS, TRIES
+
+SHARES = (0.30, 0.55, 0.62)
+FIELDS = {"cls_only_last": True, "backend": "auto"}
+
+
+class Judge:
+    """The test images."""
+
+    def __init__(self, number: int) -> None:
+        self.model = open_model()
+        loader = open_images(self.model, split="test", limit=number, batch_size=BATCH_SIZE)
+        batches = [images for images, _ in loader]
+        self.costs = Costs(self.model, tuple(batches[0].shape[1:]), True)
+        self.meter = Meter(self.model, {"test": batches}, FIELDS)
+        self.search = Search(Fitting(self.meter, self.costs, "image"), True, None, 0, lambda least: None)
+
+    def measured(self, config: ATMConfig) -> dict[str, float]:
+        found = self.meter.measure(config, "test")
+        error = found.divergence.std() / len(found.divergence) ** 0.5
+        return {"gflops": found.gflops.mean().item(), "kl": found.divergence.mean().item(), "kl_se": error.item()}
+
+    def at(self, config: ATMConfig, gflops: float) -> dict[str, float]:
+        """With its thresholds scaled until the test images cost so much."""
+        thresholds = config.thresholds[: self.costs.merging]
+        plan = Plan((), thresholds, config.split_depth, config.proportional_attention)
+        return self.measured(self.search.settled(plan, gflops, ("test",), TRIES).config)
+
+
+def earlier(shares: list[float]) -> Iterator[tuple[str, float, dict[str, Any]]]:
+    """What was calibrated before: its images, the goal in GFLOPs, the configuration."""
+    one = json.loads((RESULTS / "digits_calibrate_512.json").read_text())
+    yield f"{one['images']} images", one["target"]["max_gflops"], one["config"]
+    several = json.loads((RESULTS / "digits_calibration.json").read_text())
+    for row in several["rows"]:
+        if row["method"] == "calibrated" and row["adapt"] == "image" and row.get("share") in shares:
+            goal = (1 - row["share"]) * row["gflops_unpatched"]
+            yield f"{several['settings']['images']} images", goal, row["config"]
+
+
+def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    judge, size = Judge(args.test), args.images
+    loader = open_images(judge.model, split="calibration", limit=size * args.sets, batch_size=BATCH_SIZE)
+    images = torch.cat([batch for batch, _ in loader])
+    for name, goal, values in earlier(args.shares):
+        before = judge.measured(ATMConfig(**values))
+        yield {"calibration": name, "goal": goal, "config": values, "as_is": before}
+        for number in range(args.sets):
+            begin, batches = time.perf_counter(), list(images[number * size :][:size].split(BATCH_SIZE))
+            found = calibrate(judge.model, batches, Target(max_gflops=goal), "image", seed=number)
+            about = {"seconds": time.perf_counter() - begin, "passes": found.passes, "family": found.family}
+            about |= {"as_is": judge.measured(found.config), "at_cost": judge.at(found.config, before["gflops"])}
+            about |= {"promise": asdict(found.promise), "config": asdict(found.config)}
+            yield {"calibration": f"{size} images, set {number}", "goal": goal, **about}
+
+
+def table(result: dict[str, Any]) -> str:
+    """Each goal: the earlier calibration, and those from few images beside it."""
+    lines = [
+        f"| goal, GFLOPs | calibrated on | passes | seconds | GFLOPs of {result['test']} test images | KL there "
+        "| KL at the cost of the earlier one |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        effort = f"{row['passes']:,} | {row['seconds']:.0f}" if "passes" in row else " | "
+        same = f"{row['at_cost']['kl']:.1e} ± {row['at_cost']['kl_se']:.0e}" if "at_cost" in row else ""
+        kl = f"{row['as_is']['kl']:.1e} ± {row['as_is']['kl_se']:.0e}"
+        lines.append(
+            f"| {row['goal']:.4f} | {row['calibration']} | {effort} | {row['as_is']['gflops']:.4f} | {kl} | {same} |"
+        )
+    return "\n".join(lines)
+
+
+def run(args: argparse.Namespace) -> None:
+    if min(args.images, args.test, args.sets) < 1:
+        raise ValueError("--images, --test and --sets want 1 or more")
+    check_file("--out", args.out)
+    rows = []
+    for row in measure(args):
+        rows.append(row)
+        write_result(args.out, {"images": args.images, "test": args.test, "rows": rows})
+        judged = row.get("at_cost", row["as_is"])
+        print(
+            f"{row['calibration']}: {judged['gflops']:.4f} GFLOPs, KL {judged['kl']:.2e} ± {judged['kl_se']:.0e}",
+            flush=True,
+        )
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--images", type=int, default=64, help="of each calibration (64)")
+    parser.add_argument("--sets", type=int, default=3, help="of calibration images, each a calibration (3)")
+    parser.add_argument("--test", type=int, default=2000, help="test images (2000)")
+    parser.add_argument("--shares", type=float, nargs="+", default=list(SHARES), help="of digits_calibration.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "digits_few_images.json")
+    args = parser.parse_args(argv)
+    return exit_code("few_images", lambda: run(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
