@@ -19,11 +19,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from atm_triton.block import inside, is_matrix
-from atm_triton.record import Number, Record
+from atm_triton.record import Record
 from atm_triton.reference import largest_r
 from atm_triton.transformer import leading_tokens
 
 Value = TypeVar("Value", float, float | Tensor)
+Count = float | Tensor  # tokens per image: the same for all, a mean, or [B]
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Cost(Generic[Value]):
         return self.paper / 1e9
 
 
-def block_macs(block: Block, tokens: Number, queries: Number, rows: Number) -> Number:
+def block_macs(block: Block, tokens: Count, queries: Count, rows: Count) -> Count:
     """The cost of one block: 2 N D A for keys and values; for each query D A (and its gate), 2 N A for its two products
     and A D for its projection; for each row the linear layers of the MLP.
 
@@ -106,7 +107,7 @@ def cost_of_each(model: VisionTransformer, record: Record) -> Cost[float | Tenso
     )
 
 
-def paper_block(model: VisionTransformer, block: Block, tokens: Number, queries: Number, rows: Number) -> Number:
+def paper_block(model: VisionTransformer, block: Block, tokens: Count, queries: Count, rows: Count) -> Count:
     """One block as the paper counts it: arguments as of :func:`block_macs`. A model may have a count of its own, by
     methods ``paper_block`` and ``paper_stem`` (stem and all that is no block)."""
     if hasattr(model, "paper_block"):
@@ -114,7 +115,7 @@ def paper_block(model: VisionTransformer, block: Block, tokens: Number, queries:
     return _macs(block, tokens, queries, rows) + (tokens + rows) * model.embed_dim
 
 
-def paper_last_norm(model: VisionTransformer, rows: Number) -> Number:
+def paper_last_norm(model: VisionTransformer, rows: Count) -> Count:
     """The norm after the blocks as the paper counts it."""
     counts = isinstance(model.norm, nn.LayerNorm) and not hasattr(model, "paper_block")
     return rows * model.embed_dim if counts else 0
@@ -175,18 +176,18 @@ def answer_shape(model: VisionTransformer) -> tuple[int, ...]:
     return tuple(answer.shape[1:])
 
 
-def _computed(block: Block, tokens: Number, queries: Number, rows: Number) -> tuple[Number, Number, Number]:
+def _computed(block: Block, tokens: Count, queries: Count, rows: Count) -> tuple[Count, Count, Count]:
     """What a block computes of what the record says, or what a block that drops tokens after its MLP says of itself by
     a method ``computed``."""
     return block.computed(tokens, queries, rows) if hasattr(block, "computed") else (tokens, queries, rows)
 
 
-def _macs(block: Block, tokens: Number, queries: Number, rows: Number) -> Number:
+def _macs(block: Block, tokens: Count, queries: Count, rows: Count) -> Count:
     """:func:`block_macs`, or what a block that works in another way says of itself by a method ``macs``."""
     return block.macs(tokens, queries, rows) if hasattr(block, "macs") else block_macs(block, tokens, queries, rows)
 
 
-def _matching_macs(block: Block, tokens: Number, num_prefix: int) -> Number:
+def _matching_macs(block: Block, tokens: Count, num_prefix: int) -> Count:
     if hasattr(block, "matching_macs"):
         return block.matching_macs(tokens)
     a = (tokens - num_prefix) // 2

@@ -85,22 +85,26 @@ class Target:
     def holds(self, mean: Mean) -> bool:
         """Whether the change is small enough; for a target that limits it."""
         if self.min_agreement is not None:
-            return mean.agreement >= self.min_agreement
+            return mean.agreement is not None and mean.agreement >= self.min_agreement
         return (mean.p99 if self.max_distance_p99 is not None else mean.divergence) <= self.value
 
     def doubt(self, promise: "Promise") -> str | None:
         """Why a limit to the change may not hold on other images; None: it should, or none was asked for."""
-        if self.max_kl is not None and promise.kl > self.max_kl:
-            return f"KL {promise.kl:.3g} is above {self.max_kl:g}"
-        if self.max_distance is not None and promise.distance > self.max_distance:
-            return f"distance {promise.distance:.3g} is above {self.max_distance:g}"
-        if self.max_distance_p99 is not None and promise.distance_p99 > self.max_distance_p99:
-            return f"the distance's 99th percentile {promise.distance_p99:.3g} is above {self.max_distance_p99:g}"
+        measured = {
+            "max_kl": ("KL", promise.kl),
+            "max_distance": ("distance", promise.distance),
+            "max_distance_p99": ("the distance's 99th percentile", promise.distance_p99),
+        }
+        what, change = measured.get(self.name, ("", None))
+        if change is not None and change > self.value:
+            return f"{what} {change:.3g} is above {self.value:g}"
         if self.max_distance_p99 is not None and promise.images <= WORST:
             return f"the distance's 99th percentile is that of the worst of {promise.images} images"
-        if self.min_agreement is not None and promise.agreement < self.min_agreement:
+        if self.min_agreement is None or promise.agreement is None or promise.agreement_se is None:
+            return None
+        if promise.agreement < self.min_agreement:
             return f"agreement {promise.agreement:.4g} is below {self.min_agreement:g}"
-        if self.min_agreement is not None and promise.agreement_se > 1 - self.min_agreement:
+        if promise.agreement_se > 1 - self.min_agreement:
             return f"agreement is known to {promise.agreement_se:.2g} on {promise.images} images"
         return None
 
@@ -132,7 +136,7 @@ class Promise:
     def of(cls, measured: Measured, measure: Measure, batch_size: int = 1, seen: Sequence[Measured] = ()) -> "Promise":
         """``batch_size``: of the images that share what they merge; ``seen``: what was measured on other images."""
         n = len(measured.divergence)
-        values = dict.fromkeys(("kl", "kl_se", "agreement", "agreement_se"))
+        values: dict[str, Any] = dict.fromkeys(("kl", "kl_se", "agreement", "agreement_se"))
         if measured.agree is not None:
             kept = measured.agree.sum().item()
             rate = (kept + 1) / (n + 2)  # all of some images is not all of all
@@ -228,7 +232,7 @@ def calibrate(
     _check_fits(model, shape)
     _check_not_blank(parts)
     _check_differ(parts)
-    settings = {"cls_only_last": cls_only_last and not dense, "backend": backend}
+    settings: dict[str, Any] = {"cls_only_last": cls_only_last and not dense, "backend": backend}
     costs = Costs(model, shape, settings["cls_only_last"])
     _check_merges(costs)
     if target.max_gflops is not None:

@@ -27,19 +27,25 @@ class Costs:
         self.leading = leading_tokens(model) if cls_only_last else None
         self.merging = len(self.blocks) - (self.leading is not None)
         record = unmerged(model, image_shape)
-        self.N, self.unmerged = record.tokens[0], cost(model, record).paper_gflops
+        self.N, self.unmerged = record.N, cost(model, record).paper_gflops
         self.highest = cost(model, planned(model, image_shape, (0,) * len(self.blocks), cls_only_last)).paper_gflops
         self._ends = 0.0  # stem and head
         self._ends = self.highest - self.of([0.0] * self.merging)
 
-    def of(self, merged: Sequence[float | Tensor]) -> float | Tensor:
-        """GFLOPs where each block that may merge merges so many tokens: numbers, or tensors [n] of n images."""
-        tokens, total = self.N, 0.0
+    def of(self, merged: Sequence[float]) -> float:
+        """GFLOPs if each block that may merge merges so many tokens."""
+        return float(self.of_each(merged))
+
+    def of_each(self, merged: Sequence[float | Tensor]) -> float | Tensor:
+        """The same where images differ: each block's number of tokens is a tensor [n], for n images."""
+        tokens: float | Tensor = self.N
+        rows: float | Tensor = tokens
+        total: float | Tensor = 0.0
         for index, block in enumerate(self.blocks):
             r = merged[index] if index < self.merging else 0
-            alone = self.leading is not None and index == len(self.blocks) - 1
-            rows = self.leading if alone else tokens - r
-            total = total + paper_block(self.model, block, tokens, rows if alone else tokens, rows)
+            alone = self.leading if index == len(self.blocks) - 1 else None
+            rows = tokens - r if alone is None else alone
+            total = total + paper_block(self.model, block, tokens, tokens if alone is None else rows, rows)
             tokens = tokens - r
         return self._ends + (total + paper_last_norm(self.model, rows)) / 1e9
 
@@ -53,7 +59,8 @@ class Costs:
 
     def of_schedule(self, schedule: Sequence[int]) -> float:
         """GFLOPs of a given r for each block, as ``adapt="static"`` takes it."""
-        tokens, merged = self.N, []
+        tokens = self.N
+        merged: list[int] = []
         for r in schedule[: self.merging]:
             merged.append(min(r, largest_r(tokens, self.prefix)))
             tokens -= merged[-1]

@@ -132,13 +132,16 @@ class Fitting:
         return Fitted(plan, config, Mean.from_list(known[L:]))
 
     def _config(self, plan: Plan) -> ATMConfig:
-        fields = {"split_depth": plan.split_depth, "proportional_attention": plan.proportional_attention}
+        fields: dict[str, Any] = {
+            "split_depth": plan.split_depth,
+            "proportional_attention": plan.proportional_attention,
+        }
         fields |= {"adapt": self.adapt, **self.meter.fields}
         rest = self.depth - self.costs.merging
         if self.adapt != "static":
             thresholds = plan.thresholds or (None,) * self.costs.merging
             return ATMConfig(thresholds=(*thresholds, *[None] * rest), **fields)
-        whole = [round(total) for total in accumulate(plan.counts, initial=0)]
+        whole = [round(total) for total in accumulate(plan.counts[: self.costs.merging], initial=0)]
         return ATMConfig(schedule=(*(after - before for before, after in pairwise(whole)), *[0] * rest), **fields)
 
     @torch.inference_mode()
@@ -247,5 +250,5 @@ class Fitting:
         left = torch.stack([*state.entered, state.tokens.images.lengths.cpu()], dim=1).double()
         merged = left[:, :-1] - left[:, 1:]
         merged[:, self.costs.merging :] = 0
-        gflops = torch.as_tensor(self.costs.of(merged[:, : self.costs.merging].unbind(1)), dtype=torch.float64)
+        gflops = torch.as_tensor(self.costs.of_each(merged[:, : self.costs.merging].unbind(1)), dtype=torch.float64)
         return Measured(gflops.expand(B), *by.compared(before, answers), merged)

@@ -9,6 +9,7 @@ by a later run that finds the notes of this one.
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -58,12 +59,13 @@ class Mean:
         p99, merged = percentile(measured.divergence), tuple(measured.merged.mean(0).tolist())
         return cls(gflops, divergence, agreement, p99, change, merged)
 
-    def to_list(self) -> list[float | None]:
+    def to_list(self) -> list[Any]:
         return [self.gflops, self.divergence, self.agreement, self.p99, self.change, *self.merged]
 
     @classmethod
-    def from_list(cls, values: list[float | None]) -> "Mean":
-        return cls(*values[:5], tuple(values[5:]))
+    def from_list(cls, values: list[Any]) -> "Mean":
+        gflops, divergence, agreement, p99, change, *merged = values
+        return cls(gflops, divergence, agreement, p99, change, tuple(merged))
 
 
 class Meter:
@@ -81,14 +83,15 @@ class Meter:
         self,
         model: VisionTransformer,
         parts: dict[str, list[Tensor]],
-        fields: dict[str, object],
+        fields: dict[str, Any],
         by: Measure | None = None,
         saw: Callable[[float], None] = lambda images: None,
     ) -> None:
         self.model, self.parts, self.fields, self.images, self._saw = model, parts, fields, 0.0, saw
         self.by = measure_of(model) if by is None else by
         self.warns = False  # where most tokens are gone early: a search tries that too
-        self._patched, self.base = share(model), {}  # base: of the batches of this process the unmerged model's answers
+        self._patched = share(model)
+        self.base: dict[str, list[Tensor]] = {}  # the unmerged model's answers to the batches of this process
         for name, batches in parts.items():
             self.base[name] = unpatched_answers(model, [(images, None) for images in own(batches)], None, self.by)
             self.count(sum(map(len, batches)))
@@ -129,7 +132,7 @@ class Meter:
         patched.blocks.warns = self.warns
         pairs = zip(own(self.parts[part]), self.base[part], strict=True)
         every = in_order([compare(patched, *pair, number, self.by) for number, pair in enumerate(pairs)])
-        measured = together([Measured(*(row.get(name) for name in COLUMNS)) for row in every])
+        measured = together([measured_of(row) for row in every])
         self.count(len(measured.gflops))
         return measured
 
@@ -144,5 +147,10 @@ class Meter:
 
 
 def together(parts: list[Measured]) -> Measured:
-    columns = [[getattr(part, name) for part in parts] for name in COLUMNS]
-    return Measured(*(None if column[0] is None else torch.cat(column).double() for column in columns))
+    columns = {name: [getattr(part, name) for part in parts] for name in COLUMNS}
+    return measured_of({n: torch.cat(column).double() for n, column in columns.items() if column[0] is not None})
+
+
+def measured_of(columns: dict[str, Tensor]) -> Measured:
+    """From columns by name; of features "agree" is missing."""
+    return Measured(columns["gflops"], columns["divergence"], columns.get("agree"), columns["merged"])

@@ -13,6 +13,10 @@ COUNTED = "{n:.0f} of {total:.0f} image passes, {remaining} left{postfix}"
 class Progress(tqdm):
     """tqdm's bar over about ``total`` images through the model; lines where stderr is no terminal."""
 
+    total: float
+    n: float
+    disable: bool
+
     def __init__(self, total: float, shown: bool) -> None:
         self.lines = not sys.stderr.isatty()
         every = {"mininterval": EVERY, "miniters": 1} if self.lines else {}

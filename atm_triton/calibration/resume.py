@@ -3,13 +3,14 @@
 import json
 import math
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from atm_triton.measure.distributed import from_first, rank
 
 
 class Notes:
-    """By name, lists of numbers. Under torchrun the first process alone reads and writes; all know what it read.
+    """By name, lists of numbers, None among them. Under torchrun only the first process reads and writes; all know what
+    it read.
 
     Args:
         path: of the file; None: nothing outlives.
@@ -32,17 +33,18 @@ class Notes:
         self._known = {name: values for name, *values in lines[1:]}
         if self._file is not None:
             self._file.truncate(0)
-            self._write(*lines)
+        self._write(*lines)
 
-    def get(self, name: str) -> list[float] | None:
+    def get(self, name: str) -> list[Any] | None:
         return self._known.get(name)
 
-    def add(self, name: str, values: list[float]) -> None:
+    def add(self, name: str, values: list[Any]) -> None:
         self._known[name] = values
-        if self._file is not None:
-            self._write([name, *values])
+        self._write([name, *values])
 
     def _write(self, *lines: list) -> None:
+        if self._file is None:
+            return
         self._file.write("".join(json.dumps(line) + "\n" for line in lines))
         self._file.flush()
 

@@ -163,13 +163,13 @@ class Search:
         """Eq. 1 by several spreads and rises, at the cost of the goal. ``near``: what tells where to begin."""
         if self.fitting.adapt == "static":
             return []
-        thetas = [theta for theta in near.config.thresholds if theta is not None]
+        thetas = [theta for theta in near.config.thresholds or () if theta is not None]
         begin = 1 - sorted(thetas)[len(thetas) // 2] if thetas else 0.1
         found = []
         for spread, rise in CURVES:
             plan = replace(self.plan(()), thresholds=eq1(max(begin, 1e-6), spread, rise, self.costs.merging))
             found.append(self.settled(plan, goal))
-            begin = 1 - found[-1].plan.thresholds[0]
+            begin = 1 - next(theta for theta in found[-1].plan.thresholds or () if theta is not None)
         return found
 
     # ---------------------------------------------------------------------------------------------- changes of a plan

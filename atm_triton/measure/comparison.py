@@ -91,7 +91,7 @@ class Measure:
             return divergence, (before.argmax(1) == after.argmax(1)).double()
         return divergence, ((before > 0) == (after > 0)).double().mean(1)
 
-    def text(self, divergence: float, agreement: float | None, p99: float) -> str:
+    def text(self, divergence: float, agreement: float | None, p99: float | None) -> str:
         """Means over some images, in words; ``p99``: the 99th percentile of the divergence."""
         if self.of_features:
             return f"distance {divergence:.2g}, 99th percentile {p99:.2g}"

@@ -81,7 +81,10 @@ def share(model: VisionTransformer) -> VisionTransformer:
 
 @torch.inference_mode()
 def unpatched_answers(
-    model: VisionTransformer, batches: Batches, title: str | None = "unpatched", measure: Measure | None = None
+    model: VisionTransformer,
+    batches: Iterable[tuple[Tensor, Any]],
+    title: str | None = "unpatched",
+    measure: Measure | None = None,
 ) -> list[Tensor]:
     """What a model answers to every batch, for several evaluations against it. ``measure``: None: what fits it."""
     measure = measure_of(model) if measure is None else measure
