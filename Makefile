@@ -1,4 +1,5 @@
 # make test, make bench: create .venv and install on the first run, start at once on the next.
+# make test-fast: the specification and its kernels, in a minute: for the loop of work.
 # make test-oldest: tracing and compiling with the oldest torch and Triton that are supported (3 GB on the first run).
 # make docs: the page site, in build/site, with an environment of its own.
 # make test-integration: a patched model in the hands of other libraries (2 GB on the first run), and the table of it.
@@ -9,10 +10,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OPENBLAS_NUM_THREADS := 1
 
-.PHONY: test test-oldest test-integration bench microbench docs gpu lint format clean
+.PHONY: test test-fast test-oldest test-integration bench microbench docs gpu lint format clean
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 8 --dist worksteal
+
+test-fast: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 8 --dist worksteal \
+		tests/test_config.py tests/test_reference.py tests/test_parity.py tests/test_extending.py tests/test_kernels.py \
+		-k "not (backward or 577 or four_sources or programs_share)"
 
 test-oldest: $(VENV)-oldest/installed
 	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest -q tests/test_triton.py tests/test_image.py \
