@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
+from torch.optim import Optimizer
 
 from atm_triton.packed import Packed
 from benchmarks.baselines.base import (
@@ -20,6 +21,7 @@ from benchmarks.baselines.base import (
     is_number,
     places,
 )
+from benchmarks.baselines.training import Learning
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,9 @@ class EViT(Baseline):
     keep_rate: float = 0.7
     blocks: tuple[int, ...] = (3, 6, 9)
     fuse_token: bool = True
-    about: ClassVar[About] = About("EViT (ICLR 2022)", "Apache-2.0", fused="yes, the class row beside it")
+    about: ClassVar[About] = About(
+        "EViT (ICLR 2022)", "Apache-2.0", training="no, or trained so", fused="yes, the class row beside it"
+    )
 
     def __post_init__(self) -> None:
         if not (is_number(self.keep_rate) and 0 < self.keep_rate <= 1):
@@ -49,6 +53,12 @@ class EViT(Baseline):
 
     def check(self, model: VisionTransformer) -> None:
         check_class_token("evit", model)
+
+    def learning(self, model: VisionTransformer, seed: int = 0, warms: bool = False) -> "EViTLearning":
+        """``warms``: with a keep rate that falls, as its authors train from scratch."""
+        made = EViTLearning(self, model, seed)
+        made.warms = warms
+        return made
 
     def plan(self, block: ReducingBlock, q: Tensor, k: Tensor, tokens: Packed) -> Plan | None:
         B, _, N, d = k.shape
@@ -67,3 +77,20 @@ class EViT(Baseline):
             return Plan(slots, P + left)
         weights = torch.cat([attention.new_ones(B, P), torch.where(kept, 1, attention)], dim=1)
         return Plan(slots, P + left + 1, weights)
+
+
+class EViTLearning(Learning):
+    """By the authors' fine-tuning: the keep rate as it is from the first step, and no drop path. With ``warms`` the
+    rate falls along a cosine from 1, as when they train from scratch: in the 100 epochs after the 10th of 300."""
+
+    lr, min_lr, warmup, weight_decay, epochs = 2e-5, 2e-6, 0.0, 1e-6, 30
+    begins, falls = 10 / 300, 100 / 300  # shares of the training
+    warms = False
+
+    def begin_step(self, merging: VisionTransformer, optimizer: Optimizer, done: float) -> None:
+        if self.warms:
+            self.set(merging, keep_rate=self.rate(done))
+
+    def rate(self, done: float) -> float:
+        low, t = self.baseline.keep_rate, min(max((done - self.begins) / self.falls, 0.0), 1.0)
+        return low + (1 - low) * (math.cos(math.pi * t) + 1) / 2

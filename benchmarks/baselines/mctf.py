@@ -5,6 +5,7 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from atm_triton.block import Step, is_matrix
@@ -22,6 +23,8 @@ from benchmarks.baselines.base import (
     places,
     sums,
 )
+from benchmarks.baselines.mctf_learning import MCTFLearning
+from benchmarks.baselines.training import Learning
 
 LEAST = 10  # tokens that are always left
 
@@ -45,7 +48,12 @@ class MCTF(Baseline):
     tau_info: float = 20
     tau_size: float = 40
     proportional_attention: ClassVar[bool | None] = True
-    about: ClassVar[About] = About("MCTF (CVPR 2024)", "MIT, its core from ToMe's", fused="no, the map is fused itself")
+    about: ClassVar[About] = About(
+        "MCTF (CVPR 2024)",
+        "MIT, its core from ToMe's",
+        training="no, or trained so",
+        fused="no, the map is fused itself",
+    )
 
     def __post_init__(self) -> None:
         if not is_number(self.r) or self.r < 0 or (self.r >= 1 and self.r != int(self.r)):
@@ -59,6 +67,9 @@ class MCTF(Baseline):
 
     def block_class(self) -> type[ReducingBlock]:
         return MCTFBlock
+
+    def learning(self, model: VisionTransformer, seed: int = 0) -> Learning:
+        return MCTFLearning(self, model, seed)
 
     def plan(self, *_: object) -> None:
         """After attention nothing is left to do."""
