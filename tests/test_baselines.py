@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import loops
 from atm_triton import ATMConfig, apply_patch, remove_patch, summary
 from atm_triton.block import Step
-from atm_triton.flops import cost_of_each
+from atm_triton.flops import cost, cost_of_each, unmerged
 from atm_triton.measure.evaluate import evaluate
 from atm_triton.packed import Assignment, Packed
 from atm_triton.transformer import leading_tokens
@@ -495,6 +495,15 @@ def test_the_last_block_for_the_class_token_alone_changes_no_logit(name):
     torch.testing.assert_close(alone, whole, rtol=0, atol=1e-12)
     assert summary(model).macs < costs
     torch.testing.assert_close(model.forward_head(model.forward_features(x)), whole, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_what_is_saved_is_saved_of_the_plain_model(name):
+    """Also where a block says itself what it costs."""
+    model, x = vit(), images(2)
+    whole = cost(model, unmerged(model, (3, 40, 40))).macs
+    apply_baseline(model, name, **SETTINGS[name])(x)
+    assert summary(model).unmerged.macs == whole > summary(model).macs
 
 
 @pytest.mark.parametrize("more", [{}, {"qk_norm": True}])

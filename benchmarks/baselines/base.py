@@ -193,8 +193,7 @@ class EntryBlock(ReducingBlock):
     def macs(self, tokens: Number, queries: Number, rows: Number) -> Number:
         """Of the tokens that are left, and of the predictor, which sees those that enter. (The paper's count has one
         norm of each number of tokens, as for any block.)"""
-        unmerged = isinstance(rows, int) and rows == tokens
-        if unmerged or self.index not in self.baseline.blocks:
+        if self.index not in self.baseline.blocks:
             return block_macs(self, tokens, queries, rows)
         return block_macs(self, rows, rows, rows) + self.predictor_macs(tokens)
 
