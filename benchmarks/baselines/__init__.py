@@ -5,6 +5,7 @@ the method; each docstring states where it departs. Same weights, same attention
 ``baseline("dynamicvit").learning(model)`` trains one, by ``atm_triton.training`` (docs/experiments.md).
 """
 
+from collections import ChainMap
 from dataclasses import fields
 from difflib import get_close_matches
 from typing import Any
@@ -12,10 +13,15 @@ from typing import Any
 from timm.models.vision_transformer import VisionTransformer
 
 from benchmarks.baselines.ats import ATS
+from benchmarks.baselines.avit import AViT
 from benchmarks.baselines.base import Baseline, Plan, ReducingBlock
+from benchmarks.baselines.bat import BAT
 from benchmarks.baselines.dtome import DToMe
 from benchmarks.baselines.dynamicvit import DynamicViT
 from benchmarks.baselines.evit import EViT
+from benchmarks.baselines.evovit import EvoViT
+from benchmarks.baselines.iared2 import IARED2
+from benchmarks.baselines.ltmp import LTMP
 from benchmarks.baselines.mctf import MCTF
 from benchmarks.baselines.pitome import PiToMe
 from benchmarks.baselines.threshold import Threshold
@@ -34,10 +40,15 @@ BASELINES: dict[str, type[Baseline]] = {
     "tofu": ToFu,
     "dtome": DToMe,
 }
-TRAINED: dict[str, type[Baseline]] = {  # that no model can run without training
+TRAINED: dict[str, type[Baseline]] = {  # not meant to run without training, or not able to
     "dynamicvit": DynamicViT,
+    "iared2": IARED2,
+    "evovit": EvoViT,
+    "avit": AViT,
+    "bat": BAT,
+    "ltmp": LTMP,
 }
-ALL = BASELINES | TRAINED
+ALL = ChainMap(TRAINED, BASELINES)  # in the order of both, the latter first
 
 __all__ = ["ALL", "BASELINES", "TRAINED", "Baseline", "Plan", "ReducingBlock", "apply_baseline", "baseline"]
 

@@ -121,16 +121,23 @@ class ReducingBlock(ATMBlock):
     depth: int
     patches: int  # of an image
 
+    needs: ClassVar[str] = ""  # the name of what the method has added to a block that is prepared
+
     def check_prepared(self) -> None:
         """Raise ValueError where what the method trains of its own is missing."""
+        if not self.needs or hasattr(self, self.needs):
+            return
+        if self.index in getattr(self.baseline, "blocks", [self.index]):
+            what = f"{type(self.baseline).__name__}: block {self.index} has no {self.needs}"
+            raise ValueError(f"{what} in this model: prepare(model), then load trained weights")
 
     def forward_packed(self, tokens: Packed, step: Step) -> Packed:
         if step.leading is not None:
             return self.forward_leading(tokens, step.leading)
         x = tokens.images.shaped(tokens.x)
         attended, plan = self.called_attn(self.norm1(x), self.planned, tokens, step.merges)
-        x = x + self.drop_path1(self.ls1(attended))
-        tokens = tokens.with_x(x.flatten(0, 1))
+        x = x + self._drop_path(self.drop_path1, self.ls1(attended), tokens.images)
+        tokens = tokens.with_x(x.flatten(0, -2))
         if self.baseline.after_mlp:
             tokens = self.fed_forward(tokens)
         tokens, step.slots = self.reduced(tokens, plan)
@@ -173,10 +180,7 @@ class ReducingBlock(ATMBlock):
 class EntryBlock(ReducingBlock):
     """timm's block that drops tokens at its entry by a ``predictor`` of its own, as :meth:`staying` says."""
 
-    def check_prepared(self) -> None:
-        if self.index in self.baseline.blocks and not hasattr(self, "predictor"):
-            name = type(self.baseline).__name__
-            raise ValueError(f"{name} has no predictors in this model: prepare(model), then load trained weights")
+    needs = "predictor"
 
     def staying(self, tokens: Packed) -> tuple[Tensor, int | None]:
         """Which of the rows stay, bool [T]; how many of each image, None: its own number."""
@@ -248,6 +252,13 @@ def check_entry(name: str, model: VisionTransformer, blocks: tuple[int, ...]) ->
         raise ValueError(f"{name}: blocks={blocks} has the last block; give blocks before it")
     if model.dynamic_img_size:
         raise ValueError(f"{name}: the model takes images of any size; make it with dynamic_img_size=False")
+
+
+def groups(N: int, num_prefix: int) -> tuple[slice, slice]:
+    """A and B: the tokens at even and at odd positions, without the leading ones."""
+    even = num_prefix + num_prefix % 2
+    odd = num_prefix + 1 - num_prefix % 2
+    return slice(even, N, 2), slice(odd, N, 2)
 
 
 def by_image(heads: Tensor, x: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from benchmarks.baselines.base import (
     is_number,
     places,
 )
-from benchmarks.baselines.training import Learning, frozen, grouped, softmax_of_kept, through
+from benchmarks.baselines.training import Learning, frozen, scaled_groups, softmax_of_kept, through
 
 EPS = 1e-6
 RATIO, DISTILLED, TOKENS = 2.0, 0.5, 0.5  # weights of the losses
@@ -131,7 +131,9 @@ class DynamicViTLearning(Learning):
 
     def optimizer(self, model: VisionTransformer, recipe: Recipe) -> Optimizer:
         super().optimizer(model, recipe)
-        return grouped(model, recipe, lambda name: 1.0 if "predictor" in name else 0.01)
+        return recipe.optimizer(
+            scaled_groups(model, recipe.weight_decay, lambda name: 1.0 if "predictor" in name else 0.01)
+        )
 
     def begin_step(self, merging: VisionTransformer, optimizer: Optimizer, done: float) -> None:
         for group in optimizer.param_groups:

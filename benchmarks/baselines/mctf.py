@@ -19,6 +19,7 @@ from benchmarks.baselines.base import (
     by_image,
     by_value,
     check_blocks,
+    groups,
     is_number,
     places,
     sums,
@@ -86,7 +87,7 @@ class MCTF(Baseline):
     def scores(self, x: Tensor, attention: Tensor, size: Tensor | None, num_prefix: int) -> Tensor:
         """[B, |A|, |B|]: how much tokens at even positions want to fuse with those at odd ones. ``attention`` [B, N]:
         how much each receives."""
-        a, b = _groups(x.shape[1], num_prefix)
+        a, b = groups(x.shape[1], num_prefix)
         metric = x / x.norm(dim=-1, keepdim=True)
         similar = (metric[:, a] @ metric[:, b].transpose(1, 2) + 1) / 2
         scores = similar ** (1 / self.tau_sim) if self.tau_sim else torch.ones_like(similar)
@@ -99,7 +100,7 @@ class MCTF(Baseline):
     def fused(self, scores: Tensor, N: int, r: int, num_prefix: int) -> Plan:
         """Half of r from A to B, by the best score of each token of A; then the other half from B to what is left of A,
         by the same scores. What is left of A stands first, then what is left of B by its score."""
-        a, b = _groups(N, num_prefix)
+        a, b = groups(N, num_prefix)
         best, partner = scores.max(dim=2)
         gone = places(by_value(best)) < r // 2
         left = num_prefix + scores.shape[1] - r // 2
@@ -173,13 +174,6 @@ class MCTFBlock(ReducingBlock):
         leave = M if queries == tokens else queries
         A, D = self.attn.attn_dim, self.attn.qkv.in_features
         return block_macs(self, M, leave, leave) + (2 * tokens - M - leave) * D * A + (tokens**2 - leave * M) * A
-
-
-def _groups(N: int, num_prefix: int) -> tuple[slice, slice]:
-    """A and B: the tokens at even and at odd positions, without the leading ones."""
-    even = num_prefix + num_prefix % 2
-    odd = num_prefix + 1 - num_prefix % 2
-    return slice(even, N, 2), slice(odd, N, 2)
 
 
 def _part(qkv: nn.Linear, rows: slice, y: Tensor) -> Tensor:

@@ -45,8 +45,9 @@ class Learning(Method):
         seed_all(seed)
         baseline.prepare(model)
 
-    def recipe(self, like: Recipe, steps: int = 0) -> Recipe:
-        """The authors' in as many epochs, of as many images a step, as ``like``; ``steps``: in all."""
+    def recipe(self, like: Recipe, steps: int) -> Recipe:
+        """The authors' in as many epochs, of as many images a step, as ``like``; ``steps``: in all, for a method whose
+        rates go by their number."""
         scale = like.images_per_step / BATCH if self.scaled else 1
         rates = {"lr": self.lr * scale, "min_lr": min(self.min_lr, self.lr * scale), "weight_decay": self.weight_decay}
         return replace(like, **rates, warmup_epochs=round(self.warmup * like.epochs), **self.more)
@@ -82,26 +83,26 @@ def read(merging: VisionTransformer, images: Tensor) -> tuple[Tensor, Tensor]:
     return logits, normed[0][:, 0]
 
 
-def grouped(model: VisionTransformer, recipe: Recipe, scale: Callable[[str], float]) -> Optimizer:
-    """An optimiser whose rate is multiplied by ``scale(name)`` for each parameter; no weight decay for biases, norms,
-    class token and positions."""
+def scaled_groups(model: VisionTransformer, weight_decay: float, scale: Callable[[str], float]) -> list[dict[str, Any]]:
+    """Groups of an optimiser whose rate is multiplied by ``scale(name)`` for each parameter; no weight decay for
+    biases, norms, class token and positions."""
     groups: dict[tuple[float, bool], list[Tensor]] = {}
     plain = {"cls_token", "dist_token", "reg_token", "pos_embed"}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             groups.setdefault((scale(name), parameter.dim() > 1 and name not in plain), []).append(parameter)
-    return recipe.optimizer(
-        [
-            {"params": own, "lr_scale": by, "full_scale": by, "weight_decay": recipe.weight_decay * decays}
-            for (by, decays), own in groups.items()
-        ]
-    )
+    return [
+        {"params": own, "lr_scale": by, "full_scale": by, "weight_decay": weight_decay * decays}
+        for (by, decays), own in groups.items()
+    ]
 
 
-def attended(block: Block, x: Tensor, weigh: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def attended(
+    block: Block, x: Tensor, weigh: Callable[[Tensor], Tensor], mask: Tensor | float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
     """timm's block up to its attention, on x [B, N, C], with the weights [B, H, N, N] that ``weigh`` makes of scaled
-    scores: what attention adds to x; keys [B, H, N, d]; the weights."""
-    attn, y = block.attn, block.norm1(x)
+    scores: what attention adds to x; keys [B, H, N, d]; the weights. ``mask``: multiplies the norm of x."""
+    attn, y = block.attn, block.norm1(x) * mask
     q, k, v = attn.qkv(y).unflatten(-1, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4)
     q, k = attn.q_norm(q), attn.k_norm(k)
     weights = weigh(q @ k.transpose(-2, -1) * attn.scale)
@@ -111,9 +112,9 @@ def attended(block: Block, x: Tensor, weigh: Callable[[Tensor], Tensor]) -> tupl
     return block.drop_path1(block.ls1(attn.proj_drop(attn.proj(mixed)))), k, weights
 
 
-def fed(block: Block, x: Tensor) -> Tensor:
-    """What the MLP adds to x."""
-    return block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+def fed(block: Block, x: Tensor, mask: Tensor | float = 1.0) -> Tensor:
+    """What the MLP adds to x, whose norm the mask multiplies."""
+    return block.drop_path2(block.ls2(block.mlp(block.norm2(x) * mask)))
 
 
 def through(block: Block, x: Tensor, weigh: Callable[[Tensor], Tensor]) -> Tensor:
@@ -129,11 +130,12 @@ def straight_through(soft: Tensor, hard: Tensor) -> Tensor:
 
 def softmax_of_kept(scores: Tensor, mask: Tensor, eps: float, own: bool) -> Tensor:
     """A softmax over the keys of ``mask`` [B, N], 1 or 0, with a gradient to the mask. ``own``: each token sees itself
-    as well. As DynamicViT's: (e + eps / N) / (sum of e + eps)."""
+    as well. As DynamicViT's: (e + eps / N) / (sum of e + eps); the largest score, which is taken off first, has no
+    gradient (of the order of eps it would have one)."""
     N = scores.shape[-1]
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     seen = mask[:, None, None, :].to(scores.dtype)
     if own:
         seen = seen + (1 - seen) * torch.eye(N, dtype=scores.dtype, device=scores.device)
-    e = (scores - scores.amax(dim=-1, keepdim=True)).exp() * seen
+    e = (scores - scores.detach().amax(dim=-1, keepdim=True)).exp() * seen
     return (e + eps / N) / (e.sum(dim=-1, keepdim=True) + eps)
