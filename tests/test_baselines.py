@@ -870,7 +870,7 @@ def test_the_list_names_all_settings(capsys, monkeypatch):
     runpy.run_module("benchmarks.baselines.__main__", run_name="__main__")
     listed = capsys.readouterr().out
     for line in (
-        "    keep_rate=0.7, blocks=(3, 6, 9), fuse_token=True, cls_only_last=False",
+        "    keep_rate=0.7, blocks=(3, 6, 9), fuse_token=True, falls=False, cls_only_last=False",
         "mctf: Fuses tokens",
         "(3, 6, 9).",
     ):

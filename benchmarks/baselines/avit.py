@@ -68,7 +68,7 @@ class AViT(Baseline):
 
     @classmethod
     @torch.inference_mode()
-    def fitted(cls, model: VisionTransformer, batches: Iterable[Any], gate_scale: float = 10.0) -> Self:
+    def fitted(cls, model: VisionTransformer, batches: Iterable[Any], gate_scale: float = 10.0, **more: Any) -> Self:
         """The gate with whose centre one token in a hundred, over all blocks of the unpatched model, has a score of 1/2
         or more: so nearly none halts before training. Batches as of ``DToMe.fitted``."""
         first: list[Tensor] = []
@@ -86,7 +86,7 @@ class AViT(Baseline):
             raise ValueError("avit: no images to fit the gate by; give batches of them")
         every = torch.cat(first).sort().values
         center = gate_scale * every[int(0.99 * (len(every) - 1))].item()
-        return cls(gate_scale=gate_scale, gate_center=center)
+        return cls(gate_scale=gate_scale, gate_center=center, **more)
 
 
 class Halting(Packed):

@@ -131,9 +131,8 @@ class DynamicViTLearning(Learning):
 
     def optimizer(self, model: VisionTransformer, recipe: Recipe) -> Optimizer:
         super().optimizer(model, recipe)
-        return recipe.optimizer(
-            scaled_groups(model, recipe.weight_decay, lambda name: 1.0 if "predictor" in name else 0.01)
-        )
+        own = scaled_groups(model, recipe.weight_decay, lambda name: 1.0 if "predictor" in name else 0.01)
+        return recipe.optimizer(own)
 
     def begin_step(self, merging: VisionTransformer, optimizer: Optimizer, done: float) -> None:
         for group in optimizer.param_groups:

@@ -45,9 +45,8 @@ class Learning(Method):
         seed_all(seed)
         baseline.prepare(model)
 
-    def recipe(self, like: Recipe, steps: int) -> Recipe:
-        """The authors' in as many epochs, of as many images a step, as ``like``; ``steps``: in all, for a method whose
-        rates go by their number."""
+    def recipe(self, like: Recipe) -> Recipe:
+        """The authors' in as many epochs, of as many images a step, as ``like``."""
         scale = like.images_per_step / BATCH if self.scaled else 1
         rates = {"lr": self.lr * scale, "min_lr": min(self.min_lr, self.lr * scale), "weight_decay": self.weight_decay}
         return replace(like, **rates, warmup_epochs=round(self.warmup * like.epochs), **self.more)
