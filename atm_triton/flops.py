@@ -86,7 +86,9 @@ def cost_of_each(model: VisionTransformer, record: Record) -> Cost[float | Tenso
     """:func:`cost` of every image: tensors [B] where they differ."""
     blocks = [inside(block, Block) or block for block in model.blocks]
     recorded = zip(blocks, record.tokens, record.queries, record.rows, strict=True)
-    counts = [_computed(block, *count) for block, *count in recorded]
+    ran = bool(record.way)  # else nothing of a block's own way to work was at work
+    counts = [_computed(block, *count) if ran else tuple(count) for block, *count in recorded]
+    macs = tuple(_macs(block, *c) if ran else block_macs(block, *c) for block, c in zip(blocks, counts, strict=True))
     stem, stem_norms = _counted(model, "patch_embed", record.image_shape)
     head, head_norms = _counted(model, "forward_head", (_read_by_head(record), model.embed_dim))
     ends = stem + stem_norms + head + head_norms
@@ -94,10 +96,10 @@ def cost_of_each(model: VisionTransformer, record: Record) -> Cost[float | Tenso
         ends = model.paper_stem(record.image_shape)
     return Cost(
         stem=stem,
-        blocks=tuple(_macs(block, *count) for block, count in zip(blocks, counts, strict=True)),
+        blocks=macs,
         head=head,
         paper=ends
-        + sum(paper_block(model, block, *count) for block, count in zip(blocks, counts, strict=True))
+        + sum(paper_block(model, own, *count) for own, count in zip(macs, counts, strict=True))
         + paper_last_norm(model, record.rows[-1]),
         matching=sum(
             _matching_macs(block, tokens, model.num_prefix_tokens)
@@ -107,12 +109,12 @@ def cost_of_each(model: VisionTransformer, record: Record) -> Cost[float | Tenso
     )
 
 
-def paper_block(model: VisionTransformer, block: Block, tokens: Count, queries: Count, rows: Count) -> Count:
-    """One block as the paper counts it: arguments as of :func:`block_macs`. A model may have a count of its own, by
-    methods ``paper_block`` and ``paper_stem`` (stem and all that is no block)."""
+def paper_block(model: VisionTransformer, macs: Count, tokens: Count, queries: Count, rows: Count) -> Count:
+    """One block of ``macs`` as the paper counts it; the rest as of :func:`block_macs`. A model may have a count of its
+    own, by methods ``paper_block`` and ``paper_stem`` (stem and all that is no block)."""
     if hasattr(model, "paper_block"):
         return model.paper_block(tokens, queries, rows)
-    return _macs(block, tokens, queries, rows) + (tokens + rows) * model.embed_dim
+    return macs + (tokens + rows) * model.embed_dim
 
 
 def paper_last_norm(model: VisionTransformer, rows: Count) -> Count:

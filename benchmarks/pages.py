@@ -10,7 +10,7 @@ import timm
 
 from atm_triton.digits import model as digits_model
 from benchmarks import host, integration
-from benchmarks.baselines import BASELINES
+from benchmarks.baselines import ALL
 from benchmarks.baselines.table import table as methods_table
 from benchmarks.bench import RESULTS
 from benchmarks.gpu.models import DIGITS, NAMES
@@ -406,7 +406,7 @@ TABLES = {  # of each page, from files
     },
     BACKBONES: {"flops": (flops.table, ("paper_flops.json",))},
     CALIBRATION: {"calibration": (calibration_table, ("digits_calibration.json", "digits_calibrate_512.json"))},
-    EXPERIMENTS: {"methods": (partial(methods_table, BASELINES), ())},  # what the classes say
+    EXPERIMENTS: {"methods": (partial(methods_table, ALL), ())},  # what the classes say
     ENGINE: {"host": (host.table, ("host.json",))},
     KERNELS: {
         "attention": (attention_beside, ("h200_kernels.json",)),

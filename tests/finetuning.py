@@ -10,12 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import nn
 from torch.utils.data import Dataset
 
-from atm_triton import ATMConfig
+from atm_triton import ATMConfig, apply_patch
 from atm_triton.measure.distributed import own, start, stop
 from atm_triton.training.finetune import Training, finetune
 from atm_triton.training.folder import RunFolder
+from atm_triton.training.method import Method
 from atm_triton.training.recipe import Recipe
 from models import images, small, vit
 
@@ -72,6 +74,40 @@ def train(out, config, recipe=RECIPE, pictures=None, model=None, **options):
 CASES = {name: lambda config=config: {"config": config} for name, config in CONFIGS.items()}
 PLAIN_STEPS = replace(RECIPE, opt="momentum", lr=1e-2)  # Adam's blow up what is but rounding
 CASES["float32"] = lambda: {"config": CONFIGS["image"], "recipe": PLAIN_STEPS, "model": new(torch.float32)}
+
+
+class Noisy(Method):
+    """A method with a parameter of its own, in the model, random draws, a rate of its own that waits, and a loss."""
+
+    def __init__(self, model):
+        model.blocks[1].gate = nn.Parameter(torch.zeros(5, dtype=torch.float64))
+
+    def patch(self, model):
+        return apply_patch(model, CONFIGS["static"])
+
+    def optimizer(self, model, recipe):
+        names = dict(model.named_parameters())
+        gate = names.pop("blocks.1.gate")
+        return recipe.optimizer([{"params": list(names.values())}, {"params": [gate], "lr_scale": 10.0}])
+
+    def begin_step(self, merging, optimizer, done):
+        optimizer.param_groups[1]["lr_scale"] = 0.0 if done < 0.5 else 10.0
+
+    def answer(self, merging, images):
+        logits = merging(images)
+        return logits, merging.blocks[1].gate * torch.randn_like(logits)
+
+    def loss(self, answer, targets, criterion):
+        logits, noise = answer
+        return criterion(logits + noise, targets) + noise.mean()
+
+
+def of_its_own():
+    model = new()
+    return {"config": None, "model": model, "method": Noisy(model)}
+
+
+CASES["method"] = of_its_own
 
 
 def refused(model, recipe, message):

@@ -16,11 +16,11 @@ from torch.utils.flop_counter import FlopCounterMode
 import loops
 from atm_triton import ATMConfig, apply_patch, remove_patch, summary
 from atm_triton.block import Step
-from atm_triton.flops import cost_of_each
+from atm_triton.flops import cost, cost_of_each, unmerged
 from atm_triton.measure.evaluate import evaluate
 from atm_triton.packed import Assignment, Packed
 from atm_triton.transformer import leading_tokens
-from benchmarks.baselines import BASELINES, Baseline, Plan, apply_baseline, baseline
+from benchmarks.baselines import ALL, BASELINES, Baseline, Plan, apply_baseline, baseline
 from benchmarks.baselines.dtome import DToMe, FittingBlock
 from benchmarks.pages import ROOT
 from loops import cosine
@@ -497,6 +497,15 @@ def test_the_last_block_for_the_class_token_alone_changes_no_logit(name):
     torch.testing.assert_close(model.forward_head(model.forward_features(x)), whole, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", BASELINES)
+def test_what_is_saved_is_saved_of_the_plain_model(name):
+    """Also where a block says itself what it costs."""
+    model, x = vit(), images(2)
+    whole = cost(model, unmerged(model, (3, 40, 40))).macs
+    apply_baseline(model, name, **SETTINGS[name])(x)
+    assert summary(model).unmerged.macs == whole > summary(model).macs
+
+
 @pytest.mark.parametrize("more", [{}, {"qk_norm": True}])
 def test_mctf_costs_what_torch_counts(more):
     model, x = vit(**more), images(1)
@@ -861,13 +870,13 @@ def test_the_list_names_all_settings(capsys, monkeypatch):
     runpy.run_module("benchmarks.baselines.__main__", run_name="__main__")
     listed = capsys.readouterr().out
     for line in (
-        "    keep_rate=0.7, blocks=(3, 6, 9), fuse_token=True, cls_only_last=False",
+        "    keep_rate=0.7, blocks=(3, 6, 9), fuse_token=True, falls=False, cls_only_last=False",
         "mctf: Fuses tokens",
         "(3, 6, 9).",
     ):
         assert line in listed
-    assert all(name in listed and f"| `{name}` |" in listed for name in BASELINES)
+    assert all(name in listed and f"| `{name}` |" in listed for name in ALL)
     assert "| ATS (ECCV 2022) | `ats` | Apache-2.0 | no | yes | yes, the class row beside it |" in listed
     assert "Left out is MaMe" in listed
     files = re.findall(r"`(benchmarks/baselines/\w+\.py)` \|$", listed, re.MULTILINE)
-    assert len(files) == len(BASELINES) and all((ROOT / file).is_file() for file in files)
+    assert len(files) == len(ALL) and all((ROOT / file).is_file() for file in files)

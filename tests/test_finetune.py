@@ -19,7 +19,7 @@ from atm_triton.measure.images import open_images
 from atm_triton.training.finetune import Training
 from atm_triton.training.images import TrainDigits, TrainFolder, passes, steps_per_epoch
 from atm_triton.training.recipe import Recipe
-from finetuning import CASES, CONFIGS, EASY, RECIPE, Pictures, new, train
+from finetuning import CASES, CONFIGS, EASY, RECIPE, Noisy, Pictures, new, of_its_own, train
 from models import distilled, images_for, small, vit
 from test_distributed import torchrun
 
@@ -248,6 +248,26 @@ def test_two_processes_train_as_one(tmp_path):
         assert moved > 1e-3
 
 
+def test_a_method_of_its_own_is_asked_before_each_step_and_goes_on_to_the_bit(tmp_path):
+    """Its parameter waits for half of the steps, and then is trained at the rate that it asks for."""
+    whole, result = train(tmp_path / "whole", **of_its_own())
+    assert result["config"] is None and result["after"]["tokens"] == (26, 21, 18)
+    gate = whole.blocks[1].gate.detach()
+    state = torch.load(tmp_path / "whole" / "checkpoint.pt")
+    assert torch.equal(state["model"]["blocks.1.gate"], gate) and gate.abs().max() > 1e-3
+    assert state["optimizer"]["param_groups"][1]["lr"] == 10 * state["optimizer"]["param_groups"][0]["lr"]
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "part", pictures=Pictures(raises=25), save_every=1, **of_its_own())
+    half = torch.load(tmp_path / "part" / "checkpoint.pt")
+    assert half["step"] == 3 and half["model"]["blocks.1.gate"].abs().min() > 0
+    part, _ = train(tmp_path / "part", resume=True, save_every=1, **of_its_own())
+    assert same(part.state_dict(), whole.state_dict()) and rows(tmp_path / "part") == rows(tmp_path / "whole")
+    first = Training(new_model := new(), RECIPE, 2, Noisy(new_model))
+    first.merge_by(None)
+    first.advance(Pictures().batches()[:2])
+    assert not new_model.blocks[1].gate.any()
+
+
 def test_a_run_that_is_killed_goes_on_to_the_bit(tmp_path):
     torch.set_num_threads(1)
     done = torchrun(1, HERE / "finetuning.py", tmp_path / "killed", 28)  # before the second half of the fourth step
@@ -411,6 +431,15 @@ def test_augmentation_does_not_depend_on_who_loads(place):
     assert torch.equal(*every)
     again = TrainFolder(model, Path("data/train"), seed=4)
     assert not torch.equal(images[0, 0][0], images[1, 0][0]) and not torch.equal(images[0, 0][0], again[0, 0][0])
+
+
+@pytest.mark.parametrize("auto_augment", ["rand-m10-n6-inc1", "original-mstd0.5"])
+def test_the_strongest_augmentation_reads_every_image(place, auto_augment):
+    """Also where it keeps no bits of an image, which Pillow 13 refuses."""
+    model = timm.create_model("deit_tiny_patch16_224", **SHAPE)
+    images = TrainFolder(model, Path("data/train"), seed=0, auto_augment=auto_augment)
+    for epoch in range(2):
+        assert all(images[epoch, number][0].isfinite().all() for number in range(len(images)))
 
 
 def test_the_command_goes_on_with_its_own_run(place, capsys):

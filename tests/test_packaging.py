@@ -125,7 +125,7 @@ def test_no_import_runs_upward():
         {"measure.evaluate", "measure.images", "measure.configurations", "measure.visualize"},
         {"measure.throughput"},
         {"training.recipe", "training.folder"},
-        {"training.images"},
+        {"training.images", "training.method"},
         {"training.finetune"},
         {"calibration.costs", "calibration.progress", "calibration.resume"},
         {"calibration.meter"},

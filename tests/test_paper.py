@@ -1,12 +1,14 @@
 """The paper's tables and figures, and the page of models, in the small."""
 
 import argparse
+import copy
 import json
 import re
 import shlex
 from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -21,10 +23,23 @@ from atm_triton.measure.configurations import digits_config
 from atm_triton.measure.images import open_images
 from atm_triton.measure.models import open_model
 from atm_triton.operating_points import operating_points
+from atm_triton.training.recipe import Recipe
 from benchmarks import zoo
 from benchmarks.pages import EXPERIMENTS
 from benchmarks.paper import __main__ as paper
-from benchmarks.paper import figure4, figure5, figure6, finetuned, flops, methods, points, subject, table1, theorem1
+from benchmarks.paper import (
+    figure4,
+    figure5,
+    figure6,
+    finetuned,
+    flops,
+    methods,
+    points,
+    subject,
+    table1,
+    table4,
+    theorem1,
+)
 from benchmarks.paper.methods import NEAR, counted, nearest, of_baseline
 from benchmarks.paper.rows import Rows
 from benchmarks.paper.thresholds import Thresholds
@@ -127,11 +142,11 @@ def test_fine_tuned_beside_training_free(tmp_path, monkeypatch, capsys):
     options += ["--workers", "0", "--out", str(tmp_path)]
     trained, finetune = [], finetuned.finetune
 
-    def interrupted(model, images, validation, config, *arguments):
+    def interrupted(model, images, validation, config, *arguments, **options):
         trained.append(config.adapt)
         if trained == ["static", "batch"]:
             raise KeyboardInterrupt
-        return finetune(model, images, validation, config, *arguments)
+        return finetune(model, images, validation, config, *arguments, **options)
 
     monkeypatch.setattr(finetuned, "finetune", interrupted)
     assert paper.main(["finetuned", *options]) == 130
@@ -151,6 +166,89 @@ def test_fine_tuned_beside_training_free(tmp_path, monkeypatch, capsys):
         (["--epochs", "0"], "epochs=0 is out of range"),
     ):
         assert paper.main(["finetuned", *options, *wrong]) == 2 and message in capsys.readouterr().err
+
+
+TINY = ["--limit", "8", "--images", "16", "--epochs", "1", "--batch-size", "4", "--workers", "0"]
+
+
+def test_table_4_trains_every_method_and_none_twice(tmp_path, monkeypatch, capsys):
+    """From the same weights, by its own recipe; beside the paper's figures."""
+    options = [*TINY, "--seeds", "0", "1", "--out", str(tmp_path)]
+    options += ["--methods", "unmerged", "dynamicvit", "atm, training-free", "atm"]
+    seen, finetune = [], finetuned.finetune
+
+    def interrupted(model, images, validation, config, recipe, *arguments, method):
+        seen.append((None if method is None else type(method.baseline).__name__, recipe.lr, recipe.seed))
+        if len(seen) == 4:
+            raise KeyboardInterrupt
+        return finetune(model, images, validation, config, recipe, *arguments, method=method)
+
+    monkeypatch.setattr(finetuned, "finetune", interrupted)
+    assert paper.main(["table4", *options]) == 130
+    assert paper.main(["table4", *options, "--resume"]) == 0
+    assert not (tmp_path / "digits_table4.runs").exists() and seen.pop(3) == seen[3]
+    assert [name for name, _, _ in seen[::2]] == [None, "DynamicViT", None]
+    assert [lr for _, lr, _ in seen[::2]] == [2e-5, 1e-3, 2e-5]
+    result = json.loads((tmp_path / "digits_table4.json").read_text())
+    assert len(result["rows"]) == 7 and len({row["overall"]["top1_unpatched"] for row in result["rows"]}) == 1
+    costs = {row["method"]: row["overall"]["gflops"] for row in result["rows"]}
+    free, tuned = (costs[name] / costs["unmerged"] for name in ("atm, training-free", "atm"))
+    assert (free, tuned) == (pytest.approx(3.0 / 4.6, abs=0.1), pytest.approx(2.6 / 4.6, abs=0.1))
+    kl = {row["method"]: row["overall"]["kl"] for row in result["rows"]}
+    assert all(0 < value < 5 for value in kl.values())
+    lines = capsys.readouterr().out.splitlines()
+    line = next(line for line in lines if line.startswith("| dynamicvit |"))
+    assert " ± " in line and line.endswith("| 1 | 0.0 ± 0.0 | 2.9 | 79.3 % | 30 | 43 |")
+    assert any(
+        line.startswith("| atm, training-free |") and line.endswith("| 0 | - | 3.0 | 79.7 % | 0 | - |")
+        for line in lines
+    )
+    for wrong, message in (
+        (["--adapt", "batch", "image"], "--adapt: this table has one row of ATM; give one"),
+        (["--seeds", "1", "1"], "--seeds wants each once"),
+    ):
+        assert paper.main(["table4", *options, *wrong]) == 2 and message in capsys.readouterr().err
+
+
+def test_every_method_of_table_4_can_be_made_for_a_model():
+    """As published where the model has DeiT's twelve blocks; each at its share of the FLOPs that it can tell."""
+    model = open_model()
+    of = SimpleNamespace(model=model, depth=12, loader=[torch.randn(4, 1, 112, 112)])
+    made = {name: make() for name, make in table4.of_model(of).items()}
+    assert set(made) == set(table4.ROWS) - {"unmerged", "atm, training-free", "atm"}
+    assert {name: method.blocks for name, method in made.items() if getattr(method, "blocks", None)} == {
+        **dict.fromkeys(("dynamicvit", "evit", "evit, keep rate falls", "bat"), (3, 6, 9)),
+        "iared2": (0, 4, 8),
+        "evovit": (4, 8),
+    }
+    for method in made.values():
+        own = copy.deepcopy(model)
+        own.num_classes = 10
+        learning = method.learning(own)
+        learning.patch(own)(of.loader[0])
+        assert learning.recipe(Recipe.for_digits(epochs=5)).epochs == 5
+
+
+def test_table_a3_trains_at_the_papers_costs(tmp_path, capsys):
+    options = [*TINY, "--seeds", "0", "--points", "2", "--out", str(tmp_path)]
+    assert paper.main(["tableA3", *options]) == 0
+    rows = json.loads((tmp_path / "digits_tableA3.json").read_text())["rows"]
+    assert [(row["method"], row.get("paper_gflops")) for row in rows] == [
+        (finetuned.UNMERGED, None),
+        (finetuned.FREE, 3.64),
+        (finetuned.TUNED, 3.64),
+        (finetuned.FREE, 2.52),
+        (finetuned.TUNED, 2.52),
+    ]
+    for row in rows[1:]:
+        assert row["overall"]["gflops"] / rows[0]["overall"]["gflops"] == pytest.approx(
+            row["paper_gflops"] / 4.6, abs=0.1
+        )
+    printed = capsys.readouterr().out
+    assert "| -20.9 % | batch |" in printed and "| 2.52 | 79.58 % |" in printed
+    for wrong in ("0", "16"):
+        assert paper.main(["tableA3", *options, "--points", wrong]) == 2
+        assert f"--points {wrong}: the paper has 15 of DeiT-S; give 1 to 15" in capsys.readouterr().err
 
 
 def test_a_resumed_run_still_names_the_broken_images(tmp_path):
@@ -280,7 +378,7 @@ def test_the_papers_points_stand_beside_ours(tmp_path, monkeypatch, capsys):
     assert f"| {some[1].gflops:.2f}, {some[1].top1:.2f} % |" in printed
     fine_tuned = [replace(some[1], fine_tuned=True, table="A3")]
     monkeypatch.setattr(points, "operating_points", lambda: some + fine_tuned)
-    assert [row["table"] for row in run("tableA3", tmp_path, "--limit", "4")["rows"]] == ["A3"]
+    assert [row["table"] for row in run("pointsA3", tmp_path, "--limit", "4")["rows"]] == ["A3"]
 
 
 def test_figure2_merges_in_one_block_alone(tmp_path, monkeypatch):
@@ -396,13 +494,15 @@ def narrow(imagenet):
 
 
 CHOOSE, CONFIG_FILE = ["--choose-by", "imagenet/train"], ["--config", "mine.json"]
+TRAIN = ["--train", "imagenet/train", "--epochs", "1", "--seeds", "0", "--adapt", "image", "--batch-size", "250"]
 ON_DIRECTORIES = {
+    "table4": [*CHOOSE, *CONFIG_FILE, *TRAIN, "--methods", "evit", "atm, training-free"],
     "table1": [*CHOOSE, *CONFIG_FILE],
     "table2": [*CHOOSE, *CONFIG_FILE, "--shares", "0.3"],
     "table3": CONFIG_FILE,
     "tableA1": [*CONFIG_FILE, "--sizes", "2"],
     "tablesA2-A5": [],
-    "tableA3": [],
+    "pointsA3": [],
     "figure2": ["--thetas", "0.9"],
     "figure5": [*CHOOSE, "--shares", "0.3"],
     "figure6": CHOOSE,

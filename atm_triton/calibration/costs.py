@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from atm_triton.flops import cost, paper_block, paper_last_norm, planned, unmerged
+from atm_triton.flops import block_macs, cost, paper_block, paper_last_norm, planned, unmerged
 from atm_triton.reference import largest_r
 from atm_triton.transformer import leading_tokens
 
@@ -45,7 +45,8 @@ class Costs:
             r = merged[index] if index < self.merging else 0
             alone = self.leading if index == len(self.blocks) - 1 else None
             rows = tokens - r if alone is None else alone
-            total = total + paper_block(self.model, block, tokens, tokens if alone is None else rows, rows)
+            count = tokens, tokens if alone is None else rows, rows
+            total = total + paper_block(self.model, block_macs(block, *count), *count)
             tokens = tokens - r
         return self._ends + (total + paper_last_norm(self.model, rows)) / 1e9
 

@@ -19,6 +19,7 @@ from atm_triton.measure.evaluate import Batches, Evaluation, evaluate, share
 from atm_triton.patch import apply_patch, settled
 from atm_triton.training.folder import AVERAGED, WEIGHTS, RunFolder
 from atm_triton.training.images import PASS, TrainImages, passes, seed_all, steps_per_epoch
+from atm_triton.training.method import Method
 from atm_triton.training.recipe import AMP, Recipe
 
 SAID_EVERY = 60.0  # seconds between two lines, where no terminal shows a bar
@@ -36,33 +37,41 @@ class StepRow(TypedDict):
 
 class Training:
     """A model in training, step by step. ``model`` stays unpatched and in eval mode; :meth:`merge_by` makes the copy
-    ``merging`` that shares its weights, merges by ``config`` and is in training mode.
+    ``merging`` that shares its weights, merges by ``config`` and is in training mode. With a ``method`` the config is
+    None, and the copy reduces its tokens by that.
 
     Raises:
         ValueError: a model in 16 bits, with nothing to train, without a head, or, in several processes, with batch
             norms; passes that several processes cannot share out alike.
     """
 
-    config: ATMConfig
+    config: ATMConfig | None
     merging: VisionTransformer
 
-    def __init__(self, model: VisionTransformer, recipe: Recipe, steps_per_epoch: int) -> None:
+    def __init__(
+        self, model: VisionTransformer, recipe: Recipe, steps_per_epoch: int, method: Method | None = None
+    ) -> None:
         _check_trainable(model)
         _check_processes(model, recipe)
         self.model, self.recipe = model, recipe
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = recipe.optimizer(model)
+        self.method = Method() if method is None else method
+        self.optimizer = self.method.optimizer(model, recipe)
         self.schedule = recipe.schedule(self.optimizer, steps_per_epoch)
         self.ema = None if recipe.ema is None else ModelEmaV3(model, decay=recipe.ema)
         self.device, self.dtype = self.parameters[0].device, self.parameters[0].dtype
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.amp == "float16")
         self.mixing, self.loss = recipe.mixing(model.num_classes), recipe.loss()
-        self.step = 0
+        self.step, self.steps = 0, recipe.epochs * steps_per_epoch
 
-    def merge_by(self, config: ATMConfig) -> None:
-        self.config = settled(config, self.model)
-        self.merging = apply_patch(share(self.model), self.config).train()
+    def merge_by(self, config: ATMConfig | None) -> None:
+        self.config = None if config is None else settled(config, self.model)
+        self.merging = self.patch(share(self.model)).train()
         self.merging.set_grad_checkpointing(self.recipe.grad_checkpointing)
+
+    def patch(self, model: VisionTransformer) -> VisionTransformer:
+        """Let a copy reduce its tokens as they are in training."""
+        return self.method.patch(model) if self.config is None else apply_patch(model, self.config)
 
     def advance(self, own_passes: list[tuple[Tensor, Tensor]]) -> StepRow:
         """Take a step from the passes of this process; its loss, learning rate and norm of the gradient (None where a
@@ -71,6 +80,7 @@ class Training:
         Raises:
             ValueError: the loss or a gradient is not finite; the weights are as before the step.
         """
+        self.method.begin_step(self.merging, self.optimizer, self.step / self.steps)
         self.schedule.step_update(self.step)
         self.optimizer.zero_grad()
         losses = torch.zeros(self.recipe.accumulate, dtype=torch.float64)
@@ -96,10 +106,13 @@ class Training:
             images, targets = self.mixing(images, targets)
         amp = None if self.recipe.amp is None else AMP[self.recipe.amp]
         with torch.autocast(self.device.type, dtype=amp, enabled=amp is not None):
-            logits = self.merging(images)
-        loss = self.loss(logits.to(self.dtype), targets)
+            answer = self.method.answer(self.merging, images)
+        loss = self.method.loss(answer, targets, self._criterion)
         self.scaler.scale(loss / self.recipe.accumulate).backward()
         return loss.item()
+
+    def _criterion(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return self.loss(logits.to(self.dtype), targets)
 
     def _update(self) -> float | None:
         """Step by the gradients, which were summed; their norm."""
@@ -126,7 +139,7 @@ class Training:
             "model_ema": None if self.ema is None else self.ema.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "config": self.config.to_json(),
+            "config": None if self.config is None else self.config.to_json(),
             "step": self.step,
         }
 
@@ -146,7 +159,7 @@ class Training:
             why = str(error).strip().splitlines()[-1].strip()
             raise ValueError(f"the checkpoint is of another model or recipe: {why}") from error
         self.step = state["step"]
-        self.merge_by(ATMConfig.from_json(state["config"]))
+        self.merge_by(None if state["config"] is None else ATMConfig.from_json(state["config"]))
 
 
 def finetune(
@@ -160,6 +173,7 @@ def finetune(
     recalibrate: Callable[[VisionTransformer], ATMConfig] | None = None,
     workers: int = 0,
     save_every: int | None = None,
+    method: Method | None = None,
 ) -> dict[str, Any]:
     """Train ``model`` in place, with merging; it stays unpatched, and its weights are those of the end.
 
@@ -180,6 +194,7 @@ def finetune(
             gets, as :func:`atm_triton.calibrate` does.
         workers: processes that load images.
         save_every: steps after which to save within an epoch too; at its end always.
+        method: how tokens are reduced, where not by ATM; ``config`` is None then.
 
     Returns:
         ``config`` as it is in the end; ``before`` and ``after``, and with ``ema`` ``after_ema``: Evaluations;
@@ -191,8 +206,10 @@ def finetune(
     """
     if (recalibrate is None) != (recipe.recalibrate is None):
         raise ValueError("recalibrate wants two things: how often, in the recipe, and what finds the configuration")
-    find = _fixed(config) if recalibrate is None else recalibrate
-    training = Training(model, recipe, steps_per_epoch(images, recipe))
+    if method is not None and (config, recalibrate) != (None, None):
+        raise ValueError("a method reduces tokens in a way of its own: leave config and recalibrate out")
+    find = _fixed(config, method) if recalibrate is None else recalibrate
+    training = Training(model, recipe, steps_per_epoch(images, recipe), method)
     run = _Run(training, images, validation, folder, find, workers, save_every)
     if resume:
         run.load(folder.load())
@@ -204,8 +221,8 @@ def finetune(
     return run.result()
 
 
-def _fixed(config: ATMConfig | None) -> Callable[[VisionTransformer], ATMConfig]:
-    if config is None:
+def _fixed(config: ATMConfig | None, method: Method | None) -> Callable[[VisionTransformer], ATMConfig | None]:
+    if config is None and method is None:
         raise ValueError("there is no config, and no recalibrate that finds one; give one of them")
     return lambda _: config
 
@@ -219,7 +236,7 @@ class _Run:
         images: TrainImages,
         validation: Batches,
         folder: RunFolder,
-        find: Callable[[VisionTransformer], ATMConfig],
+        find: Callable[[VisionTransformer], ATMConfig | None],
         workers: int,
         save_every: int | None,
     ) -> None:
@@ -288,7 +305,7 @@ class _Run:
             yield own_passes
 
     def _evaluate(self, model: VisionTransformer) -> Evaluation:
-        return evaluate(model, self.validation, self.training.config)
+        return evaluate(model, self.validation, self.training.patch)
 
     def _row(self, now: Evaluation, averaged: Evaluation | None, loss: float | None) -> dict[str, Any]:
         """What is known after an epoch, said too."""
@@ -318,7 +335,8 @@ class _Run:
         self.folder.save_weights(WEIGHTS, training.model.state_dict())
         if training.ema is not None:
             self.folder.save_weights(AVERAGED, training.ema.module.state_dict())
-        about = {"config": asdict(training.config), "steps": training.step, "seconds": self.seconds}
+        config = None if training.config is None else asdict(training.config)
+        about = {"config": config, "steps": training.step, "seconds": self.seconds}
         return {**about, **self.evaluations, "epochs": self.rows}
 
 

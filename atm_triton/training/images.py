@@ -12,7 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL.Image import Image
+from PIL.Image import new as new_image
 from timm.data import create_transform
+from timm.data.auto_augment import posterize
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -102,6 +105,7 @@ class TrainFolder(TrainImages):
             )
         except (AssertionError, ValueError, KeyError, IndexError) as error:
             raise ValueError(f"auto_augment={auto_augment!r} is unknown to timm; give one as {AUTO_AUGMENT}") from error
+        _keep_some_bits(self.images.transform)
         paths = "\n".join(str(Path(path).relative_to(root)) for path, _ in self.images.samples)
         augmentation = {"auto_augment": auto_augment, "color_jitter": color_jitter, "erasing": erasing}
         names = hashlib.sha256(paths.encode()).hexdigest()
@@ -113,6 +117,20 @@ class TrainFolder(TrainImages):
     def __getitem__(self, at: tuple[int, int]) -> tuple[Tensor, int]:
         seed_all(self.seed, IMAGE, *at)
         return self.images.readable(*self.images.samples[at[1]])
+
+
+def _keep_some_bits(transform: Any) -> None:
+    """Let timm's posterize keep no bits, which its strongest magnitude asks for: a black image, as Pillow before 13
+    made it, where Pillow 13 raises."""
+    for step in transform.transforms:
+        ops = [*getattr(step, "ops", ()), *(op for own in getattr(step, "policy", ()) for op in own)]
+        for op in ops:
+            if getattr(op, "aug_fn", None) is posterize:
+                op.aug_fn = _posterize
+
+
+def _posterize(image: Image, bits: int, **options: Any) -> Image:
+    return posterize(image, bits, **options) if bits > 0 else new_image(image.mode, image.size)
 
 
 def class_folders(root: Path, channels: int) -> NamedImages:

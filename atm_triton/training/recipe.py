@@ -108,8 +108,8 @@ class Recipe:
     def images_per_step(self) -> int:
         return self.batch_size * self.accumulate
 
-    def optimizer(self, model: nn.Module) -> Optimizer:
-        """Of timm's, with its groups.
+    def optimizer(self, model: nn.Module | list[dict[str, Any]]) -> Optimizer:
+        """Of timm's, with its groups for a model, or with groups that are given.
 
         Raises:
             ValueError: one that wants what is not installed, or second derivatives.

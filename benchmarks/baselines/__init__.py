@@ -1,9 +1,11 @@
-"""Other methods of token reduction, training-free, on the engine of this package: ``apply_baseline(model, "evit")``.
+"""Other methods of token reduction, on the engine of this package: ``apply_baseline(model, "evit")``.
 
 Each follows what its authors' code executes, not what a paper says of it, and where no code was found what is known of
 the method; each docstring states where it departs. Same weights, same attention, same counter and same clock for all.
+``baseline("dynamicvit").learning(model)`` trains one, by ``atm_triton.training`` (docs/experiments.md).
 """
 
+from collections import ChainMap
 from dataclasses import fields
 from difflib import get_close_matches
 from typing import Any
@@ -11,9 +13,15 @@ from typing import Any
 from timm.models.vision_transformer import VisionTransformer
 
 from benchmarks.baselines.ats import ATS
+from benchmarks.baselines.avit import AViT
 from benchmarks.baselines.base import Baseline, Plan, ReducingBlock
+from benchmarks.baselines.bat import BAT
 from benchmarks.baselines.dtome import DToMe
+from benchmarks.baselines.dynamicvit import DynamicViT
 from benchmarks.baselines.evit import EViT
+from benchmarks.baselines.evovit import EvoViT
+from benchmarks.baselines.iared2 import IARED2
+from benchmarks.baselines.ltmp import LTMP
 from benchmarks.baselines.mctf import MCTF
 from benchmarks.baselines.pitome import PiToMe
 from benchmarks.baselines.threshold import Threshold
@@ -32,8 +40,17 @@ BASELINES: dict[str, type[Baseline]] = {
     "tofu": ToFu,
     "dtome": DToMe,
 }
+TRAINED: dict[str, type[Baseline]] = {  # not meant to run without training, or not able to
+    "dynamicvit": DynamicViT,
+    "iared2": IARED2,
+    "evovit": EvoViT,
+    "avit": AViT,
+    "bat": BAT,
+    "ltmp": LTMP,
+}
+ALL = ChainMap(TRAINED, BASELINES)  # in the order of both, the latter first
 
-__all__ = ["BASELINES", "Baseline", "Plan", "ReducingBlock", "apply_baseline", "baseline"]
+__all__ = ["ALL", "BASELINES", "TRAINED", "Baseline", "Plan", "ReducingBlock", "apply_baseline", "baseline"]
 
 
 def baseline(name: str, **settings: Any) -> Baseline:
@@ -42,15 +59,15 @@ def baseline(name: str, **settings: Any) -> Baseline:
     Raises:
         ValueError: an unknown method or setting, or a value out of its range.
     """
-    if name not in BASELINES:
-        close = get_close_matches(str(name), BASELINES, n=1)
+    if name not in ALL:
+        close = get_close_matches(str(name), ALL, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
-        raise ValueError(f"method {name!r} is unknown; choose one of {', '.join(BASELINES)}{hint}")
-    known = [field.name for field in fields(BASELINES[name])]
+        raise ValueError(f"method {name!r} is unknown; choose one of {', '.join(ALL)}{hint}")
+    known = [field.name for field in fields(ALL[name])]
     for setting in settings:
         if setting not in known:
             raise ValueError(f"{name} has no setting {setting!r}; it has {', '.join(known)}")
-    return BASELINES[name](**settings)
+    return ALL[name](**settings)
 
 
 def apply_baseline(model: VisionTransformer, name: str, **settings: Any) -> VisionTransformer:
@@ -58,7 +75,8 @@ def apply_baseline(model: VisionTransformer, name: str, **settings: Any) -> Visi
 
     Args:
         model: as for :func:`atm_triton.apply_patch`.
-        name: "tome", "threshold", "evit", "mctf", "pitome", "ats", "zero_tprune", "tofu" or "dtome".
+        name: of :data:`BASELINES`; or of :data:`TRAINED`, which want a model that ``baseline(name).prepare(model)`` and
+            then trained weights have made ready.
         settings: of the method; ``python -m benchmarks.baselines`` lists them. Blocks count from 0.
 
     Returns:

@@ -11,10 +11,12 @@ from torch import Tensor
 from atm_triton import ATMConfig, ops
 from atm_triton.block import ATMBlock, Step
 from atm_triton.calibration.errors import UnreachableError
-from atm_triton.packed import Assignment, Packed
+from atm_triton.flops import block_macs, linear_macs
+from atm_triton.packed import Assignment, Images, Packed
 from atm_triton.patch import check_model, install
 from atm_triton.record import Number
 from atm_triton.transformer import leading_tokens
+from benchmarks.baselines.training import Learning
 
 
 class About(NamedTuple):
@@ -63,6 +65,18 @@ class Baseline:
     def check(self, model: VisionTransformer) -> None:
         """Raise ValueError for a model that the method cannot reduce."""
 
+    def prepare(self, model: VisionTransformer) -> None:
+        """Add to an unpatched model what the method trains beside the model's own weights."""
+
+    def learning(self, model: VisionTransformer, seed: int = 0) -> Learning:
+        """How the method is trained, for ``atm_triton.training``; :meth:`prepare` has then been called. ``seed``: of
+        the weights that it adds.
+
+        Raises:
+            ValueError: a model that the method cannot reduce.
+        """
+        return Learning(self, model, seed)
+
     def matching_macs(self, block: "ReducingBlock", N: Number) -> Number:
         """Multiply-accumulates of the plan's matrix products."""
         return 0
@@ -83,6 +97,8 @@ class Baseline:
         def reducing(block: Block, index: int) -> ReducingBlock:
             made = self.block_class().of(block, config, index, depth, model.num_prefix_tokens)
             made.baseline, made.index, made.depth = self, index, depth
+            made.patches = model.patch_embed.num_patches
+            made.check_prepared()
             return made
 
         return install(model, reducing, config)
@@ -103,14 +119,25 @@ class ReducingBlock(ATMBlock):
     baseline: Baseline
     index: int
     depth: int
+    patches: int  # of an image
+
+    needs: ClassVar[str] = ""  # the name of what the method has added to a block that is prepared
+
+    def check_prepared(self) -> None:
+        """Raise ValueError where what the method trains of its own is missing."""
+        if not self.needs or hasattr(self, self.needs):
+            return
+        if self.index in getattr(self.baseline, "blocks", [self.index]):
+            what = f"{type(self.baseline).__name__}: block {self.index} has no {self.needs}"
+            raise ValueError(f"{what} in this model: prepare(model), then load trained weights")
 
     def forward_packed(self, tokens: Packed, step: Step) -> Packed:
         if step.leading is not None:
             return self.forward_leading(tokens, step.leading)
         x = tokens.images.shaped(tokens.x)
         attended, plan = self.called_attn(self.norm1(x), self.planned, tokens, step.merges)
-        x = x + self.drop_path1(self.ls1(attended))
-        tokens = tokens.with_x(x.flatten(0, 1))
+        x = x + self._drop_path(self.drop_path1, self.ls1(attended), tokens.images)
+        tokens = tokens.with_x(x.flatten(0, -2))
         if self.baseline.after_mlp:
             tokens = self.fed_forward(tokens)
         tokens, step.slots = self.reduced(tokens, plan)
@@ -150,6 +177,44 @@ class ReducingBlock(ATMBlock):
         return tokens, queries, tokens if self.baseline.after_mlp and queries is tokens else rows
 
 
+class EntryBlock(ReducingBlock):
+    """timm's block that drops tokens at its entry by a ``predictor`` of its own, as :meth:`staying` says."""
+
+    needs = "predictor"
+
+    def staying(self, tokens: Packed) -> tuple[Tensor, int | None]:
+        """Which of the rows stay, bool [T]; how many of each image, None: its own number."""
+        raise NotImplementedError
+
+    def forward_packed(self, tokens: Packed, step: Step) -> Packed:
+        if not (step.merges and self.index in self.baseline.blocks):
+            return ATMBlock.forward_packed(self, tokens, step)  # its r is 0
+        tokens, slots = left(tokens, *self.staying(tokens))
+        tokens = ATMBlock.forward_packed(self, tokens, step)
+        step.slots = slots
+        return tokens
+
+    def macs(self, tokens: Number, queries: Number, rows: Number) -> Number:
+        """Of the tokens that are left, and of the predictor, which sees those that enter. (The paper's count has one
+        norm of each number of tokens, as for any block.)"""
+        if self.index not in self.baseline.blocks:
+            return block_macs(self, tokens, queries, rows)
+        return block_macs(self, rows, rows, rows) + self.predictor_macs(tokens)
+
+    def predictor_macs(self, tokens: Number) -> Number:
+        return (tokens - self.num_prefix_tokens) * linear_macs(self.predictor)
+
+
+def left(tokens: Packed, stays: Tensor, M: int | None = None) -> tuple[Packed, Tensor]:
+    """The rows that stay, bool [T], in their order, and where each row went, -1: it is gone. ``M``: how many stay of
+    each image; None: its own number."""
+    x, _, images, _ = tokens
+    before = torch.cat([stays.new_zeros(1, dtype=torch.long), stays.cumsum(dim=0)])
+    slots = torch.where(stays, before[1:] - 1, -1).int()
+    rest = Images(before[images.cu_seqlens.long()].int(), images.N, False)
+    return Packed(x[stays], None, rest if M is None else Images.of(images.B, M, x.device)), slots
+
+
 def is_number(value: object) -> bool:
     """Whether it is a finite number, and no truth value."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
@@ -178,6 +243,22 @@ def check_drops(name: str, model: VisionTransformer) -> None:
         raise UnreachableError(
             f"{name} drops patch tokens; this {type(model).__name__} makes its logits of all of them"
         )
+
+
+def check_entry(name: str, model: VisionTransformer, blocks: tuple[int, ...]) -> None:
+    """Refuse the last block, of whose entry the record does not tell; images of any size, for which a share of the
+    patches is no fixed number."""
+    if len(model.blocks) - 1 in blocks:
+        raise ValueError(f"{name}: blocks={blocks} has the last block; give blocks before it")
+    if model.dynamic_img_size:
+        raise ValueError(f"{name}: the model takes images of any size; make it with dynamic_img_size=False")
+
+
+def groups(N: int, num_prefix: int) -> tuple[slice, slice]:
+    """A and B: the tokens at even and at odd positions, without the leading ones."""
+    even = num_prefix + num_prefix % 2
+    odd = num_prefix + 1 - num_prefix % 2
+    return slice(even, N, 2), slice(odd, N, 2)
 
 
 def by_image(heads: Tensor, x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
+from torch.optim import Optimizer
 
 from atm_triton.packed import Packed
 from benchmarks.baselines.base import (
@@ -20,6 +21,7 @@ from benchmarks.baselines.base import (
     is_number,
     places,
 )
+from benchmarks.baselines.training import Learning
 
 
 @dataclass(frozen=True)
@@ -32,23 +34,32 @@ class EViT(Baseline):
 
     Args:
         keep_rate: the share of the patch tokens that a block keeps, rounded up; blocks: which do; fuse_token: whether
-            the others become one token.
+            the others become one token. falls: in training the rate falls from 1, as when its authors train from
+            scratch; else, as when they fine-tune, it is what it is from the first step.
     """
 
     keep_rate: float = 0.7
     blocks: tuple[int, ...] = (3, 6, 9)
     fuse_token: bool = True
-    about: ClassVar[About] = About("EViT (ICLR 2022)", "Apache-2.0", fused="yes, the class row beside it")
+    falls: bool = False
+    about: ClassVar[About] = About(
+        "EViT (ICLR 2022)", "Apache-2.0", training="no, or trained so", fused="yes, the class row beside it"
+    )
 
     def __post_init__(self) -> None:
         if not (is_number(self.keep_rate) and 0 < self.keep_rate <= 1):
             raise ValueError(f"evit: keep_rate={self.keep_rate!r}; want a share above 0, at most 1")
         if not isinstance(self.fuse_token, bool):
             raise ValueError(f"evit: fuse_token={self.fuse_token!r}; want True or False")
+        if not isinstance(self.falls, bool):
+            raise ValueError(f"evit: falls={self.falls!r}; want True or False")
         check_blocks("evit", self.blocks)
 
     def check(self, model: VisionTransformer) -> None:
         check_class_token("evit", model)
+
+    def learning(self, model: VisionTransformer, seed: int = 0) -> "EViTLearning":
+        return EViTLearning(self, model, seed)
 
     def plan(self, block: ReducingBlock, q: Tensor, k: Tensor, tokens: Packed) -> Plan | None:
         B, _, N, d = k.shape
@@ -67,3 +78,19 @@ class EViT(Baseline):
             return Plan(slots, P + left)
         weights = torch.cat([attention.new_ones(B, P), torch.where(kept, 1, attention)], dim=1)
         return Plan(slots, P + left + 1, weights)
+
+
+class EViTLearning(Learning):
+    """By the authors' fine-tuning, without drop path. A keep rate that falls does so along a cosine in the 100 epochs
+    after the 10th of 300."""
+
+    lr, min_lr, warmup, weight_decay, epochs = 2e-5, 2e-6, 0.0, 1e-6, 30
+    begins, lasts = 10 / 300, 100 / 300  # shares of the training
+
+    def begin_step(self, merging: VisionTransformer, optimizer: Optimizer, done: float) -> None:
+        if self.baseline.falls:
+            self.set(merging, keep_rate=self.rate(done))
+
+    def rate(self, done: float) -> float:
+        low, t = self.baseline.keep_rate, min(max((done - self.begins) / self.lasts, 0.0), 1.0)
+        return low + (1 - low) * (math.cos(math.pi * t) + 1) / 2

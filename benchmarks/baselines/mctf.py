@@ -5,6 +5,7 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from atm_triton.block import Step, is_matrix
@@ -18,10 +19,13 @@ from benchmarks.baselines.base import (
     by_image,
     by_value,
     check_blocks,
+    groups,
     is_number,
     places,
     sums,
 )
+from benchmarks.baselines.mctf_learning import MCTFLearning
+from benchmarks.baselines.training import Learning
 
 LEAST = 10  # tokens that are always left
 
@@ -45,7 +49,12 @@ class MCTF(Baseline):
     tau_info: float = 20
     tau_size: float = 40
     proportional_attention: ClassVar[bool | None] = True
-    about: ClassVar[About] = About("MCTF (CVPR 2024)", "MIT, its core from ToMe's", fused="no, the map is fused itself")
+    about: ClassVar[About] = About(
+        "MCTF (CVPR 2024)",
+        "MIT, its core from ToMe's",
+        training="no, or trained so",
+        fused="no, the map is fused itself",
+    )
 
     def __post_init__(self) -> None:
         if not is_number(self.r) or self.r < 0 or (self.r >= 1 and self.r != int(self.r)):
@@ -59,6 +68,9 @@ class MCTF(Baseline):
 
     def block_class(self) -> type[ReducingBlock]:
         return MCTFBlock
+
+    def learning(self, model: VisionTransformer, seed: int = 0) -> Learning:
+        return MCTFLearning(self, model, seed)
 
     def plan(self, *_: object) -> None:
         """After attention nothing is left to do."""
@@ -75,7 +87,7 @@ class MCTF(Baseline):
     def scores(self, x: Tensor, attention: Tensor, size: Tensor | None, num_prefix: int) -> Tensor:
         """[B, |A|, |B|]: how much tokens at even positions want to fuse with those at odd ones. ``attention`` [B, N]:
         how much each receives."""
-        a, b = _groups(x.shape[1], num_prefix)
+        a, b = groups(x.shape[1], num_prefix)
         metric = x / x.norm(dim=-1, keepdim=True)
         similar = (metric[:, a] @ metric[:, b].transpose(1, 2) + 1) / 2
         scores = similar ** (1 / self.tau_sim) if self.tau_sim else torch.ones_like(similar)
@@ -88,7 +100,7 @@ class MCTF(Baseline):
     def fused(self, scores: Tensor, N: int, r: int, num_prefix: int) -> Plan:
         """Half of r from A to B, by the best score of each token of A; then the other half from B to what is left of A,
         by the same scores. What is left of A stands first, then what is left of B by its score."""
-        a, b = _groups(N, num_prefix)
+        a, b = groups(N, num_prefix)
         best, partner = scores.max(dim=2)
         gone = places(by_value(best)) < r // 2
         left = num_prefix + scores.shape[1] - r // 2
@@ -162,13 +174,6 @@ class MCTFBlock(ReducingBlock):
         leave = M if queries == tokens else queries
         A, D = self.attn.attn_dim, self.attn.qkv.in_features
         return block_macs(self, M, leave, leave) + (2 * tokens - M - leave) * D * A + (tokens**2 - leave * M) * A
-
-
-def _groups(N: int, num_prefix: int) -> tuple[slice, slice]:
-    """A and B: the tokens at even and at odd positions, without the leading ones."""
-    even = num_prefix + num_prefix % 2
-    odd = num_prefix + 1 - num_prefix % 2
-    return slice(even, N, 2), slice(odd, N, 2)
 
 
 def _part(qkv: nn.Linear, rows: slice, y: Tensor) -> Tensor:

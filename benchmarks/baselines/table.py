@@ -1,5 +1,7 @@
 """The methods side by side, in Markdown: what their classes say of them, and ATM."""
 
+from collections.abc import Mapping
+
 from benchmarks.baselines.base import About, Baseline
 
 ATM = About("**ATM** (ECAI 2025)", "no code found", "no, thresholds", 'with adapt="image"')
@@ -18,7 +20,7 @@ HEAD = (
 )
 
 
-def table(methods: dict[str, type[Baseline]]) -> str:
+def table(methods: Mapping[str, type[Baseline]]) -> str:
     """Of methods by their names; and of those left out, why."""
     body = [(ATM, "`atm_triton`", "atm_triton/block.py")]
     for name, method in methods.items():

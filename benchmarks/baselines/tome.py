@@ -13,6 +13,8 @@ from benchmarks.baselines.base import About, Baseline, is_number
 class ToMe(Baseline):
     """r tokens of every block: the engine's static mode with alternate groups throughout.
 
+    Trained with merging it follows DeiT's recipe, as its authors report; they published no code for that.
+
     Its authors' code leaves register tokens unprotected, and without a class token it orders what is left of A by
     similarity; neither is done here.
 
@@ -22,7 +24,7 @@ class ToMe(Baseline):
     """
 
     r: int | list[int] | tuple[int, float] = 8
-    about: ClassVar[About] = About("ToMe (ICLR 2023)", "CC-BY-NC 4.0")
+    about: ClassVar[About] = About("ToMe (ICLR 2023)", "CC-BY-NC 4.0", training="no, or trained so")
 
     def __post_init__(self) -> None:
         kind = "whole numbers from 0, or (r, inflect) with inflect from -1 to 1"

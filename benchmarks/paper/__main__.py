@@ -22,7 +22,9 @@ from benchmarks.paper import (
     table1,
     table2,
     table3,
+    table4,
     table_a1,
+    table_a3,
     theorem1,
 )
 from benchmarks.paper.rows import Rows
@@ -34,7 +36,9 @@ EXPERIMENTS = {  # of a model and its images
     "table3": table3,
     "tableA1": table_a1,
     "tablesA2-A5": points,
-    "tableA3": points,
+    "pointsA3": points,
+    "table4": table4,
+    "tableA3": table_a3,
     "figure2": figure2,
     "figure4": figure4,
     "figure5": figure5,

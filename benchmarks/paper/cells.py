@@ -1,5 +1,6 @@
 """What the Markdown tables of several experiments have in common."""
 
+import statistics
 from typing import Any
 
 
@@ -20,6 +21,12 @@ def changed(quality: dict[str, Any], digits: int = 1) -> list[str]:
     if quality["kl"] is None:
         return ["-", f"distance {quality['distance']:.{digits}e}"]
     return [f"{quality['agreement']:.2f} %", f"{quality['kl']:.{digits}e}"]
+
+
+def over_seeds(values: list[float], digits: int = 2) -> str:
+    """Their mean, and of several the standard deviation of one."""
+    text = f"{sum(values) / len(values):.{digits}f}"
+    return text if len(values) == 1 else f"{text} ± {statistics.stdev(values):.{digits}f}"
 
 
 def saved(row: dict[str, Any]) -> str:

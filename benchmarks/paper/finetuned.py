@@ -13,15 +13,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import Dataset
-
 from atm_triton import ATMConfig
 from atm_triton.config import ADAPT
 from atm_triton.measure.models import DIGITS
 from atm_triton.training.finetune import finetune
 from atm_triton.training.folder import CHECKPOINT, RunFolder
-from atm_triton.training.images import TrainDigits, TrainFolder
+from atm_triton.training.images import TrainDigits, TrainFolder, TrainImages
 from atm_triton.training.recipe import Recipe
+from benchmarks.baselines import Baseline
 from benchmarks.paper.cells import about, drop, markdown, saved
 from benchmarks.paper.methods import at_cost, measured
 from benchmarks.paper.rows import Rows
@@ -33,10 +32,16 @@ FREE, TUNED, UNMERGED = "ATM, training-free", "ATM, fine-tuned", "unmerged, fine
 
 
 def arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(add_help=False, parents=[shares(SHARES)])
+    return argparse.ArgumentParser(add_help=False, parents=[shares(SHARES), training_options([0])])
+
+
+def training_options(seeds: list[int]) -> argparse.ArgumentParser:
+    """The options of an experiment that trains."""
+    parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--adapt", nargs="+", default=["batch"], choices=ADAPT[:2], help="who decides how much merges")
     parser.add_argument("--epochs", type=int, default=5, help="of each training (5)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="a training for each (0)")
+    text = f"a training for each ({' '.join(map(str, seeds))})"
+    parser.add_argument("--seeds", type=int, nargs="+", default=seeds, help=text)
     parser.add_argument("--images", type=int, default=4096, help="of the digits, drawn for each epoch (4096)")
     parser.add_argument("--train", type=Path, help="a directory of images to train on (the digits: drawn)")
     return parser
@@ -48,6 +53,10 @@ def recipe_of(args: argparse.Namespace, seed: int) -> Recipe:
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
+    return check_shares(args.shares) | training_settings(args)
+
+
+def training_settings(args: argparse.Namespace) -> dict[str, Any]:
     if (args.train is None) != (args.data in (None, DIGITS)):
         raise ValueError("--train DIR goes with --data DIR: images to train on beside those to judge by")
     for name in ("seeds", "adapt"):
@@ -56,34 +65,41 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
     recipe = recipe_of(args, 0).to_dict()
     del recipe["seed"]
     about = {"images": args.images, "train": None if args.train is None else str(args.train)}
-    return check_shares(args.shares) | about | {"recipe": recipe}
+    return about | {"recipe": recipe}
+
+
+def check_labelled(subject: Subject, args: argparse.Namespace) -> None:
+    if not subject.labelled:
+        raise ValueError(f"--data {args.data}: training wants a folder for each class of the model")
+
+
+def unmerged(subject: Subject) -> ATMConfig:
+    return ATMConfig(adapt="static", schedule=(0,) * subject.depth, cls_only_last=False)
 
 
 def measure(subject: Subject, rows: Rows, args: argparse.Namespace) -> None:
-    if not subject.labelled:
-        raise ValueError(f"--data {args.data}: training wants a folder for each class of the model")
+    check_labelled(subject, args)
     each = len(args.adapt) * len(args.shares)
     rows.expect(each + (each + 1) * len(args.seeds))
     runs = rows.path.with_suffix(".runs")
-    unmerged = ATMConfig(adapt="static", schedule=(0,) * subject.depth, cls_only_last=False)
     for seed in args.seeds:
         key = {"method": UNMERGED, "adapt": None, "share": 0.0, "seed": seed}
-        rows.add(key, lambda seed=seed: _tuned(subject, unmerged, args, seed, runs / f"unmerged-{seed}"))
+        rows.add(key, lambda seed=seed: tuned(subject, unmerged(subject), args, seed, runs / f"unmerged-{seed}"))
     for adapt in args.adapt:
         for share in args.shares:
             key = {"adapt": adapt, "share": share}
-            free = rows.add({"method": FREE, **key, "seed": None}, lambda key=key: _free(subject, **key))
+            free = rows.add({"method": FREE, **key, "seed": None}, lambda key=key: free_at(subject, **key))
             for seed in args.seeds if "missing" not in free else ():
                 config = ATMConfig(**free["settings"]["config"])
                 name = f"{adapt}-{share}-{seed}"
                 rows.add(
                     {"method": TUNED, **key, "seed": seed},
-                    lambda config=config, seed=seed, name=name: _tuned(subject, config, args, seed, runs / name),
+                    lambda config=config, seed=seed, name=name: tuned(subject, config, args, seed, runs / name),
                 )
     shutil.rmtree(runs, ignore_errors=True)
 
 
-def _free(subject: Subject, adapt: str, share: float) -> dict[str, Any]:
+def free_at(subject: Subject, adapt: str, share: float) -> dict[str, Any]:
     goal = subject.goal(share)
     way = at_cost(subject, f"atm, {adapt}", goal)
     if way is None:
@@ -91,17 +107,29 @@ def _free(subject: Subject, adapt: str, share: float) -> dict[str, Any]:
     return measured(subject, way, f"training-free, {goal:.4g} GFLOPs")
 
 
-def _tuned(subject: Subject, config: ATMConfig, args: argparse.Namespace, seed: int, at: Path) -> dict[str, Any]:
+def tuned(
+    subject: Subject, config: ATMConfig | Baseline, args: argparse.Namespace, seed: int, at: Path
+) -> dict[str, Any]:
+    """The row of a training with ATM, by the paper's recipe, or with another method, by its authors'."""
     model, recipe = copy.deepcopy(subject.model), recipe_of(args, seed)
-    about = {"recipe": recipe.to_dict(), "images": args.images, "config": config.to_json()}
-    watched = list(islice(subject.test, WATCHED))
-    resume = (at / CHECKPOINT).exists()
-    done = finetune(model, _images(args, model, seed), watched, config, recipe, RunFolder(at, about), resume)
-    outcome = subject.outcome_of(model, config, f"{at.name}, all images")
-    return {"seconds": done["seconds"], "loss": [row["train_loss"] for row in done["epochs"]], **outcome.to_dict()}
+    images, method = _images(args, model, seed), None
+    about: dict[str, Any] = {"images": args.images}
+    if isinstance(config, ATMConfig):
+        about["config"] = config.to_json()
+    else:
+        method = config.learning(model, seed)
+        recipe = method.recipe(recipe)
+        about["method"] = repr(config)
+    folder = RunFolder(at, about | {"recipe": recipe.to_dict()})
+    watched, resume = list(islice(subject.test, WATCHED)), (at / CHECKPOINT).exists()
+    given = config if method is None else None
+    done = finetune(model, images, watched, given, recipe, folder, resume, method=method)
+    outcome = subject.outcome_of(model, config if method is None else method.patch, f"{at.name}, all images")
+    row = {"seconds": done["seconds"], "loss": [epoch["train_loss"] for epoch in done["epochs"]]}
+    return row | {"lr": recipe.lr, **outcome.to_dict()}
 
 
-def _images(args: argparse.Namespace, model: Any, seed: int) -> Dataset:
+def _images(args: argparse.Namespace, model: Any, seed: int) -> TrainImages:
     return TrainDigits(args.images, seed) if args.train is None else TrainFolder(model, args.train, seed)
 
 

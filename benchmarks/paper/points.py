@@ -1,8 +1,8 @@
 """Tables A2-A5: every operating point that the paper prints for a model, its figures beside ours.
 
-Those of Table A3, for checkpoints that were fine-tuned with merging, go by the name tableA3. The paper's points are for
-its own checkpoints on ImageNet-1k. For the digits those of DeiT-S stand in, which has as many tokens and blocks: they
-show what thresholds do that were chosen for another model.
+Those of Table A3, for checkpoints that were fine-tuned with merging, go by the name pointsA3. The paper's points are
+for its own checkpoints on ImageNet-1k. For the digits those of DeiT-S stand in, which has as many tokens and blocks:
+they show what thresholds do that were chosen for another model.
 """
 
 import argparse
@@ -26,16 +26,16 @@ def arguments() -> argparse.ArgumentParser:
 def settings(args: argparse.Namespace) -> dict[str, Any]:
     if not _points(args):
         raise ValueError(f"{args.name}: the paper has no such points for {args.model}")
-    return {"points_of": paper_name(_name(args))}
+    return {"points_of": paper_name(name_of(args))}
 
 
-def _name(args: argparse.Namespace) -> str:
+def name_of(args: argparse.Namespace) -> str:
     return STAND_IN if args.model == DIGITS else args.model
 
 
 def _points(args: argparse.Namespace) -> list[OperatingPoint]:
-    model = paper_name(_name(args))
-    fine_tuned = args.name == "tableA3"
+    model = paper_name(name_of(args))
+    fine_tuned = args.name == "pointsA3"
     return [point for point in operating_points() if point.model == model and point.fine_tuned == fine_tuned]
 
 

@@ -1,0 +1,136 @@
+"""BAT (Long et al., Beyond Attentive Tokens: Incorporating Token Importance and Diversity, CVPR 2023)."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from atm_triton.packed import Packed
+from benchmarks.baselines.base import (
+    About,
+    Baseline,
+    Plan,
+    ReducingBlock,
+    by_value,
+    check_blocks,
+    check_class_token,
+    is_number,
+    places,
+    sums,
+)
+from benchmarks.baselines.training import Learning
+
+
+@dataclass(frozen=True)
+class BAT(Baseline):
+    """Between attention and MLP the patch tokens that the class token attends to most are matched in pairs, and the
+    others clustered; a pair and a cluster become one token each, the mean weighted by that attention.
+
+    No code was found, only figures, logs and descriptions. The counts follow from the costs in the logs for a keep rate
+    of 0.7: as many tokens as EViT keeps without its fused one, so as many clusters as pairs. **How many these are, and
+    what follows, is our reading**: pairs by the cosine of the tokens that enter the block, the most similar first, each
+    token in one pair at most; clusters by density peaks: the density of a token is exp(-mean squared distance to its
+    ``neighbours`` nearest), its peak that times the distance to the nearest token that is denser, or for the densest to
+    the farthest, all squared distances divided by C; those with the highest peaks are centres, the others go to the
+    nearest. The class token leads, attentive tokens follow by attention
+    (a pair with its more attentive one), then clusters. Attention knows no sizes.
+
+    Args:
+        keep_rate: the share of the patch tokens that leave a block, rounded up; blocks: which reduce; share: clusters,
+            of the tokens that are not attentive, rounded down (at least one); neighbours: of a density.
+    """
+
+    keep_rate: float = 0.7
+    blocks: tuple[int, ...] = (3, 6, 9)
+    share: float = 0.25
+    neighbours: int = 5
+    about: ClassVar[About] = About(
+        "BAT (CVPR 2023)", "no code found", training="no, or trained so", fused="yes, the class row beside it"
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("keep_rate", "share"):
+            value = getattr(self, name)
+            if not (is_number(value) and 0 < value <= 1):
+                raise ValueError(f"bat: {name}={value!r}; want a share above 0, at most 1")
+        if type(self.neighbours) is not int or self.neighbours < 1:
+            raise ValueError(f"bat: neighbours={self.neighbours!r}; want a whole number, 1 or more")
+        check_blocks("bat", self.blocks)
+
+    def check(self, model: VisionTransformer) -> None:
+        check_class_token("bat", model)
+
+    def learning(self, model: VisionTransformer, seed: int = 0) -> Learning:
+        return BATLearning(self, model, seed)
+
+    def counts(self, N: int) -> tuple[int, int]:
+        """Of N patch tokens: how many are attentive, and how many pairs, and clusters, there are."""
+        left = math.ceil(self.keep_rate * N)
+        return left, min(max(int(self.share * (N - left)), 1), left // 2)
+
+    def plan(self, block: ReducingBlock, q: Tensor, k: Tensor, tokens: Packed) -> Plan | None:
+        x, P = tokens.images.shaped(tokens.x).detach()[:, block.num_prefix_tokens :], block.num_prefix_tokens
+        B, N, _ = x.shape
+        left, m = self.counts(N)
+        if block.index not in self.blocks or left == N or m == 0:
+            return None
+        scores = (q[:, :, :1] @ k.transpose(-2, -1)).squeeze(2) * k.shape[-1] ** -0.5
+        attention = scores.softmax(dim=-1).mean(dim=1)[:, P:]
+        attention = attention.clamp_min(torch.finfo(attention.dtype).tiny)  # a slot divides by the sum of its own
+        order = by_value(attention)
+        x = x.gather(1, order.unsqueeze(2).expand_as(x))
+        of_attentive = pairs(x[:, :left], m)
+        of_rest = clusters(x[:, left:], m, self.neighbours) + left - m
+        slots = torch.cat([of_attentive, of_rest], dim=1).gather(1, places(order)) + P
+        slots = torch.cat([torch.arange(P, device=x.device).expand(B, P), slots], dim=1)
+        weights = torch.cat([attention.new_ones(B, P), attention], dim=1)
+        whole = Plan(slots, P + left)
+        return whole._replace(weights=weights / sums(weights, whole).gather(1, slots))
+
+    def matching_macs(self, block: ReducingBlock, N: int) -> int:
+        left, _ = self.counts(N - block.num_prefix_tokens)
+        rest = N - block.num_prefix_tokens - left
+        return (left**2 + rest**2) * block.attention.qkv.in_features
+
+
+def pairs(x: Tensor, m: int) -> Tensor:
+    """Slots [B, n] of tokens [B, n, C], of which the m most similar disjoint pairs share one: that of their first, all
+    in the order of the tokens."""
+    unit = F.normalize(x, dim=-1)
+    B, n, _ = x.shape
+    similar = (unit @ unit.transpose(1, 2)).masked_fill(
+        torch.ones(n, n, dtype=torch.bool, device=x.device).tril(), -torch.inf
+    )
+    goes_to = torch.arange(n, device=x.device).repeat(B, 1)
+    for _ in range(m):
+        best = similar.flatten(1).argmax(dim=1, keepdim=True)
+        first, second = best // n, best % n
+        goes_to.scatter_(1, second, first)
+        for taken in (first, second):
+            at = taken.unsqueeze(2)
+            similar = similar.scatter(1, at.expand(B, 1, n), -torch.inf).scatter(2, at.expand(B, n, 1), -torch.inf)
+    own = goes_to == torch.arange(n, device=x.device)
+    return (own.cumsum(dim=1) - 1).gather(1, goes_to)
+
+
+def clusters(x: Tensor, m: int, neighbours: int) -> Tensor:
+    """Slots [B, n], 0 to m - 1, of tokens [B, n, C] by density peaks; the clusters in falling order of their peaks."""
+    far = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist").square() / x.shape[2]
+    nearest = far.topk(min(neighbours + 1, x.shape[1]), dim=2, largest=False).values[:, :, 1:]
+    density = (-nearest.mean(dim=2)).exp() if nearest.shape[2] else x.new_ones(x.shape[:2])
+    denser = density.unsqueeze(1) > density.unsqueeze(2)
+    to_denser = far.masked_fill(~denser, torch.inf).amin(dim=2)
+    to_denser = torch.where(denser.any(dim=2), to_denser, far.amax(dim=2)).sqrt()
+    centres = by_value(density * to_denser)[:, :m]
+    to_centres = far.gather(2, centres.unsqueeze(1).expand(-1, x.shape[1], -1))
+    return to_centres.argmin(dim=2).scatter(1, centres, torch.arange(m, device=x.device).expand_as(centres))
+
+
+class BATLearning(Learning):
+    """As its authors fine-tune, in the logs of keep rates below 0.7 (of which 0.7 itself was trained from scratch)."""
+
+    lr, min_lr, warmup, epochs = 2e-5, 1e-6, 0.0, 30

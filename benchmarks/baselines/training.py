@@ -1,0 +1,140 @@
+"""What the methods share where they are trained: Learning, a method in ``atm_triton.training``, and a block by hand."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor
+from torch.optim import Optimizer
+
+from atm_triton.training.images import seed_all
+from atm_triton.training.method import Method
+from atm_triton.training.recipe import Recipe
+
+if TYPE_CHECKING:
+    from benchmarks.baselines.base import Baseline
+
+BATCH = 512  # images a step for which DeiT's rates, and those after it, are given
+
+
+class Learning(Method):
+    """A baseline that is trained: ``finetune(model, ..., method=baseline.learning(model))``. It prepares the model: it
+    adds the method's own modules, which are trained and saved with the weights, and freezes what is not trained.
+
+    Without more a method is trained as it runs afterwards, by the recipe's loss, and the constants below are DeiT's.
+    Its recipe is that of its authors in fewer epochs: ``lr`` at 512 images a step, scaled by the batch where
+    ``scaled``; ``warmup``: the share of the epochs in which it rises, rounded; ``more``: other fields of Recipe.
+    ``epochs``: as published. ``loops``: it computes its blocks by itself in training, so that none is checkpointed.
+    """
+
+    lr: ClassVar[float] = 5e-4
+    min_lr: ClassVar[float] = 1e-5
+    scaled: ClassVar[bool] = True
+    warmup: ClassVar[float] = 5 / 300
+    weight_decay: ClassVar[float] = 0.05
+    more: ClassVar[dict[str, Any]] = {}
+    epochs: ClassVar[int] = 300
+    loops: ClassVar[bool] = False
+
+    def __init__(self, baseline: "Baseline", model: VisionTransformer, seed: int = 0) -> None:
+        baseline.check(model)
+        self.baseline = baseline
+        seed_all(seed)
+        baseline.prepare(model)
+
+    def recipe(self, like: Recipe) -> Recipe:
+        """The authors' in as many epochs, of as many images a step, as ``like``."""
+        scale = like.images_per_step / BATCH if self.scaled else 1
+        rates = {"lr": self.lr * scale, "min_lr": min(self.min_lr, self.lr * scale), "weight_decay": self.weight_decay}
+        return replace(like, **rates, warmup_epochs=round(self.warmup * like.epochs), **self.more)
+
+    def patch(self, model: VisionTransformer) -> VisionTransformer:
+        return self.baseline.apply(model)
+
+    def optimizer(self, model: VisionTransformer, recipe: Recipe) -> Optimizer:
+        if self.loops and recipe.grad_checkpointing:
+            raise ValueError(f"{type(self.baseline).__name__} masks tokens in training: leave grad_checkpointing out")
+        return super().optimizer(model, recipe)
+
+    def set(self, merging: VisionTransformer, **settings: Any) -> None:
+        """Give the blocks of a copy other settings."""
+        changed = replace(self.baseline, **settings)
+        for block in merging.blocks:
+            block.baseline = changed
+
+
+def frozen(model: VisionTransformer) -> VisionTransformer:
+    """A teacher: the model as it is now."""
+    return copy.deepcopy(model).eval().requires_grad_(False)
+
+
+def read(merging: VisionTransformer, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits, and the class token [B, C] that they are made of, after the last norm."""
+    normed: list[Tensor] = []
+    handle = merging.norm.register_forward_hook(lambda _, args, out: normed.append(out))
+    try:
+        logits = merging(images)
+    finally:
+        handle.remove()
+    return logits, normed[0][:, 0]
+
+
+def scaled_groups(model: VisionTransformer, weight_decay: float, scale: Callable[[str], float]) -> list[dict[str, Any]]:
+    """Groups of an optimiser whose rate is multiplied by ``scale(name)`` for each parameter; no weight decay for
+    biases, norms, class token and positions."""
+    groups: dict[tuple[float, bool], list[Tensor]] = {}
+    plain = {"cls_token", "dist_token", "reg_token", "pos_embed"}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault((scale(name), parameter.dim() > 1 and name not in plain), []).append(parameter)
+    return [
+        {"params": own, "lr_scale": by, "full_scale": by, "weight_decay": weight_decay * decays}
+        for (by, decays), own in groups.items()
+    ]
+
+
+def attended(
+    block: Block, x: Tensor, weigh: Callable[[Tensor], Tensor], mask: Tensor | float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """timm's block up to its attention, on x [B, N, C], with the weights [B, H, N, N] that ``weigh`` makes of scaled
+    scores: what attention adds to x; keys [B, H, N, d]; the weights. ``mask``: multiplies the norm of x."""
+    attn, y = block.attn, block.norm1(x) * mask
+    q, k, v = attn.qkv(y).unflatten(-1, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4)
+    q, k = attn.q_norm(q), attn.k_norm(k)
+    weights = weigh(q @ k.transpose(-2, -1) * attn.scale)
+    mixed = attn.norm((attn.attn_drop(weights.to(v.dtype)) @ v).transpose(1, 2).flatten(2))
+    if attn.gate is not None:
+        mixed = mixed * attn.gate(y).sigmoid()
+    return block.drop_path1(block.ls1(attn.proj_drop(attn.proj(mixed)))), k, weights
+
+
+def fed(block: Block, x: Tensor, mask: Tensor | float = 1.0) -> Tensor:
+    """What the MLP adds to x, whose norm the mask multiplies."""
+    return block.drop_path2(block.ls2(block.mlp(block.norm2(x) * mask)))
+
+
+def through(block: Block, x: Tensor, weigh: Callable[[Tensor], Tensor]) -> Tensor:
+    """timm's block with attention weighed in another way."""
+    x = x + attended(block, x, weigh)[0]
+    return x + fed(block, x)
+
+
+def straight_through(soft: Tensor, hard: Tensor) -> Tensor:
+    """The value of ``hard`` with the gradient of ``soft``."""
+    return hard.to(soft.dtype) - soft.detach() + soft
+
+
+def softmax_of_kept(scores: Tensor, mask: Tensor, eps: float, own: bool) -> Tensor:
+    """A softmax over the keys of ``mask`` [B, N], 1 or 0, with a gradient to the mask. ``own``: each token sees itself
+    as well. As DynamicViT's: (e + eps / N) / (sum of e + eps); the largest score, which is taken off first, has no
+    gradient (of the order of eps it would have one)."""
+    N = scores.shape[-1]
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    seen = mask[:, None, None, :].to(scores.dtype)
+    if own:
+        seen = seen + (1 - seen) * torch.eye(N, dtype=scores.dtype, device=scores.device)
+    e = (scores - scores.detach().amax(dim=-1, keepdim=True)).exp() * seen
+    return (e + eps / N) / (e.sum(dim=-1, keepdim=True) + eps)

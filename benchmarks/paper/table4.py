@@ -1,0 +1,143 @@
+"""Table 4: methods that are trained, beside ATM with and without training.
+
+All begin with the same weights and see the same images as often. Each has its authors' losses, modules, settings and
+recipe, in fewer epochs (and ATM the paper's); ``benchmarks/baselines`` says what is a reading of ours. The last block
+computes the class token alone, for all of them. The paper's rows are not one protocol: some are trained from scratch,
+some fine-tuned, some with a teacher. ATM's thresholds are those of --config (the digits: of ``python -m
+benchmarks.calibration``), scaled to the paper's shares of the FLOPs. Each training is a run of its own beside the
+result: ``--resume`` goes on within it.
+"""
+
+import argparse
+import shutil
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from atm_triton import ATMConfig
+from benchmarks.baselines import Baseline, baseline
+from benchmarks.baselines.avit import AViT
+from benchmarks.baselines.evit import EViT
+from benchmarks.paper.cells import about, markdown, over_seeds, percent
+from benchmarks.paper.finetuned import (
+    check_labelled,
+    free_at,
+    training_options,
+    training_settings,
+    tuned,
+    unmerged,
+)
+from benchmarks.paper.rows import Rows
+from benchmarks.paper.subject import Subject, options
+
+WHOLE = 4.6  # GFLOPs of DeiT-S in the paper
+
+
+class Published(NamedTuple):
+    """A row of the paper's Table 4, of DeiT-S on ImageNet; hours on one A6000; None: a dash, or no row at all."""
+
+    gflops: float | None = None
+    top1: float | None = None
+    epochs: int | None = None
+    hours: float | None = None
+
+
+ROWS = {  # in the paper's order
+    "unmerged": Published(4.6, 79.8),
+    "dynamicvit": Published(2.9, 79.3, 30, 43),
+    "iared2": Published(3.2, 79.1, 90),
+    "evovit": Published(3.0, 79.4, 300, 126),
+    "evit": Published(3.0, 79.5, 300, 95),
+    "evit, keep rate falls": Published(),
+    "avit": Published(3.6, 78.6, 100, 65),
+    "tome": Published(2.7, 79.4, 300, 87),
+    "bat": Published(3.0, 79.6, 300),
+    "mctf": Published(2.6, 80.1, 30, 39),
+    "ltmp": Published(),
+    "atm, training-free": Published(3.0, 79.7, 0),
+    "atm": Published(2.6, 79.8, 30, 11),
+}
+
+
+def arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False, parents=[options(), training_options([0, 1, 2])])
+    parser.add_argument("--methods", nargs="+", default=list(ROWS), choices=ROWS, metavar="NAME", help="some of them")
+    return parser
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    if len(args.adapt) > 1:
+        raise ValueError("--adapt: this table has one row of ATM; give one")
+    return {"methods": args.methods, "adapt": args.adapt} | training_settings(args)
+
+
+def of_model(subject: Subject) -> dict[str, Callable[[], Baseline]]:
+    """Each method as published for DeiT-S, its blocks at the same share of the depth."""
+    depth, alone = subject.depth, {"cls_only_last": True}
+    quarters = tuple(sorted({depth * quarter // 4 for quarter in (1, 2, 3)}))
+    third, two = depth // 3, 2 * depth // 3
+    heads = subject.model.blocks[0].attn.num_heads
+    return {
+        "dynamicvit": lambda: baseline("dynamicvit", blocks=quarters, **alone),
+        "iared2": lambda: baseline("iared2", blocks=(0, third, two), heads=heads, **alone),
+        "evovit": lambda: baseline("evovit", blocks=(third, two), **alone),
+        "evit": lambda: baseline("evit", blocks=quarters, **alone),
+        "evit, keep rate falls": lambda: EViT(blocks=quarters, falls=True, **alone),
+        "avit": lambda: AViT.fitted(subject.model, subject.loader, **alone),
+        "tome": lambda: baseline("tome", r=13, **alone),
+        "bat": lambda: baseline("bat", blocks=quarters, **alone),
+        "mctf": lambda: baseline("mctf", r=16, **alone),
+        "ltmp": lambda: baseline("ltmp", **alone),
+    }
+
+
+def measure(subject: Subject, rows: Rows, args: argparse.Namespace) -> None:
+    check_labelled(subject, args)
+    made = of_model(subject)
+    rows.expect(sum(1 if name == "atm, training-free" else len(args.seeds) for name in args.methods))
+    runs = rows.path.with_suffix(".runs")
+    for name in args.methods:
+        if name == "atm, training-free":
+            share = 1 - ROWS[name].gflops / WHOLE
+            rows.add({"method": name, "seed": None}, lambda share=share: free_at(subject, args.adapt[0], share))
+            continue
+        for seed in args.seeds:
+            at = runs / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
+
+            def trained(name: str = name, seed: int = seed, at: Any = at) -> dict[str, Any]:
+                way = (
+                    _atm(subject, args) if name == "atm" else unmerged(subject) if name == "unmerged" else made[name]()
+                )
+                if way is None:
+                    return {"missing": "no thresholds come close to the paper's share of the FLOPs"}
+                return {"settings": repr(way), **tuned(subject, way, args, seed, at)}
+
+            rows.add({"method": name, "seed": seed}, trained)
+    shutil.rmtree(runs, ignore_errors=True)
+
+
+def _atm(subject: Subject, args: argparse.Namespace) -> ATMConfig | None:
+    found = free_at(subject, args.adapt[0], 1 - ROWS["atm"].gflops / WHOLE)
+    return None if "missing" in found else ATMConfig(**found["settings"]["config"])
+
+
+def table(result: dict[str, Any]) -> str:
+    """In Markdown: means over the seeds, and the standard deviation of one."""
+    epochs = result["settings"]["recipe"]["epochs"]
+    head = [about(result["rows"]), "GFLOPs", "all tokens last", "top-1", "epochs", "minutes each"]
+    head += ["the paper, DeiT-S: GFLOPs", "top-1", "epochs", "hours"]
+    body = []
+    for name in dict.fromkeys(row["method"] for row in result["rows"]):
+        published = ["-" if value is None else f"{value}" for value in ROWS[name]]
+        published[1] = percent(ROWS[name].top1).replace("0 %", " %")
+        mine = [row for row in result["rows"] if row["method"] == name and "missing" not in row]
+        if not mine:
+            body.append([name, "no setting at that cost", *[""] * 4, *published])
+            continue
+        costs = [over_seeds([row["overall"]["gflops"] for row in mine], 3)]
+        costs.append(over_seeds([row["gflops_all_tokens_last"] for row in mine], 3))
+        top1 = f"{over_seeds([row['overall']['top1'] for row in mine])} %"
+        spent = (
+            [str(epochs), over_seeds([row["seconds"] / 60 for row in mine], 1)] if "seconds" in mine[0] else ["0", "-"]
+        )
+        body.append([name, *costs, top1, *spent, *published])
+    return markdown(head, body)
