@@ -16,8 +16,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from atm_triton import ATMConfig, apply_patch, cli, report
+from atm_triton import ATMConfig, apply_patch, cli
 from atm_triton.calibration.costs import Costs
+from atm_triton.cli import report
 from atm_triton.digits.model import CONFIG, IMAGE_CONFIG
 from atm_triton.measure.configurations import digits_config
 from atm_triton.measure.images import open_images

@@ -148,6 +148,7 @@ def test_boxes_lie_in_the_photograph():
 
 def test_a_photograph_that_is_not_installed(monkeypatch):
     monkeypatch.setattr(sys, "path", [])
+    monkeypatch.delitem(sys.modules, "sklearn", raising=False)  # another test may have imported it
     sys.path_importer_cache.clear()
     with pytest.raises(FileNotFoundError, match="scikit-learn, which ships the photograph flower, is not installed"):
         images.photo("test", "flower")
