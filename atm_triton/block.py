@@ -240,7 +240,8 @@ class ATMBlock(Block):
         """Decide which tokens merge, or are dropped, between attention and MLP. Another method overrides this.
 
         Args:
-            q, k: queries and keys [H, T, d] as attention uses them, after ``q_norm`` and ``k_norm``.
+            q: queries [H, T, d] as attention uses them, after ``q_norm``.
+            k: keys [H, T, d], after ``k_norm``.
             tokens: the tokens that enter the block, T rows of all images. ``self.block_index`` says which block this
                 is, ``self.num_prefix_tokens`` how many tokens at the start of each image must stay as they are.
 

@@ -15,7 +15,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 def on_files(files: Files, config: Any) -> Files:
     files.append(File.generated(config, "index.md", content=_moved((ROOT / "README.md").read_text(), "")))
-    for name in ("CONTRIBUTING.md", "CHANGELOG.md"):
+    for name in ("CONTRIBUTING.md", "CHANGELOG.md", "CODE_OF_CONDUCT.md"):
         files.append(File.generated(config, name, content=_moved((ROOT / name).read_text(), "")))
     for path in sorted(RESULTS.iterdir()):
         files.append(File.generated(config, f"results/{path.name}", abs_src_path=str(path)))
@@ -29,5 +29,5 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 def _moved(text: str, root: str) -> str:
     """The links of a page from which the repository's root is ``root``."""
     text = re.sub(rf"\]\({re.escape(root)}benchmarks/results/", "](results/", text)
-    text = re.sub(rf"\]\({re.escape(root)}(CONTRIBUTING|CHANGELOG)", r"](\1", text)
+    text = re.sub(rf"\]\({re.escape(root)}(CONTRIBUTING|CHANGELOG|CODE_OF_CONDUCT)", r"](\1", text)
     return re.sub(r"\]\(docs/", "](", text) if root == "" else text
