@@ -1,10 +1,32 @@
 """Adaptive token merging for Vision Transformers."""
 
+import sys
+from importlib.machinery import ModuleSpec
+from importlib.util import spec_from_file_location
 from pathlib import Path
+from typing import Any
 
 _here = Path(__file__).parent
-if not (_here / "kernels").is_dir():  # a checkout: what a wheel holds in here lies beside us there
-    __path__ += [str(_here.parent), str(_here.parent / "benchmarks")]
+
+
+class _Checkout:
+    """Finds in a checkout the two folders that lie beside us there, and in a wheel in here; nothing else that does."""
+
+    folders = {  # noqa: RUF012
+        "atm_triton.kernels": _here.parent / "kernels",
+        "atm_triton.digits": _here.parent / "benchmarks" / "digits",
+    }
+
+    @classmethod
+    def find_spec(cls, name: str, *_: Any) -> ModuleSpec | None:
+        folder = cls.folders.get(name)
+        if folder is None:
+            return None
+        return spec_from_file_location(name, folder / "__init__.py", submodule_search_locations=[str(folder)])
+
+
+if not (_here / "kernels").is_dir():
+    sys.meta_path.append(_Checkout)
 
 from atm_triton.block import ATMBlock  # noqa: E402
 from atm_triton.calibration.calibrate import Calibration, Target, calibrate  # noqa: E402

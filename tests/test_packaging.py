@@ -70,6 +70,14 @@ def test_it_works_where_it_is_installed(site, tmp_path):
     assert "% of the MACs saved" in done.stdout
 
 
+def test_a_checkout_holds_no_more_modules_than_a_wheel():
+    """A folder beside the package is not found in it by accident: that import would fail where it is installed."""
+    code = "from importlib.util import find_spec as f; print(*(f(f'atm_triton.{n}') for n in %r))"
+    names = ["report", "photos", "gpu", "tests", "benchmarks"]
+    done = subprocess.run([sys.executable, "-c", code % names], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.split() == ["None"] * len(names), done.stdout + done.stderr
+
+
 ASKED_FOR = """
 from importlib import import_module
 assert import_module("kernels").__version__ == VERSION  # as libraries do that look for what is installed
