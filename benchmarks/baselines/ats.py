@@ -78,12 +78,15 @@ class ATSBlock(ReducingBlock):
         images, P = tokens.images, self.num_prefix_tokens
         samples = step.merges and step.leading is None and self.index in self.baseline.blocks and images.N > P
         if not samples:
-            return ATMBlock.forward_packed(self, tokens, step)  # its r is 0
+            return ATMBlock.forward_packed(self, tokens, step)
         y = self.norm1(images.shaped(tokens.x))
         attended, assignment = self.called_attn(y, self._sampled_attention, tokens)
         left, step.slots = assignment.images, assignment.slots
         x = tokens.x.index_select(0, _order(assignment)) + self._drop_path(self.drop_path1, self.ls1(attended), left)
         return self.fed_forward(Packed(x, None, left))
+
+    def plan(self, *_: object) -> None:
+        """After attention nothing is left to do."""
 
     def _sampled_attention(self, y: Tensor, tokens: Packed) -> tuple[Tensor, Assignment]:
         attn, images = self.attention, tokens.images

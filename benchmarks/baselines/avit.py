@@ -117,7 +117,7 @@ class AViTBlock(ReducingBlock):
     def forward_packed(self, tokens: Packed, step: Step) -> Packed:
         now = tokens if isinstance(tokens, Halting) else Halting.begun(tokens)
         last = self.index == self.depth - 1
-        after = ATMBlock.forward_packed(self, tokens, step)  # its r is 0
+        after = ATMBlock.forward_packed(self, tokens, step)
         token = after.images.first(after.x, 1).squeeze(1)
         h = self.baseline.score(token, last)
         c = now.images.first(now.c, 1).squeeze(1) + h
@@ -133,3 +133,6 @@ class AViTBlock(ReducingBlock):
         stays[now.images.cu_seqlens[:-1].long()] = True
         rest, step.slots = left(after, stays)
         return Halting.on(rest, sums[stays], now.rest - torch.where(runs, h, 0), out, runs)
+
+    def plan(self, *_: object) -> None:
+        """After attention nothing is left to do."""

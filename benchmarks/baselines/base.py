@@ -135,7 +135,7 @@ class ReducingBlock(ATMBlock):
         if step.leading is not None:
             return self.forward_leading(tokens, step.leading)
         x = tokens.images.shaped(tokens.x)
-        attended, plan = self.called_attn(self.norm1(x), self.planned, tokens, step.merges)
+        attended, plan = self.called_attn(self.norm1(x), self.attend, tokens, step.merges)
         x = x + self._drop_path(self.drop_path1, self.ls1(attended), tokens.images)
         tokens = tokens.with_x(x.flatten(0, -2))
         if self.baseline.after_mlp:
@@ -143,12 +143,9 @@ class ReducingBlock(ATMBlock):
         tokens, step.slots = self.reduced(tokens, plan)
         return tokens if self.baseline.after_mlp else self.fed_forward(tokens)
 
-    def planned(self, y: Tensor, tokens: Packed, merges: bool) -> tuple[Tensor, Plan | Assignment | None]:
-        """What attention adds to the tokens of norm ``y`` [B, N, C], and what then becomes of them."""
-        q, k, v = self.heads(self.attn.qkv(y))
-        q, k = self.attn.q_norm(q), self.attn.k_norm(k)
-        plan = self.baseline.plan(self, by_image(q, y), by_image(k, y), tokens) if merges else None
-        return self.attended(y, q, k, v, tokens), plan
+    def plan(self, q: Tensor, k: Tensor, tokens: Packed) -> Plan | Assignment | None:
+        x = tokens.images.shaped(tokens.x)
+        return self.baseline.plan(self, by_image(q, x), by_image(k, x), tokens)
 
     def fed_forward(self, tokens: Packed) -> Packed:
         images = tokens.images
@@ -188,11 +185,14 @@ class EntryBlock(ReducingBlock):
 
     def forward_packed(self, tokens: Packed, step: Step) -> Packed:
         if not (step.merges and self.index in self.baseline.blocks):
-            return ATMBlock.forward_packed(self, tokens, step)  # its r is 0
+            return ATMBlock.forward_packed(self, tokens, step)
         tokens, slots = left(tokens, *self.staying(tokens))
         tokens = ATMBlock.forward_packed(self, tokens, step)
         step.slots = slots
         return tokens
+
+    def plan(self, *_: object) -> None:
+        """After attention nothing is left to do."""
 
     def macs(self, tokens: Number, queries: Number, rows: Number) -> Number:
         """Of the tokens that are left, and of the predictor, which sees those that enter. (The paper's count has one

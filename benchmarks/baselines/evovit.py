@@ -121,7 +121,7 @@ class EvoBlock(ReducingBlock):
     def _whole(self, tokens: Packed) -> tuple[Packed, Tensor]:
         """The block on all tokens that it is given, and the class token's attention."""
         x = tokens.images.shaped(tokens.x)
-        attended, attention = self.called_attn(self.norm1(x), self.planned, tokens, True)
+        attended, attention = self.called_attn(self.norm1(x), self.attend, tokens, True)
         x = x + self.drop_path1(self.ls1(attended))
         return self.fed_forward(tokens.with_x(x.flatten(0, 1))), attention
 

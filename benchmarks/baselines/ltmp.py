@@ -67,15 +67,9 @@ class LTMPBlock(ReducingBlock):
 
     needs = "merge_theta"
 
-    def planned(self, y: Tensor, tokens: Packed, merges: bool) -> tuple[Tensor, Assignment | None]:
-        q, k, v = self.heads(self.attention.qkv(y))
-        q, k = self.attention.q_norm(q), self.attention.k_norm(k)
-        plan = self.assignment(q.transpose(0, 1), k.transpose(0, 1), tokens) if merges else None
-        return self.attended(y, q, k, v, tokens), plan
-
     @torch.no_grad()
-    def assignment(self, q: Tensor, k: Tensor, tokens: Packed) -> Assignment:
-        """Of queries and keys [T, H, d]."""
+    def plan(self, q: Tensor, k: Tensor, tokens: Packed) -> Assignment:
+        q, k = q.transpose(0, 1), k.transpose(0, 1)
         images, P, T = tokens.images, self.num_prefix_tokens, len(q)
         sizes = q.new_ones(T) if tokens.sizes is None else tokens.sizes.to(q.dtype)
         live = padded(torch.ones_like(sizes, dtype=torch.bool), images, False)
