@@ -86,9 +86,9 @@ def cost_of_each(model: VisionTransformer, record: Record) -> Cost[float | Tenso
     """:func:`cost` of every image: tensors [B] where they differ."""
     blocks = [inside(block, Block) or block for block in model.blocks]
     recorded = zip(blocks, record.tokens, record.queries, record.rows, strict=True)
-    ran = bool(record.way)  # else nothing of a block's own way to work was at work
-    counts = [_computed(block, *count) if ran else tuple(count) for block, *count in recorded]
-    macs = tuple(_macs(block, *c) if ran else block_macs(block, *c) for block, c in zip(blocks, counts, strict=True))
+    own = record.ran  # what is foretold is of timm's blocks, whatever those of this model do
+    counts = [_computed(block, *count) if own else tuple(count) for block, *count in recorded]
+    macs = tuple(_macs(block, *c) if own else block_macs(block, *c) for block, c in zip(blocks, counts, strict=True))
     stem, stem_norms = _counted(model, "patch_embed", record.image_shape)
     head, head_norms = _counted(model, "forward_head", (_read_by_head(record), model.embed_dim))
     ends = stem + stem_norms + head + head_norms
@@ -99,7 +99,7 @@ def cost_of_each(model: VisionTransformer, record: Record) -> Cost[float | Tenso
         blocks=macs,
         head=head,
         paper=ends
-        + sum(paper_block(model, own, *count) for own, count in zip(macs, counts, strict=True))
+        + sum(paper_block(model, each, *count) for each, count in zip(macs, counts, strict=True))
         + paper_last_norm(model, record.rows[-1]),
         matching=sum(
             _matching_macs(block, tokens, model.num_prefix_tokens)

@@ -15,7 +15,8 @@ class Record:
 
     ``leading``: how many tokens the last block computed, None: all. ``tokens``: tokens per image that enter each block.
     ``rows``: tokens per image that its MLP sees. ``counts``: candidates [B] of each block, None without a threshold.
-    ``matched``: whether a block looked for partners. ``way``: "engine", or why the blocks ran one after the other."""
+    ``matched``: whether a block looked for partners. ``way``: "engine", or why the blocks ran one after the other;
+    empty if no pass was run and the numbers are foretold."""
 
     batch: int
     image_shape: tuple[int, ...]
@@ -25,6 +26,11 @@ class Record:
     counts: tuple[Tensor | None, ...]
     matched: tuple[bool, ...]
     way: str = field(default="", compare=False)
+
+    @property
+    def ran(self) -> bool:
+        """Whether a pass was run, not foretold."""
+        return bool(self.way)
 
     @property
     def N(self) -> int:

@@ -358,9 +358,13 @@ def _targets(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _photographs(result: dict[str, Any]) -> str:
+    return "\n".join([photographs.table(result), *_commits(result["rows"])])
+
+
 def _commits(rows: list[dict[str, Any]]) -> list[str]:
     """Of rows that were kept from another commit, which is whose; nothing where all are of one."""
-    by_commit: dict[str, dict[str, None]] = {}
+    by_commit: dict[str, dict[str, None]] = {}  # a set that keeps the order
     for row in rows:
         by_commit.setdefault(row["commit"][:7], {})[row["method"]] = None
     whose = "; ".join(f"{', '.join(methods)} {commit}" for commit, methods in by_commit.items())
@@ -421,7 +425,7 @@ TABLES = {  # of each page, from files
         "throughput": (throughput_table, ("cpu_bench.json", "cpu_bench_image.json", "cpu_bench_single.json")),
     },
     PHOTOS: {
-        "photos": (photographs.table, ("photos.json",)),
+        "photos": (_photographs, ("photos.json",)),
         "unmerge": (unmerge.table, ("photos_unmerge.json",)),
         "ideas": (ideas.table, ("photos_ideas.json",)),
     },

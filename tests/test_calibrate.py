@@ -112,12 +112,14 @@ def test_the_search_is_better_than_a_plain_shape(loader, small_search):
 def test_a_limit_on_the_change(adapt, loader, small_search):
     model = vit()
     parts, _ = split_images(loader, 0)
-    meter = Meter(model, parts, {})
+    meter, costs = Meter(model, parts, {}), Costs(model, (3, 40, 40), True)
     for name, limit in (("max_kl", 0.02), ("min_agreement", 0.9)):
         calibration = found(model, loader, adapt, **{name: limit})
         seen = meter.mean(calibration.config, ("fit", "choose"))
         assert seen.divergence <= limit if name == "max_kl" else seen.agreement >= limit
-        assert seen.gflops < whole(model)
+        assert seen.gflops < costs.highest - 0.02 * costs.unmerged  # it merges
+        if (name, adapt) == ("max_kl", "image"):
+            assert seen.divergence > 0.8 * limit  # as much as it may
 
 
 @pytest.mark.parametrize("adapt", ["image", "static"])
@@ -127,6 +129,27 @@ def test_few_blocks_merge(adapt, loader, small_search):
     config = calibrate(model, loader, target, adapt, max_merging_blocks=2, progress=False).config
     merging = [bool(of_block) for of_block in (config.schedule if adapt == "static" else config.thresholds)]
     assert 1 <= sum(merging) <= 2
+
+
+def hooked():
+    """Whose second block and its norm are changed by hooks."""
+    model = vit()
+    model.blocks[1].register_forward_hook(lambda module, args, out: 1.5 * out)
+    model.blocks[1].norm1.register_forward_hook(lambda module, args, out: 0.7 * out)
+    return model
+
+
+def test_hooks_that_a_fitting_pass_would_not_call_are_refused(loader):
+    for name in ("", "blocks", "blocks.1"):
+        model = vit()
+        handle = model.get_submodule(name).register_forward_pre_hook(lambda module, args: None)
+        with pytest.raises(ValueError, match=f"{name or 'the model'} has hooks that a calibration would not call"):
+            found(model, loader, "image", max_gflops=0.6 * whole(model))
+        handle.remove()
+        if name != "blocks.1":
+            model.get_submodule(name).register_forward_hook(lambda module, args, out: None)
+            with pytest.raises(ValueError, match="has hooks"):
+                found(model, loader, "image", max_gflops=0.6 * whole(model))
 
 
 def fitted(model, loader, adapt, plan, *parts, measure=None, **settings):
@@ -145,8 +168,9 @@ def fitted(model, loader, adapt, plan, *parts, measure=None, **settings):
         (distilled(), None, True),
         (vit(class_token=False, global_pool="avg"), None, True),
         (vit(reg_tokens=3, qk_norm=True, init_values=0.5), None, True),
+        (hooked(), None, True),
     ],
-    ids=["class", "all tokens", "dense", "distilled", "pooled", "registers"],
+    ids=["class", "all tokens", "dense", "distilled", "pooled", "registers", "hooked"],
 )
 @pytest.mark.parametrize("adapt", ["image", "batch", "static"])
 def test_a_fitting_pass_merges_what_is_wanted_and_measures_what_an_evaluation_does(
@@ -401,6 +425,7 @@ def test_the_error_knows_of_hard_images_that_were_seen():
 def test_a_target_that_may_not_hold_is_doubted():
     promise = Promise(100, 1.0, 0.1, 0.02, 0.01, 0.99, 0.02)
     assert Target(max_gflops=1).doubt(promise) is None and Target(max_kl=0.03).doubt(promise) is None
+    assert Target(max_gflops=0.9).doubt(promise) == "1 GFLOPs are above 0.9"
     assert Target(max_kl=0.01).doubt(promise) == "KL 0.02 is above 0.01"
     assert Target(min_agreement=0.995).doubt(promise) == "agreement 0.99 is below 0.995"
     assert Target(min_agreement=0.985).doubt(promise) == "agreement is known to 0.02 on 100 images"

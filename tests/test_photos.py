@@ -20,7 +20,7 @@ from benchmarks.paper.rows import Rows
 from benchmarks.photos import __main__ as command
 from benchmarks.photos import fetch, ideas, images, report
 from benchmarks.photos import unmerge as unmerging
-from benchmarks.photos.compare import Photos, distance, told
+from benchmarks.photos.compare import Photos, told
 from benchmarks.photos.methods import STYLES, at_cost, scaled, threshold
 from benchmarks.photos.picture import draw
 from benchmarks.photos.weights import Decoder, read
@@ -253,12 +253,6 @@ def test_the_standard_error_is_of_photographs():
     assert found == {"mean": 2.0, "se": pytest.approx(1.0), "worst": 3.0, "of_photos": [1.0, 3.0]}
     assert told(values, torch.arange(100))["se"] == pytest.approx(0.1, rel=0.01)
     assert told(values, torch.zeros(100))["se"] is None
-
-
-def test_distances_of_near_vectors():
-    x = torch.randn(5, 8, dtype=torch.float64)
-    assert torch.allclose(distance(x, x + 1e-9 * torch.ones(8)), torch.zeros(5, dtype=torch.float64), atol=1e-15)
-    assert distance(x, -2 * x).tolist() == pytest.approx([2] * 5)
 
 
 def test_thresholds_meet_the_cost(some):

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from atm_triton.calibration.costs import Costs
 from atm_triton.calibration.errors import UnreachableError
-from atm_triton.calibration.fitting import Fitted, Fitting, Plan
+from atm_triton.calibration.fitting import Fitted, Fitting, Plan, check_hooks
 from atm_triton.calibration.meter import Mean, Measured, Meter
 from atm_triton.calibration.progress import Progress
-from atm_triton.calibration.search import SEEN, Search, expected
+from atm_triton.calibration.search import FAR, SEEN, Search, expected
 from atm_triton.config import ADAPT, ATMConfig
 from atm_triton.flops import unmerged
 from atm_triton.measure.comparison import Measure, measure_of, percentile
@@ -89,7 +89,10 @@ class Target:
         return (mean.p99 if self.max_distance_p99 is not None else mean.divergence) <= self.value
 
     def doubt(self, promise: "Promise") -> str | None:
-        """Why a limit to the change may not hold on other images; None: it should, or none was asked for."""
+        """Why the target may not hold on other images. None: it should."""
+        if self.max_gflops is not None:
+            over = promise.gflops > (1 + FAR) * self.max_gflops
+            return f"{promise.gflops:.4g} GFLOPs are above {self.max_gflops:g}" if over else None
         measured = {
             "max_kl": ("KL", promise.kl),
             "max_distance": ("distance", promise.distance),
@@ -221,6 +224,7 @@ def calibrate(
             TypeError: a model that cannot be merged, or batches of anything but float images.
     """
     check_model(model)
+    check_hooks(model)
     if adapt not in ADAPT:
         raise ValueError(f"adapt={adapt!r} is unknown; choose one of {', '.join(ADAPT)}")
     if max_merging_blocks is not None and max_merging_blocks < 1:

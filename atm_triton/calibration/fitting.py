@@ -11,10 +11,11 @@ from itertools import accumulate, pairwise
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from atm_triton import ops
-from atm_triton.block import ATMBlock, Planned, Step
+from atm_triton.block import ATMBlock, Planned, Step, handed_on
 from atm_triton.calibration.costs import Costs
 from atm_triton.calibration.meter import Mean, Measured, Meter, together
 from atm_triton.config import ATMConfig
@@ -44,7 +45,7 @@ class Plan:
         return "free" if self.thresholds is None else "curve"
 
     def scaled(self, scale: float) -> "Plan":
-        """Counts, or the distances of thresholds from 1, times a number."""
+        """The plan with its counts, or the distances of its thresholds from 1, multiplied by ``scale``."""
         if self.thresholds is None:
             return replace(self, counts=tuple(r * scale for r in self.counts))
         return replace(
@@ -114,7 +115,8 @@ class Fitting:
         self._kept: dict[Any, Trail] = {}
 
     def keep(self) -> None:
-        """Let passes that merge at first as the last one did begin where they differ."""
+        """Keep the states of the last pass, so that a later pass whose first blocks merge alike starts at the first
+        block that differs."""
         self._kept = self._trails
 
     def run(self, plan: Plan, *parts: str) -> Fitted:
@@ -170,8 +172,8 @@ class Fitting:
         return settings, plan.counts[:index], plan.thresholds and plan.thresholds[:index], index
 
     def _begin(self, plan: Plan, parts: tuple[str, ...]) -> tuple[int, Trail]:
-        """The first block that a kept pass does not spare, and what enters it."""
-        for index in range(self.depth - 1, 0, -1):
+        """The block to start at, after those that a kept pass has already computed, and the states that enter it."""
+        for index in range(self.depth - 1, -1, -1):
             key = self._key(plan, parts, index)
             if key in self._kept:
                 self._trails = {k: t for k, t in self._kept.items() if k == self._key(plan, parts, k[-1])}
@@ -182,7 +184,8 @@ class Fitting:
         return 0, Trail(states, (), 0.0)
 
     def _every(self, images: int) -> int:
-        """Of so many blocks one's states are kept; the same on every process."""
+        """Keep the states of every n-th block only, so that two passes fit :data:`MEMORY`; returns n, the same on every
+        process."""
         parameter = next(self._model.parameters())
         size = images * self.costs.N * self._model.embed_dim * parameter.element_size() / world_size()
         return max(1, math.ceil(2 * self.depth * size / MEMORY))
@@ -220,7 +223,10 @@ class Fitting:
     def _step(self, block: FittingBlock, state: State, last: bool) -> State:
         dense = self.meter.by.name == "dense" or leading_tokens(self._model) is None
         step = Step(state.tokens, not last, self.costs.leading if last and not dense else None)
-        tokens, trace = block.forward_packed(state.tokens, step), state.trace
+        x = block(state.tokens.images.shaped(state.tokens.x), step=step)  # as a module: its hooks run
+        if step.after is None:
+            raise TypeError(f"blocks.{block.block_index} did not run: something around it returned in its place")
+        tokens, trace = handed_on(step.after, x), state.trace
         if step.slots is not None and dense:
             trace = step.slots if trace is None else ops.compose(trace, step.slots)
         return State(tokens, trace, (*state.entered, state.tokens.images.lengths.cpu()))
@@ -252,3 +258,16 @@ class Fitting:
         merged[:, self.costs.merging :] = 0
         gflops = torch.as_tensor(self.costs.of_each(merged[:, : self.costs.merging].unbind(1)), dtype=torch.float64)
         return Measured(gflops.expand(B), *by.compared(before, answers), merged)
+
+
+def check_hooks(model: VisionTransformer) -> None:
+    """Refuse hooks that a fitting pass, which goes through the model block by block, would not call.
+
+    Raises:
+        ValueError: they are named.
+    """
+    watched = {"the model": model, "blocks": model.blocks, **{f"blocks.{i}": b for i, b in enumerate(model.blocks)}}
+    for name, module in watched.items():
+        after = module._forward_hooks if not name.startswith("blocks.") else ()
+        if module._forward_pre_hooks or after:
+            raise ValueError(f"{name} has hooks that a calibration would not call; take them off before")

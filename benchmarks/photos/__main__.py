@@ -25,9 +25,10 @@ from benchmarks.photos.compare import Photos
 from benchmarks.photos.images import PHOTOS, opened
 from benchmarks.photos.methods import STYLES, measured_at
 from benchmarks.photos.picture import draw
-from benchmarks.photos.weights import BACKBONE, kept, open_backbone, open_decoder
+from benchmarks.photos.weights import BACKBONE, DECODER, kept, open_backbone, open_decoder
 
 SHARES = (0.1, 0.2, 0.3, 0.4)  # of the FLOPs saved
+WEIGHTS = {"backbone_sha256": BACKBONE, "decoder_sha256": DECODER}
 OF_SUBJECT = ("images", "calibration_images", "batch_size", "data", "calibration_data")
 OF_FILE = tuple(name for name in SAME if name not in ("commit", "dirty"))  # of a row: methods may be added later
 
@@ -69,7 +70,7 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
     photos = None if args.data else {split: list(names) for split, names in PHOTOS.items()}
     return {name: getattr(args, name) for name in OF_SUBJECT} | {
         "photos": photos,
-        "backbone_sha256": checksum(kept(BACKBONE, args.weights)),
+        **{name: checksum(kept(file, args.weights)) for name, file in WEIGHTS.items()},
     }
 
 

@@ -10,11 +10,11 @@ from functools import cached_property
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from atm_triton.flops import cost, cost_of_each, unmerged
+from atm_triton.measure.comparison import Measure
 from atm_triton.measure.evaluate import share
 from benchmarks.paper.methods import Way
 from benchmarks.photos.weights import Decoder, read
@@ -106,15 +106,10 @@ class Photos:
         return Outcome(gflops, means, of_class, *((of_patches, of_saliency) if has_patches else (None, None)))
 
 
-def distance(before: Tensor, after: Tensor) -> Tensor:
-    """1 - cosine, float64; of near vectors from their difference, which loses no digits."""
-    before, after = F.normalize(before.double(), dim=-1), F.normalize(after.double(), dim=-1)
-    return (before - after).square().sum(-1) / 2
-
-
 def _compared(before: tuple[Tensor, ...], after: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    of_patches = distance(before[1], after[1]).mean(1)
-    return distance(before[0], after[0]), of_patches, (before[2] - after[2]).double().abs().mean((1, 2))
+    of_class, _ = Measure("pooled").compared(before[0], after[0])
+    of_patches, _ = Measure("dense").compared(before[1], after[1])
+    return of_class, of_patches, (before[2] - after[2]).double().abs().mean((1, 2))
 
 
 def _cost(model: VisionTransformer, images: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from benchmarks.paper.methods import Way
 from benchmarks.paper.rows import Rows
 from benchmarks.photos import __main__ as photographs
 from benchmarks.photos.compare import MEASURES, Photos
+from benchmarks.photos.images import PHOTOS
 
 
 @dataclass(frozen=True)
@@ -156,6 +157,11 @@ def _less(before: dict[str, Any], row: dict[str, Any], name: str) -> float:
 
 def run(args: argparse.Namespace) -> None:
     check_file("--out", args.out)
+    least = len(PHOTOS["test"]) + 1
+    if args.data or args.images < least:
+        raise ValueError(
+            f"ideas are compared photograph by photograph: leave --data out, and give --images {least} or more"
+        )
     rows = Rows(args.out, photographs.settings(args), args.resume)
     print(table(measure(photographs.subject(args), rows, EACH)))
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from atm_triton import ATMConfig, Target, calibrate
 from atm_triton.calibration.errors import UnreachableError
+from benchmarks.paper import methods as paper
 from benchmarks.paper.methods import NEAR, Way, nearest, of_baseline, of_config, published
 from benchmarks.photos.compare import Photos
 
@@ -18,17 +19,11 @@ LOWEST, HIGHEST = -5.0, 0.3  # log10 of a distance from 1: nothing merges, every
 CLOSE = 0.004  # of the unmerged model's GFLOPs; with one r a batch costs may jump, and the nearest is taken
 TRIES = 14
 DROPPING = ("evit, fused", "zero_tprune")  # patches that they drop have no token
-STYLES = {  # a colour for each method
-    "tome": "C1s--",
-    "tome, rising": "C1^:",
-    "tome, falling": "C1v:",
-    "threshold, batch": "C2v--",
-    "threshold, image": "C2v-",
-    "evit, fused": "C3^--",
-    "mctf": "C4D--",
-    "pitome": "C5P--",
-    "zero_tprune": "C7*--",
-    "tofu": "C8p--",
+FROM_PAPER = (
+    *("tome", "tome, rising", "tome, falling", "threshold, batch", "threshold, image", "evit, fused", "mctf"),
+    *("pitome", "zero_tprune", "tofu"),
+)
+STYLES = {name: paper.STYLES[name] for name in FROM_PAPER} | {
     "atm, curve, batch": "C9o--",
     "atm, curve, image": "C9o-",
     "atm, calibrated, batch": "C0o--",

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from atm_triton import ATMConfig
 from atm_triton.block import ATMBlock
 from atm_triton.cli.command import Parser, exit_code
+from atm_triton.measure.comparison import Measure
+from atm_triton.measure.configurations import checksum
 from atm_triton.measure.evaluate import share
 from atm_triton.measure.provenance import check_file, write_result
 from atm_triton.ops import unmerge
@@ -27,7 +29,8 @@ from atm_triton.patch import install
 from benchmarks.bench import RESULTS
 from benchmarks.paper.cells import markdown
 from benchmarks.photos import __main__ as photographs
-from benchmarks.photos.compare import Photos, distance, told
+from benchmarks.photos.compare import Photos, told
+from benchmarks.photos.weights import kept
 
 WAYS = {"nearest": 0.0, "half the residual": 0.5, "residual": 1.0}  # of what merging took, how much is added again
 METHODS = ("tome", "threshold, image")
@@ -83,7 +86,7 @@ def compared(photos: Photos, config: ATMConfig) -> dict[str, dict[str, Any]]:
         for way, x in features(model, images).items():
             after = x[:, model.num_prefix_tokens :]
             error = (photos.decoder(after).squeeze(1) - saliency).double().abs().mean((1, 2))
-            found[way].append((distance(patches, after).mean(1), error))
+            found[way].append((Measure("dense").compared(patches, after)[0], error))
     both = {way: [torch.cat(column) for column in zip(*parts, strict=True)] for way, parts in found.items()}
     names = ("patch_tokens", "saliency")
     return {
@@ -104,13 +107,16 @@ def config_of(settings: dict[str, Any], depth: int) -> ATMConfig:
 
 def run(args: argparse.Namespace) -> None:
     check_file("--out", args.out)
-    document = json.loads(args.of.read_text())
     try:
+        document = json.loads(args.of.read_text())
         given = document["settings"]
         rows = [row for row in document["rows"] if row["method"] in METHODS and "settings" in row]
         about = {name: given[name] for name in photographs.OF_SUBJECT}
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"--of {args.of} is no result of benchmarks.photos") from error
+    for name, file in photographs.WEIGHTS.items():
+        if given.get(name) != checksum(kept(file, args.weights)):
+            raise ValueError(f"--of {args.of} was measured with another {file}; give its directory by --weights")
     photos = photographs.subject(argparse.Namespace(**about, weights=args.weights))
     found = []
     for row in rows:
