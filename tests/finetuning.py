@@ -77,10 +77,12 @@ CASES["float32"] = lambda: {"config": CONFIGS["image"], "recipe": PLAIN_STEPS, "
 
 
 class Noisy(Method):
-    """A method with a parameter of its own, in the model, random draws, a rate of its own that waits, and a loss."""
+    """A method with parameters of its own, in the model, one of which only some passes use; random draws, a rate of its
+    own that waits, and a loss."""
 
     def __init__(self, model):
         model.blocks[1].gate = nn.Parameter(torch.zeros(5, dtype=torch.float64))
+        model.blocks[2].seldom = nn.Parameter(torch.zeros((), dtype=torch.float64))
 
     def patch(self, model):
         return apply_patch(model, CONFIGS["static"])
@@ -95,11 +97,12 @@ class Noisy(Method):
 
     def answer(self, merging, images):
         logits = merging(images)
-        return logits, merging.blocks[1].gate * torch.randn_like(logits)
+        return logits, merging.blocks[1].gate * torch.randn_like(logits), merging.blocks[2].seldom
 
     def loss(self, answer, targets, criterion):
-        logits, noise = answer
-        return criterion(logits + noise, targets) + noise.mean()
+        logits, noise, seldom = answer
+        loss = criterion(logits + noise, targets) + noise.mean()
+        return loss + seldom * logits.std() if targets[0].argmax() % 2 else loss
 
 
 def of_its_own():

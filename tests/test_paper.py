@@ -169,6 +169,23 @@ def test_fine_tuned_beside_training_free(tmp_path, monkeypatch, capsys):
         assert paper.main(["finetuned", *options, *wrong]) == 2 and message in capsys.readouterr().err
 
 
+def test_no_training_of_another_model_is_gone_on_with(tmp_path):
+    """What an interrupted table left behind is refused by name, not taken for the model at hand."""
+    found = []
+    thresholds = tmp_path / "thresholds.json"
+    thresholds.write_text(ATMConfig(alpha=0.98, beta=0.7, theta_min=0.6).to_json())
+    for checkpoint, scale in ((tmp_path / "one.safetensors", 1), (tmp_path / "other.safetensors", 1.01)):
+        save_file({name: value * scale for name, value in open_model().state_dict().items()}, checkpoint)
+        options = ["--limit", "4", "--images", "8", "--epochs", "1", "--batch-size", "2", "--workers", "0"]
+        options += ["--checkpoint", str(checkpoint), "--config", str(thresholds)]
+        args = finetuned.arguments().parse_args(options)
+        found.append((subject.Subject(args), args))
+    (one, args), (other, others) = found
+    finetuned.tuned(one, finetuned.unmerged(one), args, 0, tmp_path / "run")
+    with pytest.raises(ValueError, match="--resume: checkpoint is .*other.safetensors"):
+        finetuned.tuned(other, finetuned.unmerged(other), others, 0, tmp_path / "run")
+
+
 TINY = ["--limit", "8", "--images", "16", "--epochs", "1", "--batch-size", "4", "--workers", "0"]
 
 

@@ -19,7 +19,8 @@ from atm_triton.training.finetune import Training, finetune
 from atm_triton.training.folder import RunFolder
 from atm_triton.training.images import PASS, seed_all
 from atm_triton.training.recipe import Recipe
-from benchmarks.baselines import TRAINED, apply_baseline, baseline
+from benchmarks.baselines import TRAINED, apply_baseline, baseline, ltmp_learning
+from benchmarks.baselines.iared2 import Interpreter
 from benchmarks.baselines.training import softmax_of_kept, through
 from finetuning import Pictures
 from models import images, vit
@@ -358,7 +359,7 @@ def test_the_gradients_of_a_step_are_those_of_the_loops(name):
     loops = {"ltmp": ltmp_loss, "avit": avit_loss, "evovit": evovit_loss, "iared2": iared2_loss, "mctf": mctf_loss}
     loops |= {other: plain_loss(other) for other in ("evit", "tome", "bat")}
     loops["dynamicvit"] = lambda m, x, labels: dynamicvit_loss(m, method.teacher, x, labels)
-    training = Training(model, STEP, 1, method)
+    training = Training(model, replace(STEP, opt="sgd") if name == "ltmp" else STEP, 1, method)
     training.merge_by(None)
     row = training.advance(seen())
     loss = 0.0
@@ -720,8 +721,13 @@ def test_a_method_of_its_own_takes_no_configuration(tmp_path):
     with pytest.raises(ValueError, match="a method reduces tokens in a way of its own: leave config and recalibrate"):
         method = learned("tome", model := new())
         finetune(model, Small(), [], ATMConfig(), STEP, RunFolder(tmp_path, {}), method=method)
-    with pytest.raises(ValueError, match="DynamicViT masks tokens in training: leave grad_checkpointing out"):
-        Training(model := new(), replace(STEP, grad_checkpointing=True), 1, learned("dynamicvit", model))
+    for name, title in (("dynamicvit", "DynamicViT"), ("mctf", "MCTF")):
+        with pytest.raises(
+            ValueError, match=f"{title} computes its blocks in its own way .* leave grad_checkpointing out"
+        ):
+            Training(model := new(), replace(STEP, grad_checkpointing=True), 1, learned(name, model))
+    with pytest.raises(ValueError, match="LTMP is trained by plain SGD, not by adamw"):
+        Training(model := new(), STEP, 1, learned("ltmp", model))
     with pytest.raises(ValueError, match="dynamicvit: blocks=\\(1, 3\\) has the last block; give blocks before it"):
         learned("dynamicvit", new(), blocks=(1, 3))
 
@@ -756,14 +762,33 @@ def test_a_mask_of_avit_is_the_tokens_left_out():
     assert 0 < (masked.depths < 4).sum() < masked.depths.numel()
 
 
-def test_ltmp_learns_what_it_runs():
-    """But for the epsilon of its masked softmax."""
+def test_drop_path_is_off_where_the_authors_train_without():
+    for name, rates in (("evit", [0.0] * 4), ("dynamicvit", [0.0] * 4), ("tome", [0.0, 0.1, 0.2, 0.3])):
+        model = vit(depth=4, drop_path_rate=0.3)
+        learned(name, model)
+        assert [getattr(block.drop_path1, "drop_prob", 0.0) for block in model.blocks] == pytest.approx(rates), name
+
+
+def test_interpreters_keep_most_tokens_at_first():
+    """Of IA-RED²: with scores that differ, whatever the seed."""
+    x = torch.randn(2, 197, 192, dtype=F64)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        interpreter = Interpreter(192, 3).double()
+        q, k = interpreter.products(x)
+        scores = interpreter(q[:, :1], k)
+        assert (scores > 0.5).double().mean() > 0.6 and scores.std() > 0.02
+
+
+def test_ltmp_learns_what_it_runs(monkeypatch):
+    """Without the epsilon of its masked softmax."""
+    monkeypatch.setattr(ltmp_learning, "EPS", 0.0)
     model, method = prepared("ltmp", new())
     x = images(6, side=32, dtype=F64)
     learning = method.learning(copy.deepcopy(model))
     with torch.no_grad():
         patched = method.apply(model)
-        torch.testing.assert_close(patched(x), learning.answer(patched, x).logits, rtol=0, atol=1e-2)
+        torch.testing.assert_close(patched(x), learning.answer(patched, x).logits, rtol=0, atol=1e-10)
         there = [block_rows.sum().item() / (6 * 17) for block_rows in model.blocks.last.rows]
         found = [share.item() for share in learning.answer(patched, x).there[1:]]
     assert found == pytest.approx(there, abs=1e-12)

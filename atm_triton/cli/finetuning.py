@@ -1,6 +1,7 @@
 """What ``atm-triton finetune`` makes of its options."""
 
 import argparse
+import math
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -19,7 +20,7 @@ from atm_triton.training.folder import NAMES
 from atm_triton.training.images import TrainDigits, TrainFolder, TrainImages
 from atm_triton.training.recipe import Recipe
 
-DIGITS_AN_EPOCH = 4096
+DIGITS_AN_EPOCH, CALIBRATION_IMAGES = 4096, 256
 DROP_PATH = 0.1  # DeiT's
 AUGMENTATION = ("auto_augment", "color_jitter", "erasing")
 
@@ -36,6 +37,8 @@ def check_options(args: argparse.Namespace) -> None:
         idle += ("alpha", "beta", "theta_min", "split_depth")
         if args.max_gflops is None:
             raise ValueError(f"--recalibrate {args.recalibrate} wants a cost to find thresholds for: give --max-gflops")
+    else:
+        idle += ("calibration_images",)
     for name in idle:
         if getattr(args, name) is not None:
             raise ValueError(f"--{name.replace('_', '-')} has no effect here; leave it out")
@@ -44,7 +47,21 @@ def check_options(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} is too small; give 1 or more")
     if args.drop_path is not None and "drop_path_rate" in args.model_kwargs:
         raise ValueError("--drop-path and --model-kwargs drop_path_rate are one; leave one out")
+    _check_rates(args)
     _check_out(args)
+
+
+def _check_rates(args: argparse.Namespace) -> None:
+    given = {"drop_path_rate of --model-kwargs": args.model_kwargs.get("drop_path_rate"), "--drop-path": args.drop_path}
+    for option, rate in given.items():
+        if rate is not None and not 0 <= rate < 1:
+            raise ValueError(f"{option} {rate} is out of range; give 0 or more, below 1")
+    if args.erasing is not None and not 0 <= args.erasing <= 1:
+        raise ValueError(f"--erasing {args.erasing} is out of range; give 0 to 1")
+    if args.color_jitter is not None and not 0 <= args.color_jitter < math.inf:
+        raise ValueError(f"--color-jitter {args.color_jitter} is out of range; give 0 or more")
+    if args.color_jitter and args.auto_augment != "":
+        raise ValueError("--color-jitter has no effect beside a policy; give --auto-augment '' with it")
 
 
 def _check_out(args: argparse.Namespace) -> None:
@@ -123,7 +140,9 @@ def recalibration(args: argparse.Namespace, recipe: Recipe) -> Callable[[VisionT
     reading = {"batch_size": recipe.batch_size, "workers": args.workers, "device": args.device}
 
     def found(model: VisionTransformer) -> ATMConfig:
-        loader = open_images(model, data, "calibration", args.calibration_images, labelled=False, **reading)
+        loader = open_images(
+            model, data, "calibration", args.calibration_images or CALIBRATION_IMAGES, labelled=False, **reading
+        )
         return calibrate(model, loader, target, **asked).config
 
     return found

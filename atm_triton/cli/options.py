@@ -126,7 +126,7 @@ def _bench(options: argparse.ArgumentParser) -> None:
 
 def _eval(options: argparse.ArgumentParser) -> None:
     options.add_argument("--split", default="test", choices=SPLITS, help="of the digits")
-    options.add_argument("--limit", type=int, help="as many images; of a folder spread over all of it")
+    options.add_argument("--limit", type=int, help="number of images, taken evenly from all of a folder")
     _workers(options)
 
 
@@ -153,7 +153,7 @@ def _finetune(options: argparse.ArgumentParser) -> None:
     options.add_argument("--resume", action="store_true", help="go on with the run in --out")
     options.add_argument("--val-data", help="images to judge by (of --data DIR: DIR/val beside DIR/train)")
     options.add_argument("--images", type=int, help="of the digits: how many to draw for each epoch (4096)")
-    options.add_argument("--limit", type=int, help="judge by as many images; of a folder spread over all of it")
+    options.add_argument("--limit", type=int, help="number of images to judge by, taken evenly from all of a folder")
     options.add_argument(
         "--save-every", type=int, metavar="STEPS", help="save within an epoch too, not at its end alone"
     )
@@ -182,7 +182,7 @@ def _recipe(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--grad-checkpointing", action="store_true", default=None, help="less memory, more time")
     text = "find thresholds for --max-gflops before the first epoch and after every so many; no labels are read"
     group.add_argument("--recalibrate", type=int, metavar="EPOCHS", help=text)
-    group.add_argument("--calibration-images", type=int, default=1024, help="how many to find them on (1024)")
+    group.add_argument("--calibration-images", type=int, help="how many to find them on (256)")
     group.add_argument("--seed", type=int, help="of all that is random (0)")
 
 

@@ -74,8 +74,8 @@ class Training:
         return self.method.patch(model) if self.config is None else apply_patch(model, self.config)
 
     def advance(self, own_passes: list[tuple[Tensor, Tensor]]) -> StepRow:
-        """Take a step from the passes of this process; its loss, learning rate and norm of the gradient (None where a
-        scaled loss was too large, and the step was left out).
+        """Take a step from the passes of this process. Returns its loss, the largest learning rate, and the norm of the
+        gradient (None if a scaled loss was too large and the step was left out).
 
         Raises:
             ValueError: the loss or a gradient is not finite; the weights are as before the step.
@@ -91,12 +91,24 @@ class Training:
         loss = losses.mean().item()
         if not math.isfinite(loss):
             raise ValueError(_diverged(f"the loss of step {self.step + 1} is {loss}"))
-        sum_over_processes([p.grad for p in self.parameters if p.grad is not None])
+        self._sum_gradients()
         norm = self._update()
         self.step += 1
         if self.ema is not None:
             self.ema.update(self.model)
-        return {"step": self.step, "loss": loss, "lr": self.optimizer.param_groups[0]["lr"], "grad_norm": norm}
+        lr = max(group["lr"] for group in self.optimizer.param_groups)
+        return {"step": self.step, "loss": loss, "lr": lr, "grad_norm": norm}
+
+    def _sum_gradients(self) -> None:
+        """Over the processes. A parameter that only others have used gets their gradient here too."""
+        if world_size() == 1:
+            return
+        used = torch.tensor([p.grad is not None for p in self.parameters], dtype=torch.float64)
+        sum_over_processes([used])
+        for parameter, processes in zip(self.parameters, used.tolist(), strict=True):
+            if processes and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        sum_over_processes([p.grad for p in self.parameters if p.grad is not None])
 
     def _backward(self, images: Tensor, labels: Tensor, number: int) -> float:
         """Add the gradients of a pass, the ``number``-th of its step, and return its loss."""

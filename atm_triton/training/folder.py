@@ -134,4 +134,4 @@ def _unwritten(path: Path, error: OSError) -> str:
 
 def _short(value: Any) -> str:
     text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return text if len(text) <= 60 else f"{text[:25]}...{text[-32:]}"  # paths differ at their ends

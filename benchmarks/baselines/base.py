@@ -227,6 +227,18 @@ def check_blocks(name: str, blocks: object) -> None:
         raise ValueError(f"{name}: blocks={blocks!r}; want different blocks, counted from 0")
 
 
+def check_share(method: str, name: str, value: object) -> None:
+    """Refuse what is no share above 0, at most 1."""
+    if not (is_number(value) and 0 < value <= 1):
+        raise ValueError(f"{method}: {name}={value!r}; want a share above 0, at most 1")
+
+
+def check_flag(method: str, name: str, value: object) -> None:
+    """Refuse what is neither True nor False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{method}: {name}={value!r}; want True or False")
+
+
 def check_class_token(name: str, model: VisionTransformer) -> None:
     """Refuse a model that does not classify from its class token: the tokens that a method drops would be in its
     logits."""

@@ -18,7 +18,7 @@ from benchmarks.baselines.base import (
     by_value,
     check_blocks,
     check_class_token,
-    is_number,
+    check_share,
     places,
     sums,
 )
@@ -53,10 +53,8 @@ class BAT(Baseline):
     )
 
     def __post_init__(self) -> None:
-        for name in ("keep_rate", "share"):
-            value = getattr(self, name)
-            if not (is_number(value) and 0 < value <= 1):
-                raise ValueError(f"bat: {name}={value!r}; want a share above 0, at most 1")
+        check_share("bat", "keep_rate", self.keep_rate)
+        check_share("bat", "share", self.share)
         if type(self.neighbours) is not int or self.neighbours < 1:
             raise ValueError(f"bat: neighbours={self.neighbours!r}; want a whole number, 1 or more")
         check_blocks("bat", self.blocks)
@@ -131,6 +129,6 @@ def clusters(x: Tensor, m: int, neighbours: int) -> Tensor:
 
 
 class BATLearning(Learning):
-    """As its authors fine-tune, in the logs of keep rates below 0.7 (of which 0.7 itself was trained from scratch)."""
+    """As its authors fine-tune for keep rates below 0.7, by their logs; for 0.7 they trained from scratch."""
 
-    lr, min_lr, warmup, epochs = 2e-5, 1e-6, 0.0, 30
+    lr, min_lr, warmup, epochs = 2e-5, 2e-6, 0.0, 30

@@ -121,7 +121,7 @@ class Answer(NamedTuple):
 class DynamicViTLearning(Learning):
     """The rates are not scaled by the batch; no drop path."""
 
-    lr, min_lr, scaled, warmup, epochs, loops = 1e-3, 1e-6, False, FROZEN, 30, True
+    lr, min_lr, scaled, warmup, epochs, loops, drop_path = 1e-3, 1e-6, False, FROZEN, 30, True, False
 
     def __init__(self, baseline: DynamicViT, model: VisionTransformer, seed: int = 0) -> None:
         self.teacher = frozen(model)
@@ -130,7 +130,7 @@ class DynamicViTLearning(Learning):
         model.pos_embed.requires_grad_(False)
 
     def optimizer(self, model: VisionTransformer, recipe: Recipe) -> Optimizer:
-        super().optimizer(model, recipe)
+        self.check_recipe(recipe)
         own = scaled_groups(model, recipe.weight_decay, lambda name: 1.0 if "predictor" in name else 0.01)
         return recipe.optimizer(own)
 

@@ -18,7 +18,8 @@ from benchmarks.baselines.base import (
     by_value,
     check_blocks,
     check_class_token,
-    is_number,
+    check_flag,
+    check_share,
     places,
 )
 from benchmarks.baselines.training import Learning
@@ -47,12 +48,9 @@ class EViT(Baseline):
     )
 
     def __post_init__(self) -> None:
-        if not (is_number(self.keep_rate) and 0 < self.keep_rate <= 1):
-            raise ValueError(f"evit: keep_rate={self.keep_rate!r}; want a share above 0, at most 1")
-        if not isinstance(self.fuse_token, bool):
-            raise ValueError(f"evit: fuse_token={self.fuse_token!r}; want True or False")
-        if not isinstance(self.falls, bool):
-            raise ValueError(f"evit: falls={self.falls!r}; want True or False")
+        check_share("evit", "keep_rate", self.keep_rate)
+        check_flag("evit", "fuse_token", self.fuse_token)
+        check_flag("evit", "falls", self.falls)
         check_blocks("evit", self.blocks)
 
     def check(self, model: VisionTransformer) -> None:
@@ -84,7 +82,7 @@ class EViTLearning(Learning):
     """By the authors' fine-tuning, without drop path. A keep rate that falls does so along a cosine in the 100 epochs
     after the 10th of 300."""
 
-    lr, min_lr, warmup, weight_decay, epochs = 2e-5, 2e-6, 0.0, 1e-6, 30
+    lr, min_lr, warmup, weight_decay, epochs, drop_path = 2e-5, 2e-6, 0.0, 1e-6, 30, False
     begins, lasts = 10 / 300, 100 / 300  # shares of the training
 
     def begin_step(self, merging: VisionTransformer, optimizer: Optimizer, done: float) -> None:

@@ -18,7 +18,8 @@ from benchmarks.baselines.base import (
     by_value,
     check_blocks,
     check_class_token,
-    is_number,
+    check_flag,
+    check_share,
     places,
 )
 from benchmarks.baselines.training import Learning
@@ -52,10 +53,8 @@ class EvoViT(Baseline):
     )
 
     def __post_init__(self) -> None:
-        if not (is_number(self.keep_rate) and 0 < self.keep_rate <= 1):
-            raise ValueError(f"evovit: keep_rate={self.keep_rate!r}; want a share above 0, at most 1")
-        if not isinstance(self.layer_wise, bool):
-            raise ValueError(f"evovit: layer_wise={self.layer_wise!r}; want True or False")
+        check_share("evovit", "keep_rate", self.keep_rate)
+        check_flag("evovit", "layer_wise", self.layer_wise)
         check_blocks("evovit", self.blocks)
         if not self.blocks or min(self.blocks) == 0:
             raise ValueError(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from atm_triton.packed import Assignment, Images, Packed
 from atm_triton.record import Number
 from atm_triton.reference import packed, padded
-from benchmarks.baselines.base import About, Baseline, ReducingBlock, check_class_token, is_number
+from benchmarks.baselines.base import About, Baseline, ReducingBlock, check_class_token, check_share
 from benchmarks.baselines.ltmp_learning import LTMPLearning, alike, importance, of_parts
 from benchmarks.baselines.training import Learning
 
@@ -26,8 +26,9 @@ class LTMP(Baseline):
 
     Its authors' training counts masked tokens where it splits tokens into A and B and where it averages importance, and
     so differs from what they run later. Here both count the tokens that are there, in their order, and training and use
-    are one process. Open in what is known of their code, and read so: the mask that merges has its gradient through
-    sizes too. A loss that is not a number ends training here; there the step is left out.
+    are one process. Their code leaves one thing open: here the merging mask also gets a gradient through the sizes. A
+    loss that is not a number ends training here; there the step is left out. Images are augmented as for the other
+    methods, where its authors use no RandAugment.
 
     Args:
         target: share of the FLOPs, as the authors count them.
@@ -44,8 +45,7 @@ class LTMP(Baseline):
     )
 
     def __post_init__(self) -> None:
-        if not (is_number(self.target) and 0 < self.target <= 1):
-            raise ValueError(f"ltmp: target={self.target!r}; want a share above 0, at most 1")
+        check_share("ltmp", "target", self.target)
 
     def check(self, model: VisionTransformer) -> None:
         check_class_token("ltmp", model)

@@ -61,7 +61,7 @@ class LTMPLearning(Learning):
     authors take one epoch of ImageNet, 9809 steps; in fewer, those that drop hardly move from 0."""
 
     lr, min_lr, scaled, warmup, weight_decay, epochs, loops = 5e-3, 5e-3, False, 0.0, 0.0, 1, True
-    more: ClassVar = {"mixup": 0.0, "cutmix": 0.0}
+    more: ClassVar = {"mixup": 0.0, "cutmix": 0.0, "opt": "sgd"}
 
     def __init__(self, baseline: Baseline, model: VisionTransformer, seed: int = 0) -> None:
         super().__init__(baseline, model, seed)
@@ -69,8 +69,13 @@ class LTMPLearning(Learning):
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.endswith("_theta"))
 
+    def check_recipe(self, recipe: Recipe) -> None:
+        super().check_recipe(recipe)
+        if recipe.opt != "sgd":
+            raise ValueError(f"LTMP is trained by plain SGD, not by {recipe.opt}: take the recipe that it gives")
+
     def optimizer(self, model: VisionTransformer, recipe: Recipe) -> Optimizer:
-        super().optimizer(model, recipe)
+        self.check_recipe(recipe)
         own = scaled_groups(model, 0.0, lambda name: 1.0 if name.endswith("merge_theta") else 1e-3)
         return torch.optim.SGD(own, lr=recipe.lr)
 

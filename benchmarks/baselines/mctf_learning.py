@@ -31,6 +31,7 @@ class MCTFLearning(Learning):
     of an image counts."""
 
     lr, min_lr, warmup, epochs, more = 1.5e-5, 1e-6, 0.0, 30, {"mixup": 0.0, "cutmix": 0.0}
+    loops = True  # a block that is computed again would fuse as many tokens as the other pass
 
     def answer(self, merging: VisionTransformer, images: Tensor) -> Answer:
         student = read(merging, images)

@@ -10,7 +10,7 @@ from torch import Tensor
 from atm_triton import ops
 from atm_triton.packed import Assignment, Packed
 from atm_triton.reference import largest_r
-from benchmarks.baselines.base import About, Baseline, ReducingBlock, check_drops
+from benchmarks.baselines.base import About, Baseline, ReducingBlock, check_drops, check_flag
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,7 @@ class ToFu(Baseline):
             raise ValueError(f"tofu: r={self.r!r}; want a whole number of tokens")
         if self.switch is not None and (type(self.switch) is not int or self.switch < 0):
             raise ValueError(f"tofu: switch={self.switch!r}; want the first block that merges, counted from 0, or None")
-        if not isinstance(self.sizes, bool):
-            raise ValueError(f"tofu: sizes={self.sizes!r}; want True or False")
+        check_flag("tofu", "sizes", self.sizes)
 
     @property
     def proportional_attention(self) -> bool:

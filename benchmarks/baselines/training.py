@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from timm.layers import DropPath
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor
 from torch.optim import Optimizer
@@ -27,7 +28,8 @@ class Learning(Method):
     Without more a method is trained as it runs afterwards, by the recipe's loss, and the constants below are DeiT's.
     Its recipe is that of its authors in fewer epochs: ``lr`` at 512 images a step, scaled by the batch where
     ``scaled``; ``warmup``: the share of the epochs in which it rises, rounded; ``more``: other fields of Recipe.
-    ``epochs``: as published. ``loops``: it computes its blocks by itself in training, so that none is checkpointed.
+    ``epochs``: as published. ``loops``: in training it computes its blocks in a way of its own, so that none can be
+    checkpointed. ``drop_path``: False: its authors train without.
     """
 
     lr: ClassVar[float] = 5e-4
@@ -38,12 +40,16 @@ class Learning(Method):
     more: ClassVar[dict[str, Any]] = {}
     epochs: ClassVar[int] = 300
     loops: ClassVar[bool] = False
+    drop_path: ClassVar[bool] = True
 
     def __init__(self, baseline: "Baseline", model: VisionTransformer, seed: int = 0) -> None:
         baseline.check(model)
         self.baseline = baseline
         seed_all(seed)
         baseline.prepare(model)
+        for part in model.modules():
+            if isinstance(part, DropPath) and not self.drop_path:
+                part.drop_prob = 0.0
 
     def recipe(self, like: Recipe) -> Recipe:
         """The authors' in as many epochs, of as many images a step, as ``like``."""
@@ -54,9 +60,14 @@ class Learning(Method):
     def patch(self, model: VisionTransformer) -> VisionTransformer:
         return self.baseline.apply(model)
 
-    def optimizer(self, model: VisionTransformer, recipe: Recipe) -> Optimizer:
+    def check_recipe(self, recipe: Recipe) -> None:
+        """Raise ValueError for a recipe by which the method cannot be trained."""
         if self.loops and recipe.grad_checkpointing:
-            raise ValueError(f"{type(self.baseline).__name__} masks tokens in training: leave grad_checkpointing out")
+            name = type(self.baseline).__name__
+            raise ValueError(f"{name} computes its blocks in its own way in training: leave grad_checkpointing out")
+
+    def optimizer(self, model: VisionTransformer, recipe: Recipe) -> Optimizer:
+        self.check_recipe(recipe)
         return super().optimizer(model, recipe)
 
     def set(self, merging: VisionTransformer, **settings: Any) -> None:

@@ -19,6 +19,7 @@ from benchmarks.baselines.base import (
     by_value,
     check_blocks,
     check_drops,
+    check_share,
     is_number,
     places,
 )
@@ -65,8 +66,7 @@ class ZeroTPrune(Baseline):
     def __post_init__(self) -> None:
         if type(self.r) is not int or self.r < 0:
             raise ValueError(f"zero_tprune: r={self.r!r}; want a whole number of tokens")
-        if not (is_number(self.keep_rate) and 0 < self.keep_rate <= 1):
-            raise ValueError(f"zero_tprune: keep_rate={self.keep_rate!r}; want a share above 0, at most 1")
+        check_share("zero_tprune", "keep_rate", self.keep_rate)
         check_blocks("zero_tprune", self.blocks)
         times, bounds = self.iterations, self.variance
         if not (isinstance(times, (tuple, list)) and len(times) == 3 and all(type(n) is int and n > 0 for n in times)):

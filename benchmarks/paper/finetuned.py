@@ -38,7 +38,9 @@ def arguments() -> argparse.ArgumentParser:
 def training_options(seeds: list[int]) -> argparse.ArgumentParser:
     """The options of an experiment that trains."""
     parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--adapt", nargs="+", default=["batch"], choices=ADAPT[:2], help="who decides how much merges")
+    parser.add_argument(
+        "--adapt", nargs="+", default=["batch"], choices=ADAPT[:2], help="who decides how much merges (batch)"
+    )
     parser.add_argument("--epochs", type=int, default=5, help="of each training (5)")
     text = f"a training for each ({' '.join(map(str, seeds))})"
     parser.add_argument("--seeds", type=int, nargs="+", default=seeds, help=text)
@@ -120,13 +122,14 @@ def tuned(
         method = config.learning(model, seed)
         recipe = method.recipe(recipe)
         about["method"] = repr(config)
-    folder = RunFolder(at, about | {"recipe": recipe.to_dict()})
+    same = Subject.settings(args) | training_settings(args) | about | {"recipe": recipe.to_dict()}
+    folder = RunFolder(at, same)
     watched, resume = list(islice(subject.test, WATCHED)), (at / CHECKPOINT).exists()
     given = config if method is None else None
     done = finetune(model, images, watched, given, recipe, folder, resume, method=method)
     outcome = subject.outcome_of(model, config if method is None else method.patch, f"{at.name}, all images")
     row = {"seconds": done["seconds"], "loss": [epoch["train_loss"] for epoch in done["epochs"]]}
-    return row | {"lr": recipe.lr, **outcome.to_dict()}
+    return row | {"recipe": recipe.to_dict(), **outcome.to_dict()}
 
 
 def _images(args: argparse.Namespace, model: Any, seed: int) -> TrainImages:
@@ -138,7 +141,12 @@ def table(result: dict[str, Any]) -> str:
     head = [about(result["rows"]), "method", "adapt", "seed", "GFLOPs", "saved", "top-1", "KL", "minutes"]
     body = []
     for row in sorted(result["rows"], key=lambda row: (row["share"], row["adapt"] or "", row["method"])):
-        first = [f"-{100 * row['share']:.0f} %", row["method"], row["adapt"] or "-", str(row.get("seed") or 0)]
+        first = [
+            f"-{100 * row['share']:.0f} %",
+            row["method"],
+            row["adapt"] or "-",
+            "-" if row.get("seed") is None else str(row["seed"]),
+        ]
         if "missing" in row:
             body.append([*first, row["missing"], *[""] * 4])
             continue

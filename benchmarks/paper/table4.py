@@ -1,11 +1,12 @@
 """Table 4: methods that are trained, beside ATM with and without training.
 
-All begin with the same weights and see the same images as often. Each has its authors' losses, modules, settings and
-recipe, in fewer epochs (and ATM the paper's); ``benchmarks/baselines`` says what is a reading of ours. The last block
-computes the class token alone, for all of them. The paper's rows are not one protocol: some are trained from scratch,
+All begin with the same weights and see the same images as often, augmented alike. Each has its authors' losses, modules
+and rates as far as they are known, in fewer epochs (and ATM the paper's); ``benchmarks/baselines`` says what is our
+reading, as IA-RED²'s training is. The last block computes the class token alone, for all of them. The paper's rows are
+not one protocol: some are trained from scratch,
 some fine-tuned, some with a teacher. ATM's thresholds are those of --config (the digits: of ``python -m
 benchmarks.calibration``), scaled to the paper's shares of the FLOPs. Each training is a run of its own beside the
-result: ``--resume`` goes on within it.
+result, which ``--resume`` goes on with; all of them are deleted once the table is whole.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from benchmarks.paper.finetuned import (
     tuned,
     unmerged,
 )
+from benchmarks.paper.methods import at_cost
 from benchmarks.paper.rows import Rows
 from benchmarks.paper.subject import Subject, options
 
@@ -60,7 +62,9 @@ ROWS = {  # in the paper's order
 
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False, parents=[options(), training_options([0, 1, 2])])
-    parser.add_argument("--methods", nargs="+", default=list(ROWS), choices=ROWS, metavar="NAME", help="some of them")
+    parser.add_argument(
+        "--methods", nargs="+", default=list(ROWS), choices=ROWS, metavar="NAME", help="some of " + "; ".join(ROWS)
+    )
     return parser
 
 
@@ -116,8 +120,8 @@ def measure(subject: Subject, rows: Rows, args: argparse.Namespace) -> None:
 
 
 def _atm(subject: Subject, args: argparse.Namespace) -> ATMConfig | None:
-    found = free_at(subject, args.adapt[0], 1 - ROWS["atm"].gflops / WHOLE)
-    return None if "missing" in found else ATMConfig(**found["settings"]["config"])
+    way = at_cost(subject, f"atm, {args.adapt[0]}", subject.goal(1 - ROWS["atm"].gflops / WHOLE))
+    return None if way is None else ATMConfig(**way.settings["config"])
 
 
 def table(result: dict[str, Any]) -> str:
