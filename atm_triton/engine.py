@@ -23,8 +23,8 @@ from torch import Tensor
 
 from atm_triton import ops
 from atm_triton.block import ATMBlock
+from atm_triton.captured import Modules
 from atm_triton.graphs import Mailbox, Replays, replays_on
-from atm_triton.modules import Modules
 from atm_triton.packed import Images, Packed
 from atm_triton.record import Number, Record
 from atm_triton.reference import largest_r

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.library import Library, infer_schema, register_autograd, register_fake
 
 from atm_triton import reference
-from atm_triton.kernels.choice import KERNEL, attention_choice
+from atm_triton.kernels.attention_choice import KERNEL, attention_choice
 from atm_triton.packed import Assignment, Images, Packed
 
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -413,8 +413,8 @@ def attention(
     """softmax(q k^T d^-0.5 + log sizes) v (Appendix A): q [H, Tq, d], k and v [H, T, d], sizes [T] float32.
 
     Under autocast q, k and v take its dtype, as in torch's own attention, while log n stays in float32. The kernel
-    computes what :func:`atm_triton.kernels.choice.attention_choice` assigns to it, with its derivative if one is
-    needed. Torch's own attention computes the rest, and everything with dropout.
+    computes what :func:`atm_triton.kernels.attention_choice.attention_choice` assigns to it, with its derivative if one
+    is needed. Torch's own attention computes the rest, and everything with dropout.
 
     Args:
         queries: where the queries of the images lie. None: where the keys lie.

@@ -19,13 +19,14 @@ import torch
 from atm_triton import ATMConfig, Target, calibrate
 from atm_triton.calibration.costs import Costs
 from atm_triton.calibration.fitting import Fitting, Plan
-from atm_triton.calibration.meter import Meter
+from atm_triton.calibration.measuring import Meter
 from atm_triton.calibration.search import Search
-from atm_triton.cli.command import Parser, exit_code
+from atm_triton.cli.bad_input import Parser, exit_code
 from atm_triton.measure.images import open_images
 from atm_triton.measure.models import open_model
 from atm_triton.measure.provenance import check_file, write_result
-from benchmarks.bench import BATCH_SIZE, RESULTS, TRIES
+from benchmarks import RESULTS
+from benchmarks.model_with_images import BATCH_SIZE, TRIES
 
 SHARES = (0.30, 0.55, 0.62)
 FIELDS = {"cls_only_last": True, "backend": "auto"}

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from atm_triton import ATMBlock, ATMConfig
 from atm_triton.block import Step
-from atm_triton.cli.command import Parser, exit_code
+from atm_triton.cli.bad_input import Parser, exit_code
 from atm_triton.measure.configurations import digits_config
 from atm_triton.measure.evaluate import share
 from atm_triton.measure.images import open_images

@@ -46,7 +46,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from atm_triton.cli.command import Parser, exit_code
+from atm_triton.cli.bad_input import Parser, exit_code
 from atm_triton.kernels import attention
 from atm_triton.kernels.linear_gelu import linear_gelu_kernel
 from atm_triton.measure.provenance import check_file, environment, write_result

@@ -9,10 +9,9 @@ from typing import Any
 import timm
 
 from atm_triton.digits import model as digits_model
-from benchmarks import host, integration
+from benchmarks import RESULTS, host, integration
 from benchmarks.baselines import ALL
 from benchmarks.baselines.table import table as methods_table
-from benchmarks.bench import RESULTS
 from benchmarks.gpu.models import DIGITS, NAMES
 from benchmarks.paper import flops, table1, table2
 from benchmarks.paper.cells import saved

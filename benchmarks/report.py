@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from atm_triton.cli.command import Parser, exit_code
+from atm_triton.cli.bad_input import Parser, exit_code
 from benchmarks import pages
 from benchmarks.paper.__main__ import EXPERIMENTS
 

@@ -18,7 +18,7 @@ from timm.models.vision_transformer import VisionTransformer
 from tqdm import tqdm
 
 import atm_triton.models  # noqa: F401 (registers them)
-from atm_triton.cli.command import Parser
+from atm_triton.cli.bad_input import Parser
 from atm_triton.config import ATMConfig
 from atm_triton.patch import apply_patch, check_model, knows_sizes
 from atm_triton.summary import summary

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from atm_triton.kernels.images import aligned, block_for, image_bounds
+from atm_triton.kernels.common import aligned, block_for, image_bounds
 
 NO_SLOT = tl.constexpr(2**30)  # after every slot
 IMAGES = tl.constexpr(256)  # whose r a program reads at once

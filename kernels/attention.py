@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from atm_triton.kernels.images import aligned, block_for, check_strides, image_bounds
+from atm_triton.kernels.common import aligned, block_for, check_strides, image_bounds
 
 LOG2_E = 1.4426950408889634  # softmax in powers of two
 BACKEND = "hip" if torch.version.hip else "cuda"

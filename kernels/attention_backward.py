@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from atm_triton.kernels import attention
-from atm_triton.kernels.images import aligned, block_for, check_strides, image_bounds
+from atm_triton.kernels.common import aligned, block_for, check_strides, image_bounds
 
 PER_BIT = tl.constexpr(1.0 / attention.LOG2_E)  # takes log2 e out of the scale again
 

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from atm_triton.kernels import attention
-from atm_triton.kernels.images import aligned, block_for, check_strides, image_bounds, multiprocessors
+from atm_triton.kernels.common import aligned, block_for, check_strides, image_bounds, multiprocessors
 
 EPS_SQUARED = tl.constexpr(1e-24)
 NOT_ALIKE = tl.constexpr(-2.0)

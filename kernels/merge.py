@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from atm_triton.kernels.images import aligned, block_for
+from atm_triton.kernels.common import aligned, block_for
 
 Norm = tuple[Tensor | None, Tensor | None, float]  # weight [C], bias [C], eps
 

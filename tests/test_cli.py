@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from atm_triton import ATMConfig, apply_patch
 from atm_triton.cli import main, report
-from atm_triton.cli.command import exit_code
+from atm_triton.cli.bad_input import exit_code
 from atm_triton.config import REMEDY
 from atm_triton.measure.configurations import digits_config
 from atm_triton.measure.evaluate import evaluate

@@ -19,7 +19,7 @@ from torch import Tensor
 from atm_triton.calibration.costs import Costs
 from atm_triton.calibration.errors import UnreachableError
 from atm_triton.calibration.fitting import Fitted, Fitting, Plan, check_hooks
-from atm_triton.calibration.meter import Mean, Measured, Meter
+from atm_triton.calibration.measuring import Mean, Measured, Meter
 from atm_triton.calibration.progress import Progress
 from atm_triton.calibration.search import FAR, SEEN, Search, expected
 from atm_triton.config import ADAPT, ATMConfig

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from atm_triton import ops
 from atm_triton.block import ATMBlock, Planned, Step, handed_on
 from atm_triton.calibration.costs import Costs
-from atm_triton.calibration.meter import Mean, Measured, Meter, together
+from atm_triton.calibration.measuring import Mean, Measured, Meter, together
 from atm_triton.config import ATMConfig
 from atm_triton.measure.distributed import in_order, own, world_size
 from atm_triton.measure.evaluate import check_finite, share

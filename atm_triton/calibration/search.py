@@ -18,7 +18,7 @@ from torch import Tensor
 from atm_triton.calibration.costs import Costs
 from atm_triton.calibration.errors import UnreachableError
 from atm_triton.calibration.fitting import Fitted, Fitting, Plan, theta_at
-from atm_triton.calibration.meter import Mean
+from atm_triton.calibration.measuring import Mean
 from atm_triton.reference import threshold
 
 SEEN = ("fit", "choose")  # parts of the images

@@ -19,7 +19,7 @@ from timm.models.vision_transformer import VisionTransformer
 from atm_triton.calibration.calibrate import Target, calibrate
 from atm_triton.calibration.errors import UnreachableError
 from atm_triton.cli import finetuning, report
-from atm_triton.cli.command import exit_code
+from atm_triton.cli.bad_input import exit_code
 from atm_triton.cli.options import DTYPES, parser
 from atm_triton.config import ATMConfig
 from atm_triton.measure.comparison import Measure, measure_of

@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.device == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is imported
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler otherwise reports to the terminal
-    from atm_triton.cli.command import exit_code
+    from atm_triton.cli.bad_input import exit_code
 
     failures: list[str | None] = []
     code = exit_code("benchmarks.gpu", lambda: failures.append(run(args)))

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
 from atm_triton import ops, reference
-from atm_triton.kernels.choice import KERNEL, attention_choice
+from atm_triton.kernels.attention_choice import KERNEL, attention_choice
 from atm_triton.packed import Images
 from benchmarks.gpu import StageError
 from benchmarks.gpu.setting import Setting, one_line, qkv, short, some_sizes

@@ -16,10 +16,10 @@ from torch import Tensor
 from triton.errors import TritonError
 
 from atm_triton import ops
-from atm_triton.cli.command import Parser, exit_code
+from atm_triton.cli.bad_input import Parser, exit_code
 from atm_triton.kernels.assign import LONG_CONFIG, ONE_PROGRAM, assign, assign_table
 from atm_triton.kernels.attention import attention, attention_table
-from atm_triton.kernels.images import block_for
+from atm_triton.kernels.common import block_for
 from atm_triton.kernels.match import WHOLE_IMAGE, match, match_image_table, match_tiles_table
 from atm_triton.kernels.merge import Norm, add_norm, merge, rows_table
 from atm_triton.kernels.stem import stem, stem_table

@@ -21,7 +21,7 @@ from atm_triton.measure.evaluate import Patch, share
 from atm_triton.summary import summary
 from benchmarks.baselines import baseline
 from benchmarks.baselines.dtome import DToMe
-from benchmarks.bench import Bench
+from benchmarks.model_with_images import ModelWithImages
 from benchmarks.paper.subject import Subject
 
 POINTS = sorted({round(2 * 1.02**step) for step in range(450)}, reverse=True)  # of ATS, 14,538 to 2
@@ -88,11 +88,11 @@ def counted(subject: Subject, way: Way) -> float:
     return total / sum(map(len, batches))
 
 
-def scaled(bench: Bench, config: ATMConfig, goal: float) -> ATMConfig | None:
+def scaled(subject: ModelWithImages, config: ATMConfig, goal: float) -> ATMConfig | None:
     """Thresholds with their distances from 1 scaled until the images to choose by cost ``goal``; None if none do."""
-    thetas = tuple(config.theta(block, bench.depth) for block in range(1, bench.costs.merging + 1))
-    knows_sizes = bench.proportional if config.proportional_attention is None else config.proportional_attention
-    return bench.at_cost(Plan((), thetas, config.split_depth, knows_sizes), config.adapt, goal)
+    thetas = tuple(config.theta(block, subject.depth) for block in range(1, subject.costs.merging + 1))
+    knows_sizes = subject.proportional if config.proportional_attention is None else config.proportional_attention
+    return subject.at_cost(Plan((), thetas, config.split_depth, knows_sizes), config.adapt, goal)
 
 
 def constant_threshold(subject: Subject, adapt: str, goal: float) -> Way | None:

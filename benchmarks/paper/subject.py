@@ -18,7 +18,7 @@ from atm_triton.measure.evaluate import Evaluation, evaluate, unpatched_answers
 from atm_triton.measure.images import labels_fit, open_images
 from atm_triton.measure.models import DIGITS, check_device, check_weights, data_config, open_model
 from atm_triton.transformer import leading_tokens
-from benchmarks.bench import BATCH_SIZE, Bench
+from benchmarks.model_with_images import BATCH_SIZE, ModelWithImages
 from benchmarks.paper.thresholds import Thresholds
 
 CHOOSE_BY = 512  # images
@@ -56,7 +56,7 @@ def check_shares(given: list[float]) -> dict[str, Any]:
     return {"shares": given}
 
 
-class Subject(Bench):
+class Subject(ModelWithImages):
     """What the options say. Images that cannot be read are left out, their paths are in ``broken``."""
 
     def __init__(self, args: argparse.Namespace) -> None:

@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from atm_triton.cli.command import Parser, exit_code
+from atm_triton.cli.bad_input import Parser, exit_code
 from atm_triton.measure.provenance import check_file
+from benchmarks import RESULTS
 from benchmarks.baselines.base import Baseline, Plan, ReducingBlock, places, sums
-from benchmarks.bench import RESULTS
 from benchmarks.paper.cells import markdown
 from benchmarks.paper.methods import Way
 from benchmarks.paper.rows import Rows

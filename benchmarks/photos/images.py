@@ -18,7 +18,7 @@ from timm.data import create_transform
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from atm_triton.cli.command import Parser, exit_code
+from atm_triton.cli.bad_input import Parser, exit_code
 from atm_triton.measure.images import TRANSFORM, open_images
 from atm_triton.measure.models import data_config
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from atm_triton import ATMConfig
 from atm_triton.block import ATMBlock
-from atm_triton.cli.command import Parser, exit_code
+from atm_triton.cli.bad_input import Parser, exit_code
 from atm_triton.measure.comparison import Measure
 from atm_triton.measure.configurations import checksum
 from atm_triton.measure.evaluate import share
@@ -26,7 +26,7 @@ from atm_triton.measure.provenance import check_file, write_result
 from atm_triton.ops import unmerge
 from atm_triton.packed import Assignment, Packed
 from atm_triton.patch import install
-from benchmarks.bench import RESULTS
+from benchmarks import RESULTS
 from benchmarks.paper.cells import markdown
 from benchmarks.photos import __main__ as photographs
 from benchmarks.photos.compare import Photos, told

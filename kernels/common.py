@@ -1,4 +1,4 @@
-"""Where the images of a batch lie among its rows, and what a kernel asks of the memory that it is given."""
+"""What the kernels share: the rows of an image, the sides of tiles, and what is asked of tensors in memory."""
 
 from functools import cache
 

@@ -5,7 +5,6 @@ import random
 from collections.abc import Iterable
 from dataclasses import asdict
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from timm.models.vision_transformer import VisionTransformer
@@ -17,7 +16,7 @@ from atm_triton.calibration.calibrate import split_images
 from atm_triton.calibration.costs import Costs
 from atm_triton.calibration.errors import UnreachableError
 from atm_triton.calibration.fitting import Fitted, Fitting, Plan
-from atm_triton.calibration.meter import Meter
+from atm_triton.calibration.measuring import Meter
 from atm_triton.calibration.search import FAR, SEEN, Search, at_goal, eq1, ranked
 from atm_triton.measure.comparison import Measure, measure_of
 from atm_triton.measure.distributed import own, silent
@@ -26,13 +25,12 @@ from atm_triton.measure.images import open_images
 from atm_triton.measure.models import open_model
 from atm_triton.patch import knows_sizes
 
-RESULTS = Path(__file__).parent / "results"
 BATCH_SIZE = 64
 TRIES = 12  # of scales until a cost is met
 LAST = 4  # curves judged on images that they were not fitted to
 
 
-class Bench:
+class ModelWithImages:
     """A model in eval mode, batches of images (and anything) to choose settings by, and ``test``, batches of images and
     labels to judge by."""
 
@@ -40,7 +38,7 @@ class Bench:
         self.model, self.loader, self.test, self.labelled = model, loader, test, True
 
     @classmethod
-    def digits(cls, images: int, test: int) -> "Bench":
+    def digits(cls, images: int, test: int) -> "ModelWithImages":
         """The digits model; ``images`` of its calibration split to choose by, ``test`` of its test split to judge."""
         model = open_model()
         loader = list(open_images(model, split="calibration", limit=images, batch_size=BATCH_SIZE))
