@@ -83,13 +83,13 @@ class Assignment(NamedTuple):
 
     ``slots``: int32 [T], the row among the merged tokens that each token goes to; a number outside 0 .. T' - 1 drops
     it. ``T``: T', the number of merged rows. ``images``: where the merged images lie. The kernels also need the inverse
-    (None if the reference made the assignment): ``tokens``, int32 [T], the tokens ordered by slot, and ``spans``,
+    (None if the reference made the assignment): ``order``, int32 [T], the tokens ordered by slot, and ``spans``,
     int32 [T', 2], where in it the tokens of each slot begin and end."""
 
     slots: Tensor
     T: int
     images: Images
-    tokens: Tensor | None = None
+    order: Tensor | None = None
     spans: Tensor | None = None
 
     @classmethod

@@ -220,16 +220,16 @@ def assign(
     block: ATMBlock, keys: Tensor, tokens: Packed, counted: Callable[[Tensor], None], into: Pending | None
 ) -> Assignment | None:
     """Decide what merges. If counts decide how much, the assignment has room for all T tokens."""
-    images, found = tokens.images, block.match(keys, tokens)
-    if found is None:
+    images, pairs = tokens.images, block.match(keys, tokens)
+    if pairs is None:
         return None
     given = block.given_r(images)
-    if found.counts is not None:
-        counted(found.counts)
+    if pairs.counts is not None:
+        counted(pairs.counts)
     T = len(tokens.x) - (0 if given is None else images.B * given)
     options = (block.num_prefix_tokens, T, given is not None, block.config.backend)
     out = None if into is None else (into.slots, into.order, into.spans, into.cu_seqlens)
-    return ops.assign(found, block.r_of(images), images, *options, out=out)
+    return ops.assign(pairs, block.r_of(images), images, *options, out=out)
 
 
 def residual(

@@ -42,7 +42,7 @@ class Summary:
     @property
     def r(self) -> tuple[float, ...]:
         record = self.record
-        merged = [mean(tokens - rows) for tokens, rows in zip(record.tokens, record.rows, strict=True)]
+        merged = [mean(N - rows) for N, rows in zip(record.tokens, record.rows, strict=True)]
         return tuple(merged if record.leading is None else [*merged[:-1], 0])
 
     @property

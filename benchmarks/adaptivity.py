@@ -28,10 +28,10 @@ SHARES = (0.30, 0.40, 0.45, 0.50, 0.55, 0.60, 0.65, 0.70)
 def at_share(subject: ModelWithImages, adapt: str, share: float) -> ATMConfig:
     """Thresholds with which the calibration images save this share."""
     goal = subject.goal(share)
-    found = scaled(subject, Thresholds.of_digits().near(adapt, goal), goal)
-    if found is None:
+    config = scaled(subject, Thresholds.of_digits().near(adapt, goal), goal)
+    if config is None:
         raise ValueError(f"{share:.0%} cannot be saved by these thresholds")
-    return found
+    return config
 
 
 def static_copy(subject: ModelWithImages, config: ATMConfig) -> ATMConfig:

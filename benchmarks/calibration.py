@@ -41,9 +41,9 @@ RAMPS = {
 
 def calibrated(subject: ModelWithImages, adapt: str, target: Target) -> dict[str, Any]:
     begin = time.perf_counter()
-    found = calibrate(subject.model, subject.loader, target, adapt)
-    about = {"promise": asdict(found.promise), "family": found.family, "passes": found.passes}
-    return subject.judged(found.config, **about, seconds=time.perf_counter() - begin)
+    calibration = calibrate(subject.model, subject.loader, target, adapt)
+    about = {"promise": asdict(calibration.promise), "family": calibration.family, "passes": calibration.passes}
+    return subject.judged(calibration.config, **about, seconds=time.perf_counter() - begin)
 
 
 def given(subject: ModelWithImages, slopes: tuple[float, ...], goal: float) -> dict[str, Any]:
@@ -139,9 +139,9 @@ def run(args: argparse.Namespace) -> None:
     before = known(partial if partial.exists() else args.out, settings, args.keep)
     subject, rows = ModelWithImages.digits(args.images, args.test), []
     for cell in cells(args.shares):
-        found = [row for row in before if {name: row.get(name) for name in cell} == cell]
-        if found:
-            rows.append(found[0])
+        kept = [row for row in before if {name: row.get(name) for name in cell} == cell]
+        if kept:
+            rows.append(kept[0])
             continue
         rows.append({"commit": environment()["commit"], **cell, **measured(subject, cell, args.draws)})
         if rank() == 0:

@@ -79,8 +79,8 @@ def measure(count: int, device: str) -> list[dict[str, Any]]:
         alone = outcome(merging, images, in_order, 1)
         for batch_size in BATCH_SIZES:
             for name, order in (("in order", in_order), ("shuffled", shuffled)):
-                found = compared(alone, outcome(merging, images, order, batch_size))
-                rows.append({"adapt": adapt, "batch_size": batch_size, "order": name, **found})
+                compared_to_alone = compared(alone, outcome(merging, images, order, batch_size))
+                rows.append({"adapt": adapt, "batch_size": batch_size, "order": name, **compared_to_alone})
         rows[-1]["config"] = asdict(config)
     return rows
 

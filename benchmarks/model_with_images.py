@@ -100,8 +100,8 @@ class ModelWithImages:
 
     def at_cost(self, plan: Plan, adapt: str, goal: float) -> ATMConfig | None:
         """A plan, scaled until the images to choose by cost ``goal``; None if it comes nowhere near."""
-        found = self.search(adapt).settled(plan, goal, SEEN, TRIES)
-        return found.config if abs(found.mean.gflops - goal) <= FAR * self.costs.unmerged else None
+        fitted = self.search(adapt).settled(plan, goal, SEEN, TRIES)
+        return fitted.config if abs(fitted.mean.gflops - goal) <= FAR * self.costs.unmerged else None
 
     def best_curve(self, adapt: str, goal: float, draws: int, split_depth: int | None = None) -> ATMConfig:
         """Of random curves of the paper the one with the least change. ``split_depth``: of all of them; None: drawn
@@ -109,12 +109,12 @@ class ModelWithImages:
         search, rng = self.search(adapt), random.Random(1)
         bar = tqdm(range(draws), desc=f"curves, {adapt}", unit="curve", disable=silent(""))
         drawn = [search.settled(self._random_curve(search, rng, split_depth), goal, tries=TRIES) for _ in bar]
-        near = [found for found in drawn if abs(found.mean.gflops - goal) <= FAR * self.costs.unmerged]
+        near = [fitted for fitted in drawn if abs(fitted.mean.gflops - goal) <= FAR * self.costs.unmerged]
         if not near:
             raise UnreachableError(f"none of {draws} curves costs {goal:.4g} GFLOPs")
 
-        def judged(found: Fitted) -> float:
-            return at_goal(self.meter.mean(found.config, ("choose",)), goal)
+        def judged(fitted: Fitted) -> float:
+            return at_goal(self.meter.mean(fitted.config, ("choose",)), goal)
 
         best = min(ranked(near, goal)[:LAST], key=judged)
         return search.settled(best.plan, goal, SEEN).config
@@ -127,5 +127,5 @@ class ModelWithImages:
         plan = Plan((), eq1(10 ** rng.uniform(-4, -1), spread, rise, self.costs.merging), split, self.proportional)
         if search.fitting.adapt != "static":
             return plan
-        found = Fitting(self.meter, self.costs, "image").run(plan, "fit")
-        return Plan(found.mean.merged[: self.costs.merging], None, split, self.proportional)
+        fitted = Fitting(self.meter, self.costs, "image").run(plan, "fit")
+        return Plan(fitted.mean.merged[: self.costs.merging], None, split, self.proportional)

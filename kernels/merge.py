@@ -208,11 +208,11 @@ def rows_table(dtype: torch.dtype, C: int) -> dict[str, int]:
     """
     parts, part = parts_of(C)
     if dtype == torch.float32:
-        size, warps = 3072, 4 if C >= 768 else 2
+        nbytes, warps = 3072, 4 if C >= 768 else 2
     else:
-        size, warps = 6144, 4 if parts == 5 else 2
+        nbytes, warps = 6144, 4 if parts == 5 else 2
     most = 4 if dtype == torch.float32 and part <= 16 else 16
-    rows = min(most, max(1, size // (parts * part * dtype.itemsize)))
+    rows = min(most, max(1, nbytes // (parts * part * dtype.itemsize)))
     return {"ROWS": 1 << (rows.bit_length() - 1), "num_warps": max(warps, min(8, parts * part // 1024))}
 
 

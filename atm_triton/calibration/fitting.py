@@ -75,17 +75,17 @@ class FittingBlock(ATMBlock):
         """Attend, and return the similarities of the candidates [B Na] to their partners, on the host."""
         x = tokens.images.shaped(tokens.x)
         out, plan = super().called_attn(self.norm1(x), self.attend, tokens, True)
-        self.held.append((out, plan.found))
-        return plan.found.similarity[plan.found.partner >= 0].float().cpu()
+        self.held.append((out, plan.pairs))
+        return plan.pairs.similarity[plan.pairs.partner >= 0].float().cpu()
 
     def called_attn(self, y: Tensor, by: Any, *given: Any) -> tuple[Tensor, Any]:
         if not self.held:
             return super().called_attn(y, by, *given)
-        out, found = self.held.pop(0)
+        out, pairs = self.held.pop(0)
         if self.theta is None:
             return out, None
-        counts = count(found.similarity, self.theta, given[0].images)
-        return out, Planned(found._replace(counts=counts, theta=self.theta), ops.to_host(counts))
+        counts = count(pairs.similarity, self.theta, given[0].images)
+        return out, Planned(pairs._replace(counts=counts, theta=self.theta), ops.to_host(counts))
 
 
 class State(NamedTuple):
@@ -187,8 +187,8 @@ class Fitting:
         """Keep the states of every n-th block only, so that two passes fit :data:`MEMORY`; returns n, the same on every
         process."""
         parameter = next(self._model.parameters())
-        size = images * self.costs.N * self._model.embed_dim * parameter.element_size() / world_size()
-        return max(1, math.ceil(2 * self.depth * size / MEMORY))
+        nbytes = images * self.costs.N * self._model.embed_dim * parameter.element_size() / world_size()
+        return max(1, math.ceil(2 * self.depth * nbytes / MEMORY))
 
     def _through(self, block: FittingBlock, trail: Trail, plan: Plan, parts: tuple[str, ...]) -> Trail:
         """All batches through a block."""
@@ -205,8 +205,8 @@ class Fitting:
         """The threshold with which so many tokens of an image merge on average, and what is left to the next block: an
         r that a batch shares is a whole number."""
         block.theta = -1.0  # so that it looks for partners
-        found = [(state.tokens.images.B, block.similarities(state.tokens)) for state in states]
-        of_batches = self._of_all(found, parts)
+        own_batches = [(state.tokens.images.B, block.similarities(state.tokens)) for state in states]
+        of_batches = self._of_all(own_batches, parts)
         images = sum(B for B, _ in of_batches)
         pooled = torch.cat([similarity for _, similarity in of_batches]).sort(descending=True).values
         shared = self.adapt == "batch"
@@ -217,7 +217,7 @@ class Fitting:
         theta = max(-1.0, min((pooled[number - 1].item() + below) / 2, 1.0))
         if not shared:
             return theta, 0.0
-        merged = sum(B * (int((found >= theta).sum()) // B) for B, found in of_batches) / images
+        merged = sum(B * (int((similarity >= theta).sum()) // B) for B, similarity in of_batches) / images
         return theta, max(-1.0, min(wanted - merged, 1.0))
 
     def _step(self, block: FittingBlock, state: State, last: bool) -> State:

@@ -104,9 +104,9 @@ class Meter:
 
     def remember(self, path: Path | None) -> None:
         """Measure nothing twice: what was measured goes to the file, from which an interrupted run goes on."""
-        size = max(len(batches[0]) for batches in self.parts.values())
+        batch_size = max(len(batches[0]) for batches in self.parts.values())
         answers = [in_order([x.double().abs().mean().item() for x in batches]) for batches in self.base.values()]
-        settings = [list(MEASURES).index(self.by.name), POWER, size]
+        settings = [list(MEASURES).index(self.by.name), POWER, batch_size]
         self.notes = Notes(path, settings + [mean for means in answers for mean in means])
 
     def spread(self) -> float:

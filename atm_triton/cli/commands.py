@@ -175,10 +175,10 @@ def run_calibrate(args: argparse.Namespace) -> dict[str, Any]:
     check_weights(args.model, args.checkpoint, args.pretrained)
     model, data = _model(args), args.data or DIGITS
     target.check_fits(measure_of(model, args.dense, args.sigmoid))
-    size = 64 if args.batch_size is None else args.batch_size
+    batch_size = 64 if args.batch_size is None else args.batch_size
     reading = {"workers": args.workers, "device": args.device, "labelled": False, "lenient": True}
     begin = time.perf_counter()
-    loader = open_images(model, data, args.split, args.images, size, **reading)
+    loader = open_images(model, data, args.split, args.images, batch_size, **reading)
     _say_logits(model)
     batches = list(loader)
     broken = sorted(getattr(loader, "broken", ()))
@@ -188,26 +188,26 @@ def run_calibrate(args: argparse.Namespace) -> dict[str, Any]:
     weights = "pretrained" if args.checkpoint is None else args.checkpoint.name
     about = {"model": args.model, "model_kwargs": args.model_kwargs, "weights": weights, "data": data}
     about |= {"checkpoint_sha256": checksum(args.checkpoint)}
-    about |= {"transform": transform, "batch_size": size, "dtype": args.dtype}
+    about |= {"transform": transform, "batch_size": batch_size, "dtype": args.dtype}
     about |= {"split": args.split if data == DIGITS else None, "not_read": broken}
     notes = Path(f"{args.out}.partial")
     names = ("max_merging_blocks", "dense", "sigmoid", "backend", "seed")
     options = {name: getattr(args, name) for name in names}
     try:
-        found = calibrate(model, batches, target, args.adapt, **options, notes=notes)
+        calibration = calibrate(model, batches, target, args.adapt, **options, notes=notes)
     except UnreachableError:  # nothing to go on with
         if rank() == 0:
             notes.unlink(missing_ok=True)
         raise
     about["seconds"] = time.perf_counter() - begin
-    promise = f"promised {found.promise} ({found.promise.measure})"
-    source = f"atm-triton calibrate, {args.model} on {found.images} images of {data}: {promise}"
-    document = found.to_dict()
+    promise = f"promised {calibration.promise} ({calibration.promise.measure})"
+    source = f"atm-triton calibrate, {args.model} on {calibration.images} images of {data}: {promise}"
+    document = calibration.to_dict()
     document["config"] |= {"source": source}
     if rank() == 0:
         write_result(args.out, about | document)
         notes.unlink()
-    print(f"{args.model} on {data}, {_where(args)}\n\n{report.calibration_table(found)}")
+    print(f"{args.model} on {data}, {_where(args)}\n\n{report.calibration_table(calibration)}")
     return about | document
 
 

@@ -79,14 +79,14 @@ class CountedBlock(ATMBlock):
     counts: Tensor
 
     def match(self, keys: Tensor, tokens: Packed) -> Match | None:
-        found, images = super().match(keys, tokens), tokens.images
-        if found is None:
+        pairs, images = super().match(keys, tokens), tokens.images
+        if pairs is None:
             return None
-        in_a = found.partner >= 0
+        in_a = pairs.partner >= 0
         before = F.pad(in_a.cumsum(dim=0), (1, 0))
         most = of_tokens(self.counts + before[images.cu_seqlens[:-1].long()], images, len(in_a))
         chosen = in_a & (before[1:] <= most)
-        return found._replace(similarity=torch.where(chosen, 1.0, -math.inf), counts=self.counts)
+        return pairs._replace(similarity=torch.where(chosen, 1.0, -math.inf), counts=self.counts)
 
 
 def free_merge_bound(model: VisionTransformer, record: Record, config: ATMConfig) -> VisionTransformer:

@@ -84,7 +84,7 @@ def attention_maps(model: VisionTransformer, images: Tensor) -> list[Tensor]:
         traces = model.traces(images)
     as_they_were = torch.arange(model.blocks.last.tokens[0], device=images.device).expand(len(images), -1)
     entered = [as_they_were if trace is None else trace.long() for trace in (None, *traces[:-1])]
-    return [_of_all(found, tokens) for found, tokens in zip(seen, entered, strict=True)]
+    return [_of_all(attention, tokens) for attention, tokens in zip(seen, entered, strict=True)]
 
 
 @contextmanager

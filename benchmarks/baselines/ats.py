@@ -110,13 +110,13 @@ class ATSBlock(ReducingBlock):
         slots = torch.where(slots < 0, -1, slots + left.cu_seqlens[:-1].unsqueeze(1))
         return Assignment(packed(slots.int(), images, len(scores)), int(left.cu_seqlens[-1]), left)
 
-    def macs(self, tokens: Number, queries: Number, rows: Number) -> Number:
+    def macs(self, N: Number, queries: Number, rows: Number) -> Number:
         """Beside what the tokens that leave cost, the queries of the others and their products with the keys."""
-        if queries is not tokens:  # the leading tokens alone
-            return block_macs(self, tokens, queries, rows)
+        if queries is not N:  # the leading tokens alone
+            return block_macs(self, N, queries, rows)
         attn = self.attention
         query = linear_macs(attn.qkv) // 3 if is_matrix(attn.qkv) else 0  # else all of them are counted already
-        return block_macs(self, tokens, rows, rows) + (tokens - rows) * (query + tokens * attn.attn_dim)
+        return block_macs(self, N, rows, rows) + (N - rows) * (query + N * attn.attn_dim)
 
 
 def _order(assignment: Assignment) -> Tensor:

@@ -168,10 +168,10 @@ class ReducingBlock(ATMBlock):
     def matching_macs(self, N: Number) -> Number:
         return self.baseline.matching_macs(self, N)
 
-    def computed(self, tokens: Number, queries: Number, rows: Number) -> tuple[Number, Number, Number]:
+    def computed(self, N: Number, queries: Number, rows: Number) -> tuple[Number, Number, Number]:
         """Tokens, queries and MLP rows that a block computes, of those in the record, which has the tokens that leave
         as rows."""
-        return tokens, queries, tokens if self.baseline.after_mlp and queries is tokens else rows
+        return N, queries, N if self.baseline.after_mlp and queries is N else rows
 
 
 class EntryBlock(ReducingBlock):
@@ -194,15 +194,15 @@ class EntryBlock(ReducingBlock):
     def plan(self, *_: object) -> None:
         """After attention nothing is left to do."""
 
-    def macs(self, tokens: Number, queries: Number, rows: Number) -> Number:
+    def macs(self, N: Number, queries: Number, rows: Number) -> Number:
         """Of the tokens that are left, and of the predictor, which sees those that enter. (The paper's count has one
         norm of each number of tokens, as for any block.)"""
         if self.index not in self.baseline.blocks:
-            return block_macs(self, tokens, queries, rows)
-        return block_macs(self, rows, rows, rows) + self.predictor_macs(tokens)
+            return block_macs(self, N, queries, rows)
+        return block_macs(self, rows, rows, rows) + self.predictor_macs(N)
 
-    def predictor_macs(self, tokens: Number) -> Number:
-        return (tokens - self.num_prefix_tokens) * linear_macs(self.predictor)
+    def predictor_macs(self, N: Number) -> Number:
+        return (N - self.num_prefix_tokens) * linear_macs(self.predictor)
 
 
 def left(tokens: Packed, stays: Tensor, M: int | None = None) -> tuple[Packed, Tensor]:

@@ -59,11 +59,11 @@ class ToFu(Baseline):
         if r == 0:
             return None
         keys = k.transpose(0, 1).flatten(1, 2)
-        found = ops.match(keys, tokens.sizes, images, P, False, None, backend)
-        merging = ops.assign(found, r, images, P, images.B * (images.N - r), True, backend)
+        pairs = ops.match(keys, tokens.sizes, images, P, False, None, backend)
+        merging = ops.assign(pairs, r, images, P, images.B * (images.N - r), True, backend)
         if block.index >= self.first_merge(block.depth):
             return merging
-        slots, partner = (images.shaped(of_token) for of_token in (merging.slots, found.partner))
+        slots, partner = (images.shaped(of_token) for of_token in (merging.slots, pairs.partner))
         joins = (partner >= 0) & (slots == slots.gather(1, partner.clamp(min=0).long()))
         return Assignment(torch.where(joins, -1, slots).flatten(), merging.T, merging.images)
 

@@ -97,9 +97,9 @@ def of_assign(at: Inputs) -> Tuning:
 
 
 def of_merge(at: Inputs) -> Tuning:
-    found = ops.match(at.keys, at.sizes, at.images, 1, False, 0.5, "triton")
-    merging = ops.assign(found, at.r, at.images, 1, at.B * (at.N - at.r), True, "triton")
-    lists = (merging.tokens, merging.spans, merging.images.cu_seqlens)
+    pairs = ops.match(at.keys, at.sizes, at.images, 1, False, 0.5, "triton")
+    merging = ops.assign(pairs, at.r, at.images, 1, at.B * (at.N - at.r), True, "triton")
+    lists = (merging.order, merging.spans, merging.images.cu_seqlens)
     return of_rows(partial(merge, at.x, at.sizes, *lists, at.x, None, NORM), at.x)
 
 

@@ -97,8 +97,8 @@ def scaled(subject: ModelWithImages, config: ATMConfig, goal: float) -> ATMConfi
 
 def constant_threshold(subject: Subject, adapt: str, goal: float) -> Way | None:
     plan = Plan((), (0.9,) * subject.costs.merging, subject.depth, subject.proportional)
-    found = subject.at_cost(plan, adapt, goal)
-    return None if found is None else of_baseline("threshold", theta=found.thresholds[0], adapt=adapt)
+    config = subject.at_cost(plan, adapt, goal)
+    return None if config is None else of_baseline("threshold", theta=config.thresholds[0], adapt=adapt)
 
 
 def published(depth: int, N: int, cls_only_last: bool = True) -> dict[str, list[Way]]:
@@ -146,8 +146,8 @@ def fitted(subject: Subject, goal: float, within: float) -> Way | None:
 
     every_r = range(1, subject.costs.N)
     ways = [Way({"r": r}, lambda model, r=r: of_r(r).patch(model), own_count=True) for r in every_r]
-    found = nearest(subject, ways, goal, within)
-    return None if found is None else of_r(found.settings["r"])
+    way = nearest(subject, ways, goal, within)
+    return None if way is None else of_r(way.settings["r"])
 
 
 def at_cost(subject: Subject, method: str, goal: float, within: float = NEAR) -> Way | None:
@@ -168,8 +168,8 @@ def at_cost(subject: Subject, method: str, goal: float, within: float = NEAR) ->
     config = subject.thresholds.near(adapt, goal)
     if config is None:
         raise UnreachableError(f'no thresholds are calibrated for adapt="{adapt}"; give them by --config')
-    found = scaled(subject, config, goal)
-    return None if found is None else of_config(found)
+    met = scaled(subject, config, goal)
+    return None if met is None else of_config(met)
 
 
 Finder = Callable[[Subject, str, float], Way | None]

@@ -36,11 +36,11 @@ class Outcome:
 
     def to_dict(self, photos: Tensor) -> dict[str, Any]:
         """Means, standard errors and the worst image. ``photos`` [n]: the photograph that each image is a part of."""
-        found = {"images": len(photos), "gflops": self.gflops.mean().item(), "tokens": self.tokens}
+        figures = {"images": len(photos), "gflops": self.gflops.mean().item(), "tokens": self.tokens}
         for name in MEASURES:
             values = getattr(self, name)
-            found[name] = None if values is None else told(values, photos)
-        return found
+            figures[name] = None if values is None else told(values, photos)
+        return figures
 
 
 def told(values: Tensor, photos: Tensor) -> dict[str, Any]:
@@ -48,8 +48,8 @@ def told(values: Tensor, photos: Tensor) -> dict[str, Any]:
     photograph is alike. None of one photograph. With the mean of each photograph where one has several images."""
     of_each = torch.stack([values[photos == photo].mean() for photo in photos.unique()])
     error = (of_each.std() / len(of_each) ** 0.5).item() if len(of_each) > 1 else None
-    found = {"mean": values.mean().item(), "se": error, "worst": values.max().item()}
-    return found if len(of_each) == len(values) else {**found, "of_photos": of_each.tolist()}
+    figures = {"mean": values.mean().item(), "se": error, "worst": values.max().item()}
+    return figures if len(of_each) == len(values) else {**figures, "of_photos": of_each.tolist()}
 
 
 class Photos:
