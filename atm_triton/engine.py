@@ -347,7 +347,7 @@ class Engine:
             rows = self._bucket(left, passes.B * passes.N)
         if now.counted:
             counts.late = now, passes.mailboxes[number]
-        return out.clone(), Facts(passes.kind, passes.blocks, passes.N, counts)
+        return out.clone(), Facts(kind=passes.kind, blocks=passes.blocks, N=passes.N, counts=counts)
 
     def _passes(self, images: Tensor, leading: int | None, dense: bool, head: bool) -> Passes:
         autocast = ops.autocast_dtype(images.device.type)

@@ -74,7 +74,13 @@ def linear_macs(module: nn.Module) -> int:
 def cost(model: VisionTransformer, record: Record) -> Cost[float]:
     """The cost per image of the forward pass in ``record``; the mean where images differ."""
     each = cost_of_each(model, record)
-    return Cost(each.stem, tuple(map(mean, each.blocks)), each.head, mean(each.paper), mean(each.matching))
+    return Cost(
+        stem=each.stem,
+        blocks=tuple(map(mean, each.blocks)),
+        head=each.head,
+        paper=mean(each.paper),
+        matching=mean(each.matching),
+    )
 
 
 def mean(number: float | Tensor) -> float:
@@ -171,8 +177,8 @@ def answer_shape(model: VisionTransformer) -> tuple[int, ...]:
     skeleton = _skeleton(model)
     N = model.num_prefix_tokens + (getattr(model.patch_embed, "num_patches", None) or 1)
     with torch.no_grad():
-        tokens = torch.zeros(1, N, model.embed_dim, device="meta", dtype=next(skeleton.parameters()).dtype)
-        answer = _run(skeleton, "forward_head", tokens)
+        x = torch.zeros(1, N, model.embed_dim, device="meta", dtype=next(skeleton.parameters()).dtype)
+        answer = _run(skeleton, "forward_head", x)
     if not isinstance(answer, Tensor):
         raise TypeError(f"the model answers with a {type(answer).__name__}; want a tensor of logits or features")
     return tuple(answer.shape[1:])

@@ -174,10 +174,15 @@ def match(
     if _fits_kernels(backend, keys, num_prefix) or (_traced(keys) and not images.equal):
         arguments = (keys, sizes, images.cu_seqlens, num_prefix, by_size, bound, images.N)
         similarity, partner, counts = _call(_match, *arguments)
-        return Match(similarity, partner, None if theta is None else counts, theta)
+        return Match(similarity=similarity, partner=partner, counts=None if theta is None else counts, theta=theta)
     with torch.no_grad(), _without_autocast(keys.device.type):  # 16-bit cosines would flip decisions
         similarity, partner = reference.match(keys, sizes, num_prefix, by_size, images)
-        return Match(similarity, partner, None if theta is None else reference.count(similarity, theta, images), theta)
+        return Match(
+            similarity=similarity,
+            partner=partner,
+            counts=None if theta is None else reference.count(similarity, theta, images),
+            theta=theta,
+        )
 
 
 HostCopy = tuple[Tensor, torch.cuda.Event | None]
@@ -243,7 +248,9 @@ def assign(
         slots, order, spans, merged_cu_seqlens = _call(_assign, *arguments)
         T = spans.shape[0]
     N = T // images.B if equal and images.B else images.N
-    return Assignment(slots, T, Images(merged_cu_seqlens, N, equal), order, spans)
+    return Assignment(
+        slots=slots, T=T, images=Images(cu_seqlens=merged_cu_seqlens, N=N, equal=equal), order=order, spans=spans
+    )
 
 
 def _source_of_r(pairs: Match, r: int | Tensor | str, images: Images) -> tuple[int | Tensor, bool, float | None]:
@@ -285,10 +292,10 @@ def merge(tokens: Packed, assignment: Assignment, backend: str = "auto") -> Pack
     _check_tokens(tokens, assignment)
     if assignment.order is None and not runs_kernels(backend, x):
         merged, merged_sizes = reference.merge(x, sizes, slots, assignment.T)
-        return Packed(merged, merged_sizes, images)
+        return Packed(x=merged, sizes=merged_sizes, images=images)
     order, spans = lists(assignment)
     merged, merged_sizes, log2_sizes = _call(_merge, x, sizes, slots, order, spans, images.cu_seqlens)
-    return Packed(merged, merged_sizes, images, log2_sizes)
+    return Packed(x=merged, sizes=merged_sizes, images=images, log2_sizes=log2_sizes)
 
 
 def add_merge_norm(
@@ -311,7 +318,7 @@ def add_merge_norm(
     arguments = (tokens.x, attended, gamma, tokens.sizes, *merging, norm.weight, norm.bias, norm.eps)
     with torch.no_grad():
         merged, normed, merged_sizes, log2_sizes = _call(_add_merge_norm, *arguments)
-    return Packed(merged, merged_sizes, images, log2_sizes), normed
+    return Packed(x=merged, sizes=merged_sizes, images=images, log2_sizes=log2_sizes), normed
 
 
 def add_norm(
@@ -575,7 +582,7 @@ def device_of(x: Tensor) -> AbstractContextManager:
 
 def _images(cu_seqlens: Tensor, N: int) -> Images:
     """For the reference, on the CPU, where it costs nothing to check whether all images have N tokens."""
-    return Images(cu_seqlens, N, bool((cu_seqlens.diff() == N).all()))
+    return Images(cu_seqlens=cu_seqlens, N=N, equal=bool((cu_seqlens.diff() == N).all()))
 
 
 Run = TypeVar("Run", bound=Callable[..., Any])

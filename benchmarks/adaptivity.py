@@ -36,8 +36,8 @@ def at_share(subject: ModelWithImages, adapt: str, share: float) -> ATMConfig:
 
 def static_copy(subject: ModelWithImages, config: ATMConfig) -> ATMConfig:
     """The mean r of each block."""
-    tokens = evaluate(subject.model, subject.loader, config, title=None).tokens
-    left = [round(mean) for mean in tokens]
+    entering = evaluate(subject.model, subject.loader, config, title=None).tokens
+    left = [round(mean) for mean in entering]
     schedule = (*(before - after for before, after in pairwise(left)), 0)
     return replace(config, adapt="static", thresholds=None, schedule=schedule)
 

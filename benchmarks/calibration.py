@@ -53,7 +53,8 @@ def given(subject: ModelWithImages, slopes: tuple[float, ...], goal: float) -> d
     for slope in slopes:
         counts = tuple(max(1 + slope * (2 * block / (merging - 1) - 1), 0) for block in range(merging))
         counts = subject.costs.scaled(counts, goal)
-        ramps.append(search.fitting.run(Plan(counts, None, subject.depth, subject.proportional), "fit"))
+        plan = Plan(counts=counts, split_depth=subject.depth, proportional_attention=subject.proportional)
+        ramps.append(search.fitting.run(plan, "fit"))
     return subject.judged(ranked(ramps, goal)[0].config)
 
 

@@ -51,7 +51,12 @@ class Judge:
     def at(self, config: ATMConfig, gflops: float) -> dict[str, float]:
         """With its thresholds scaled until the test images cost so much."""
         thresholds = config.thresholds[: self.costs.merging]
-        plan = Plan((), thresholds, config.split_depth, config.proportional_attention)
+        plan = Plan(
+            counts=(),
+            thresholds=thresholds,
+            split_depth=config.split_depth,
+            proportional_attention=config.proportional_attention,
+        )
         return self.measured(self.search.settled(plan, gflops, ("test",), TRIES).config)
 
 

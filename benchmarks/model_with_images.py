@@ -124,8 +124,18 @@ class ModelWithImages:
         schedule the counts that it gives."""
         spread, rise = rng.uniform(0, 2), math.exp(rng.uniform(math.log(0.5), math.log(4 * self.costs.merging)))
         split = rng.choice([None, self.depth]) if split_depth is None else split_depth
-        plan = Plan((), eq1(10 ** rng.uniform(-4, -1), spread, rise, self.costs.merging), split, self.proportional)
+        plan = Plan(
+            counts=(),
+            thresholds=eq1(10 ** rng.uniform(-4, -1), spread, rise, self.costs.merging),
+            split_depth=split,
+            proportional_attention=self.proportional,
+        )
         if search.fitting.adapt != "static":
             return plan
         fitted = Fitting(self.meter, self.costs, "image").run(plan, "fit")
-        return Plan(fitted.mean.merged[: self.costs.merging], None, split, self.proportional)
+        return Plan(
+            counts=fitted.mean.merged[: self.costs.merging],
+            thresholds=None,
+            split_depth=split,
+            proportional_attention=self.proportional,
+        )

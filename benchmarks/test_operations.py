@@ -68,7 +68,7 @@ def test_assign(benchmark, backend, qkv, sizes):
 
 def test_merge(benchmark, backend, qkv, sizes):
     assignment = ops.assign(*to_assign(qkv[1], sizes, backend))
-    tokens = Packed(torch.randn(B * N, C, device=DEVICE), sizes, IMAGES)
+    tokens = Packed(x=torch.randn(B * N, C, device=DEVICE), sizes=sizes, images=IMAGES)
     merged = time(benchmark, ops.merge, tokens, assignment, backend)
     assert merged.x.shape == (B * (N - R), C)
 

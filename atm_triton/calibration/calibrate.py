@@ -264,7 +264,16 @@ def calibrate(
         meter.warns = True
         promise = Promise.of(meter.measure(fitted.config, "promise"), measure, shared, seen)
     passes = round(meter.images)
-    return Calibration(fitted.config, target, number, promise, costs.unmerged, fitted.plan.family, passes, seed)
+    return Calibration(
+        config=fitted.config,
+        target=target,
+        images=number,
+        promise=promise,
+        unmerged_gflops=costs.unmerged,
+        family=fitted.plan.family,
+        passes=passes,
+        seed=seed,
+    )
 
 
 def split_images(loader: Iterable, seed: int) -> tuple[dict[str, list[Tensor]], int]:

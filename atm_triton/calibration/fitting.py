@@ -131,7 +131,7 @@ class Fitting:
             self.meter.notes.add(key, known)
         if self.adapt != "static":
             config = replace(config, thresholds=tuple(known[:L]))
-        return Fitted(plan, config, Mean.from_list(known[L:]))
+        return Fitted(plan=plan, config=config, mean=Mean.from_list(known[L:]))
 
     def _config(self, plan: Plan) -> ATMConfig:
         fields: dict[str, Any] = {
@@ -180,8 +180,8 @@ class Fitting:
                 return index, self._kept[key]
         parameter = next(self._model.parameters())
         batches = [x for part in parts for x in own(self.meter.parts[part])]
-        states = [State(Packed.of(self._model.stem(x.to(parameter))), None, ()) for x in batches]
-        return 0, Trail(states, (), 0.0)
+        states = [State(tokens=Packed.of(self._model.stem(x.to(parameter))), trace=None, entered=()) for x in batches]
+        return 0, Trail(states=states, thresholds=(), owed=0.0)
 
     def _every(self, images: int) -> int:
         """Keep the states of every n-th block only, so that two passes fit :data:`MEMORY`; returns n, the same on every
@@ -197,7 +197,7 @@ class Fitting:
         if plan.thresholds is None and self.adapt != "static" and not last and plan.counts[index] > 0:
             block.theta, owed = self._threshold(block, trail.states, plan.counts[index] + owed, parts)
         states = [self._step(block, state, last) for state in trail.states]
-        return Trail(states, (*trail.thresholds, block.theta), owed)
+        return Trail(states=states, thresholds=(*trail.thresholds, block.theta), owed=owed)
 
     def _threshold(
         self, block: FittingBlock, states: list[State], wanted: float, parts: tuple[str, ...]
@@ -229,7 +229,7 @@ class Fitting:
         tokens, trace = handed_on(step.after, x), state.trace
         if step.slots is not None and dense:
             trace = step.slots if trace is None else ops.compose(trace, step.slots)
-        return State(tokens, trace, (*state.entered, state.tokens.images.lengths.cpu()))
+        return State(tokens=tokens, trace=trace, entered=(*state.entered, state.tokens.images.lengths.cpu()))
 
     def _measured(self, states: list[State], parts: tuple[str, ...]) -> Measured:
         bases = [base for part in parts for base in self.meter.base[part]]
@@ -257,7 +257,8 @@ class Fitting:
         merged = left[:, :-1] - left[:, 1:]
         merged[:, self.costs.merging :] = 0
         gflops = torch.as_tensor(self.costs.of_each(merged[:, : self.costs.merging].unbind(1)), dtype=torch.float64)
-        return Measured(gflops.expand(B), *by.compared(before, answers), merged)
+        divergence, agree = by.compared(before, answers)
+        return Measured(gflops=gflops.expand(B), divergence=divergence, agree=agree, merged=merged)
 
 
 def check_hooks(model: VisionTransformer) -> None:

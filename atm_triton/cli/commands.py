@@ -100,7 +100,9 @@ def _image_case(args: argparse.Namespace) -> Case:
     weights = _weights(args.model, args.checkpoint, args.pretrained)
     title = f"{args.model}, {weights}, on {data}: {len(batches)} batches of {len(batches[0])}"
     beside = digits_config() if args.model == DIGITS and args.adapt == "image" and not _configured(args) else None
-    return Case(f"{title}, {_where(args)}", model, batches, _config(args, model), beside=beside)
+    return Case(
+        title=f"{title}, {_where(args)}", model=model, batches=batches, config=_config(args, model), beside=beside
+    )
 
 
 def _random_case(args: argparse.Namespace, name: str) -> Case:
@@ -124,7 +126,12 @@ def _random_case(args: argparse.Namespace, name: str) -> Case:
     )
     weights = _weights(name, *((args.checkpoint, args.pretrained) if given else (None, False)))
     title = f"{name}, {weights}, random images, batch {batch_size}, r = {r}"
-    return Case(f"{title}, {_where(args)}", model, [images.to(args.device, DTYPES[args.dtype])], config)
+    return Case(
+        title=f"{title}, {_where(args)}",
+        model=model,
+        batches=[images.to(args.device, DTYPES[args.dtype])],
+        config=config,
+    )
 
 
 @torch.inference_mode()
@@ -138,7 +145,13 @@ def _counted_case(args: argparse.Namespace) -> Case:
     shape = data_config(model)["input_size"]
     images = torch.randn(len(batch), *shape, generator=torch.Generator().manual_seed(0)).to(batch)
     title = f"{DEIT}, random weights, random images, counts of the digits, batch {len(batch)}"
-    return Case(f"{title}, {_where(args)}", model, [images], digits.config, given=[digits.model.blocks.last])
+    return Case(
+        title=f"{title}, {_where(args)}",
+        model=model,
+        batches=[images],
+        config=digits.config,
+        given=[digits.model.blocks.last],
+    )
 
 
 def run_eval(args: argparse.Namespace) -> dict[str, Any]:

@@ -211,8 +211,8 @@ def left(tokens: Packed, stays: Tensor, M: int | None = None) -> tuple[Packed, T
     x, _, images, _ = tokens
     before = torch.cat([stays.new_zeros(1, dtype=torch.long), stays.cumsum(dim=0)])
     slots = torch.where(stays, before[1:] - 1, -1).int()
-    rest = Images(before[images.cu_seqlens.long()].int(), images.N, False)
-    return Packed(x[stays], None, rest if M is None else Images.of(images.B, M, x.device)), slots
+    rest = Images(cu_seqlens=before[images.cu_seqlens.long()].int(), N=images.N, equal=False)
+    return Packed(x=x[stays], sizes=None, images=rest if M is None else Images.of(images.B, M, x.device)), slots
 
 
 def is_number(value: object) -> bool:

@@ -88,7 +88,7 @@ class Ranked(Packed):
         return made
 
     def with_x(self, x: Tensor) -> Packed:
-        return Ranked.on(Packed(x, None, self.images), self.attention, self.chosen)
+        return Ranked.on(Packed(x=x, sizes=None, images=self.images), self.attention, self.chosen)
 
 
 class EvoBlock(ReducingBlock):

@@ -62,7 +62,10 @@ def run(args: argparse.Namespace) -> str | None:
     args.out.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {"tiny": args.tiny, "failures": [], "stages": {}}
     setting = Setting(
-        torch.device(args.device), args.tiny, args.out, lambda: write_result(args.out / "gpu.json", results)
+        device=torch.device(args.device),
+        tiny=args.tiny,
+        out=args.out,
+        save=lambda: write_result(args.out / "gpu.json", results),
     )
     for name in stages:
         print(f"{setting.seconds():5.0f} s  {name}", flush=True)

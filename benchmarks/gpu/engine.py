@@ -108,7 +108,7 @@ def fill_caches(setting: Setting) -> None:
 
 
 def run_once(name: str, batch: str, compiles: str) -> None:
-    setting = Setting(torch.device("cuda"), False, Path(), lambda: None)
+    setting = Setting(device=torch.device("cuda"), tiny=False, out=Path(), save=lambda: None)
     case = opened(made(name, setting), name, int(batch), setting)
     measure(Cell(name, int(batch), compiles == "True"), case, setting, {"repeats": 1, "wrong": [], "left_out": []})
 
@@ -198,7 +198,7 @@ def variants(cell: Cell, case: Case, setting: Setting) -> dict[str, Variant]:
     for name, (config, mark) in {**ways, UNMERGED: (unmerged, None)}.items():
         ours, blocks = (patched(model, config, engine) for engine in (True, False))
         exact = None if model is whole else patched(whole, config, engine=False)
-        by_name[name] = Variant(ours, blocks, mark, engine=True, exact=exact)
+        by_name[name] = Variant(call=ours, expected=blocks, plan=mark, engine=True, exact=exact)
     if cell.compiles:
         torch._dynamo.reset()
         for name, plain in ((TIMM, share(model)), (BOUND, bounds[""])):

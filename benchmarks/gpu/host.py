@@ -48,7 +48,7 @@ def operations(setting: Setting) -> dict[str, tuple[Callable[[], Any], Callable[
     images, T, M = Images.of(B, N, device), B * N, N - N // 8
     q, k, v = qkv(T, H, d, dtype, device)
     x, attended = (torch.randn(T, C, dtype=dtype, device=device) for _ in range(2))
-    tokens, norm = Packed(x, some_sizes(T, device), images), nn.LayerNorm(C, device=device, dtype=dtype)
+    tokens, norm = Packed(x=x, sizes=some_sizes(T, device), images=images), nn.LayerNorm(C, device=device, dtype=dtype)
     r = torch.full((B,), N - M, device=device)
     sizes, log2_sizes, cu_seqlens = tokens.sizes, tokens.sizes.log2(), images.cu_seqlens
     pairs = ops.match(k, sizes, images, 1, False, 0.5, "triton")

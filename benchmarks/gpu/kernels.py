@@ -68,7 +68,7 @@ def calls(
     q, k, v = qkv(T, H, d, dtype, device)
     x, attended = (torch.randn(T, C, dtype=dtype, device=device) for _ in range(2))
     sizes, norm = some_sizes(T, device), nn.LayerNorm(C, eps=1e-6, device=device, dtype=dtype)
-    tokens, log2_sizes = Packed(x, sizes, images), sizes.log2()
+    tokens, log2_sizes = Packed(x=x, sizes=sizes, images=images), sizes.log2()
     pairs, r = ops.match(k, sizes, images, 1, False, 0.5, "triton"), torch.full((B,), N - M, device=device)
     assignment = ops.assign(pairs, r, images, 1, left, True, "triton")
     slots, merged = assignment.slots, x[:left]

@@ -150,7 +150,7 @@ def check_case(case: Case, device: torch.device) -> dict[str, float]:
         share, pairs = check_match(k, sizes, images, case.by_size)
         shares["match"].append(share)
     x, attended = (torch.randn(T, H * d, dtype=case.dtype, device=device) for _ in range(2))
-    tokens = Packed(x, sizes, images)
+    tokens = Packed(x=x, sizes=sizes, images=images)
     same_r = torch.full((B,), (case.N - 1) // 4, device=device)
     one_each = [] if case.differ else [("batch", True), ((case.N - 1) // 4, True), (same_r, True)]
     for r, one_r in (("image", False), (pairs.counts, False), *one_each):
@@ -415,8 +415,8 @@ def check_large(setting: Setting) -> float:
     partner = torch.where(in_a, (position + 1) % N, -1).int().expand(B, N).contiguous()
     partner[:, 0] = -1
     similarity.masked_fill_(partner < 0, -torch.inf)
-    pairs = ops.Match(similarity.flatten(), partner.flatten(), None)
-    tokens = Packed(torch.randn(B * N, C, dtype=HALF, device=device), some_sizes(B * N, device), images)
+    pairs = ops.Match(similarity=similarity.flatten(), partner=partner.flatten(), counts=None)
+    tokens = Packed(x=torch.randn(B * N, C, dtype=HALF, device=device), sizes=some_sizes(B * N, device), images=images)
     with poisoned():
         assignment = ops.assign(pairs, torch.full((B,), r, device=device), images, 1, B * M, True, "triton")
         merged = ops.merge(tokens, assignment, "triton")

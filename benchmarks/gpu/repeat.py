@@ -42,7 +42,7 @@ def merge_step(B: int, N: int, H: int, d: int, dtype: torch.dtype, device: torch
     def step() -> dict[str, Tensor]:
         pairs = ops.match(k, sizes, images, 1, True, 0.1, "triton")
         assignment = ops.assign(pairs, r, images, 1, T - B * (N // 8), True, "triton")
-        merged, normed = ops.add_merge_norm(Packed(x, sizes, images), attended, None, assignment, norm)
+        merged, normed = ops.add_merge_norm(Packed(x=x, sizes=sizes, images=images), attended, None, assignment, norm)
         return {
             "similarity": pairs.similarity,
             "partner": pairs.partner,

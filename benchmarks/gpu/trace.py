@@ -80,7 +80,7 @@ def timeline(events: list[dict[str, Any]], on_gpu: bool) -> list[Event]:
     """What ran on the GPU (on a CPU: torch's operations), in the order in which it began."""
     kinds = ON_GPU if on_gpu else ("cpu_op",)
     chosen = [event for event in events if event.get("ph") == "X" and event.get("cat") in kinds]
-    return sorted(Event(event["ts"], event["ts"] + event["dur"], event["name"]) for event in chosen)
+    return sorted(Event(start=event["ts"], end=event["ts"] + event["dur"], name=event["name"]) for event in chosen)
 
 
 def gaps(events: list[Event]) -> dict[str, Any]:

@@ -30,7 +30,7 @@ class UnfusedBlock(ATMBlock):
             x, sizes = merged(x, sizes, images.shaped(k.mean(0)), r, self.num_prefix_tokens)
             images = images_of(images.B, images.N - r, x.device)
         x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
-        return Packed(x.flatten(0, 1), None if sizes is None else sizes.flatten(), images)
+        return Packed(x=x.flatten(0, 1), sizes=None if sizes is None else sizes.flatten(), images=images)
 
     def with_keys(self, y: Tensor, tokens: Packed) -> tuple[Tensor, Tensor]:
         """What attention adds to the tokens of norm ``y`` [B, N, C], and their keys."""
@@ -60,13 +60,13 @@ def merged(x: Tensor, sizes: Tensor | None, keys: Tensor, r: int, num_prefix: in
     joins, stays = order[:, :r], order[:, r:].sort(dim=1).values
     target = partner.gather(1, joins)
 
-    def summed(tokens: Tensor) -> Tensor:
+    def summed(values: Tensor) -> Tensor:
         """[B, N, channels] to sums over the slots [B, N - r, channels]."""
-        channels = tokens.shape[-1]
-        of_a, of_b = tokens[:, a], tokens[:, b]
+        channels = values.shape[-1]
+        of_a, of_b = values[:, a], values[:, b]
         kept, moved = (of_a.gather(1, rows.unsqueeze(-1).expand(-1, -1, channels)) for rows in (stays, joins))
         of_b = of_b.scatter_reduce(1, target.unsqueeze(-1).expand(-1, -1, channels), moved, reduce="sum")
-        return torch.cat([tokens[:, :num_prefix], kept, of_b], dim=1)
+        return torch.cat([values[:, :num_prefix], kept, of_b], dim=1)
 
     sums, sizes = summed(x * sizes.unsqueeze(-1)), summed(sizes.unsqueeze(-1))
     return sums / sizes, sizes.squeeze(-1)

@@ -57,7 +57,9 @@ class Way:
 
 
 def of_baseline(name: str, *, own_count: bool = False, cls_only_last: bool = True, **settings: Any) -> Way:
-    return Way(settings, baseline(name, cls_only_last=cls_only_last, **settings).apply, own_count)
+    return Way(
+        settings=settings, patch=baseline(name, cls_only_last=cls_only_last, **settings).apply, own_count=own_count
+    )
 
 
 def of_config(config: ATMConfig) -> Way:
@@ -92,11 +94,20 @@ def scaled(subject: ModelWithImages, config: ATMConfig, goal: float) -> ATMConfi
     """Thresholds with their distances from 1 scaled until the images to choose by cost ``goal``; None if none do."""
     thetas = tuple(config.theta(block, subject.depth) for block in range(1, subject.costs.merging + 1))
     knows_sizes = subject.proportional if config.proportional_attention is None else config.proportional_attention
-    return subject.at_cost(Plan((), thetas, config.split_depth, knows_sizes), config.adapt, goal)
+    return subject.at_cost(
+        Plan(counts=(), thresholds=thetas, split_depth=config.split_depth, proportional_attention=knows_sizes),
+        config.adapt,
+        goal,
+    )
 
 
 def constant_threshold(subject: Subject, adapt: str, goal: float) -> Way | None:
-    plan = Plan((), (0.9,) * subject.costs.merging, subject.depth, subject.proportional)
+    plan = Plan(
+        counts=(),
+        thresholds=(0.9,) * subject.costs.merging,
+        split_depth=subject.depth,
+        proportional_attention=subject.proportional,
+    )
     config = subject.at_cost(plan, adapt, goal)
     return None if config is None else of_baseline("threshold", theta=config.thresholds[0], adapt=adapt)
 

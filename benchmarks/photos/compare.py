@@ -97,13 +97,19 @@ class Photos:
         trace = model.traces(self.image())[-1]
         if has_patches and trace is not None and (trace < 0).any():
             raise ValueError(f"{model.blocks.config.source} drops tokens: those patches have no features to compare")
-        rows, tokens = [], []
+        rows, numbers = [], []
         for images, before in zip(self.test.split(self.batch), self.base, strict=True):
             rows.append((*_compared(before, read(model, self.decoder, images)), _cost_of_last(model, len(images))))
-            tokens.append([_each(n, len(images)) for n in model.blocks.last.tokens])
+            numbers.append([_each(n, len(images)) for n in model.blocks.last.tokens])
         of_class, of_patches, of_saliency, gflops = (torch.cat(column) for column in zip(*rows, strict=True))
-        means = [torch.cat(column).mean().item() for column in zip(*tokens, strict=True)]
-        return Outcome(gflops, means, of_class, *((of_patches, of_saliency) if has_patches else (None, None)))
+        means = [torch.cat(column).mean().item() for column in zip(*numbers, strict=True)]
+        return Outcome(
+            gflops=gflops,
+            tokens=means,
+            class_token=of_class,
+            patch_tokens=of_patches if has_patches else None,
+            saliency=of_saliency if has_patches else None,
+        )
 
 
 def _compared(before: tuple[Tensor, ...], after: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
