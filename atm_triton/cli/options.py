@@ -16,6 +16,20 @@ from atm_triton.training.recipe import AMP, SCHEDULES
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 SPLITS = ("test", "calibration", "train")
+USUAL_ADAPT = "image"  # predictions change least and do not depend on the rest of the batch
+BENCH_ADAPT = "batch"  # the short run of `make bench`; "image" times a DeiT-S on large batches too, which takes minutes
+GFLOPS = "in GFLOPs per image: 1e9 multiply-accumulates"
+BACKEND_HELP = "Triton kernels or plain torch (default: auto, the kernels where they run)"
+EXAMPLES = {  # of each command
+    "bench": "atm-triton bench --model deit_small_patch16_224 --batch-size 64 --schedule 8 8 8 8 8 8 8 8 8 8 8 8",
+    "eval": "atm-triton eval --model deit_small_patch16_224 --pretrained --data imagenet/val --max-gflops 3.3",
+    "calibrate": "atm-triton calibrate --model vit_small_patch16_224 --checkpoint mine.safetensors "
+    "--model-kwargs num_classes=7 --data photos --max-gflops 3.3 --out mine.json",
+    "finetune": "atm-triton finetune --model deit_small_patch16_224 --pretrained --data imagenet --max-gflops 2.6 "
+    "--device cuda --amp bfloat16 --out deit-s",
+    "visualize": "atm-triton visualize photos/a/0.jpg --out merged.png",
+    "env": "atm-triton env --json env.json",
+}
 
 
 class _Arguments(ParseKwargs):
@@ -34,9 +48,14 @@ def parser(commands: Mapping[str, Callable[[argparse.Namespace], Any]]) -> argpa
         prog="atm-triton", description="Adaptive token merging for Vision Transformers."
     )
     subparsers = made.add_subparsers(dest="command", required=True)
-    model, data, merging, out, measure = model_options(), data_options(), _merging(), _out(), _measure()
+    model, data, merging, out, measure = model_options(), data_options(), _merging(USUAL_ADAPT), _out(), _measure()
     parents = {
-        "bench": [model, data, merging, out],
+        "bench": [
+            model,
+            data,
+            _merging(BENCH_ADAPT, " (the short run; image, the other commands' default, takes minutes)"),
+            out,
+        ],
         "eval": [model, data, measure, merging, out],
         "calibrate": [model, data, measure, out],
         "finetune": [model, data, merging, out],
@@ -50,7 +69,13 @@ def parser(commands: Mapping[str, Callable[[argparse.Namespace], Any]]) -> argpa
         "visualize": _visualize,
     }
     for name, run in commands.items():
-        sub = subparsers.add_parser(name, parents=parents.get(name, [out]), help=run.__doc__, description=run.__doc__)
+        sub = subparsers.add_parser(
+            name,
+            parents=parents.get(name, [out]),
+            help=run.__doc__,
+            description=run.__doc__,
+            epilog=f"example: {EXAMPLES[name]}",
+        )
         own.get(name, lambda _: None)(sub)
         sub.set_defaults(run=run)
     return made
@@ -58,27 +83,37 @@ def parser(commands: Mapping[str, Callable[[argparse.Namespace], Any]]) -> argpa
 
 def model_options() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(add_help=False)
-    options.add_argument("--model", default=DIGITS, help="digits (default), or any ViT of timm's or the paper's")
+    options.add_argument("--model", default=DIGITS, help="digits (default), or a ViT of timm's or the paper's by name")
     options.add_argument(
         "--model-kwargs",
         nargs="*",
         default={},
         action=_Arguments,
         metavar="NAME=VALUE",
-        help="of the model's function, as global_pool=avg",
+        help="arguments of the model's function, such as num_classes=7",
     )
     options.add_argument("--checkpoint", type=Path, help="weights to load (safetensors or .pth)")
     options.add_argument("--pretrained", action="store_true", help="download timm's published weights")
-    options.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    options.add_argument("--dtype", default="float32", choices=DTYPES)
+    options.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        choices=["cpu", "cuda"],
+        help="where the model runs (default: cuda if there is a GPU)",
+    )
+    options.add_argument(
+        "--dtype",
+        default="float32",
+        choices=DTYPES,
+        help="of weights and images (default: float32); bfloat16 and float16 are for a GPU, float64 for exact sums",
+    )
     return options
 
 
 def data_options() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(add_help=False)
-    text = "digits, or a directory with one folder of images a class (to calibrate: with images anywhere)"
+    text = "digits, or a directory with one folder of images for each class (to calibrate: with images anywhere)"
     options.add_argument("--data", help=text)
-    options.add_argument("--batch-size", type=int, help="images a batch (64; 8 for random images)")
+    options.add_argument("--batch-size", type=int, help="images per batch (64; 8 for random images)")
     return options
 
 
@@ -91,20 +126,31 @@ def _measure() -> argparse.ArgumentParser:
     return options
 
 
-def _merging() -> argparse.ArgumentParser:
+def _merging(usual_adapt: str, why: str = "") -> argparse.ArgumentParser:
+    """``usual_adapt``: the way to adapt where neither --adapt nor what says how much merges has one; ``why``, if it is
+    not that of the other commands."""
     options = argparse.ArgumentParser(add_help=False)
+    options.set_defaults(usual_adapt=usual_adapt)
     group = options.add_argument_group("merging (default: thresholds of the paper's tables, or the digits' own)")
     one = group.add_mutually_exclusive_group()
     one.add_argument("--config", type=Path, help="a JSON file of ATMConfig, or a result file that holds one")
-    one.add_argument("--max-gflops", type=float, help="the paper's best operating point at this cost")
-    one.add_argument("--top1-drop", type=float, help="the paper's cheapest operating point at this loss, in points")
+    one.add_argument("--max-gflops", type=float, help=f"the paper's best operating point at this cost, {GFLOPS}")
+    one.add_argument(
+        "--top1-drop", type=float, help="the paper's cheapest operating point at this loss of top-1, in points"
+    )
     one.add_argument("--schedule", type=int, nargs="+", metavar="R", help='r for each block: adapt="static"')
-    group.add_argument("--adapt", choices=ADAPT, help="one r a batch (default), each image its own, or a --schedule")
+    text = f"""how many tokens merge: each image its own count (image), one r per batch (batch), or as a --schedule says
+        (static). Default: {usual_adapt}{why}; the paper's points keep the paper's batch, and a --config its own"""
+    group.add_argument("--adapt", choices=ADAPT, help=text)
     group.add_argument("--alpha", type=float, help="threshold of the first block; with the next two")
     group.add_argument("--beta", type=float, help="decay rate of the threshold")
     group.add_argument("--theta-min", type=float, help="lowest threshold")
-    group.add_argument("--split-depth", type=int, help="blocks that group alternately (3/4 of the depth)")
-    group.add_argument("--backend", default="auto", choices=BACKENDS)
+    group.add_argument(
+        "--split-depth",
+        type=int,
+        help="first blocks, which group tokens alternately; later ones group them by size (3/4 of the depth)",
+    )
+    group.add_argument("--backend", default="auto", choices=BACKENDS, help=BACKEND_HELP)
     group.add_argument(
         "--proportional-attention", action=argparse.BooleanOptionalAction, help="log n in the attention scores or not"
     )
@@ -132,18 +178,23 @@ def _eval(options: argparse.ArgumentParser) -> None:
 
 def _calibrate(options: argparse.ArgumentParser) -> None:
     wish = options.add_mutually_exclusive_group(required=True)
-    wish.add_argument("--max-gflops", type=float, help="the least change at this cost of an image")
-    wish.add_argument("--max-kl", type=float, help="the least cost at this KL divergence, in nats")
+    wish.add_argument("--max-gflops", type=float, help=f"the least change at this cost, {GFLOPS}")
+    wish.add_argument(
+        "--max-kl",
+        type=float,
+        help="the least cost at this mean KL(unmerged || merged) of the class probabilities, in nats",
+    )
     wish.add_argument("--min-agreement", type=float, help="the least cost at which this share keep their class, 0 to 1")
     wish.add_argument("--max-distance", type=float, help="of features: the least cost at this mean of 1 - cosine")
     wish.add_argument("--max-distance-p99", type=float, help="of features: the same at its 99th percentile")
-    options.add_argument("--adapt", default="image", choices=ADAPT, help="who decides how much merges (image)")
+    text = f"for each image its own count (image), one r per batch (batch), or given r (static). Default: {USUAL_ADAPT}"
+    options.add_argument("--adapt", default=USUAL_ADAPT, choices=ADAPT, help=text)
     options.add_argument("--max-merging-blocks", type=int, help="merge in no more blocks than these; each takes time")
     options.add_argument("--images", type=int, default=256, help="how many to calibrate on, spread over the data (256)")
     options.add_argument("--split", default="calibration", choices=SPLITS, help="of the digits")
     options.add_argument("--out", type=Path, required=True, help="where the configuration goes (JSON)")
     options.add_argument("--seed", type=int, default=0, help="of the search (0)")
-    options.add_argument("--backend", default="auto", choices=BACKENDS)
+    options.add_argument("--backend", default="auto", choices=BACKENDS, help=BACKEND_HELP)
     _workers(options)
 
 
@@ -200,4 +251,4 @@ def _visualize(options: argparse.ArgumentParser) -> None:
 
 def _workers(options: argparse.ArgumentParser) -> None:
     default = min(4, os.cpu_count() or 1)
-    options.add_argument("--workers", type=int, default=default, help="processes that load images")
+    options.add_argument("--workers", type=int, default=default, help=f"processes that load images ({default})")

@@ -1,8 +1,9 @@
 """Figure 5: schedules of merging: a constant, rising or falling r, one threshold, thresholds that fall with depth.
 
-All have alternate groups in every block. A rising r grows by one from block to block, a falling one shrinks by one, as
-in the paper. The thresholds that fall are the paper's curve (Eq. 1): at each cost the best of some random ones by the
-change of the images to choose by, as the paper swept its three numbers.
+All have alternate groups in every block and, as in the paper, one r per batch (adapt="batch"). A rising r grows by one
+from block to block, a falling one shrinks by one, as in the paper. The thresholds that fall are the paper's curve
+(Eq. 1): at each cost the best of some random ones by the change of the images to choose by, as the paper swept its
+three numbers.
 """
 
 import argparse

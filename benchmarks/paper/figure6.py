@@ -1,4 +1,7 @@
-"""Figure 6: the tokens that each block merges, at equal FLOPs: a constant r, one threshold, thresholds by depth."""
+"""Figure 6: the tokens that each block merges, at equal FLOPs: a constant r, one threshold, thresholds by depth.
+
+As in the paper, thresholds give one r per batch (adapt="batch").
+"""
 
 import argparse
 from itertools import pairwise
