@@ -77,7 +77,7 @@ def test_the_first_example_saves_what_stands_below_it(capsys):
 def place(tmp_path_factory):
     """A user's directory: weights of a model, a folder of photos in three classes, and one of more."""
     place = tmp_path_factory.mktemp("place")
-    save_file(timm.create_model("deit_tiny_patch16_224").state_dict(), place / "mine.safetensors")
+    save_file(timm.create_model("deit_tiny_patch16_224", num_classes=3).state_dict(), place / "mine.safetensors")
     for number in range(66):
         path = place / "photos" / "abc"[number % 3] / f"{number}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)

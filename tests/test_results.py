@@ -9,9 +9,9 @@ from atm_triton.digits.model import CONFIG, IMAGE_CONFIG
 from benchmarks.calibration import RAMPS
 from benchmarks.pages import RESULTS, beside_the_curve
 from benchmarks.paper import table1
-from benchmarks.paper.methods import STYLES
+from benchmarks.paper.methods import METHODS
 
-MEASURED = STYLES.keys() - {"ats", "zero_tprune", "tofu", "dtome"}  # these came after the results
+MEASURED = set(METHODS) - {"ats", "zero_tprune", "tofu", "dtome"}  # these came after the results
 
 
 def result(name):

@@ -24,12 +24,12 @@ from benchmarks.paper.subject import Subject, check_shares, shares
 
 SHARES = (0.2, 0.3, 0.4, 0.5, 0.6)
 DRAWS = 24  # curves
-STYLES = {
-    "constant r": "C1s-",
-    "increasing r": "C2^-",
-    "decreasing r": "C3v-",
-    "constant threshold": "C4D-",
-    "layer-dependent thresholds": "C0o-",
+STYLES = {  # ToMe's colour, that of one threshold, and ATM's
+    "constant r": "C1s--",
+    "increasing r": "C1^:",
+    "decreasing r": "C1v-.",
+    "constant threshold": "C2v--",
+    "layer-dependent thresholds": "C0o--",
 }
 
 
@@ -70,4 +70,6 @@ table = figure4.table
 
 def plot(result: dict[str, Any], path: Path) -> None:
     """Top-1, agreement and KL against GFLOPs."""
-    figure4.draw(result["rows"], STYLES, path)
+    rows = [row for row in result["rows"] if "overall" in row]
+    lines = {name: (style, [row["overall"] for row in rows if row["method"] == name]) for name, style in STYLES.items()}
+    figure4.draw(lines, figure4.PANELS, figure4.LOGARITHMIC, path)
