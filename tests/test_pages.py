@@ -21,6 +21,7 @@ from benchmarks.pages import README, ROOT, filled
 from test_patch import KINDS
 
 PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+ALL = [*PAGES, *sorted((ROOT / "benchmarks/results").glob("*.md"))]
 BLOCKS = [
     (f"{page.stem}-{number}", language, code)
     for page in PAGES
@@ -110,10 +111,15 @@ def test_the_tables_are_the_result_files():
         assert path.read_text() == text, "run python -m benchmarks.report"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=[page.stem for page in PAGES])
+@pytest.mark.parametrize("page", ALL, ids=[f"{page.parent.name}/{page.stem}" for page in ALL])
 def test_every_link_leads_somewhere(page):
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text()):
-        assert (page.parent / target).exists(), target
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]+))?\)", page.read_text()):
+        there = page.parent / target if target else page
+        assert there.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", there.read_text(), re.MULTILINE)
+            slugs = [re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings]
+            assert anchor in slugs, f"{target}#{anchor}"
     for name in re.findall(r"`(tests/[\w/]+\.py)`", page.read_text()):
         assert (ROOT / name).exists(), name
 

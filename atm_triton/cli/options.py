@@ -121,8 +121,12 @@ def _measure() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(add_help=False)
     group = options.add_argument_group("what is compared (default: what the head says, or without one its pool)")
     one = group.add_mutually_exclusive_group()
-    one.add_argument("--dense", action="store_true", help="patch tokens, unmerged: they are what is read")
-    one.add_argument("--sigmoid", action="store_true", help="labels that do not exclude one another")
+    one.add_argument(
+        "--dense", action="store_true", help="compare patch tokens, for a model whose patch tokens are read"
+    )
+    one.add_argument(
+        "--sigmoid", action="store_true", help="compare labels that do not exclude one another, each through a sigmoid"
+    )
     return options
 
 
@@ -142,8 +146,8 @@ def _merging(usual_adapt: str, why: str = "") -> argparse.ArgumentParser:
     text = f"""how many tokens merge: each image its own count (image), one r per batch (batch), or as a --schedule says
         (static). Default: {usual_adapt}{why}; the paper's points keep the paper's batch, and a --config its own"""
     group.add_argument("--adapt", choices=ADAPT, help=text)
-    group.add_argument("--alpha", type=float, help="threshold of the first block; with the next two")
-    group.add_argument("--beta", type=float, help="decay rate of the threshold")
+    group.add_argument("--alpha", type=float, help="threshold of the first block; give --beta and --theta-min too")
+    group.add_argument("--beta", type=float, help="how fast the threshold falls with depth")
     group.add_argument("--theta-min", type=float, help="lowest threshold")
     group.add_argument(
         "--split-depth",
@@ -152,9 +156,15 @@ def _merging(usual_adapt: str, why: str = "") -> argparse.ArgumentParser:
     )
     group.add_argument("--backend", default="auto", choices=BACKENDS, help=BACKEND_HELP)
     group.add_argument(
-        "--proportional-attention", action=argparse.BooleanOptionalAction, help="log n in the attention scores or not"
+        "--proportional-attention",
+        action=argparse.BooleanOptionalAction,
+        help="add log n to the attention scores of a token of n patches, or not",
     )
-    group.add_argument("--all-tokens-last", action="store_true", help="the last block computes every token")
+    group.add_argument(
+        "--all-tokens-last",
+        action="store_true",
+        help="the last block computes all tokens, also where only the class token is read",
+    )
     return options
 
 
@@ -166,12 +176,12 @@ def _out() -> argparse.ArgumentParser:
 
 def _bench(options: argparse.ArgumentParser) -> None:
     options.add_argument("--batches", type=int, help="batches of images that one turn runs (2)")
-    options.add_argument("--repeats", type=int, default=25, help="turns (25)")
+    options.add_argument("--repeats", type=int, default=25, help="turns; in each every variant runs once (25)")
     options.add_argument("--plot", type=Path, help="write a bar chart (PNG)")
 
 
 def _eval(options: argparse.ArgumentParser) -> None:
-    options.add_argument("--split", default="test", choices=SPLITS, help="of the digits")
+    options.add_argument("--split", default="test", choices=SPLITS, help="which images of the digits (test)")
     options.add_argument("--limit", type=int, help="number of images, taken evenly from all of a folder")
     _workers(options)
 
@@ -191,9 +201,11 @@ def _calibrate(options: argparse.ArgumentParser) -> None:
     options.add_argument("--adapt", default=USUAL_ADAPT, choices=ADAPT, help=text)
     options.add_argument("--max-merging-blocks", type=int, help="merge in no more blocks than these; each takes time")
     options.add_argument("--images", type=int, default=256, help="how many to calibrate on, spread over the data (256)")
-    options.add_argument("--split", default="calibration", choices=SPLITS, help="of the digits")
+    options.add_argument(
+        "--split", default="calibration", choices=SPLITS, help="which images of the digits (calibration)"
+    )
     options.add_argument("--out", type=Path, required=True, help="where the configuration goes (JSON)")
-    options.add_argument("--seed", type=int, default=0, help="of the search (0)")
+    options.add_argument("--seed", type=int, default=0, help="seed of the search (0)")
     options.add_argument("--backend", default="auto", choices=BACKENDS, help=BACKEND_HELP)
     _workers(options)
 
@@ -218,15 +230,15 @@ def _recipe(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--epochs", type=int, help="passes over the images (30)")
     group.add_argument("--accumulate", type=int, metavar="PASSES", help="batches a step; processes share them out (4)")
     group.add_argument("--opt", help="an optimiser of timm's (adamw)")
-    group.add_argument("--lr", type=float, help="at the start, whatever the batch (2e-5)")
-    group.add_argument("--min-lr", type=float, help="at the end (3e-6)")
-    group.add_argument("--sched", choices=SCHEDULES, help="how it falls (cosine)")
-    group.add_argument("--warmup-epochs", type=int, help="of a rise from 1e-6 (0)")
-    group.add_argument("--weight-decay", type=float, help="of matrices (0.05)")
+    group.add_argument("--lr", type=float, help="learning rate at the start, whatever the batch (2e-5)")
+    group.add_argument("--min-lr", type=float, help="learning rate at the end (3e-6)")
+    group.add_argument("--sched", choices=SCHEDULES, help="how the learning rate falls (cosine)")
+    group.add_argument("--warmup-epochs", type=int, help="epochs in which the rate rises from 1e-6 (0)")
+    group.add_argument("--weight-decay", type=float, help="weight decay of matrices (0.05)")
     group.add_argument("--clip-grad", type=float, help="largest norm of the gradient (any)")
-    group.add_argument("--smoothing", type=float, help="of labels (0.1; digits 0.05)")
-    group.add_argument("--mixup", type=float, help="its alpha (0.8; digits 0)")
-    group.add_argument("--cutmix", type=float, help="its alpha (1.0; digits 0)")
+    group.add_argument("--smoothing", type=float, help="label smoothing (0.1; digits 0.05)")
+    group.add_argument("--mixup", type=float, help="alpha of mixup (0.8; digits 0)")
+    group.add_argument("--cutmix", type=float, help="alpha of cutmix (1.0; digits 0)")
     group.add_argument("--drop-path", type=float, help="rate of drop path (0.1; digits 0)")
     group.add_argument("--ema", type=float, metavar="DECAY", help="also average the weights (no)")
     group.add_argument("--amp", choices=AMP, help="compute in 16 bits, by autocast")
@@ -234,7 +246,7 @@ def _recipe(group: argparse._ArgumentGroup) -> None:
     text = "find thresholds for --max-gflops before the first epoch and after every so many; no labels are read"
     group.add_argument("--recalibrate", type=int, metavar="EPOCHS", help=text)
     group.add_argument("--calibration-images", type=int, help="how many to find them on (256)")
-    group.add_argument("--seed", type=int, help="of all that is random (0)")
+    group.add_argument("--seed", type=int, help="seed of all that is random (0)")
 
 
 def _augmentation(group: argparse._ArgumentGroup) -> None:
@@ -244,9 +256,11 @@ def _augmentation(group: argparse._ArgumentGroup) -> None:
 
 
 def _visualize(options: argparse.ArgumentParser) -> None:
-    options.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="image files, a row each")
+    options.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="image files, one row for each")
     options.add_argument("--out", type=Path, required=True, help="where the pictures go (PNG, PDF or SVG)")
-    options.add_argument("--blocks", type=int, nargs="+", help="after which, from 1 (four of them)")
+    options.add_argument(
+        "--blocks", type=int, nargs="+", help="draw the tokens after these blocks, counted from 1 (four of them)"
+    )
 
 
 def _workers(options: argparse.ArgumentParser) -> None:
