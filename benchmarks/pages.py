@@ -25,6 +25,7 @@ ACCURACY, BACKBONES, CALIBRATION, ENGINE, EXPERIMENTS, KERNELS, PERFORMANCE, PHO
     ROOT / f"docs/{page}.md"
     for page in ("accuracy", "backbones", "calibration", "engine", "experiments", "kernels", "performance", "photos")
 )
+FAQ = ROOT / "docs/faq.md"
 WORKS_WITH = ROOT / "docs/works-with.md"
 AT = 0.5  # the share of FLOPs saved at which methods are compared
 ON_PHOTOGRAPHS = 0.2  # the same of the DINOv2
@@ -333,7 +334,7 @@ def accuracy_table(result: dict[str, Any]) -> str:
 
 def calibration_table(*documents: dict[str, Any]) -> str:
     """Of the benchmark its table, of a single calibration what it took."""
-    return "\n\n".join(_targets(document) if "rows" in document else _effort(document) for document in documents)
+    return "\n\n".join(_targets(document) if "rows" in document else effort(document) for document in documents)
 
 
 def _targets(result: dict[str, Any]) -> str:
@@ -385,9 +386,10 @@ def _commits(rows: list[dict[str, Any]]) -> list[str]:
     return ["", f"The rows are of the commits: {whose}."] if len(by_commit) > 1 else []
 
 
-def _effort(result: dict[str, Any]) -> str:
+def effort(result: dict[str, Any]) -> str:
+    """What a single calibration took."""
     asked = f"--max-gflops {result['target']['max_gflops']:g}` with `--adapt {result['config']['adapt']}"
-    many = f"On {result['images']} images `{asked}` took {result['passes']:,} passes"
+    many = f"On {result['images']} images `{asked}` took {result['passes']:,} passes of an image"
     return f"{many}; the digits model has as many tokens and blocks as DeiT-S."
 
 
@@ -430,6 +432,7 @@ TABLES = {  # of each page, from files
     },
     BACKBONES: {"flops": (flops.table, ("paper_flops.json",))},
     CALIBRATION: {"calibration": (calibration_table, ("digits_calibration.json", "digits_calibrate_512.json"))},
+    FAQ: {"effort": (effort, ("digits_calibrate.json",))},
     EXPERIMENTS: {"methods": (partial(methods_table, ALL), ())},  # what the classes say
     ENGINE: {"host": (host.table, ("host.json",))},
     KERNELS: {

@@ -54,7 +54,8 @@ PAGES = {  # file: title, and the results that stand there with what they are; "
         "Calibration and training",
         {
             "digits_calibration": "calibrated thresholds beside random curves and ToMe's schedules",
-            "digits_calibrate_512": "how long a calibration takes",
+            "digits_calibrate": "how long a calibration takes",
+            "digits_calibrate_512": "the same by an earlier search, on 512 images",
             "digits_training": "how the digits model was trained",
             **dict.fromkeys(("digits_finetuned", "digits_table4", "digits_tableA3"), ""),
         },
