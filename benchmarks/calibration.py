@@ -39,6 +39,13 @@ RAMPS = {
 }
 
 
+LINES = {
+    "calibrated": ("ATM, calibrated", "C0"),
+    "curve": ("the paper's curve", "C9"),
+    "ToMe": ("ToMe, constant r", "C1"),
+}
+
+
 def calibrated(subject: ModelWithImages, adapt: str, target: Target) -> dict[str, Any]:
     begin = time.perf_counter()
     calibration = calibrate(subject.model, subject.loader, target, adapt)
@@ -106,25 +113,25 @@ def _same_code(commit: str) -> bool:
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Accuracy and KL against GFLOPs: a colour for each method, a line for each way to adapt."""
-    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
     accuracy, change = figure.subplots(1, 2)
     lines = {"image": "o-", "batch": "s--", "static": "^:"}
-    for method, colour in (("calibrated", "C0"), ("curve", "C1"), ("ToMe", "C2")):
+    for method, (label, colour) in LINES.items():
         for adapt, line in lines.items():
             chosen = [r["overall"] for r in rows if r["method"] == method and r["adapt"] == adapt and "share" in r]
             chosen.sort(key=lambda quality: quality["gflops"])
             for panel, name in ((accuracy, "top1"), (change, "kl")):
                 at = [quality["gflops"] for quality in chosen], [quality[name] for quality in chosen]
-                panel.plot(*at, line, markersize=4, color=colour, label=f"{method}, {adapt}" if chosen else None)
+                panel.plot(*at, line, markersize=4, color=colour, label=f"{label}, {adapt}" if chosen else None)
     accuracy.axhline(rows[0]["overall"]["top1_unpatched"], color="0.8", linewidth=1, zorder=0)
-    accuracy.set_ylabel("top-1, %; the unpatched model's in grey")
-    change.set_ylabel("KL(unpatched || merged), nats")
+    accuracy.set_ylabel("top-1, % (grey: the unmerged model)", fontsize=9)
+    change.set_ylabel("KL(unmerged || merged), nats (log scale)", fontsize=9)
     change.set_yscale("log")
     for panel in (accuracy, change):
-        panel.set_xlabel("GFLOPs an image")
+        panel.set_xlabel("GFLOPs per image")
     images = rows[0]["overall"]["images"]
-    accuracy.set_title(f"digits, {images} test images, batches of {BATCH_SIZE}, no training", fontsize=9)
-    figure.legend(*change.get_legend_handles_labels(), loc="outside right", fontsize=7, handlelength=4)
+    figure.suptitle(f"digits, {images} test images, batches of {BATCH_SIZE}, no training", fontsize=10)
+    figure.legend(*change.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, handlelength=4)
     figure.savefig(path, dpi=150)
 
 

@@ -215,14 +215,14 @@ def jobs(full: bool = False, once: bool = False) -> list[tuple[str, str, int]]:
 
 
 @cache
-def case(name: str) -> Callable[[], Any]:
-    return dict(cases(full=True))[name]
+def every_case() -> dict[str, Callable[[], Any]]:
+    return dict(cases(full=True))
 
 
 def described(job: tuple[str, str, int]) -> dict[str, Any]:
     """What is compiled: a row without figures."""
     name, chip, index = job
-    kernel, arguments, options = captured_for(chip, case(name))[index]
+    kernel, arguments, options = captured_for(chip, every_case()[name])[index]
     constants = [parameter.name for parameter in kernel.params if parameter.is_constexpr]
     configured = configuration(arguments, options, constants)
     made = str(specialised(kernel, arguments, options, CHIPS[chip].target)[1])
@@ -234,7 +234,7 @@ def compile_job(job: tuple[str, str, int]) -> dict[str, Any]:
     """The row of one launch on one chip."""
     name, chip_name, index = job
     chip = CHIPS[chip_name]
-    kernel, arguments, options = captured_for(chip_name, case(name))[index]
+    kernel, arguments, options = captured_for(chip_name, every_case()[name])[index]
     compiled = triton.compile(source(kernel, arguments, options, chip.target), target=chip.target, options=options)
     registers, spilled = usage(compiled)
     shared, warps = compiled.metadata.shared, compiled.metadata.num_warps

@@ -24,8 +24,10 @@ ACCURACY, BACKBONES, CALIBRATION, ENGINE, EXPERIMENTS, KERNELS, PERFORMANCE, PHO
     ROOT / f"docs/{page}.md"
     for page in ("accuracy", "backbones", "calibration", "engine", "experiments", "kernels", "performance", "photos")
 )
+FAQ = ROOT / "docs/faq.md"
 WORKS_WITH = ROOT / "docs/works-with.md"
 AT = 0.5  # the share of FLOPs saved at which methods are compared
+ON_PHOTOGRAPHS = 0.2  # the same of the DINOv2
 SHOWN = (0.40, 0.50, 0.60, 0.70)  # of the costs that were measured
 
 
@@ -56,21 +58,23 @@ def made_by(*names: str) -> str:
     return "\n".join(lines)
 
 
-def headline(gpu: dict[str, Any], cpu: dict[str, Any], digits: dict[str, Any]) -> str:
-    """README's first table: images a second without and with merging, and what that changes on the digits."""
+def headline(
+    gpu: dict[str, Any], cpu: dict[str, Any], digits: dict[str, Any], photos: dict[str, Any], dinov2: dict[str, Any]
+) -> str:
+    """README's first table: images per second without and with merging, and what that changes in trained models."""
     rows = {(row["model"], row["batch"], row["name"]): row for row in reversed(gpu["stages"]["engine"]["rows"])}
     card = gpu["environment"]["gpu"].removeprefix("NVIDIA ")
-    lines = ["| images/s | timm | ATM | |", "|---|---|---|---|"]
-    for model, batch in (("DeiT-S", 256), ("DeiT-B", 256)):
-        before, after = (rows[model, batch, name] for name in ("timm, one graph", "ATM image"))
-        lines.append(
-            f"| {model}, batch {batch}, bfloat16, {card}, each in CUDA graphs | {before['images_per_second']:,.0f} "
-            f"| {after['images_per_second']:,.0f} | {after['of_timm_graph']:.2f} times |"
-        )
+    before, after = (rows["DeiT-S", 256, name] for name in ("timm, one graph", "ATM image"))
+    lines = [
+        "| | timm | ATM | |",
+        "|---|---|---|---|",
+        f"| DeiT-S, images/s, batch 256, bfloat16, {card}, each in CUDA graphs | {before['images_per_second']:,.0f} "
+        f"| {after['images_per_second']:,.0f} | {after['of_timm_graph']:.2f} times |",
+    ]
     on_cpu = {row["name"]: row for row in cpu["cases"][0]["rows"]}
     before, after = on_cpu["timm"], on_cpu["ATM"]
     lines.append(
-        f"| digits, batch 64, float32, {cpu['environment']['cpu']} | {before['images_per_second']:.0f} "
+        f"| digits, images/s, batch 64, float32, {cpu['environment']['cpu']} | {before['images_per_second']:.0f} "
         f"| {after['images_per_second']:.0f} | {after['speedup']:.2f} times |"
     )
     row = next(row for row in digits["rows"] if row["adapt"] == "image" and row["share"] == AT)
@@ -79,7 +83,18 @@ def headline(gpu: dict[str, Any], cpu: dict[str, Any], digits: dict[str, Any]) -
         f"| digits, top-1 with {100 * row['saved']:.0f} % fewer FLOPs, {quality['images']} test images "
         f"| {quality['top1_unpatched']:.2f} % | {quality['top1']:.2f} % | same class for {quality['agreement']:.2f} % |"
     )
-    return "\n".join(lines)
+    return "\n".join([*lines, _on_photographs(photos, dinov2["rows"][0]["gflops_unpatched"])])
+
+
+def _on_photographs(photos: dict[str, Any], unmerged: float) -> str:
+    rows = {(row["method"], row["share"]): row for row in photos["rows"]}
+    row = rows["atm, calibrated, image", ON_PHOTOGRAPHS]
+    saved = 100 * (1 - row["gflops"] / unmerged)
+    return (
+        f"| DINOv2-S, change of patch tokens (1 - cosine) with {saved:.0f} % fewer FLOPs, "
+        f"{row['images']} photographs | 0 | {row['patch_tokens']['mean']:.4f} "
+        f"| ToMe's is {photographs.less_than_tome(photos, row, 'patch_tokens')} times that |"
+    )
 
 
 def first_example(result: dict[str, Any]) -> str:
@@ -318,7 +333,7 @@ def accuracy_table(result: dict[str, Any]) -> str:
 
 def calibration_table(*documents: dict[str, Any]) -> str:
     """Of the benchmark its table, of a single calibration what it took."""
-    return "\n\n".join(_targets(document) if "rows" in document else _effort(document) for document in documents)
+    return "\n\n".join(_targets(document) if "rows" in document else effort(document) for document in documents)
 
 
 def _targets(result: dict[str, Any]) -> str:
@@ -370,9 +385,10 @@ def _commits(rows: list[dict[str, Any]]) -> list[str]:
     return ["", f"The rows are of the commits: {whose}."] if len(by_commit) > 1 else []
 
 
-def _effort(result: dict[str, Any]) -> str:
+def effort(result: dict[str, Any]) -> str:
+    """What a single calibration took."""
     asked = f"--max-gflops {result['target']['max_gflops']:g}` with `--adapt {result['config']['adapt']}"
-    many = f"On {result['images']} images `{asked}` took {result['passes']:,} passes"
+    many = f"On {result['images']} images `{asked}` took {result['passes']:,} passes of an image"
     return f"{many}; the digits model has as many tokens and blocks as DeiT-S."
 
 
@@ -398,7 +414,13 @@ def _kl(row: dict[str, Any] | None) -> str:
 
 TABLES = {  # of each page, from files
     README: {
-        "headline": (headline, ("h200_engine.json", "cpu_bench_image.json", "digits_adaptivity.json")),
+        "headline": (
+            headline,
+            (
+                *("h200_engine.json", "cpu_bench_image.json", "digits_adaptivity.json", "photos.json"),
+                "vit_small_patch14_dinov2_table3.json",
+            ),
+        ),
         "first": (first_example, ("cpu_bench_image.json",)),
     },
     ACCURACY: {
@@ -409,6 +431,7 @@ TABLES = {  # of each page, from files
     },
     BACKBONES: {"flops": (flops.table, ("paper_flops.json",))},
     CALIBRATION: {"calibration": (calibration_table, ("digits_calibration.json", "digits_calibrate_512.json"))},
+    FAQ: {"effort": (effort, ("digits_calibrate.json",))},
     EXPERIMENTS: {"methods": (partial(methods_table, ALL), ())},  # what the classes say
     ENGINE: {"host": (host.table, ("host.json",))},
     KERNELS: {

@@ -1,11 +1,14 @@
-"""All results on one page, and the tables of README and docs: ``python -m benchmarks.report``.
+"""All results on pages by subject, and the tables of README and docs: ``python -m benchmarks.report``.
 
-The page, ``benchmarks/results/REPORT.md``, holds the table and the plot of every file there, with the command, machine
-and commit that made it. Nothing is measured, and nothing changes where no result did.
+Every result file in ``benchmarks/results/`` stands on one page there, with its table and plot and with the command,
+machine and commit that made it; ``REPORT.md`` links them all. Nothing is measured, and nothing changes where no result
+did.
 """
 
 import json
+import re
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +16,70 @@ from atm_triton.cli.bad_input import Parser, exit_code
 from benchmarks import pages
 from benchmarks.paper.__main__ import EXPERIMENTS
 
-PAGE = "REPORT.md"
-INTRODUCTION = (
-    "Every file of this directory with its table and plot, as far as it has them, and what made it: "
-    "by `python -m benchmarks.report`."
-)
+INDEX = "REPORT.md"
+PAGES = {  # file: title, and the results that stand there with what they are; "": as the experiment's docstring says
+    "cpu.md": (
+        "Speed on a CPU",
+        {
+            "cpu_bench": "images a second: the digits with one r per batch, DeiT-S with r = 8",
+            "cpu_bench_image": "images a second: each image by its own count, on the digits and on DeiT-S",
+            "cpu_bench_single": "images a second: DeiT-T, one image at a time",
+        },
+    ),
+    "gpu.md": (
+        "Speed on a GPU",
+        {
+            "h200_engine": "milliseconds of a pass by model, batch and way to adapt, beside timm and the bound",
+            "h200_engine_slow_host": "the same with a slower host",
+            "h200_first": "the first version on the same card",
+            "h200_kernels": "microseconds of each operation, and what bounds it",
+            "h200_parity": "every operation at real sizes beside float64",
+            "h200_training": "a training step: time and memory",
+        },
+    ),
+    "digits.md": ("Methods at one cost, on the digits", {"digits_table[12]": "", "digits_figure[47]": ""}),
+    "thresholds.md": (
+        "Thresholds, schedules and groups, on the digits",
+        dict.fromkeys(("digits_figure[256]", "digits_table3", "digits_tablesA2-A5", "digits_theorem1"), ""),
+    ),
+    "batches.md": (
+        "Batches and single images",
+        {
+            "digits_adaptivity": "each image by its own count, one r per batch and a given r, at equal cost",
+            "digits_invariance": "whether a prediction depends on the other images of the batch",
+            "digits_tableA1": "",
+        },
+    ),
+    "calibration.md": (
+        "Calibration and training",
+        {
+            "digits_calibration": "calibrated thresholds beside random curves and ToMe's schedules",
+            "digits_calibrate": "how long a calibration takes",
+            "digits_calibrate_512": "the same by an earlier search, on 512 images",
+            "digits_training": "how the digits model was trained",
+            **dict.fromkeys(("digits_finetuned", "digits_table4", "digits_tableA3"), ""),
+        },
+    ),
+    "photographs.md": (
+        "A DINOv2 and photographs",
+        {
+            "photos": "all methods at several costs, by class token, patch tokens and saliency",
+            "photos_ideas": "other ways to match tokens",
+            "photos_unmerge": "other ways to unmerge patch tokens",
+        },
+    ),
+    "dinov2.md": ("The paper's experiments on the DINOv2", {"vit_small_patch14_dinov2_*": ""}),
+    "checks.md": (
+        "Checks: costs, compilation, the host, other libraries",
+        {
+            "host": "what a pass costs the host",
+            "integration": "other libraries on a patched model",
+            "offline_compile_triton_*": "registers, spills and shared memory of every kernel configuration",
+            "paper_flops": "parameters and MACs of the paper's models",
+        },
+    ),
+}
+MADE = "Made from the result files here by `python -m benchmarks.report`"
 OTHERS = {
     file: table
     for path, tables in pages.TABLES.items()
@@ -27,18 +89,57 @@ OTHERS = {
 }  # than the paper's by their name
 
 
-def page(directory: Path) -> str:
-    """The whole page, in Markdown."""
-    sections = [section(path) for path in sorted(directory.glob("*.json"))]
-    return "\n\n".join(["# Results", INTRODUCTION, *sections]) + "\n"
+def index_and_pages(directory: Path) -> dict[str, str]:
+    """Markdown by file name: the index, and every page that has a result.
+
+    Raises:
+        ValueError: a file is no result, or belongs to no page or to several.
+    """
+    sections: dict[str, dict[str, str]] = {}
+    links: dict[str, list[str]] = {}
+    for path in sorted(directory.glob("*.json")):
+        page, about = _place(path)
+        sections.setdefault(page, {})[path.name] = section(path, about)
+        links.setdefault(page, []).append(f"- [{path.stem}]({page}#{_anchor(path.stem)}): {about}")
+    made, index = {}, ["# Results", f"{MADE}. Each stands on one page, with its table, its plot and what made it."]
+    for page in (page for page in PAGES if page in sections):
+        title = PAGES[page][0]
+        made[page] = "\n\n".join([f"# {title}", f"{MADE}; [all results]({INDEX}).", *sections[page].values()]) + "\n"
+        index += [f"## [{title}]({page})", "\n".join(links[page])]
+    return {INDEX: "\n\n".join(index) + "\n", **made}
 
 
-def section(path: Path) -> str:
-    """A file's title, where it comes from, its table, its plot and its pictures, as far as it has them."""
+def _place(path: Path) -> tuple[str, str]:
+    """The page of a result, and what the result is."""
+    places = [
+        (page, about)
+        for page, (_, results) in PAGES.items()
+        for pattern, about in results.items()
+        if fnmatch(path.stem, pattern)
+    ]
+    if len(places) != 1:
+        pages_ = " and ".join(page for page, _ in places) or "no page"
+        raise ValueError(f"{path} belongs to {pages_}; give it one page in PAGES of benchmarks/report.py")
+    page, about = places[0]
+    experiment = _experiment(path)
+    return page, about or (experiment.__doc__.splitlines()[0].rstrip(".") if experiment else path.stem)
+
+
+def _anchor(heading: str) -> str:
+    """As GitHub and the page site both make it."""
+    return re.sub(r"[^\w-]", "", heading).lower()
+
+
+def section(path: Path, about: str) -> str:
+    """A file's name, what it is, where it comes from, its table, its plot and its pictures, as far as it has them."""
     try:
         document = json.loads(path.read_text())
-        made = document["environment"]
-        lines = [f"## {_title(path)}", f"`{path.name}`: {_made(made)}", *_table(path, document)]
+        lines = [
+            f"## {path.stem}",
+            f"{about[0].upper()}{about[1:]}.",
+            f"`{path.name}`: {_made(document['environment'])}",
+        ]
+        lines += _table(path, document)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, StopIteration) as error:
         raise ValueError(f"{path}: is no result of this version ({error!r}); make it anew") from error
     plots = (path.with_name(f"{path.stem}{what}.png") for what in ("", "_pictures"))
@@ -56,13 +157,6 @@ def _experiment(path: Path) -> Any | None:
     return EXPERIMENTS.get(name)
 
 
-def _title(path: Path) -> str:
-    experiment = _experiment(path)
-    if experiment is None:
-        return path.stem.replace("_", " ")
-    return f"{path.stem.rpartition('_')[0]}: {experiment.__doc__.splitlines()[0].rstrip('.')}"
-
-
 def _table(path: Path, document: dict[str, Any]) -> list[str]:
     experiment = _experiment(path)
     if experiment is not None:
@@ -73,7 +167,11 @@ def _table(path: Path, document: dict[str, Any]) -> list[str]:
 
 
 def run() -> None:
-    made = {pages.RESULTS / PAGE: page(pages.RESULTS), **pages.filled()}
+    made = {pages.RESULTS / name: text for name, text in index_and_pages(pages.RESULTS).items()}
+    for path in sorted(pages.RESULTS.glob("*.md")):
+        if path not in made:
+            raise ValueError(f"{path} is a page without a result; delete it")
+    made |= pages.filled()
     for path, text in made.items():
         path.write_text(text)
     print(f"written: {', '.join(map(str, made))}")

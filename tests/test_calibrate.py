@@ -489,39 +489,51 @@ def test_the_command(tmp_path, small_search, capsys):
     assert error.count("was calibrated for other weights, mine; calibrate anew") == 2
 
 
+def tiny(directory):
+    """Options of a command, for a small model with weights of its own."""
+    changes = {"depth": 3, "embed_dim": 24, "num_heads": 2, "img_size": 64, "num_classes": 5}
+    weights = directory / "tiny.safetensors"
+    save_file(randomised(timm.create_model("vit_tiny_patch16_224", **changes)).state_dict(), weights)
+    given = [f"{name}={value}" for name, value in changes.items()]
+    return ["--model", "vit_tiny_patch16_224", "--model-kwargs", *given, "--checkpoint", str(weights)]
+
+
+def pictures(directory, count):
+    directory.mkdir()
+    for number in range(count):
+        pixels = torch.randint(0, 255, (64, 64), dtype=torch.uint8).numpy()
+        Image.fromarray(pixels).save(directory / f"{number:02}.png")
+    return directory
+
+
 def test_a_broken_image_is_left_out_and_named(tmp_path, small_search, capsys):
-    for number in range(70):
-        pixels = torch.randint(0, 255, (112, 112), dtype=torch.uint8).numpy()
-        Image.fromarray(pixels).save(tmp_path / f"{number:02}.png")
-    broken = tmp_path / "03.png"
+    broken = pictures(tmp_path / "images", 70) / "03.png"
     broken.write_bytes(b"no image")
     out = tmp_path / "found.json"
-    options = ["--data", str(tmp_path), "--batch-size", "16", "--workers", "0", "--out", str(out)]
-    assert main(["calibrate", "--max-gflops", "0.25", *options]) == 0
+    options = [*tiny(tmp_path), "--data", str(broken.parent), "--batch-size", "16", "--workers", "0", "--out", str(out)]
+    assert main(["calibrate", "--max-gflops", "0.0005", *options]) == 0
     assert f"1 image could not be read and was left out: {broken}\n" in capsys.readouterr().out
     document = json.loads(out.read_text())
     assert document["images"] == 69 and document["not_read"] == [str(broken)]
 
 
 def test_others_take_the_place_of_images_that_cannot_be_read(tmp_path, small_search, capsys):
-    for number in range(81):
-        pixels = torch.randint(0, 255, (112, 112), dtype=torch.uint8).numpy()
-        Image.fromarray(pixels).save(tmp_path / f"{number:02}.png")
+    images = pictures(tmp_path / "images", 81)
     chosen = [int(number * 81 / 64) for number in range(64)]
     left = sorted({*range(81)} - {*chosen})
-    broken = [tmp_path / f"{number:02}.png" for number in (chosen[5], chosen[40], *left[:15])]
+    broken = [images / f"{number:02}.png" for number in (chosen[5], chosen[40], *left[:15])]
     for path in broken:
         path.write_bytes(b"no image")
     out = tmp_path / "found.json"
-    options = ["--data", str(tmp_path), "--images", "64", "--batch-size", "16", "--workers", "2"]
-    assert main(["calibrate", "--max-gflops", "0.25", *options, "--out", str(out)]) == 0
+    options = [*tiny(tmp_path), "--data", str(images), "--images", "64", "--batch-size", "16", "--workers", "2"]
+    options += ["--max-gflops", "0.0005", "--out", str(out)]
+    assert main(["calibrate", *options]) == 0
     named = capsys.readouterr().out.splitlines()[0]
     document = json.loads(out.read_text())
     assert document["images"] == 64 and f": {', '.join(document['not_read'])}" in named
     assert {str(path) for path in broken[:2]} <= {*document["not_read"]} <= {*map(str, broken)}
-    broken = tmp_path / f"{left[-1]:02}.png"
-    broken.write_bytes(b"no image")
-    assert main(["calibrate", "--max-gflops", "0.25", *options, "--out", str(out)]) == 2
+    (images / f"{left[-1]:02}.png").write_bytes(b"no image")
+    assert main(["calibrate", *options]) == 2
     assert "63 images are too few to calibrate on" in capsys.readouterr().err
 
 

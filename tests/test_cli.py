@@ -19,6 +19,8 @@ from safetensors.torch import save_file
 from atm_triton import ATMConfig, apply_patch
 from atm_triton.cli import main, report
 from atm_triton.cli.bad_input import exit_code
+from atm_triton.cli.commands import COMMANDS
+from atm_triton.cli.options import parser
 from atm_triton.config import REMEDY
 from atm_triton.measure.configurations import digits_config
 from atm_triton.measure.evaluate import evaluate
@@ -26,8 +28,13 @@ from atm_triton.measure.images import open_image, open_images
 from atm_triton.measure.models import open_model
 from atm_triton.measure.provenance import check_file
 from benchmarks import zoo
+from benchmarks.paper import __main__ as paper
+from benchmarks.paper.__main__ import EXPERIMENTS
 
 FEW = ["--limit", "20", "--batch-size", "10"]
+ONE_STEP = ("--accumulate", "1", "--epochs", "1")
+TINY = ("--model", "deit_tiny_patch16_224")
+CURVE = ("--alpha", "0.95", "--beta", "0.04", "--theta-min", "0.9")
 
 
 @pytest.fixture
@@ -64,7 +71,9 @@ def test_eval_on_a_folder_with_a_checkpoint(tmp_path, folder, capsys):
     checkpoint = weights(tmp_path / "deit.safetensors")
     arguments = ["eval", "--model", "deit_tiny_patch16_224", "--checkpoint", checkpoint, "--data", str(folder)]
     assert main([*arguments, "--workers", "0", "--max-gflops", "1.0"]) == 0
-    assert "no top-1: it needs one folder for each class" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "no top-1: it needs one folder for each class" in said
+    assert 'adapt="batch"; paper, Table' in said  # the paper's point is of one r per batch
 
 
 def test_eval_of_the_papers_other_backbones(tmp_path, folder, capsys):
@@ -161,7 +170,7 @@ def test_bench_of_packed_images(tmp_path):
 
 def test_eval_by_each_images_own_count(tmp_path):
     out = tmp_path / "eval.json"
-    assert main(["eval", *FEW, "--adapt", "image", "--json", str(out)]) == 0
+    assert main(["eval", *FEW, "--json", str(out)]) == 0
     result = json.loads(out.read_text())
     assert result["config"] == json.loads(digits_config("image").to_json())
     easy, *_, hard = result["evaluation"]["deciles"]
@@ -202,19 +211,67 @@ def test_bench_says_where_merging_does_not_pay():
     assert "ATM has 0.90 of timm's speed and ATM, adapt=\"batch\" has 0.80 of timm's speed; " in said
 
 
-@pytest.mark.parametrize("command", ["bench", "eval", "calibrate", "finetune", "env"])
-def test_help(command, capsys):
+def help_of(run, command, capsys):
     with pytest.raises(SystemExit) as stop:
-        main([command, "--help"])
-    assert stop.value.code == 0 and "--json" in capsys.readouterr().out
+        run([command, "--help"])
+    assert stop.value.code == 0
+    return " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_ends_with_an_example(command, capsys):
+    said = help_of(main, command, capsys)
+    program, *arguments = said.partition(" example: ")[2].split()
+    assert "--json" in said and program == "atm-triton"
+    assert command == "env" or ("where the model runs" in said and "of weights and images (default: float32)" in said)
+    assert parser(COMMANDS).parse_args(arguments).command == command
+
+
+ADAPT_OF = {"calibrate": "image", "eval": "image", "finetune": "image", "visualize": "image", "bench": "batch"}
+
+
+@pytest.mark.parametrize(("command", "adapt"), ADAPT_OF.items())
+def test_the_way_to_adapt_that_a_command_takes_is_in_its_help(command, adapt, capsys):
+    """One for all; the bench, whose run by "image" is long, says so."""
+    said = help_of(main, command, capsys)
+    assert f"(static). Default: {adapt}" in said
+    assert ("the other commands' default" in said) == (adapt != "image")
+    assert set(COMMANDS) - set(ADAPT_OF) == {"env"} and ATMConfig().adapt == "batch"  # the paper's, in Python
+
+
+@pytest.mark.parametrize("experiment", ["finetuned", "table4", "tableA3"])
+def test_experiments_that_train_take_the_papers_way_to_adapt(experiment, capsys):
+    assert "one r per batch, as in the paper, or each image its own count (batch)" in help_of(
+        paper.main, experiment, capsys
+    )
+    asked = EXPERIMENTS[experiment].arguments().parse_args([])
+    assert asked.adapt == ["batch"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "adapt"),
+    [
+        (["eval", *FEW], "image"),
+        (["eval", *FEW, *CURVE], "image"),
+        (["eval", *FEW, *CURVE, "--adapt", "batch"], "batch"),
+        (["eval", *FEW, "--schedule", *["9"] * 12], "static"),
+        (["eval", *FEW, "--config", "batch.json"], "batch"),
+        (["eval", *FEW, "--config", "batch.json", "--adapt", "image"], "image"),
+        (["finetune", "--images", "2", "--limit", "2", "--batch-size", "2", *ONE_STEP, "--out", "run"], "image"),
+        (["visualize", "digit.png", "--out", "merged.png"], "image"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else value,
+)
+def test_how_a_command_adapts(arguments, adapt, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("batch.json").write_text(digits_config("batch").to_json())
+    Image.new("RGB", (112, 112), "white").save("digit.png")
+    assert main(arguments) == 0
+    assert f'adapt="{adapt}"' in capsys.readouterr().out
 
 
 def bad(*arguments):
     return pytest.param(list(arguments[:-1]), arguments[-1], id=" ".join(arguments[:-1]) or "nothing")
-
-
-TINY = ("--model", "deit_tiny_patch16_224")
-CURVE = ("--alpha", "0.95", "--beta", "0.04", "--theta-min", "0.9")
 
 
 @pytest.mark.parametrize(
@@ -401,7 +458,7 @@ def test_nan_images_are_refused():
 def test_a_single_field_leaves_the_digits_others(tmp_path):
     out = tmp_path / "eval.json"
     assert main(["eval", *FEW, "--split-depth", "7", "--json", str(out)]) == 0
-    assert json.loads(out.read_text())["config"] == json.loads(replace(digits_config(), split_depth=7).to_json())
+    assert json.loads(out.read_text())["config"] == json.loads(replace(digits_config("image"), split_depth=7).to_json())
 
 
 def test_the_papers_curve_takes_the_place_of_the_digits_thresholds(tmp_path):

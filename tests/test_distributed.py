@@ -1,4 +1,5 @@
-"""Several processes find what one does, every image once; a process that dies is named."""
+"""Several processes find what one does, every image once; a process that dies is named: under torchrun, and with the
+places that it gives."""
 
 import json
 import os
@@ -10,17 +11,17 @@ import pytest
 import torch
 from PIL import Image
 
+from processes import python
+
 HERE = Path(__file__).parent
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 EVAL = ["-m", "atm_triton", "eval", "--limit", "35", "--batch-size", "8", "--adapt"]
 
 
-def torchrun(processes, *arguments, **options):
-    """By torchrun, of one process without."""
-    several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [sys.executable, *(several if processes > 1 else [])]
+def torchrun(processes, *arguments):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [*command, *map(str, arguments)], capture_output=True, text=True, env=ENVIRONMENT, timeout=120, **options
+        [*command, *map(str, arguments)], capture_output=True, text=True, env=environment, timeout=120
     )
 
 
@@ -34,7 +35,7 @@ def test_eval_gives_the_result_of_one_process(adapt, more, tmp_path):
     results = []
     for processes in (1, *more):
         out = tmp_path / f"{processes}.json"
-        done = torchrun(processes, *EVAL, *adapt.split(), "--json", out)
+        done = python(*EVAL, *adapt.split(), "--json", out, ranks=processes)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("of the MACs saved") == 1  # one process reports
         results.append(json.loads(out.read_text())["evaluation"])
@@ -56,7 +57,7 @@ def test_eval_of_a_folder(tmp_path, folder):
     for processes in (1, 2):
         out = tmp_path / f"{processes}.json"
         options = ["--data", folder, "--batch-size", "8", "--workers", "0", "--adapt", "image", "--json", out]
-        done = torchrun(processes, "-m", "atm_triton", "eval", *options)
+        done = python("-m", "atm_triton", "eval", *options, ranks=processes)
         assert done.returncode == 0, done.stderr
         results.append(json.loads(out.read_text())["evaluation"])
     assert results[0]["overall"]["images"] == 24 and results[0] == results[1]
@@ -71,7 +72,7 @@ def test_bad_input_of_one_process_is_one_line(folder):
 
 
 def test_a_process_without_a_batch():
-    done = torchrun(2, "-m", "atm_triton", "eval", "--limit", "5", "--batch-size", "8")
+    done = python("-m", "atm_triton", "eval", "--limit", "5", "--batch-size", "8", ranks=2)
     assert done.returncode == 0, done.stderr
     (line,) = (line.split() for line in done.stdout.splitlines() if line.startswith("all"))
     assert line[1] == "5"
@@ -82,7 +83,7 @@ def test_calibrate_gives_the_configuration_of_one_process(adapt, more, tmp_path)
     found = {}
     for processes in (1, *more):
         (tmp_path / str(processes)).mkdir()
-        done = torchrun(processes, HERE / "calibrating.py", tmp_path / str(processes), adapt)
+        done = python(HERE / "calibrating.py", tmp_path / str(processes), adapt, ranks=processes)
         assert done.returncode == 0, done.stderr
         found[processes] = {path.read_text() for path in (tmp_path / str(processes)).glob("*.txt")}
         assert len(list((tmp_path / str(processes)).glob("*.txt"))) == processes
@@ -90,7 +91,7 @@ def test_calibrate_gives_the_configuration_of_one_process(adapt, more, tmp_path)
 
 
 def test_bad_input_is_one_line():
-    done = torchrun(2, "-m", "atm_triton", "eval", "--batch-size", "0")
+    done = python("-m", "atm_triton", "eval", "--batch-size", "0", ranks=2)
     assert done.returncode != 0
     assert lines_of_ours(done) == ["atm-triton: batch size 0 is too small; give 1 or more"]
 

@@ -21,7 +21,7 @@ from atm_triton.training.images import TrainDigits, TrainFolder, passes, steps_p
 from atm_triton.training.recipe import Recipe
 from finetuning import CASES, CONFIGS, EASY, RECIPE, Noisy, Pictures, new, of_its_own, train
 from models import distilled, images_for, small, vit
-from test_distributed import torchrun
+from processes import python
 
 HERE = Path(__file__).parent
 PLAIN = replace(RECIPE, mixup=0.0, cutmix=0.0, smoothing=0.0, ema=None, clip_grad=None)
@@ -232,7 +232,7 @@ def test_digits_are_drawn_anew_for_each_epoch():
 
 def test_two_processes_train_as_one(tmp_path):
     """With mixup, dropout, drop path, averaged weights and a clipped gradient; and what they refuse."""
-    done = torchrun(2, HERE / "finetuning.py", tmp_path / "two")
+    done = python(HERE / "finetuning.py", tmp_path / "two", ranks=2)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("epoch 2/2") == len(CASES)  # one process reports
     for name, options in CASES.items():
@@ -270,7 +270,7 @@ def test_a_method_of_its_own_is_asked_before_each_step_and_goes_on_to_the_bit(tm
 
 def test_a_run_that_is_killed_goes_on_to_the_bit(tmp_path):
     torch.set_num_threads(1)
-    done = torchrun(1, HERE / "finetuning.py", tmp_path / "killed", 28)  # before the second half of the fourth step
+    done = python(HERE / "finetuning.py", tmp_path / "killed", 28)  # before the second half of the fourth step
     assert done.returncode == -9
     whole, _ = train(tmp_path / "whole", CONFIGS["static"])
     assert rows(tmp_path / "killed/static")[-1]["step"] == 3

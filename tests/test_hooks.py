@@ -1,10 +1,7 @@
 """What replaces, wraps or watches a module of a model works as on the unpatched one, or is refused by name."""
 
 import copy
-import os
 import pickle
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +20,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 from atm_triton import ATMConfig, apply_patch, remove_patch, summary
 from atm_triton.packed import Packed
 from models import images, vit
+from processes import python
 
 HERE = Path(__file__).parent
 NOTHING = ATMConfig(adapt="static", schedule=(0,) * 4, cls_only_last=False)
@@ -462,11 +460,7 @@ SHARED = dict.fromkeys(["blocks", "parts", "model first", "refusals"], FSDP2) | 
 @pytest.mark.parametrize("case", [pytest.param(case, marks=mark) for case, mark in SHARED.items()])
 def test_two_processes_share_a_model(case):
     """One process with the same images gives the same logits and gradients."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, HERE / "sharding.py", case], capture_output=True, text=True, env=environment, timeout=240
-    )
+    done = python(HERE / "sharding.py", case, ranks=2, timeout=240)
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.count("the same") == 2
 

@@ -21,6 +21,7 @@ from benchmarks.pages import README, ROOT, filled
 from test_patch import KINDS
 
 PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+ALL = [*PAGES, *sorted((ROOT / "benchmarks/results").glob("*.md"))]
 BLOCKS = [
     (f"{page.stem}-{number}", language, code)
     for page in PAGES
@@ -77,7 +78,7 @@ def test_the_first_example_saves_what_stands_below_it(capsys):
 def place(tmp_path_factory):
     """A user's directory: weights of a model, a folder of photos in three classes, and one of more."""
     place = tmp_path_factory.mktemp("place")
-    save_file(timm.create_model("deit_tiny_patch16_224").state_dict(), place / "mine.safetensors")
+    save_file(timm.create_model("deit_tiny_patch16_224", num_classes=3).state_dict(), place / "mine.safetensors")
     for number in range(66):
         path = place / "photos" / "abc"[number % 3] / f"{number}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -110,10 +111,15 @@ def test_the_tables_are_the_result_files():
         assert path.read_text() == text, "run python -m benchmarks.report"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=[page.stem for page in PAGES])
+@pytest.mark.parametrize("page", ALL, ids=[f"{page.parent.name}/{page.stem}" for page in ALL])
 def test_every_link_leads_somewhere(page):
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text()):
-        assert (page.parent / target).exists(), target
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]+))?\)", page.read_text()):
+        there = page.parent / target if target else page
+        assert there.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", there.read_text(), re.MULTILINE)
+            slugs = [re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings]
+            assert anchor in slugs, f"{target}#{anchor}"
     for name in re.findall(r"`(tests/[\w/]+\.py)`", page.read_text()):
         assert (ROOT / name).exists(), name
 

@@ -21,7 +21,7 @@ from benchmarks.photos import __main__ as command
 from benchmarks.photos import fetch, ideas, images, report
 from benchmarks.photos import unmerge as unmerging
 from benchmarks.photos.compare import Photos, told
-from benchmarks.photos.methods import STYLES, at_cost, scaled, threshold
+from benchmarks.photos.methods import METHODS, at_cost, scaled, threshold
 from benchmarks.photos.picture import draw
 from benchmarks.photos.weights import Decoder, read
 from onnx_file import SIDE, WIDTH, OnnxFile, small
@@ -262,7 +262,7 @@ def test_thresholds_meet_the_cost(some):
     assert scaled(some, lambda log10: threshold(some, "image", 10**log10), "threshold", 0.2 * some.whole) is None
 
 
-QUICK = [method for method in STYLES if "calibrated" not in method]  # tests of calibrate are elsewhere
+QUICK = [method for method in METHODS if "calibrated" not in method]  # tests of calibrate are elsewhere
 
 
 def test_every_method_is_measured_and_an_interrupted_run_goes_on(some, tmp_path):

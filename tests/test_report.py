@@ -1,6 +1,8 @@
-"""The page of all results."""
+"""The pages of all results."""
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 from importlib.metadata import version
@@ -11,27 +13,71 @@ from benchmarks import pages, report
 from benchmarks.paper.__main__ import EXPERIMENTS
 
 
-def test_the_page_is_what_the_result_files_say():
-    text = (pages.RESULTS / report.PAGE).read_text()
-    assert report.page(pages.RESULTS) == text, "run python -m benchmarks.report"
+def test_the_pages_are_what_the_result_files_say():
+    there = {path.name: path.read_text() for path in pages.RESULTS.glob("*.md")}
+    assert report.index_and_pages(pages.RESULTS) == there, "run python -m benchmarks.report"
+
+
+def test_every_result_and_plot_stands_on_one_short_page():
+    index, *texts = report.index_and_pages(pages.RESULTS).values()
+    assert all(len(text.encode()) <= 12_000 for text in (index, *texts))
     for path in pages.RESULTS.glob("*.json"):
-        assert f"`{path.name}`: `" in text
+        assert sum(text.count(f"\n\n`{path.name}`: `") for text in texts) == 1
+        assert index.count(f"[{path.stem}](") == 1
     for path in pages.RESULTS.glob("*.png"):
-        assert f"]({path.name})" in text
+        assert sum(text.count(f"]({path.name})") for text in texts) == 1
 
 
-def test_it_is_written_with_the_tables_of_all_pages(tmp_path, monkeypatch, capsys):
+def test_the_index_links_headings_that_are_there():
+    made = report.index_and_pages(pages.RESULTS)
+    links = re.findall(r"\]\(([\w.]+)#([\w-]+)\)", made[report.INDEX])
+    assert len(links) == len(list(pages.RESULTS.glob("*.json")))
+    for page, anchor in links:
+        headings = re.findall(r"^## (.*)$", made[page], re.MULTILINE)
+        assert anchor in [heading.lower().replace(".", "") for heading in headings]
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    """The result files, copied, and pages with places for their tables."""
+    copied = tmp_path / "results"
+    copied.mkdir()
+    for path in pages.RESULTS.glob("*.json"):
+        shutil.copy(path, copied)
     tables = {tmp_path / page.name: tables for page, tables in pages.TABLES.items()}
     for page, names in tables.items():
         page.write_text("".join(f"<!-- {name} -->\nstale text\n<!-- end -->\n" for name in names))
     monkeypatch.setattr(pages, "TABLES", tables)
-    monkeypatch.setattr(report, "PAGE", tmp_path / "REPORT.md")
-    assert report.main([]) == 0
-    written = [page.read_text() for page in tables]
-    assert "stale text" not in "".join(written) and pages.made_by("paper_flops.json") in "".join(written)
-    assert report.main([]) == 0
-    assert [page.read_text() for page in tables] == written
-    assert (tmp_path / "REPORT.md").read_text() == report.page(pages.RESULTS)
+    monkeypatch.setattr(pages, "RESULTS", copied)
+    return copied
+
+
+def test_they_are_written_with_the_tables_of_all_pages(results):
+    for _ in range(2):
+        assert report.main([]) == 0
+        written = "".join(page.read_text() for page in pages.TABLES)
+        assert "stale text" not in written and pages.made_by("paper_flops.json") in written
+        there = {path.name: path.read_text() for path in results.glob("*.md")}
+        assert there == report.index_and_pages(results)
+
+
+def test_a_page_without_a_result_is_named(results, capsys):
+    (results / "old.md").write_text("numbers of last year")
+    assert report.main([]) == 2
+    assert capsys.readouterr().err == f"benchmarks.report: {results / 'old.md'} is a page without a result; delete it\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "others", "said"),
+    [("unheard_of", {}, "no page"), ("host", {"new.md": ("New", {"hos?": ""})}, "checks.md and new.md")],
+)
+def test_a_result_belongs_to_one_page(name, others, said, results, monkeypatch, capsys):
+    monkeypatch.setattr(report, "PAGES", report.PAGES | others)
+    (results / f"{name}.json").write_text((results / "host.json").read_text())
+    assert report.main([]) == 2
+    told = f"{results / name}.json belongs to {said}; give it one page in PAGES of benchmarks/report.py"
+    assert capsys.readouterr().err == f"benchmarks.report: {told}\n"
+    assert not list(results.glob("*.md"))
 
 
 def test_where_merging_pays_is_told_cell_by_cell():
@@ -95,7 +141,7 @@ def test_a_file_of_another_version_is_named(text, tmp_path):
     made = json.loads((pages.RESULTS / "digits_table1.json").read_text())
     path.write_text(json.dumps(made | {"rows": ["x"]}) if text == "ROW" else text)
     with pytest.raises(ValueError, match=f"^{path}: is no result of this version"):
-        report.page(tmp_path)
+        report.index_and_pages(tmp_path)
 
 
 def test_it_takes_no_options(capsys):
@@ -123,9 +169,9 @@ def test_an_experiment_is_found_by_its_name(tmp_path):
     }
     document = {"environment": about | {"gpu": None, "utc": "now"}, "settings": {"blocks": [3]}, "rows": []}
     document["rows"].append({"title": "image 0, ATM", "gflops": 0.25, "gflops_all_tokens_last": 0.26, "left": [7]})
-    (tmp_path / "my_model_figure7.json").write_text(json.dumps(document))
-    page = report.page(tmp_path)
-    assert "## my_model: Pictures of merged tokens" in page and "| image 0, ATM | 0.250 | 0.260 | 7 |" in page
+    (tmp_path / "vit_small_patch14_dinov2_figure7.json").write_text(json.dumps(document))
+    page = report.index_and_pages(tmp_path)["dinov2.md"]
+    assert "\nPictures of merged tokens" in page and "| image 0, ATM | 0.250 | 0.260 | 7 |" in page
     assert "a processor, torch 2, timm 1, commit 0123456, now" in page and "![" not in page
 
 
@@ -133,10 +179,10 @@ def test_a_table_is_of_the_file_beside_it(tmp_path):
     document = json.loads((pages.RESULTS / "paper_flops.json").read_text())
     document["models"][0]["parameters"] = 1_230_000
     (tmp_path / "paper_flops.json").write_text(json.dumps(document))
-    assert "| 1.23 (5.72) |" in report.page(tmp_path)
+    assert "| 1.23 (5.72) |" in report.index_and_pages(tmp_path)["checks.md"]
 
 
 def test_an_unfinished_file_is_shown_as_far_as_it_goes(tmp_path):
     document = json.loads((pages.RESULTS / "digits_figure4.json").read_text())
     (tmp_path / "digits_figure4.json").write_text(json.dumps(document | {"rows": document["rows"][:-1]}))
-    assert report.page(tmp_path).count("not measured yet") == 1
+    assert report.index_and_pages(tmp_path)["digits.md"].count("not measured yet") == 1

@@ -9,9 +9,9 @@ from atm_triton.digits.model import CONFIG, IMAGE_CONFIG
 from benchmarks.calibration import RAMPS
 from benchmarks.pages import RESULTS, beside_the_curve
 from benchmarks.paper import table1
-from benchmarks.paper.methods import STYLES
+from benchmarks.paper.methods import METHODS
 
-MEASURED = STYLES.keys() - {"ats", "zero_tprune", "tofu", "dtome"}  # these came after the results
+MEASURED = set(METHODS) - {"ats", "zero_tprune", "tofu", "dtome"}  # these came after the results
 
 
 def result(name):
@@ -102,9 +102,10 @@ def test_what_stands_beside_costs_as_much():
         assert 1 - row["saved"] == pytest.approx(1 - row["share"], rel=0.02), (row["method"], row["adapt"])
 
 
-def test_passes_of_few_images_are_stated():
-    found = result("digits_calibrate_512.json")
-    assert found["images"] == 512 < found["passes"] and found["config"]["adapt"] == "image"
+@pytest.mark.parametrize(("name", "images"), [("", 256), ("_512", 512)])
+def test_passes_of_few_images_are_stated(name, images):
+    found = result(f"digits_calibrate{name}.json")
+    assert found["images"] == images < found["passes"] and found["config"]["adapt"] == "image"
     assert found["target"]["max_gflops"] == pytest.approx(0.55 * found["unmerged_gflops"], rel=0.01)
 
 

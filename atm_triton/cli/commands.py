@@ -56,7 +56,7 @@ class Case(NamedTuple):
 
 
 def bench(args: argparse.Namespace) -> dict[str, Any]:
-    """Throughput of the unpatched model, the free-merge bound, ToMe and ATM, in turn."""
+    """Throughput of timm's model, the free-merge bound (as many tokens as ATM, removed at no cost), ToMe and ATM."""
     if args.repeats < 1 or (args.batches is not None and args.batches < 1):
         raise ValueError("--repeats and --batches want 1 or more")
     report.check_plot(args.plot)
@@ -335,11 +335,11 @@ def _config(args: argparse.Namespace, model: VisionTransformer, default: ATMConf
     elif args.schedule is not None:
         config = ATMConfig(adapt="static", schedule=tuple(args.schedule))
     elif curve:
-        config = ATMConfig(**curve)
+        config = ATMConfig(**curve, adapt=args.usual_adapt)
     elif default is not None:
         config = default
     elif args.model == DIGITS and args.checkpoint is None and not args.model_kwargs:
-        config = digits_config(args.adapt)
+        config = digits_config(args.adapt or args.usual_adapt)
     else:
         check_weights(args.model, args.checkpoint, args.pretrained)
         config = ATMConfig()

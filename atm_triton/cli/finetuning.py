@@ -134,7 +134,7 @@ def recalibration(args: argparse.Namespace, recipe: Recipe) -> Callable[[VisionT
     if args.recalibrate is None:
         return None
     target = Target(max_gflops=args.max_gflops)
-    asked = {"adapt": args.adapt or "image", "backend": args.backend, "seed": recipe.seed}
+    asked = {"adapt": args.adapt or args.usual_adapt, "backend": args.backend, "seed": recipe.seed}
     asked |= {"cls_only_last": not args.all_tokens_last, "proportional_attention": args.proportional_attention}
     data = DIGITS if _is_digits(args) else str(folders(args)[0])
     reading = {"batch_size": recipe.batch_size, "workers": args.workers, "device": args.device}

@@ -16,6 +16,20 @@ from atm_triton.training.recipe import AMP, SCHEDULES
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 SPLITS = ("test", "calibration", "train")
+USUAL_ADAPT = "image"  # predictions change least and do not depend on the rest of the batch
+BENCH_ADAPT = "batch"  # the short run of `make bench`; "image" times a DeiT-S on large batches too, which takes minutes
+GFLOPS = "in GFLOPs per image: 1e9 multiply-accumulates"
+BACKEND_HELP = "Triton kernels or plain torch (default: auto, the kernels where they run)"
+EXAMPLES = {  # of each command
+    "bench": "atm-triton bench --model deit_small_patch16_224 --batch-size 64 --schedule 8 8 8 8 8 8 8 8 8 8 8 8",
+    "eval": "atm-triton eval --model deit_small_patch16_224 --pretrained --data imagenet/val --max-gflops 3.3",
+    "calibrate": "atm-triton calibrate --model vit_small_patch16_224 --checkpoint mine.safetensors "
+    "--model-kwargs num_classes=7 --data photos --max-gflops 3.3 --out mine.json",
+    "finetune": "atm-triton finetune --model deit_small_patch16_224 --pretrained --data imagenet --max-gflops 2.6 "
+    "--device cuda --amp bfloat16 --out deit-s",
+    "visualize": "atm-triton visualize photos/a/0.jpg --out merged.png",
+    "env": "atm-triton env --json env.json",
+}
 
 
 class _Arguments(ParseKwargs):
@@ -34,9 +48,14 @@ def parser(commands: Mapping[str, Callable[[argparse.Namespace], Any]]) -> argpa
         prog="atm-triton", description="Adaptive token merging for Vision Transformers."
     )
     subparsers = made.add_subparsers(dest="command", required=True)
-    model, data, merging, out, measure = model_options(), data_options(), _merging(), _out(), _measure()
+    model, data, merging, out, measure = model_options(), data_options(), _merging(USUAL_ADAPT), _out(), _measure()
     parents = {
-        "bench": [model, data, merging, out],
+        "bench": [
+            model,
+            data,
+            _merging(BENCH_ADAPT, " (the short run; image, the other commands' default, takes minutes)"),
+            out,
+        ],
         "eval": [model, data, measure, merging, out],
         "calibrate": [model, data, measure, out],
         "finetune": [model, data, merging, out],
@@ -50,7 +69,13 @@ def parser(commands: Mapping[str, Callable[[argparse.Namespace], Any]]) -> argpa
         "visualize": _visualize,
     }
     for name, run in commands.items():
-        sub = subparsers.add_parser(name, parents=parents.get(name, [out]), help=run.__doc__, description=run.__doc__)
+        sub = subparsers.add_parser(
+            name,
+            parents=parents.get(name, [out]),
+            help=run.__doc__,
+            description=run.__doc__,
+            epilog=f"example: {EXAMPLES[name]}",
+        )
         own.get(name, lambda _: None)(sub)
         sub.set_defaults(run=run)
     return made
@@ -58,27 +83,37 @@ def parser(commands: Mapping[str, Callable[[argparse.Namespace], Any]]) -> argpa
 
 def model_options() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(add_help=False)
-    options.add_argument("--model", default=DIGITS, help="digits (default), or any ViT of timm's or the paper's")
+    options.add_argument("--model", default=DIGITS, help="digits (default), or a ViT of timm's or the paper's by name")
     options.add_argument(
         "--model-kwargs",
         nargs="*",
         default={},
         action=_Arguments,
         metavar="NAME=VALUE",
-        help="of the model's function, as global_pool=avg",
+        help="arguments of the model's function, such as num_classes=7",
     )
     options.add_argument("--checkpoint", type=Path, help="weights to load (safetensors or .pth)")
     options.add_argument("--pretrained", action="store_true", help="download timm's published weights")
-    options.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    options.add_argument("--dtype", default="float32", choices=DTYPES)
+    options.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        choices=["cpu", "cuda"],
+        help="where the model runs (default: cuda if there is a GPU)",
+    )
+    options.add_argument(
+        "--dtype",
+        default="float32",
+        choices=DTYPES,
+        help="of weights and images (default: float32); bfloat16 and float16 are for a GPU, float64 for exact sums",
+    )
     return options
 
 
 def data_options() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(add_help=False)
-    text = "digits, or a directory with one folder of images a class (to calibrate: with images anywhere)"
+    text = "digits, or a directory with one folder of images for each class (to calibrate: with images anywhere)"
     options.add_argument("--data", help=text)
-    options.add_argument("--batch-size", type=int, help="images a batch (64; 8 for random images)")
+    options.add_argument("--batch-size", type=int, help="images per batch (64; 8 for random images)")
     return options
 
 
@@ -86,29 +121,50 @@ def _measure() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(add_help=False)
     group = options.add_argument_group("what is compared (default: what the head says, or without one its pool)")
     one = group.add_mutually_exclusive_group()
-    one.add_argument("--dense", action="store_true", help="patch tokens, unmerged: they are what is read")
-    one.add_argument("--sigmoid", action="store_true", help="labels that do not exclude one another")
+    one.add_argument(
+        "--dense", action="store_true", help="compare patch tokens, for a model whose patch tokens are read"
+    )
+    one.add_argument(
+        "--sigmoid", action="store_true", help="compare labels that do not exclude one another, each through a sigmoid"
+    )
     return options
 
 
-def _merging() -> argparse.ArgumentParser:
+def _merging(usual_adapt: str, why: str = "") -> argparse.ArgumentParser:
+    """``usual_adapt``: the way to adapt where neither --adapt nor what says how much merges has one; ``why``, if it is
+    not that of the other commands."""
     options = argparse.ArgumentParser(add_help=False)
+    options.set_defaults(usual_adapt=usual_adapt)
     group = options.add_argument_group("merging (default: thresholds of the paper's tables, or the digits' own)")
     one = group.add_mutually_exclusive_group()
     one.add_argument("--config", type=Path, help="a JSON file of ATMConfig, or a result file that holds one")
-    one.add_argument("--max-gflops", type=float, help="the paper's best operating point at this cost")
-    one.add_argument("--top1-drop", type=float, help="the paper's cheapest operating point at this loss, in points")
-    one.add_argument("--schedule", type=int, nargs="+", metavar="R", help='r for each block: adapt="static"')
-    group.add_argument("--adapt", choices=ADAPT, help="one r a batch (default), each image its own, or a --schedule")
-    group.add_argument("--alpha", type=float, help="threshold of the first block; with the next two")
-    group.add_argument("--beta", type=float, help="decay rate of the threshold")
-    group.add_argument("--theta-min", type=float, help="lowest threshold")
-    group.add_argument("--split-depth", type=int, help="blocks that group alternately (3/4 of the depth)")
-    group.add_argument("--backend", default="auto", choices=BACKENDS)
-    group.add_argument(
-        "--proportional-attention", action=argparse.BooleanOptionalAction, help="log n in the attention scores or not"
+    one.add_argument("--max-gflops", type=float, help=f"the paper's best operating point at this cost, {GFLOPS}")
+    one.add_argument(
+        "--top1-drop", type=float, help="the paper's cheapest operating point at this loss of top-1, in points"
     )
-    group.add_argument("--all-tokens-last", action="store_true", help="the last block computes every token")
+    one.add_argument("--schedule", type=int, nargs="+", metavar="R", help='r for each block: adapt="static"')
+    text = f"""how many tokens merge: each image its own count (image), one r per batch (batch), or as a --schedule says
+        (static). Default: {usual_adapt}{why}; the paper's points keep the paper's batch, and a --config its own"""
+    group.add_argument("--adapt", choices=ADAPT, help=text)
+    group.add_argument("--alpha", type=float, help="threshold of the first block; give --beta and --theta-min too")
+    group.add_argument("--beta", type=float, help="how fast the threshold falls with depth")
+    group.add_argument("--theta-min", type=float, help="lowest threshold")
+    group.add_argument(
+        "--split-depth",
+        type=int,
+        help="first blocks, which group tokens alternately; later ones group them by size (3/4 of the depth)",
+    )
+    group.add_argument("--backend", default="auto", choices=BACKENDS, help=BACKEND_HELP)
+    group.add_argument(
+        "--proportional-attention",
+        action=argparse.BooleanOptionalAction,
+        help="add log n to the attention scores of a token of n patches, or not",
+    )
+    group.add_argument(
+        "--all-tokens-last",
+        action="store_true",
+        help="the last block computes all tokens, also where only the class token is read",
+    )
     return options
 
 
@@ -120,30 +176,37 @@ def _out() -> argparse.ArgumentParser:
 
 def _bench(options: argparse.ArgumentParser) -> None:
     options.add_argument("--batches", type=int, help="batches of images that one turn runs (2)")
-    options.add_argument("--repeats", type=int, default=25, help="turns (25)")
+    options.add_argument("--repeats", type=int, default=25, help="turns; in each every variant runs once (25)")
     options.add_argument("--plot", type=Path, help="write a bar chart (PNG)")
 
 
 def _eval(options: argparse.ArgumentParser) -> None:
-    options.add_argument("--split", default="test", choices=SPLITS, help="of the digits")
+    options.add_argument("--split", default="test", choices=SPLITS, help="which images of the digits (test)")
     options.add_argument("--limit", type=int, help="number of images, taken evenly from all of a folder")
     _workers(options)
 
 
 def _calibrate(options: argparse.ArgumentParser) -> None:
     wish = options.add_mutually_exclusive_group(required=True)
-    wish.add_argument("--max-gflops", type=float, help="the least change at this cost of an image")
-    wish.add_argument("--max-kl", type=float, help="the least cost at this KL divergence, in nats")
+    wish.add_argument("--max-gflops", type=float, help=f"the least change at this cost, {GFLOPS}")
+    wish.add_argument(
+        "--max-kl",
+        type=float,
+        help="the least cost at this mean KL(unmerged || merged) of the class probabilities, in nats",
+    )
     wish.add_argument("--min-agreement", type=float, help="the least cost at which this share keep their class, 0 to 1")
     wish.add_argument("--max-distance", type=float, help="of features: the least cost at this mean of 1 - cosine")
     wish.add_argument("--max-distance-p99", type=float, help="of features: the same at its 99th percentile")
-    options.add_argument("--adapt", default="image", choices=ADAPT, help="who decides how much merges (image)")
+    text = f"for each image its own count (image), one r per batch (batch), or given r (static). Default: {USUAL_ADAPT}"
+    options.add_argument("--adapt", default=USUAL_ADAPT, choices=ADAPT, help=text)
     options.add_argument("--max-merging-blocks", type=int, help="merge in no more blocks than these; each takes time")
     options.add_argument("--images", type=int, default=256, help="how many to calibrate on, spread over the data (256)")
-    options.add_argument("--split", default="calibration", choices=SPLITS, help="of the digits")
+    options.add_argument(
+        "--split", default="calibration", choices=SPLITS, help="which images of the digits (calibration)"
+    )
     options.add_argument("--out", type=Path, required=True, help="where the configuration goes (JSON)")
-    options.add_argument("--seed", type=int, default=0, help="of the search (0)")
-    options.add_argument("--backend", default="auto", choices=BACKENDS)
+    options.add_argument("--seed", type=int, default=0, help="seed of the search (0)")
+    options.add_argument("--backend", default="auto", choices=BACKENDS, help=BACKEND_HELP)
     _workers(options)
 
 
@@ -167,15 +230,15 @@ def _recipe(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--epochs", type=int, help="passes over the images (30)")
     group.add_argument("--accumulate", type=int, metavar="PASSES", help="batches a step; processes share them out (4)")
     group.add_argument("--opt", help="an optimiser of timm's (adamw)")
-    group.add_argument("--lr", type=float, help="at the start, whatever the batch (2e-5)")
-    group.add_argument("--min-lr", type=float, help="at the end (3e-6)")
-    group.add_argument("--sched", choices=SCHEDULES, help="how it falls (cosine)")
-    group.add_argument("--warmup-epochs", type=int, help="of a rise from 1e-6 (0)")
-    group.add_argument("--weight-decay", type=float, help="of matrices (0.05)")
+    group.add_argument("--lr", type=float, help="learning rate at the start, whatever the batch (2e-5)")
+    group.add_argument("--min-lr", type=float, help="learning rate at the end (3e-6)")
+    group.add_argument("--sched", choices=SCHEDULES, help="how the learning rate falls (cosine)")
+    group.add_argument("--warmup-epochs", type=int, help="epochs in which the rate rises from 1e-6 (0)")
+    group.add_argument("--weight-decay", type=float, help="weight decay of matrices (0.05)")
     group.add_argument("--clip-grad", type=float, help="largest norm of the gradient (any)")
-    group.add_argument("--smoothing", type=float, help="of labels (0.1; digits 0.05)")
-    group.add_argument("--mixup", type=float, help="its alpha (0.8; digits 0)")
-    group.add_argument("--cutmix", type=float, help="its alpha (1.0; digits 0)")
+    group.add_argument("--smoothing", type=float, help="label smoothing (0.1; digits 0.05)")
+    group.add_argument("--mixup", type=float, help="alpha of mixup (0.8; digits 0)")
+    group.add_argument("--cutmix", type=float, help="alpha of cutmix (1.0; digits 0)")
     group.add_argument("--drop-path", type=float, help="rate of drop path (0.1; digits 0)")
     group.add_argument("--ema", type=float, metavar="DECAY", help="also average the weights (no)")
     group.add_argument("--amp", choices=AMP, help="compute in 16 bits, by autocast")
@@ -183,7 +246,7 @@ def _recipe(group: argparse._ArgumentGroup) -> None:
     text = "find thresholds for --max-gflops before the first epoch and after every so many; no labels are read"
     group.add_argument("--recalibrate", type=int, metavar="EPOCHS", help=text)
     group.add_argument("--calibration-images", type=int, help="how many to find them on (256)")
-    group.add_argument("--seed", type=int, help="of all that is random (0)")
+    group.add_argument("--seed", type=int, help="seed of all that is random (0)")
 
 
 def _augmentation(group: argparse._ArgumentGroup) -> None:
@@ -193,11 +256,13 @@ def _augmentation(group: argparse._ArgumentGroup) -> None:
 
 
 def _visualize(options: argparse.ArgumentParser) -> None:
-    options.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="image files, a row each")
+    options.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="image files, one row for each")
     options.add_argument("--out", type=Path, required=True, help="where the pictures go (PNG, PDF or SVG)")
-    options.add_argument("--blocks", type=int, nargs="+", help="after which, from 1 (four of them)")
+    options.add_argument(
+        "--blocks", type=int, nargs="+", help="draw the tokens after these blocks, counted from 1 (four of them)"
+    )
 
 
 def _workers(options: argparse.ArgumentParser) -> None:
     default = min(4, os.cpu_count() or 1)
-    options.add_argument("--workers", type=int, default=default, help="processes that load images")
+    options.add_argument("--workers", type=int, default=default, help=f"processes that load images ({default})")

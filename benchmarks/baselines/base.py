@@ -160,7 +160,7 @@ class ReducingBlock(ATMBlock):
         assignment = plan.assignment() if isinstance(plan, Plan) else plan
         if assignment is plan or plan.weights is None:
             return ops.merge(tokens, assignment, self.config.backend), assignment.slots
-        x, sizes, images, _ = tokens
+        x, sizes, images = tokens.x, tokens.sizes, tokens.images
         sizes = torch.ones(len(x), dtype=torch.float32, device=x.device) if sizes is None else sizes
         weighted = x * plan.weights.to(x.dtype).reshape(-1, 1)
         return Packed.of(*(sums(images.shaped(rows), plan) for rows in (weighted, sizes))), assignment.slots

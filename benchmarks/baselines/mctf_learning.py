@@ -41,7 +41,8 @@ class MCTFLearning(Learning):
         return Answer(logits=logits, token=token, teacher_logits=teacher_logits, teacher_token=teacher_token)
 
     def loss(self, answer: Answer, targets: Tensor, criterion: Criterion) -> Tensor:
-        logits, token, teacher_logits, teacher_token = answer
+        logits, token = answer.logits, answer.token
+        teacher_logits, teacher_token = answer.teacher_logits, answer.teacher_token
         shares = targets if targets.dim() == 2 else F.one_hot(targets, logits.shape[1])
         right = shares > shares.amin(dim=1, keepdim=True)
         sure = (logits.detach().softmax(dim=1) * right).sum(dim=1) > SURE

@@ -88,7 +88,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _add(names: Any, name: str, experiment: Any, parents: list[argparse.ArgumentParser]) -> argparse.ArgumentParser:
     text = experiment.__doc__.splitlines()[0]
-    options = names.add_parser(name, help=text, description=text, parents=parents)
+    made = {"description": experiment.__doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    options = names.add_parser(name, help=text, parents=parents, **made)
     options.add_argument("--out", type=Path, default=RESULTS, help="the directory for the result")
     return options
 

@@ -6,6 +6,7 @@ that have not merged have no sizes to tell them apart.
 """
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
@@ -82,20 +83,26 @@ def _cell(row: dict[str, Any] | None) -> str:
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """A line for each threshold, and bars for their mean."""
+    """A line for each threshold, from dark to light, as other colours are for methods, and bars for their mean."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.5, 3.6), layout="constrained")
+    figure = Figure(figsize=(5.5, 3.9), layout="constrained")
     panel = figure.subplots()
     blocks = sorted({row["block"] for row in result["rows"]})
     lines = {theta: [] for theta in result["settings"]["thetas"]}
     for row in sorted(result["rows"], key=lambda row: row["block"]):
         lines[row["theta"]].append(row["loss"])
-    panel.bar(blocks, [sum(of_block) / len(lines) for of_block in zip(*lines.values(), strict=True)], color="0.85")
-    for theta, losses in lines.items():
-        panel.plot(blocks, losses, marker=".", label=f"theta = {theta:g}")
+    means = [sum(of_block) / len(lines) for of_block in zip(*lines.values(), strict=True)]
+    panel.bar(blocks, means, color="0.85", label="their mean")
+    for number, theta in enumerate(sorted(lines)):
+        losses = [loss if loss > 0 else math.nan for loss in lines[theta]]  # where nothing merges there is no point
+        panel.plot(
+            blocks, losses, marker=".", color=colormaps["viridis"](number / len(lines)), label=f"threshold {theta:g}"
+        )
     panel.set_yscale("log")
-    panel.set_xlabel("the one block that merges")
-    panel.set_ylabel("cosine distance of the final class token")
-    panel.legend(fontsize=7)
+    panel.set_xticks(blocks)
+    panel.set_xlabel("the one block that merges (no point: no token does)")
+    panel.set_ylabel("1 - cosine of the final class token (log scale)")
+    panel.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)

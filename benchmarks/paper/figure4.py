@@ -8,21 +8,24 @@ of the matching are in no cost.
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.paper.cells import about, changed, markdown, percent
-from benchmarks.paper.methods import STYLES, measured_at
+from benchmarks.paper.methods import LINES, METHODS, measured_at
 from benchmarks.paper.rows import Rows
 from benchmarks.paper.subject import Subject, check_shares, shares
 
 SHARES = (0.2, 0.3, 0.4, 0.5, 0.6)  # saved
-PANELS = (
-    ("top1", "top-1, %"),
-    ("agreement", "agreement with the unpatched model, %"),
-    ("kl", "KL(unpatched || merged), nats"),
-    ("distance", "1 - cosine of the features"),
-)
+PANELS = {
+    "top1": "top-1, %",
+    "agreement": "agreement, %",
+    "kl": "KL(unmerged || merged), nats",
+    "distance": "1 - cosine of the features",
+}
+LOGARITHMIC = ("kl", "distance")
+DASHES = "solid: each image its own count\ndashed: one for all images of a batch"
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -34,9 +37,9 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure(subject: Subject, rows: Rows, args: argparse.Namespace) -> None:
-    rows.expect(len(args.shares) * len(STYLES))
+    rows.expect(len(args.shares) * len(METHODS))
     for share in args.shares:
-        for method in STYLES:
+        for method in METHODS:
             key = {"method": method, "share": share}
             rows.add(key, lambda method=method, share=share: measured_at(subject, method, subject.goal(share)))
 
@@ -61,27 +64,54 @@ def _cell(row: dict[str, Any] | None) -> str:
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Top-1, agreement and KL against GFLOPs."""
-    draw(result["rows"], STYLES, path)
+    """Top-1, agreement and KL against GFLOPs. A method with several settings has one line: at each cost
+    that which changes least."""
+    lines = {name: (style, [least(rows) for rows in _costs(result, of)]) for name, (style, of) in LINES.items()}
+    draw(lines, PANELS, LOGARITHMIC, path, DASHES)
 
 
-def draw(rows: list[dict[str, Any]], styles: dict[str, str], path: Path) -> None:
-    """A line for each method in each of :data:`PANELS` that a row has."""
+def _costs(result: dict[str, Any], of: tuple[str, ...]) -> list[list[dict[str, Any]]]:
+    """What was measured of some settings, by cost."""
+    by_share: dict[float, list[dict[str, Any]]] = {}
+    for row in result["rows"]:
+        if row["method"] in of and "overall" in row:
+            by_share.setdefault(row["share"], []).append(row["overall"])
+    return list(by_share.values())
+
+
+def least(qualities: list[dict[str, Any]]) -> dict[str, Any]:
+    """The one that changes least: by KL, or without a head by the distance of features."""
+    return min(qualities, key=lambda quality: quality["distance"] if quality["kl"] is None else quality["kl"])
+
+
+def draw(
+    lines: dict[str, tuple[str, list[dict[str, Any]]]],
+    panels: dict[str, str],
+    logarithmic: Sequence[str],
+    path: Path,
+    note: str = "",
+) -> None:
+    """A panel for each measure that a point has, against GFLOPs, and the legend beside them, with a ``note``. A line is
+    a style of matplotlib's and its points."""
     from matplotlib.figure import Figure
 
-    measured = [row["overall"] for row in rows if "overall" in row]
-    shown = [(name, label) for name, label in PANELS if any(quality.get(name) is not None for quality in measured)]
-    figure = Figure(figsize=(4.5 * max(len(shown), 1), 3.8), layout="constrained")
-    panels = figure.subplots(1, max(len(shown), 1), squeeze=False)[0]
-    for panel, (name, label) in zip(panels, shown, strict=False):
-        for method, style in styles.items():
-            of_method = [row["overall"] for row in rows if row["method"] == method and "overall" in row]
-            of_method.sort(key=lambda quality: quality["gflops"])
-            if of_method and all(quality.get(name) is not None for quality in of_method):
-                at = [quality["gflops"] for quality in of_method]
-                panel.plot(at, [q[name] for q in of_method], style, label=method, markersize=4)
-        panel.set_xlabel("GFLOPs an image")
-        panel.set_ylabel(label)
-    panels[-1].set_yscale("log")
-    figure.legend(*panels[-1].get_legend_handles_labels(), fontsize=7, loc="outside right center")
+    points = [point for _, of_line in lines.values() for point in of_line]
+    shown = [name for name in panels if any(point.get(name) is not None for point in points)]
+    rows = len(shown) // 2 + 1
+    figure = Figure(figsize=(7, 2.9 * rows), layout="constrained")
+    cells = list(figure.subplots(rows, 2, squeeze=False).flat)
+    handles: dict[str, Any] = {}
+    for name, cell in zip(shown, cells, strict=False):
+        for label, (style, of_line) in lines.items():
+            known = sorted((point["gflops"], point[name]) for point in of_line if point.get(name) is not None)
+            if known:
+                (handles[label],) = cell.plot(*zip(*known, strict=True), style, label=label, markersize=4)
+        cell.set_xlabel("GFLOPs per image")
+        cell.set_ylabel(panels[name] + (" (log scale)" if name in logarithmic else ""), fontsize=9)
+        if name in logarithmic:
+            cell.set_yscale("log")
+    for cell in cells[len(shown) :]:
+        cell.set_axis_off()
+    handles = {label: handles[label] for label in lines if label in handles}
+    cells[len(shown)].legend(handles.values(), handles.keys(), loc="center", frameon=False, title=note)
     figure.savefig(path, dpi=150)

@@ -1,8 +1,9 @@
 """Figure 5: schedules of merging: a constant, rising or falling r, one threshold, thresholds that fall with depth.
 
-All have alternate groups in every block. A rising r grows by one from block to block, a falling one shrinks by one, as
-in the paper. The thresholds that fall are the paper's curve (Eq. 1): at each cost the best of some random ones by the
-change of the images to choose by, as the paper swept its three numbers.
+All have alternate groups in every block and, as in the paper, one r per batch (adapt="batch"). A rising r grows by one
+from block to block, a falling one shrinks by one, as in the paper. The thresholds that fall are the paper's curve
+(Eq. 1): at each cost the best of some random ones by the change of the images to choose by, as the paper swept its
+three numbers.
 """
 
 import argparse
@@ -23,12 +24,12 @@ from benchmarks.paper.subject import Subject, check_shares, shares
 
 SHARES = (0.2, 0.3, 0.4, 0.5, 0.6)
 DRAWS = 24  # curves
-STYLES = {
-    "constant r": "C1s-",
-    "increasing r": "C2^-",
-    "decreasing r": "C3v-",
-    "constant threshold": "C4D-",
-    "layer-dependent thresholds": "C0o-",
+STYLES = {  # ToMe's colour, that of one threshold, and ATM's
+    "constant r": "C1s--",
+    "increasing r": "C1^:",
+    "decreasing r": "C1v-.",
+    "constant threshold": "C2v--",
+    "layer-dependent thresholds": "C0o--",
 }
 
 
@@ -69,4 +70,6 @@ table = figure4.table
 
 def plot(result: dict[str, Any], path: Path) -> None:
     """Top-1, agreement and KL against GFLOPs."""
-    figure4.draw(result["rows"], STYLES, path)
+    rows = [row for row in result["rows"] if "overall" in row]
+    lines = {name: (style, [row["overall"] for row in rows if row["method"] == name]) for name, style in STYLES.items()}
+    figure4.draw(lines, figure4.PANELS, figure4.LOGARITHMIC, path)

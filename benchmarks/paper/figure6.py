@@ -1,4 +1,7 @@
-"""Figure 6: the tokens that each block merges, at equal FLOPs: a constant r, one threshold, thresholds by depth."""
+"""Figure 6: the tokens that each block merges, at equal FLOPs: a constant r, one threshold, thresholds by depth.
+
+As in the paper, thresholds give one r per batch (adapt="batch").
+"""
 
 import argparse
 from itertools import pairwise
@@ -12,6 +15,7 @@ from benchmarks.paper.subject import Subject, shares
 
 SHARES = (0.33,)  # as in the paper
 COMPARED = ("constant r", "constant threshold", "layer-dependent thresholds")
+COLOURS = [figure5.STYLES[name][:2] for name in COMPARED]
 
 settings = figure5.settings
 
@@ -54,15 +58,16 @@ def plot(result: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     costs = sorted({row["share"] for row in result["rows"]})
-    figure = Figure(figsize=(6 * len(costs), 3.4), layout="constrained")
+    figure = Figure(figsize=(6 * len(costs), 3.7), layout="constrained")
     for panel, share in zip(figure.subplots(1, len(costs), squeeze=False)[0], costs, strict=True):
         rows = [row for row in result["rows"] if row["share"] == share and "merged" in row]
         for number, row in enumerate(rows):
-            at = [block + (number - 1) * 0.27 for block in range(1, len(row["merged"]) + 1)]
-            panel.bar(at, row["merged"], 0.27, label=row["method"])
+            blocks = range(1, len(row["merged"]) + 1)
+            colour = COLOURS[COMPARED.index(row["method"])]
+            panel.bar([b + (number - 1) * 0.27 for b in blocks], row["merged"], 0.27, label=row["method"], color=colour)
+            panel.set_xticks(blocks)
         panel.set_xlabel("block")
-        panel.set_ylabel("tokens merged, mean of all images")
-        panel.set_title(f"-{100 * share:.0f} % of the FLOPs", fontsize=9)
+        panel.set_ylabel(f"tokens merged per image, -{100 * share:.0f} % FLOPs")
         if rows:
-            panel.legend(fontsize=7)
+            panel.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(COMPARED), frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)

@@ -23,7 +23,7 @@ SAVED = 0.5
 
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False, parents=[options()])
-    parser.add_argument("--pictures", type=int, default=4, help="images shown, from easy to hard (4)")
+    parser.add_argument("--pictures", type=int, default=2, help="images shown, from easy to hard (2)")
     parser.add_argument("--share", type=float, default=SAVED, help="of the FLOPs to save (0.5)")
     parser.add_argument("--blocks", type=int, nargs="+", default=[2, 4, 6, 8, 11], help="after which (2 4 6 8 11)")
     return parser

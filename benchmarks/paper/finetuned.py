@@ -38,9 +38,8 @@ def arguments() -> argparse.ArgumentParser:
 def training_options(seeds: list[int]) -> argparse.ArgumentParser:
     """The options of an experiment that trains."""
     parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument(
-        "--adapt", nargs="+", default=["batch"], choices=ADAPT[:2], help="who decides how much merges (batch)"
-    )
+    text = "one r per batch, as in the paper, or each image its own count (batch)"
+    parser.add_argument("--adapt", nargs="+", default=["batch"], choices=ADAPT[:2], help=text)
     parser.add_argument("--epochs", type=int, default=5, help="of each training (5)")
     text = f"a training for each ({' '.join(map(str, seeds))})"
     parser.add_argument("--seeds", type=int, nargs="+", default=seeds, help=text)

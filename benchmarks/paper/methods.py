@@ -26,23 +26,23 @@ from benchmarks.paper.subject import Subject
 
 POINTS = sorted({round(2 * 1.02**step) for step in range(450)}, reverse=True)  # of ATS, 14,538 to 2
 NEAR = 0.03  # of the unmerged model's cost: a method that comes no nearer is left out
-STYLES = {  # a colour for each method; those with several published settings stand with each of them
-    "tome": "C1s--",
-    "tome, rising": "C1^:",
-    "tome, falling": "C1v:",
-    "threshold, batch": "C2v--",
-    "threshold, image": "C2v-",
-    "evit, fused": "C3^--",
-    "evit": "C3^:",
-    "mctf": "C4D--",
-    "mctf, fast": "C4D:",
-    "pitome": "C5P--",
-    "ats": "C6X-",
-    "zero_tprune": "C7*--",
-    "tofu": "C8p--",
-    "dtome": "C9h-",
-    "atm, batch": "C0o--",
-    "atm, image": "C0o-",
+METHODS = (  # those with several published settings stand with each of them
+    *("tome", "tome, rising", "tome, falling", "threshold, batch", "threshold, image", "evit, fused", "evit"),
+    *("mctf", "mctf, fast", "pitome", "ats", "zero_tprune", "tofu", "dtome", "atm, batch", "atm, image"),
+)
+LINES = {  # in plots: a colour for each method, solid where each image has its own count; settings that share a line
+    "ATM": ("C0o-", ("atm, image",)),
+    "ATM, one r per batch": ("C0o--", ("atm, batch",)),
+    "one threshold": ("C2v-", ("threshold, image",)),
+    "one threshold, one r per batch": ("C2v--", ("threshold, batch",)),
+    "ToMe": ("C1s--", ("tome", "tome, rising", "tome, falling")),
+    "EViT": ("C3^--", ("evit", "evit, fused")),
+    "MCTF": ("C4D--", ("mctf", "mctf, fast")),
+    "PiToMe": ("C5P--", ("pitome",)),
+    "ATS": ("C6X-", ("ats",)),
+    "Zero-TPrune": ("C7*--", ("zero_tprune",)),
+    "ToFu": ("C8p--", ("tofu",)),
+    "DToMe": ("kh-", ("dtome",)),
 }
 
 
@@ -162,7 +162,7 @@ def fitted(subject: Subject, goal: float, within: float) -> Way | None:
 
 
 def at_cost(subject: Subject, method: str, goal: float, within: float = NEAR) -> Way | None:
-    """A method of :data:`STYLES` at ``goal`` GFLOPs, or ``within`` this share of the unmerged model's where settings
+    """A method of :data:`METHODS` at ``goal`` GFLOPs, or ``within`` this share of the unmerged model's where settings
     come in steps; None if it cannot be there.
 
     Raises:

@@ -2,7 +2,8 @@
 
 Those of Table A3, for checkpoints that were fine-tuned with merging, go by the name pointsA3. The paper's points are
 for its own checkpoints on ImageNet-1k. For the digits those of DeiT-S stand in, which has as many tokens and blocks:
-they show what thresholds do that were chosen for another model.
+they show what thresholds do that were chosen for another model. As in the paper, all merge one r per batch
+(adapt="batch").
 """
 
 import argparse

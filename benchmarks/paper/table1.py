@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from benchmarks.paper.cells import about, changed, drop, markdown, saved
-from benchmarks.paper.methods import STYLES, at_cost, measured_at
+from benchmarks.paper.methods import METHODS, at_cost, measured_at
 from benchmarks.paper.rows import Rows
 from benchmarks.paper.subject import Subject, options
 
@@ -34,9 +34,9 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
 def measure(subject: Subject, rows: Rows, args: argparse.Namespace) -> None:
     if not subject.labelled:
         raise ValueError(f"--data {subject.data}: top-1 needs one folder for each class of the model")
-    rows.expect(len(STYLES) * STEPS)
+    rows.expect(len(METHODS) * STEPS)
     find = partial(at_cost, within=math.inf)
-    for method in STYLES:
+    for method in METHODS:
         low, high = 1 - subject.costs.highest / subject.costs.unmerged, MOST
         for _ in range(STEPS):
             share = (low + high) / 2

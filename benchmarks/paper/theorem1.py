@@ -2,7 +2,7 @@
 
 Two unit vectors with cosine distance delta and sizes n_i and n_j become their size-weighted mean x*. The error
 n_i delta(x_i, x*) + n_j delta(x_j, x*) is at least n_i n_j / (n_i + n_j) delta and at most twice that, where the
-vectors make no obtuse angle.
+vectors make no obtuse angle. The model merges one r per batch (adapt="batch"), as in the paper.
 """
 
 import argparse

@@ -23,7 +23,7 @@ from benchmarks.paper.subject import check_shares
 from benchmarks.photos import report
 from benchmarks.photos.compare import Photos
 from benchmarks.photos.images import PHOTOS, opened
-from benchmarks.photos.methods import STYLES, measured_at
+from benchmarks.photos.methods import METHODS, measured_at
 from benchmarks.photos.picture import draw
 from benchmarks.photos.weights import BACKBONE, DECODER, kept, open_backbone, open_decoder
 
@@ -37,8 +37,8 @@ def options() -> argparse.ArgumentParser:
     parser = Parser(prog="python -m benchmarks.photos", description=__doc__.split("\n\n")[0].split(": ")[1])
     add_subject(parser)
     parser.add_argument("--shares", type=float, nargs="+", default=list(SHARES), help="of the FLOPs to save")
-    text = f"some of: {'; '.join(STYLES)}"
-    parser.add_argument("--methods", nargs="+", choices=STYLES, default=list(STYLES), metavar="NAME", help=text)
+    text = f"some of: {'; '.join(METHODS)}"
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME", help=text)
     parser.add_argument("--out", type=Path, default=RESULTS / "photos.json", help="the result; plots go beside it")
     return parser
 

@@ -23,16 +23,18 @@ FROM_PAPER = (
     *("tome", "tome, rising", "tome, falling", "threshold, batch", "threshold, image", "evit, fused", "mctf"),
     *("pitome", "zero_tprune", "tofu"),
 )
-STYLES = {name: paper.STYLES[name] for name in FROM_PAPER} | {
-    "atm, curve, batch": "C9o--",
-    "atm, curve, image": "C9o-",
-    "atm, calibrated, batch": "C0o--",
-    "atm, calibrated, image": "C0o-",
+METHODS = (*FROM_PAPER, *(f"atm, {kind}, {adapt}" for kind in ("curve", "calibrated") for adapt in ("batch", "image")))
+LINES = {  # in plots, as in the paper's
+    "ATM": ("C0o-", ("atm, calibrated, image",)),
+    "ATM, one r per batch": ("C0o--", ("atm, calibrated, batch",)),
+    "the paper's curve": ("C9o-", ("atm, curve, image",)),
+    "the paper's curve, one r per batch": ("C9o--", ("atm, curve, batch",)),
+    **{name: line for name, line in paper.LINES.items() if set(line[1]) & set(FROM_PAPER)},
 }
 
 
 def at_cost(photos: Photos, method: str, goal: float) -> Way | None:
-    """A method of :data:`STYLES` at ``goal`` GFLOPs; None: it has no setting near that."""
+    """A method of :data:`METHODS` at ``goal`` GFLOPs; None: it has no setting near that."""
     candidates = published(photos.depth, photos.N, cls_only_last=False)
     if method in candidates:
         return nearest(photos, candidates[method], goal)

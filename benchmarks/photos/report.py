@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.paper.cells import markdown
+from benchmarks.paper.figure4 import DASHES, draw
 from benchmarks.photos.compare import MEASURES
-from benchmarks.photos.methods import STYLES
+from benchmarks.photos.methods import LINES, METHODS
 
 LABELS = {
     "class_token": "class token, 1 - cosine",
     "patch_tokens": "patch tokens, 1 - cosine",
-    "saliency": "saliency, mean absolute difference",
+    "saliency": "saliency, mean difference",
 }
 
 
@@ -25,19 +26,19 @@ def table(result: dict[str, Any]) -> str:
     body = []
     for share in sorted({row["share"] for row in result["rows"]}):
         rows = [row for row in result["rows"] if row["share"] == share]
-        for row in sorted(rows, key=lambda row: list(STYLES).index(row["method"])):
+        for row in sorted(rows, key=lambda row: METHODS.index(row["method"])):
             first = [row["method"], f"-{100 * share:.0f} %"]
             if "missing" in row:
                 body.append([*first, row["missing"], *[""] * 5])
                 continue
             cells = [_cell(row[name]) for name in MEASURES]
-            less = ", ".join(_less(result, row, name) for name in MEASURES[:2])
+            less = ", ".join(less_than_tome(result, row, name) for name in MEASURES[:2])
             worst = f"{row['class_token']['worst']:.4f}"
             body.append([*first, f"{row['gflops']:.2f}", cells[0], worst, *cells[1:], less])
     return markdown(head, body)
 
 
-def _less(result: dict[str, Any], row: dict[str, Any], name: str) -> str:
+def less_than_tome(result: dict[str, Any], row: dict[str, Any], name: str) -> str:
     """How many times less a measure changes than by ToMe, interpolated between its costs (the logarithm of the change,
     linearly); "-" where it was not measured on both sides."""
     tome = [one for one in result["rows"] if one["method"] == "tome" and "settings" in one]
@@ -56,20 +57,18 @@ def _cell(figures: dict[str, float] | None) -> str:
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """A panel for each measure, a line for each method, against GFLOPs."""
-    from matplotlib.figure import Figure
+    """A panel for each measure, a line for each method, against GFLOPs. A method with several settings has one line: at
+    each cost the setting whose class token changes least."""
+    lines = {}
+    for name, (style, of) in LINES.items():
+        rows = [row for row in result["rows"] if row["method"] in of and "settings" in row]
+        costs = {row["share"]: [other for other in rows if other["share"] == row["share"]] for row in rows}
+        lines[name] = (
+            style,
+            [_point(min(found, key=lambda row: row["class_token"]["mean"])) for found in costs.values()],
+        )
+    draw(lines, LABELS, MEASURES, path, DASHES)
 
-    figure = Figure(figsize=(13.5, 3.8), layout="constrained")
-    panels = figure.subplots(1, len(MEASURES))
-    for panel, name in zip(panels, MEASURES, strict=True):
-        for method, style in STYLES.items():
-            rows = [row for row in result["rows"] if row["method"] == method and row.get(name) is not None]
-            rows.sort(key=lambda row: row["gflops"])
-            if rows:
-                at = [row["gflops"] for row in rows]
-                panel.plot(at, [row[name]["mean"] for row in rows], style, label=method, markersize=4)
-        panel.set_xlabel("GFLOPs an image")
-        panel.set_ylabel(LABELS[name])
-        panel.set_yscale("log")
-    figure.legend(*panels[0].get_legend_handles_labels(), fontsize=7, loc="outside right center")
-    figure.savefig(path, dpi=150)
+
+def _point(row: dict[str, Any]) -> dict[str, Any]:
+    return {"gflops": row["gflops"]} | {name: row[name] and row[name]["mean"] for name in MEASURES}
