@@ -163,7 +163,8 @@ class DynamicViTLearning(Learning):
         )
 
     def loss(self, answer: Answer, targets: Tensor, criterion: Criterion) -> Tensor:
-        logits, features, masks, teacher_logits, teacher_features = answer
+        logits, features, masks = answer.logits, answer.features, answer.masks
+        teacher_logits, teacher_features = answer.teacher_logits, answer.teacher_features
         off = [
             (mask.mean(dim=1) - self.baseline.share(stage)).square().mean() for stage, mask in enumerate(masks, start=1)
         ]
