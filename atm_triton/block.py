@@ -40,10 +40,10 @@ class Step:
 
 
 class Planned(NamedTuple):
-    """The partners that a block found and, if it has to wait for their counts, the copy of these to the host.
+    """The ``pairs`` that a block matched and, if it has to wait for their counts, the copy of these to the host.
     :meth:`ATMBlock.assign` turns it into an assignment after attention has run."""
 
-    found: ops.Match
+    pairs: ops.Match
     copy: ops.HostCopy | None
 
 
@@ -58,10 +58,10 @@ class ATMAttention(Attention):
 
 
 class ATMBlock(Block):
-    """timm's ``Block`` that merges tokens after attention: ``block(x, size) -> (x, size)``.
+    """timm's ``Block`` that merges tokens after attention: ``block(x, sizes) -> (x, sizes)``.
 
     With ``adapt="image"`` each image merges by its own count, and images of different lengths are stored one after the
-    other: then it is ``block(x, size) -> packed`` or ``block(packed) -> packed``, with a
+    other: then it is ``block(x, sizes) -> packed`` or ``block(packed) -> packed``, with a
     :class:`~atm_triton.packed.Packed`. A block accepts what a block returns, so ``h = block(h)`` works for one block
     after the other.
 
@@ -86,7 +86,7 @@ class ATMBlock(Block):
 
     Examples:
         >>> block = ATMBlock(384, 6, block_index=0, depth=12, config=ATMConfig(thresholds=(0.5,) * 12))
-        >>> x, size = block(torch.randn(8, 197, 384))
+        >>> x, sizes = block(torch.randn(8, 197, 384))
     """
 
     config: ATMConfig
@@ -130,13 +130,17 @@ class ATMBlock(Block):
         self.r = None if config.schedule is None else config.schedule[block_index]
 
     def forward(
-        self, x: Tensor | tuple[Tensor, Tensor | None] | Packed, size: Tensor | None = None, *, step: Step | None = None
+        self,
+        x: Tensor | tuple[Tensor, Tensor | None] | Packed,
+        sizes: Tensor | None = None,
+        *,
+        step: Step | None = None,
     ) -> tuple[Tensor, Tensor | None] | Packed | Tensor:
         """Attention, merge and MLP.
 
         Args:
             x: tokens [B, N, C], or what a block returned.
-            size: [B, N] float32, the number of patches that each token stands for. None: one each.
+            sizes: [B, N] float32, the number of patches that each token stands for. None: one each.
             step: given by the model, whose x may be rows [T, C]. Then only x is returned.
 
         Returns:
@@ -148,23 +152,23 @@ class ATMBlock(Block):
             TypeError: ``attn`` was replaced by a module that does not compute what the block passes to it.
         """
         if step is None or not isinstance(x, Tensor):
-            return self._alone(x, size)
+            return self._alone(x, sizes)
         step.after = tokens = self.forward_packed(handed_on(step.before, x), step)
         return tokens.images.shaped(tokens.x)
 
     def _alone(
-        self, x: Tensor | tuple[Tensor, Tensor | None] | Packed, size: Tensor | None
+        self, x: Tensor | tuple[Tensor, Tensor | None] | Packed, sizes: Tensor | None
     ) -> tuple[Tensor, Tensor | None] | Packed:
         """:meth:`forward` without a model."""
         if not isinstance(x, Packed):
-            x = Packed.of(*x) if isinstance(x, tuple) else Packed.of(x, size)
+            x = Packed.of(*x) if isinstance(x, tuple) else Packed.of(x, sizes)
         if not x.images.equal and self.config.adapt != "image":
             raise ValueError(f'packed images in a block with adapt={self.config.adapt!r}; want adapt="image"')
         tokens = self.forward_packed(x, Step(x))
         if self.config.adapt == "image":
             return tokens
-        size = None if tokens.sizes is None else tokens.images.shaped(tokens.sizes)
-        return tokens.images.shaped(tokens.x), size
+        sizes = None if tokens.sizes is None else tokens.images.shaped(tokens.sizes)
+        return tokens.images.shaped(tokens.x), sizes
 
     def forward_packed(self, tokens: Packed, step: Step) -> Packed:
         """:meth:`forward` on rows; notes slots and counts in ``step``."""
@@ -174,7 +178,7 @@ class ATMBlock(Block):
         x = images.shaped(tokens.x)
         attended, plan = self.called_attn(self.norm1(x), self.attend, tokens, step.merges)
         if isinstance(plan, Planned):
-            assignment, counts = self.assign(plan.found, plan.copy, images), plan.found.counts
+            assignment, counts = self.assign(plan.pairs, plan.copy, images), plan.pairs.counts
         else:
             assignment, counts = plan, None
         if assignment is None:
@@ -196,12 +200,12 @@ class ATMBlock(Block):
         one query, one projection and one MLP row each. ``y``: the norm of all tokens, if already computed."""
         images = tokens.images
         y = self.norm1(images.shaped(tokens.x)) if y is None else y
-        size = None if tokens.sizes is None else images.first(tokens.sizes, n).flatten()
+        sizes = None if tokens.sizes is None else images.first(tokens.sizes, n).flatten()
         x = images.first(tokens.x, n)
         attended, _ = self.called_attn(y, self._attend_leading, tokens, n)
         x = x + self.drop_path1(self.ls1(attended))
         x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
-        return Packed.of(x, size)
+        return Packed.of(x, sizes)
 
     def called_attn(self, y: Tensor, by: Callable[..., tuple[Tensor, Any]], *given: Any) -> tuple[Tensor, Any]:
         """Call ``attn`` as a module on the normalised tokens ``y``; ``by``, a method of this block, computes it from y
@@ -248,10 +252,10 @@ class ATMBlock(Block):
         Returns:
             The assignment of every row. None: all tokens stay. (:class:`Planned` is for ATM, which waits for counts.)
         """
-        found = self.match(k, tokens)
-        if found is None:
+        pairs = self.match(k, tokens)
+        if pairs is None:
             return None
-        return Planned(found, None if found.counts is None else ops.to_host(found.counts))
+        return Planned(pairs, None if pairs.counts is None else ops.to_host(pairs.counts))
 
     def _attend_leading(self, y: Tensor, tokens: Packed, n: int) -> tuple[Tensor, None]:
         """Attention with one query per leading token and the keys and values of all tokens. If qkv is more than a
@@ -302,11 +306,11 @@ class ATMBlock(Block):
         options = (self.num_prefix_tokens, self.by_size, self.theta, self.config.backend)
         return ops.match(keys, tokens.sizes, tokens.images, *options)
 
-    def assign(self, found: ops.Match, copy: ops.HostCopy | None, images: Images) -> Assignment | None:
+    def assign(self, pairs: ops.Match, copy: ops.HostCopy | None, images: Images) -> Assignment | None:
         """Decide which tokens merge; None if none do. If r depends on counts, the host waits for them here: they had
         time to arrive while attention ran."""
         _check_exporter(None if copy is None else self.config.adapt)
-        T, one_r, given = found.partner.shape[0], self.config.adapt != "image", self.given_r(images)
+        T, one_r, given = pairs.partner.shape[0], self.config.adapt != "image", self.given_r(images)
         left: int | None = None  # a compiled graph reads it from the device
         if given is not None:
             left = T - images.B * given
@@ -318,12 +322,12 @@ class ATMBlock(Block):
                 return None
             left = T - removed
         options = (self.num_prefix_tokens, left, one_r, self.config.backend)
-        return ops.assign(found, self.r_of(images), images, *options)
+        return ops.assign(pairs, self.r_of(images), images, *options)
 
     def merge(self, tokens: Packed, attended: Tensor, assignment: Assignment) -> tuple[Packed, Tensor]:
         """Add ``attended`` to x and merge; returns the merged tokens and their norm for the MLP."""
         images = tokens.images
-        if assignment.tokens is not None and self._fuses(tokens.x, attended):
+        if assignment.order is not None and self._fuses(tokens.x, attended):
             gamma = scale_of(self.ls1, tokens.x)
             merged, y = ops.add_merge_norm(tokens, rows(attended), gamma, assignment, self.norm2)
             return merged, merged.images.shaped(y)

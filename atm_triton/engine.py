@@ -23,8 +23,8 @@ from torch import Tensor
 
 from atm_triton import ops
 from atm_triton.block import ATMBlock
+from atm_triton.captured import Modules
 from atm_triton.graphs import Mailbox, Replays, replays_on
-from atm_triton.modules import Modules
 from atm_triton.packed import Images, Packed
 from atm_triton.record import Number, Record
 from atm_triton.reference import largest_r
@@ -107,12 +107,12 @@ class Passes:
             now = self.stages[number]
             leading = None if kind.dense else kind.leading
             may = len(self.blocks) - (kind.leading is not None)
-            found: list[Tensor] = []
+            of_blocks: list[Tensor] = []
 
             def counted(counts: Tensor) -> None:
-                found.append(counts)
-                if len(found) == len(now.counted):
-                    self.mailboxes[number].send(torch.cat(found) if len(found) > 1 else counts)
+                of_blocks.append(counts)
+                if len(of_blocks) == len(now.counted):
+                    self.mailboxes[number].send(torch.cat(of_blocks) if len(of_blocks) > 1 else counts)
 
             try:
                 left, trace = run(self.blocks, now, tokens, y, trace, may, leading, counted, self.branch, into)
@@ -152,8 +152,8 @@ class Passes:
         if number == 1 and not self.merged_first:  # what the stem made: one patch each
             pending = pending._replace(sizes=None)
         block = self.blocks[self.stages[number].start - 1]
-        longest = self.N if block.config.adapt == "image" else min(self.N, rows // self.B)
-        return *begin(block, pending, rows, Images(pending.cu_seqlens, longest, False)), trace
+        N = self.N if block.config.adapt == "image" else min(self.N, rows // self.B)
+        return *begin(block, pending, rows, Images(cu_seqlens=pending.cu_seqlens, N=N, equal=False)), trace
 
     def _buffer(self, left: Pending, trace: Tensor | None) -> tuple[Pending, Tensor | None]:
         sized = left._replace(sizes=left.x.new_empty(len(left.x), dtype=torch.float32))
@@ -347,7 +347,7 @@ class Engine:
             rows = self._bucket(left, passes.B * passes.N)
         if now.counted:
             counts.late = now, passes.mailboxes[number]
-        return out.clone(), Facts(passes.kind, passes.blocks, passes.N, counts)
+        return out.clone(), Facts(kind=passes.kind, blocks=passes.blocks, N=passes.N, counts=counts)
 
     def _passes(self, images: Tensor, leading: int | None, dense: bool, head: bool) -> Passes:
         autocast = ops.autocast_dtype(images.device.type)
@@ -417,21 +417,21 @@ def recorded(facts: Facts) -> Record:
     known = facts.counts.settle()
     counts = [torch.tensor(known[index]) if index in known else None for index in range(len(blocks))]
     now: Number = facts.N
-    tokens: list[Number] = []
+    entered: list[Number] = []
     rows: list[Number] = []
     matched: list[bool] = []
-    for index, (block, found) in enumerate(zip(blocks, counts, strict=True)):
+    for index, (block, candidates) in enumerate(zip(blocks, counts, strict=True)):
         last = index == len(blocks) - 1
-        tokens.append(now)
-        r = 0 if last and kind.leading is not None else _merged_in(block, now, found)
+        entered.append(now)
+        r = 0 if last and kind.leading is not None else _merged_in(block, now, candidates)
         now = leading if last and leading is not None else now - r
         rows.append(now)
-        matched.append(found is not None or (isinstance(r, int) and r > 0))
+        matched.append(candidates is not None or (isinstance(r, int) and r > 0))
     return Record(
         batch=B,
         image_shape=kind.shape[1:],
         leading=leading,
-        tokens=tuple(tokens),
+        tokens=tuple(entered),
         rows=tuple(rows),
         counts=tuple(counts),
         matched=tuple(matched),

@@ -48,20 +48,20 @@ class Cost(Generic[Value]):
         return self.paper / 1e9
 
 
-def block_macs(block: Block, tokens: Count, queries: Count, rows: Count) -> Count:
+def block_macs(block: Block, N: Count, queries: Count, rows: Count) -> Count:
     """The cost of one block: 2 N D A for keys and values; for each query D A (and its gate), 2 N A for its two products
     and A D for its projection; for each row the linear layers of the MLP.
 
     Args:
-        tokens: N, the tokens that enter the block.
+        N: the tokens that enter the block.
         queries: the tokens whose attention is computed.
         rows: the tokens that the MLP sees.
     """
     attn = inside(block.attn, Attention) or block.attn
     qkv, A = linear_macs(attn.qkv), attn.num_heads * attn.head_dim
-    of_query = 2 * tokens * A + linear_macs(attn.proj) + (0 if attn.gate is None else linear_macs(attn.gate))
-    asking = queries if is_matrix(attn.qkv) else tokens
-    return (2 * tokens + asking) * qkv // 3 + queries * of_query + rows * linear_macs(block.mlp)
+    of_query = 2 * N * A + linear_macs(attn.proj) + (0 if attn.gate is None else linear_macs(attn.gate))
+    asking = queries if is_matrix(attn.qkv) else N
+    return (2 * N + asking) * qkv // 3 + queries * of_query + rows * linear_macs(block.mlp)
 
 
 def linear_macs(module: nn.Module) -> int:
@@ -74,7 +74,13 @@ def linear_macs(module: nn.Module) -> int:
 def cost(model: VisionTransformer, record: Record) -> Cost[float]:
     """The cost per image of the forward pass in ``record``; the mean where images differ."""
     each = cost_of_each(model, record)
-    return Cost(each.stem, tuple(map(mean, each.blocks)), each.head, mean(each.paper), mean(each.matching))
+    return Cost(
+        stem=each.stem,
+        blocks=tuple(map(mean, each.blocks)),
+        head=each.head,
+        paper=mean(each.paper),
+        matching=mean(each.matching),
+    )
 
 
 def mean(number: float | Tensor) -> float:
@@ -102,19 +108,19 @@ def cost_of_each(model: VisionTransformer, record: Record) -> Cost[float | Tenso
         + sum(paper_block(model, each, *count) for each, count in zip(macs, counts, strict=True))
         + paper_last_norm(model, record.rows[-1]),
         matching=sum(
-            _matching_macs(block, tokens, model.num_prefix_tokens)
-            for block, (tokens, *_), matched in zip(blocks, counts, record.matched, strict=True)
+            _matching_macs(block, N, model.num_prefix_tokens)
+            for block, (N, *_), matched in zip(blocks, counts, record.matched, strict=True)
             if matched
         ),
     )
 
 
-def paper_block(model: VisionTransformer, macs: Count, tokens: Count, queries: Count, rows: Count) -> Count:
+def paper_block(model: VisionTransformer, macs: Count, N: Count, queries: Count, rows: Count) -> Count:
     """One block of ``macs`` as the paper counts it; the rest as of :func:`block_macs`. A model may have a count of its
     own, by methods ``paper_block`` and ``paper_stem`` (stem and all that is no block)."""
     if hasattr(model, "paper_block"):
-        return model.paper_block(tokens, queries, rows)
-    return macs + (tokens + rows) * model.embed_dim
+        return model.paper_block(N, queries, rows)
+    return macs + (N + rows) * model.embed_dim
 
 
 def paper_last_norm(model: VisionTransformer, rows: Count) -> Count:
@@ -134,11 +140,11 @@ def planned(
     leading = leading_tokens(model) if cls_only_last else None
     P = model.num_prefix_tokens
     left = patches + P
-    tokens: list[int] = []
+    entered: list[int] = []
     rows: list[int] = []
     matched: list[bool] = []
     for block, r in enumerate(schedule, start=1):
-        tokens.append(left)
+        entered.append(left)
         if leading is not None and block == len(schedule):
             left, r = leading, 0
         else:
@@ -150,7 +156,7 @@ def planned(
         batch=1,
         image_shape=image_shape,
         leading=leading,
-        tokens=tuple(tokens),
+        tokens=tuple(entered),
         rows=tuple(rows),
         counts=(None,) * len(schedule),
         matched=tuple(matched),
@@ -171,29 +177,29 @@ def answer_shape(model: VisionTransformer) -> tuple[int, ...]:
     skeleton = _skeleton(model)
     N = model.num_prefix_tokens + (getattr(model.patch_embed, "num_patches", None) or 1)
     with torch.no_grad():
-        tokens = torch.zeros(1, N, model.embed_dim, device="meta", dtype=next(skeleton.parameters()).dtype)
-        answer = _run(skeleton, "forward_head", tokens)
+        x = torch.zeros(1, N, model.embed_dim, device="meta", dtype=next(skeleton.parameters()).dtype)
+        answer = _run(skeleton, "forward_head", x)
     if not isinstance(answer, Tensor):
         raise TypeError(f"the model answers with a {type(answer).__name__}; want a tensor of logits or features")
     return tuple(answer.shape[1:])
 
 
-def _computed(block: Block, tokens: Count, queries: Count, rows: Count) -> tuple[Count, Count, Count]:
+def _computed(block: Block, N: Count, queries: Count, rows: Count) -> tuple[Count, Count, Count]:
     """What a block computes of what the record says, or what a block that drops tokens after its MLP says of itself by
     a method ``computed``."""
-    return block.computed(tokens, queries, rows) if hasattr(block, "computed") else (tokens, queries, rows)
+    return block.computed(N, queries, rows) if hasattr(block, "computed") else (N, queries, rows)
 
 
-def _macs(block: Block, tokens: Count, queries: Count, rows: Count) -> Count:
+def _macs(block: Block, N: Count, queries: Count, rows: Count) -> Count:
     """:func:`block_macs`, or what a block that works in another way says of itself by a method ``macs``."""
-    return block.macs(tokens, queries, rows) if hasattr(block, "macs") else block_macs(block, tokens, queries, rows)
+    return block.macs(N, queries, rows) if hasattr(block, "macs") else block_macs(block, N, queries, rows)
 
 
-def _matching_macs(block: Block, tokens: Count, num_prefix: int) -> Count:
+def _matching_macs(block: Block, N: Count, num_prefix: int) -> Count:
     if hasattr(block, "matching_macs"):
-        return block.matching_macs(tokens)
-    a = (tokens - num_prefix) // 2
-    return a * (tokens - num_prefix - a) * inside(block.attn, Attention).head_dim
+        return block.matching_macs(N)
+    a = (N - num_prefix) // 2
+    return a * (N - num_prefix - a) * inside(block.attn, Attention).head_dim
 
 
 def _read_by_head(record: Record) -> int:

@@ -83,7 +83,7 @@ class StreamLease:
             keeps = _place_workspace(main, pool)
             self.made[index] = self.made.get(index, 0) + 1
             branch, copies = (torch.cuda.Stream(device, PRIORITY - 1) for _ in range(2))
-            self.streams = CaptureStreams(main, branch, copies, pool, keeps)
+            self.streams = CaptureStreams(main=main, branch=branch, copies=copies, pool=pool, keeps=keeps)
         weakref.finalize(self, spare.append, self.streams).atexit = False
 
     def place_workspace(self) -> None:

@@ -92,11 +92,11 @@ def paper_name(name: str) -> str:
     """What the paper calls a model of timm's name, ours or its own, with or without a tag."""
     names = {paper.lower(): paper for paper in PAPER_NAMES.values()} | PAPER_NAMES
     base = name.split(".")[0]
-    found = names.get(name) or names.get(name.lower()) or (names.get(base) if base in PAPER_NAMES else None)
-    if found is None:
+    paper = names.get(name) or names.get(name.lower()) or (names.get(base) if base in PAPER_NAMES else None)
+    if paper is None:
         known = ", ".join(f"{ours} ({paper})" for ours, paper in PAPER_NAMES.items())
         raise ValueError(
             f"the paper has no operating points for {name!r}; it has them for {known}; atm-triton calibrate finds "
             "thresholds for any model"
         )
-    return found
+    return paper

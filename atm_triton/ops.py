@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.library import Library, infer_schema, register_autograd, register_fake
 
 from atm_triton import reference
-from atm_triton.kernels.choice import KERNEL, attention_choice
+from atm_triton.kernels.attention_choice import KERNEL, attention_choice
 from atm_triton.packed import Assignment, Images, Packed
 
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -174,10 +174,15 @@ def match(
     if _fits_kernels(backend, keys, num_prefix) or (_traced(keys) and not images.equal):
         arguments = (keys, sizes, images.cu_seqlens, num_prefix, by_size, bound, images.N)
         similarity, partner, counts = _call(_match, *arguments)
-        return Match(similarity, partner, None if theta is None else counts, theta)
+        return Match(similarity=similarity, partner=partner, counts=None if theta is None else counts, theta=theta)
     with torch.no_grad(), _without_autocast(keys.device.type):  # 16-bit cosines would flip decisions
         similarity, partner = reference.match(keys, sizes, num_prefix, by_size, images)
-        return Match(similarity, partner, None if theta is None else reference.count(similarity, theta, images), theta)
+        return Match(
+            similarity=similarity,
+            partner=partner,
+            counts=None if theta is None else reference.count(similarity, theta, images),
+            theta=theta,
+        )
 
 
 HostCopy = tuple[Tensor, torch.cuda.Event | None]
@@ -199,7 +204,7 @@ def read(copy: HostCopy) -> Tensor:
 
 
 def assign(
-    found: Match,
+    pairs: Match,
     r: int | Tensor | str,
     images: Images,
     num_prefix: int,
@@ -211,19 +216,19 @@ def assign(
     """Let the ``r`` most similar tokens of each image join their partners.
 
     Args:
-        found: from :func:`match` with the same ``images`` and ``num_prefix``.
+        pairs: from :func:`match` with the same ``images`` and ``num_prefix``.
         r: a number from 0 to the tokens in A, for all images; or int64 [B]; or where it comes from: "image", the own
-            count of each image in ``found``, or "batch", the mean of all counts, rounded down.
+            count of each image in ``pairs``, or "batch", the mean of all counts, rounded down.
         T: how many rows are left. None under a compiler, whose graph reads it from the device.
         one_r: r is the same for all images, so that images of equal length stay equal.
-        out: slots, tokens, spans and cu_seqlens, for the kernels to write to.
+        out: slots, order, spans and cu_seqlens of the merged images, for the kernels to write to.
 
     Raises:
         ValueError, TypeError: arguments have another shape, dtype or device; or r refers to counts and there are none.
     """
-    _check_pairs(found, images, num_prefix, T)
-    r, mean, theta = _source_of_r(found, r, images)
-    similarity, partner, begin = found.similarity, found.partner, images.cu_seqlens
+    _check_pairs(pairs, images, num_prefix, T)
+    r, mean, theta = _source_of_r(pairs, r, images)
+    similarity, partner, cu_seqlens = pairs.similarity, pairs.partner, images.cu_seqlens
     equal = one_r and images.equal
     if not (runs_kernels(backend, similarity) or (_traced(partner) and not equal)):
         if T is None:
@@ -231,33 +236,35 @@ def assign(
                 'adapt="image" compiles where the kernels run, or on a CPU without them; use backend="auto"'
             )
         of_each = _of_each(r, mean, images, partner.device)
-        slots, begin = reference.assign(similarity, partner, of_each, num_prefix, images)
-        tokens = spans = None
-    elif T is not None and (out is not None or _plain((similarity, partner, r, begin))):
+        slots, merged_cu_seqlens = reference.assign(similarity, partner, of_each, num_prefix, images)
+        order = spans = None
+    elif T is not None and (out is not None or _plain((similarity, partner, r, cu_seqlens))):
         with device_of(partner):
             options = (num_prefix, images.N, T, out, theta, mean)
-            slots, tokens, spans, begin = _kernels().assign(similarity, partner, r, begin, *options)
+            slots, order, spans, merged_cu_seqlens = _kernels().assign(similarity, partner, r, cu_seqlens, *options)
     else:
         of_each = _of_each(r, mean, images, partner.device)
-        rows = -1 if T is None else T
-        slots, tokens, spans, begin = _call(_assign, similarity, partner, of_each, begin, num_prefix, images.N, rows)
+        arguments = (similarity, partner, of_each, cu_seqlens, num_prefix, images.N, -1 if T is None else T)
+        slots, order, spans, merged_cu_seqlens = _call(_assign, *arguments)
         T = spans.shape[0]
     N = T // images.B if equal and images.B else images.N
-    return Assignment(slots, T, Images(begin, N, equal), tokens, spans)
+    return Assignment(
+        slots=slots, T=T, images=Images(cu_seqlens=merged_cu_seqlens, N=N, equal=equal), order=order, spans=spans
+    )
 
 
-def _source_of_r(found: Match, r: int | Tensor | str, images: Images) -> tuple[int | Tensor, bool, float | None]:
+def _source_of_r(pairs: Match, r: int | Tensor | str, images: Images) -> tuple[int | Tensor, bool, float | None]:
     """What says r; whether its mean is meant; from which similarity on tokens join, if that says the same."""
     if isinstance(r, str):
         if r not in ("image", "batch"):
             raise ValueError(f'r={r!r} is unknown; want "image", "batch", a number or a tensor')
-        if found.counts is None:
+        if pairs.counts is None:
             raise ValueError(f"r={r!r} asks for counts, and nothing was counted; give match a theta")
-        return found.counts, r == "batch", found.theta if r == "image" else None
+        return pairs.counts, r == "batch", pairs.theta if r == "image" else None
     if isinstance(r, Tensor):
         _check(r.shape == (images.B,), "r", r, lambda: f"[{images.B}], one for each image")
         _check_dtype("r", r, torch.int64)
-        _check_device("r", r, found.similarity, "similarity")
+        _check_device("r", r, pairs.similarity, "similarity")
     return r, False, None
 
 
@@ -269,10 +276,10 @@ def _of_each(r: int | Tensor, mean: bool, images: Images, device: torch.device) 
 
 
 def lists(assignment: Assignment) -> tuple[Tensor, Tensor]:
-    """``tokens`` and ``spans`` of an assignment, computed if the reference left them out."""
-    if assignment.tokens is None or assignment.spans is None:
+    """``order`` and ``spans`` of an assignment, computed if the reference left them out."""
+    if assignment.order is None or assignment.spans is None:
         return reference.lists(assignment.slots, assignment.T)
-    return assignment.tokens, assignment.spans
+    return assignment.order, assignment.spans
 
 
 def merge(tokens: Packed, assignment: Assignment, backend: str = "auto") -> Packed:
@@ -283,12 +290,12 @@ def merge(tokens: Packed, assignment: Assignment, backend: str = "auto") -> Pack
     """
     x, sizes, slots, images = tokens.x, tokens.sizes, assignment.slots, assignment.images
     _check_tokens(tokens, assignment)
-    if assignment.tokens is None and not runs_kernels(backend, x):
+    if assignment.order is None and not runs_kernels(backend, x):
         merged, merged_sizes = reference.merge(x, sizes, slots, assignment.T)
-        return Packed(merged, merged_sizes, images)
+        return Packed(x=merged, sizes=merged_sizes, images=images)
     order, spans = lists(assignment)
     merged, merged_sizes, log2_sizes = _call(_merge, x, sizes, slots, order, spans, images.cu_seqlens)
-    return Packed(merged, merged_sizes, images, log2_sizes)
+    return Packed(x=merged, sizes=merged_sizes, images=images, log2_sizes=log2_sizes)
 
 
 def add_merge_norm(
@@ -311,7 +318,7 @@ def add_merge_norm(
     arguments = (tokens.x, attended, gamma, tokens.sizes, *merging, norm.weight, norm.bias, norm.eps)
     with torch.no_grad():
         merged, normed, merged_sizes, log2_sizes = _call(_add_merge_norm, *arguments)
-    return Packed(merged, merged_sizes, images, log2_sizes), normed
+    return Packed(x=merged, sizes=merged_sizes, images=images, log2_sizes=log2_sizes), normed
 
 
 def add_norm(
@@ -413,8 +420,8 @@ def attention(
     """softmax(q k^T d^-0.5 + log sizes) v (Appendix A): q [H, Tq, d], k and v [H, T, d], sizes [T] float32.
 
     Under autocast q, k and v take its dtype, as in torch's own attention, while log n stays in float32. The kernel
-    computes what :func:`atm_triton.kernels.choice.attention_choice` assigns to it, with its derivative if one is
-    needed. Torch's own attention computes the rest, and everything with dropout.
+    computes what :func:`atm_triton.kernels.attention_choice.attention_choice` assigns to it, with its derivative if one
+    is needed. Torch's own attention computes the rest, and everything with dropout.
 
     Args:
         queries: where the queries of the images lie. None: where the keys lie.
@@ -486,8 +493,8 @@ def _check_prefix(num_prefix: int) -> None:
         raise ValueError(f"num_prefix={num_prefix} is below 0; want the number of protected tokens, 0 or more")
 
 
-def _check_pairs(found: Match, images: Images, num_prefix: int, T: int | None) -> None:
-    similarity, partner = found.similarity, found.partner
+def _check_pairs(pairs: Match, images: Images, num_prefix: int, T: int | None) -> None:
+    similarity, partner = pairs.similarity, pairs.partner
     _check(similarity.dim() == 1 and similarity.shape == partner.shape, "partner", partner, "[T], as similarity")
     _check_prefix(num_prefix)
     if similarity.dtype != torch.float64:  # which the reference makes of float64 keys
@@ -575,7 +582,7 @@ def device_of(x: Tensor) -> AbstractContextManager:
 
 def _images(cu_seqlens: Tensor, N: int) -> Images:
     """For the reference, on the CPU, where it costs nothing to check whether all images have N tokens."""
-    return Images(cu_seqlens, N, bool((cu_seqlens.diff() == N).all()))
+    return Images(cu_seqlens=cu_seqlens, N=N, equal=bool((cu_seqlens.diff() == N).all()))
 
 
 Run = TypeVar("Run", bound=Callable[..., Any])
@@ -622,14 +629,14 @@ def _(keys: Tensor, sizes: Any, cu_seqlens: Tensor, *_: Any) -> tuple[Tensor, Te
 def _assign(
     similarity: Tensor, partner: Tensor, r: Tensor, cu_seqlens: Tensor, num_prefix: int, N: int, T: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """slots and tokens int32 [T], spans int32 [T', 2], cu_seqlens int32 [B + 1] of the merged images. ``T``: T'; -1:
+    """slots and order int32 [T], spans int32 [T', 2], cu_seqlens int32 [B + 1] of the merged images. ``T``: T'; -1:
     read it here, from the device."""
     T = partner.shape[0] - int(r.sum()) if T < 0 else T
     if _on_kernels(partner):
         with device_of(partner):
             return _kernels().assign(similarity, partner, r, cu_seqlens, num_prefix, N, T)
-    slots, begin = reference.assign(similarity, partner, r, num_prefix, _images(cu_seqlens, N))
-    return slots, *reference.lists(slots, T), begin
+    slots, merged_cu_seqlens = reference.assign(similarity, partner, r, num_prefix, _images(cu_seqlens, N))
+    return slots, *reference.lists(slots, T), merged_cu_seqlens
 
 
 @fake(_assign)
@@ -637,25 +644,25 @@ def _(
     similarity: Tensor, partner: Tensor, r: Tensor, cu_seqlens: Tensor, num_prefix: int, N: int, T: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     merged = torch.library.get_ctx().new_dynamic_size() if T < 0 else T
-    slots, tokens, spans = torch.empty_like(partner), torch.empty_like(partner), partner.new_empty((merged, 2))
-    return slots, tokens, spans, torch.empty_like(cu_seqlens)
+    slots, order, spans = torch.empty_like(partner), torch.empty_like(partner), partner.new_empty((merged, 2))
+    return slots, order, spans, torch.empty_like(cu_seqlens)
 
 
 @operation
 def _merge(
-    x: Tensor, sizes: Tensor | None, slots: Tensor, tokens: Tensor, spans: Tensor, cu_seqlens: Tensor
+    x: Tensor, sizes: Tensor | None, slots: Tensor, order: Tensor, spans: Tensor, cu_seqlens: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Merged x [T', C], its sizes float32 [T'] and their log2; ``cu_seqlens``: of the merged images."""
     if _on_kernels(x):
         with device_of(x):
-            merged, _, merged_sizes, log2_sizes = _kernels().merge(x, sizes, tokens, spans, cu_seqlens)
+            merged, _, merged_sizes, log2_sizes = _kernels().merge(x, sizes, order, spans, cu_seqlens)
         return merged, merged_sizes, log2_sizes
     merged, merged_sizes = reference.merge(x, sizes, slots, spans.shape[0])
     return merged, merged_sizes, merged_sizes.log2()
 
 
 @fake(_merge)
-def _(x: Tensor, sizes: Any, slots: Any, tokens: Any, spans: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _(x: Tensor, sizes: Any, slots: Any, order: Any, spans: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     merged_sizes = x.new_empty(spans.shape[0], dtype=torch.float32)
     return x.new_empty((spans.shape[0], x.shape[1])), merged_sizes, torch.empty_like(merged_sizes)
 
@@ -686,7 +693,7 @@ def _add_merge_norm(
     gamma: Tensor | None,
     sizes: Tensor | None,
     slots: Tensor,
-    tokens: Tensor,
+    order: Tensor,
     spans: Tensor,
     cu_seqlens: Tensor,
     weight: Tensor | None,
@@ -696,18 +703,18 @@ def _add_merge_norm(
     """x + gamma * attended, merged as by :func:`_merge`; its LayerNorm; its sizes float32; their log2."""
     if _on_kernels(x):
         with device_of(x):
-            return _kernels().merge(x, sizes, tokens, spans, cu_seqlens, attended, gamma, (weight, bias, eps))
+            return _kernels().merge(x, sizes, order, spans, cu_seqlens, attended, gamma, (weight, bias, eps))
     update = attended.float() if gamma is None else attended.float() * gamma.float()
-    merged, new_sizes = reference.merge(x.float() + update, sizes, slots, spans.shape[0])
+    merged, merged_sizes = reference.merge(x.float() + update, sizes, slots, spans.shape[0])
     merged = merged.to(x.dtype)
     weight, bias = (None if parameter is None else parameter.float() for parameter in (weight, bias))
     normed = F.layer_norm(merged.float(), x.shape[1:], weight, bias, eps)
-    return merged, normed.to(x.dtype), new_sizes, new_sizes.log2()
+    return merged, normed.to(x.dtype), merged_sizes, merged_sizes.log2()
 
 
 @fake(_add_merge_norm)
 def _(
-    x: Tensor, attended: Any, gamma: Any, sizes: Any, slots: Any, tokens: Any, spans: Tensor, *_: Any
+    x: Tensor, attended: Any, gamma: Any, sizes: Any, slots: Any, order: Any, spans: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     merged = x.new_empty((spans.shape[0], x.shape[1]))
     merged_sizes = x.new_empty(spans.shape[0], dtype=torch.float32)

@@ -28,14 +28,14 @@ class Images(NamedTuple):
     @classmethod
     def of(cls, B: int, N: int, device: torch.device | None = None) -> Self:
         """B images of N tokens each."""
-        return cls(N * torch.arange(B + 1, dtype=torch.int32, device=device), N, True)
+        return cls(cu_seqlens=N * torch.arange(B + 1, dtype=torch.int32, device=device), N=N, equal=True)
 
     @classmethod
     def of_lengths(cls, lengths: Tensor, N: int | None = None) -> Self:
         """Images of these lengths, integers [B], on their device. ``N`` defaults to the longest."""
         if N is None:
             N = int(lengths.max()) if len(lengths) else 0
-        return cls(F.pad(lengths.cumsum(0), (1, 0)).int(), N, False)
+        return cls(cu_seqlens=F.pad(lengths.cumsum(0), (1, 0)).int(), N=N, equal=False)
 
     @property
     def B(self) -> int:
@@ -71,11 +71,11 @@ class Packed(NamedTuple):
         """Pack images of equal length: x [B, N, C], sizes [B, N]."""
         B, N, _ = x.shape
         sizes = None if sizes is None else sizes.reshape(-1)
-        return cls(x.reshape(B * N, x.shape[2]), sizes, Images.of(B, N, x.device))
+        return cls(x=x.reshape(B * N, x.shape[2]), sizes=sizes, images=Images.of(B, N, x.device))
 
     def with_x(self, x: Tensor) -> "Packed":
         """The same tokens with other values; unlike ``_replace``, dynamo of torch 2.11 can rebuild it."""
-        return Packed(x, self.sizes, self.images, self.log2_sizes)
+        return Packed(x=x, sizes=self.sizes, images=self.images, log2_sizes=self.log2_sizes)
 
 
 class Assignment(NamedTuple):
@@ -83,13 +83,13 @@ class Assignment(NamedTuple):
 
     ``slots``: int32 [T], the row among the merged tokens that each token goes to; a number outside 0 .. T' - 1 drops
     it. ``T``: T', the number of merged rows. ``images``: where the merged images lie. The kernels also need the inverse
-    (None if the reference made the assignment): ``tokens``, int32 [T], the tokens ordered by slot, and ``spans``,
+    (None if the reference made the assignment): ``order``, int32 [T], the tokens ordered by slot, and ``spans``,
     int32 [T', 2], where in it the tokens of each slot begin and end."""
 
     slots: Tensor
     T: int
     images: Images
-    tokens: Tensor | None = None
+    order: Tensor | None = None
     spans: Tensor | None = None
 
     @classmethod
@@ -99,4 +99,4 @@ class Assignment(NamedTuple):
         B, device = slots.shape[0], slots.device
         first = M * torch.arange(B, device=device).unsqueeze(1)
         numbered = torch.where(slots < 0, -1, slots + first).int().flatten()
-        return cls(numbered, B * M, Images.of(B, M, device))
+        return cls(slots=numbered, T=B * M, images=Images.of(B, M, device))

@@ -88,8 +88,8 @@ def _has_plan(block_class: type[ATMBlock]) -> bool:
     own = block_class.plan is not ATMBlock.plan
     if own and not hasattr(block_class, "matching_macs"):
         raise TypeError(
-            f"{block_class.__name__} has a plan of its own; give it matching_macs(tokens), the multiply-accumulates of "
-            "a plan for that many tokens per image, so that costs are counted"
+            f"{block_class.__name__} has a plan of its own; give it matching_macs(N), the multiply-accumulates of a "
+            "plan for N tokens per image, so that costs are counted"
         )
     return own
 
@@ -231,9 +231,9 @@ def check_model(model: nn.Module) -> nn.Sequential:
         _check_removable(model)
         base = base.__bases__[1]
     for timms, method in TIMMS_OWN:
-        found = getattr(getattr(timms, method), "__globals__", {}).get("__name__")  # a wrapper copies __module__
-        if found != timms.__module__:
-            raise TypeError(f"{base.__name__} cannot be merged: {found} has replaced timm's {timms.__name__}.{method}")
+        owner = getattr(getattr(timms, method), "__globals__", {}).get("__name__")  # a wrapper copies __module__
+        if owner != timms.__module__:
+            raise TypeError(f"{base.__name__} cannot be merged: {owner} has replaced timm's {timms.__name__}.{method}")
     for method in ("forward", "forward_features", "forward_intermediates"):
         if getattr(base, method) is not getattr(VisionTransformer, method):
             raise TypeError(f"{base.__name__} cannot be merged: it has a {method} of its own")

@@ -105,11 +105,11 @@ def match(keys: Tensor, sizes: Tensor | None, num_prefix: int, by_size: bool, im
     if b.shape[1]:  # else a single token: nothing to merge with
         cosine = _members(k, a) @ _members(k, b).transpose(1, 2)  # [B, Na, Nb]
         best, column = cosine.nan_to_num_(nan=NOT_ALIKE).max(dim=2)
-        found = b.gather(1, column)
+        mate = b.gather(1, column)
         if lengths is not None:  # the first of equals is absent only where all are
-            absent = torch.maximum(a, found) >= lengths.unsqueeze(1)
-            best, found = best.masked_fill(absent, -math.inf), found.masked_fill(absent, -1)
-        similarity, partner = similarity.scatter(1, a, best), partner.scatter(1, a, found.int())
+            absent = torch.maximum(a, mate) >= lengths.unsqueeze(1)
+            best, mate = best.masked_fill(absent, -math.inf), mate.masked_fill(absent, -1)
+        similarity, partner = similarity.scatter(1, a, best), partner.scatter(1, a, mate.int())
     T = keys.shape[1]
     return packed(similarity, images, T), packed(partner, images, T)
 
@@ -169,10 +169,10 @@ def _members(x: Tensor, positions: Tensor) -> Tensor:
 def count(similarity: Tensor, theta: float, images: Images) -> Tensor:
     """Section 3.2: the candidates of each image, #{i in A : s_i >= theta}: int64 [B], of similarities [T]. With these
     as r every image merges by its own count."""
-    found = similarity >= theta
+    candidates = similarity >= theta
     if images.equal:
-        return found.unflatten(0, (images.B, images.N)).sum(dim=1)
-    return F.pad(found.cumsum(0), (1, 0))[images.cu_seqlens.long()].diff()
+        return candidates.unflatten(0, (images.B, images.N)).sum(dim=1)
+    return F.pad(candidates.cumsum(0), (1, 0))[images.cu_seqlens.long()].diff()
 
 
 def batch_r(counts: Tensor) -> Tensor:
@@ -216,8 +216,8 @@ def assign(similarity: Tensor, partner: Tensor, r: Tensor, num_prefix: int, imag
     ahead = ~(joins | behind)
     slot = torch.where(behind, ahead.sum(dim=1, keepdim=True) + behind.cumsum(dim=1), ahead.cumsum(dim=1)) - 1
     slot = torch.where(joins, slot.gather(1, mate.clamp(min=0).long()), slot)
-    cu_seqlens = F.pad((images.lengths - removed).cumsum(0), (1, 0)).int()
-    return packed((slot + cu_seqlens[:-1].unsqueeze(1)).int(), images, similarity.shape[0]), cu_seqlens
+    merged_cu_seqlens = F.pad((images.lengths - removed).cumsum(0), (1, 0)).int()
+    return packed((slot + merged_cu_seqlens[:-1].unsqueeze(1)).int(), images, similarity.shape[0]), merged_cu_seqlens
 
 
 def _rising(values: Tensor) -> Tensor:
@@ -255,9 +255,9 @@ def merge(x: Tensor, sizes: Tensor | None, slots: Tensor, T: int) -> tuple[Tenso
     if torch.compiler.is_exporting():  # ONNX has no search, and a loop for bags
         merged = x.new_zeros(T + 1, x.shape[1], dtype=dtype).index_add(0, slot, share.unsqueeze(1) * x)
     else:
-        tokens, first = _by_slot(slot, T)
-        weights = share.index_select(0, tokens)
-        merged = F.embedding_bag(tokens, x.to(dtype), first, mode="sum", per_sample_weights=weights)
+        order, first = _by_slot(slot, T)
+        weights = share.index_select(0, order)
+        merged = F.embedding_bag(order, x.to(dtype), first, mode="sum", per_sample_weights=weights)
     return merged[:-1].to(x.dtype), merged_n[:-1].to(sizes.dtype)
 
 
@@ -266,11 +266,11 @@ def lists(slots: Tensor, T: int) -> tuple[Tensor, Tensor]:
     :func:`merge`.
 
     Returns:
-        tokens int32 [T]: in the order of their slots, dropped ones last; spans int32 [T', 2]: where in it the tokens of
-        each slot begin and end.
+        order int32 [T]: the tokens in the order of their slots, dropped ones last; spans int32 [T', 2]: where in it the
+        tokens of each slot begin and end.
     """
-    tokens, first = _by_slot(_or_last(slots, T), T)
-    return tokens.int(), torch.stack([first[:-1], first[1:]], dim=1).int()
+    order, first = _by_slot(_or_last(slots, T), T)
+    return order.int(), torch.stack([first[:-1], first[1:]], dim=1).int()
 
 
 def _or_last(slots: Tensor, T: int) -> Tensor:
@@ -280,8 +280,8 @@ def _or_last(slots: Tensor, T: int) -> Tensor:
 
 def _by_slot(slot: Tensor, T: int) -> tuple[Tensor, Tensor]:
     """Tokens in the order of their slots, the dropped last; where those of each of the T slots begin."""
-    tokens = slot.argsort(stable=True)
-    return tokens, torch.searchsorted(slot.index_select(0, tokens), torch.arange(T + 1, device=slot.device))
+    order = slot.argsort(stable=True)
+    return order, torch.searchsorted(slot.index_select(0, order), torch.arange(T + 1, device=slot.device))
 
 
 def unmerge(x: Tensor, slots: Tensor) -> Tensor:

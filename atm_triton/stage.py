@@ -81,7 +81,7 @@ def stages(blocks: Sequence[ATMBlock], leading: int | None, rows: int, read: flo
         for merges, (cost, before) in enumerate(plans):
             read_at = before[-1].last if before else None
             start, end = 0 if read_at is None else read_at + 1, len(blocks) if last is None else last + 1
-            stage = Stage(start, last, tuple(index for index in counted if start <= index < end))
+            stage = Stage(start=start, last=last, counted=tuple(index for index in counted if start <= index < end))
             ways.append((cost + read + LEFT**merges * sum(gflop[start:end]), (*before, stage)))
         plans.append(min(ways, key=itemgetter(0)))
     return list(plans[-1][1])
@@ -98,8 +98,8 @@ def enter(model: VisionTransformer, images: Tensor, out: Tensor | None = None) -
     dtype = ops.autocast_dtype(images.device.type) or proj.weight.dtype
     nothing = torch.zeros((1, h * w, len(proj.weight)), dtype=dtype, device=images.device)
     position = model._pos_embed(nothing if embed.flatten else nothing.unflatten(1, (h, w)))[0]
-    tokens = ops.stem(images, proj.weight, proj.bias, position, out)
-    return model.norm_pre(model.patch_drop(tokens))
+    x = ops.stem(images, proj.weight, proj.bias, position, out)
+    return model.norm_pre(model.patch_drop(x))
 
 
 def _cuts(model: VisionTransformer, images: Tensor) -> bool:
@@ -125,8 +125,8 @@ _POSITIONS = (VisionTransformer._pos_embed, VisionTransformerDistilled._pos_embe
 
 def begin(block: ATMBlock, pending: Pending, T: int, images: Images) -> tuple[Packed, Tensor]:
     """The merge at the beginning of a stage of T rows: the merged tokens and their norm for the MLP."""
-    assignment = Assignment(pending.slots, T, images, pending.order, pending.spans[:T])
-    tokens = Packed(pending.x, pending.sizes, images)
+    assignment = Assignment(slots=pending.slots, T=T, images=images, order=pending.order, spans=pending.spans[:T])
+    tokens = Packed(x=pending.x, sizes=pending.sizes, images=images)
     return block.merge(tokens, pending.attended, assignment)
 
 
@@ -220,16 +220,16 @@ def assign(
     block: ATMBlock, keys: Tensor, tokens: Packed, counted: Callable[[Tensor], None], into: Pending | None
 ) -> Assignment | None:
     """Decide what merges. If counts decide how much, the assignment has room for all T tokens."""
-    images, found = tokens.images, block.match(keys, tokens)
-    if found is None:
+    images, pairs = tokens.images, block.match(keys, tokens)
+    if pairs is None:
         return None
     given = block.given_r(images)
-    if found.counts is not None:
-        counted(found.counts)
+    if pairs.counts is not None:
+        counted(pairs.counts)
     T = len(tokens.x) - (0 if given is None else images.B * given)
     options = (block.num_prefix_tokens, T, given is not None, block.config.backend)
     out = None if into is None else (into.slots, into.order, into.spans, into.cu_seqlens)
-    return ops.assign(found, block.r_of(images), images, *options, out=out)
+    return ops.assign(pairs, block.r_of(images), images, *options, out=out)
 
 
 def residual(

@@ -42,7 +42,7 @@ class Summary:
     @property
     def r(self) -> tuple[float, ...]:
         record = self.record
-        merged = [mean(tokens - rows) for tokens, rows in zip(record.tokens, record.rows, strict=True)]
+        merged = [mean(N - rows) for N, rows in zip(record.tokens, record.rows, strict=True)]
         return tuple(merged if record.leading is None else [*merged[:-1], 0])
 
     @property
@@ -62,9 +62,9 @@ class Summary:
         lines = ["block  tokens in" + "  fewest   most" * differ + "  merged  MLP rows       MACs"]
         rows = map(mean, self.record.rows)
         columns = zip(self.tokens, self.fewest, self.most, self.r, rows, self.cost.blocks, strict=True)
-        for block, (tokens, fewest, most, r, rows, macs) in enumerate(columns, start=1):
+        for block, (N, fewest, most, r, rows, macs) in enumerate(columns, start=1):
             ends = f"  {fewest:6d} {most:6d}" * differ
-            lines.append(f"{block:5d}  {_number(tokens, 9)}{ends}  {_number(r, 6)}  {_number(rows, 8)}  {macs:9.3e}")
+            lines.append(f"{block:5d}  {_number(N, 9)}{ends}  {_number(r, 6)}  {_number(rows, 8)}  {macs:9.3e}")
         lines.append(
             f"{self.paper_gflops:.2f} GFLOPs an image ({self.macs:.4e} MACs) of {self.unmerged.paper_gflops:.2f}: "
             f"{100 * self.saved:.1f} % of the MACs saved"
@@ -91,5 +91,10 @@ def summary(model: VisionTransformer) -> Summary:
     whole = cost(model, unmerged(model, record.image_shape))
     way = f"engine, {model.engine}" if record.way == "engine" else record.way
     return Summary(
-        record, cost(model, record), whole, way, model.blocks.config.source, getattr(model, "logits_are", "")
+        record=record,
+        cost=cost(model, record),
+        unmerged=whole,
+        way=way,
+        source=model.blocks.config.source,
+        logits=getattr(model, "logits_are", ""),
     )

@@ -161,7 +161,7 @@ class ATMBlocks(nn.Sequential):
         trace: Tensor | None = None
         traces: list[Tensor | None] = []
         collected: list[Tensor] = []
-        tokens: list[Images] = []
+        entered: list[Images] = []
         left: list[Images] = []
         counts: list[Tensor | None] = []
         matched: list[bool] = []
@@ -171,7 +171,7 @@ class ATMBlocks(nn.Sequential):
             serves_leading = run.leading is not None and index == len(self) - 1
             alone = serves_leading and not run.dense
             step = Step(now, not serves_leading, run.leading if alone else None)
-            tokens.append(now.images)
+            entered.append(now.images)
             if run.checkpointing:
                 x = checkpoint(block, x, use_reentrant=False, step=step)
             else:
@@ -184,24 +184,24 @@ class ATMBlocks(nn.Sequential):
             traces.append(trace)
             traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
             if index + 1 == self.quarter and not traced and B:
-                self._warn_of_what_is_gone(len(now.x) / (B * tokens[0].N))
+                self._warn_of_what_is_gone(len(now.x) / (B * entered[0].N))
             if index in run.collect:
                 collected.append(self.unmerge(now, trace, B))
             left.append(now.images)
             counts.append(count)
             matched.append(slots is not None or count is not None)
-        numbers = {id(images): number_of(images) for images in (*tokens, *left)}
+        numbers = {id(images): number_of(images) for images in (*entered, *left)}
         record = Record(
             batch=B,
             image_shape=run.image_shape,
             leading=None if run.dense else run.leading,
-            tokens=tuple(numbers[id(images)] for images in tokens),
+            tokens=tuple(numbers[id(images)] for images in entered),
             rows=tuple(numbers[id(images)] for images in left),
             counts=tuple(counts),
             matched=tuple(matched),
             way=f"blocks: {run.refusal}",
         )
-        self.last = record if len(tokens) == len(self) else None
+        self.last = record if len(entered) == len(self) else None
         run.tokens, run.traces, run.images, run.collected = now, traces, left, collected
         return x
 
@@ -352,7 +352,7 @@ class MergingTransformer(Base):
             raise ValueError(f"output_fmt={output_fmt!r} is unknown; choose NCHW or NLC")
         chosen, last = feature_take_indices(len(self._own_blocks()), indices)
         run = self._run(x, self._leading(), dense=True, collect=chosen, stop=last + 1 if stop_early else None)
-        features = [self.norm(tokens) if norm else tokens for tokens in run.collected]
+        features = [self.norm(feature) if norm else feature for feature in run.collected]
         P = self.num_prefix_tokens
         prefixes, features = [f[:, :P] for f in features], [f[:, P:] for f in features]
         if output_fmt == "NCHW":

@@ -14,39 +14,40 @@ from pathlib import Path
 from typing import Any
 
 from atm_triton import ATMConfig
-from atm_triton.cli.command import Parser, exit_code
+from atm_triton.cli.bad_input import Parser, exit_code
 from atm_triton.measure.evaluate import evaluate
 from atm_triton.measure.provenance import check_file, write_result
-from benchmarks.bench import RESULTS, Bench
+from benchmarks import RESULTS
+from benchmarks.model_with_images import ModelWithImages
 from benchmarks.paper.methods import scaled
 from benchmarks.paper.thresholds import Thresholds
 
 SHARES = (0.30, 0.40, 0.45, 0.50, 0.55, 0.60, 0.65, 0.70)
 
 
-def at_share(bench: Bench, adapt: str, share: float) -> ATMConfig:
+def at_share(subject: ModelWithImages, adapt: str, share: float) -> ATMConfig:
     """Thresholds with which the calibration images save this share."""
-    goal = bench.goal(share)
-    found = scaled(bench, Thresholds.of_digits().near(adapt, goal), goal)
-    if found is None:
+    goal = subject.goal(share)
+    config = scaled(subject, Thresholds.of_digits().near(adapt, goal), goal)
+    if config is None:
         raise ValueError(f"{share:.0%} cannot be saved by these thresholds")
-    return found
+    return config
 
 
-def static_copy(bench: Bench, config: ATMConfig) -> ATMConfig:
+def static_copy(subject: ModelWithImages, config: ATMConfig) -> ATMConfig:
     """The mean r of each block."""
-    tokens = evaluate(bench.model, bench.loader, config, title=None).tokens
-    left = [round(mean) for mean in tokens]
+    entering = evaluate(subject.model, subject.loader, config, title=None).tokens
+    left = [round(mean) for mean in entering]
     schedule = (*(before - after for before, after in pairwise(left)), 0)
     return replace(config, adapt="static", thresholds=None, schedule=schedule)
 
 
-def measure(bench: Bench) -> list[dict[str, Any]]:
+def measure(subject: ModelWithImages) -> list[dict[str, Any]]:
     rows = []
     for share in SHARES:
-        image = at_share(bench, "image", share)
-        for config in (image, at_share(bench, "batch", share), static_copy(bench, image)):
-            rows.append(bench.judged(config, adapt=config.adapt, share=share))
+        image = at_share(subject, "image", share)
+        for config in (image, at_share(subject, "batch", share), static_copy(subject, image)):
+            rows.append(subject.judged(config, adapt=config.adapt, share=share))
             quality = rows[-1]["overall"]
             print(f"{share:.0%} {config.adapt}: saved {rows[-1]['saved']:.3f}, {quality['top1']:.2f} %", flush=True)
     return rows
@@ -56,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
     if min(args.images, args.test) < 1:
         raise ValueError("--images and --test want 1 or more")
     check_file("--out", args.out)
-    write_result(args.out, {"rows": measure(Bench.digits(args.images, args.test))})
+    write_result(args.out, {"rows": measure(ModelWithImages.digits(args.images, args.test))})
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -21,15 +21,16 @@ from matplotlib.figure import Figure
 from atm_triton import Target, calibrate
 from atm_triton.calibration.fitting import Plan
 from atm_triton.calibration.search import ranked
-from atm_triton.cli.command import Parser, exit_code
+from atm_triton.cli.bad_input import Parser, exit_code
 from atm_triton.measure.distributed import rank, start, stop
 from atm_triton.measure.provenance import check_file, environment, write_result
-from benchmarks.bench import BATCH_SIZE, RESULTS, Bench
+from benchmarks import RESULTS
+from benchmarks.model_with_images import BATCH_SIZE, ModelWithImages
 
 SHARES = (0.62, 0.55, 0.45, 0.30)  # what is hardest to meet first
 ADAPT = ("image", "batch", "static")
 AGREEMENT = 0.995
-OWN_CODE = ("benchmarks/bench.py", "benchmarks/calibration.py")
+OWN_CODE = ("benchmarks/model_with_images.py", "benchmarks/calibration.py")
 SLOPES = (0.25, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10)  # with 1, r goes from 0 to twice its mean; beyond, blocks have none
 RAMPS = {
     "ToMe": (0,),  # constant, give or take the one token that meets the cost
@@ -45,22 +46,23 @@ LINES = {
 }
 
 
-def calibrated(bench: Bench, adapt: str, target: Target) -> dict[str, Any]:
+def calibrated(subject: ModelWithImages, adapt: str, target: Target) -> dict[str, Any]:
     begin = time.perf_counter()
-    found = calibrate(bench.model, bench.loader, target, adapt)
-    about = {"promise": asdict(found.promise), "family": found.family, "passes": found.passes}
-    return bench.judged(found.config, **about, seconds=time.perf_counter() - begin)
+    calibration = calibrate(subject.model, subject.loader, target, adapt)
+    about = {"promise": asdict(calibration.promise), "family": calibration.family, "passes": calibration.passes}
+    return subject.judged(calibration.config, **about, seconds=time.perf_counter() - begin)
 
 
-def given(bench: Bench, slopes: tuple[float, ...], goal: float) -> dict[str, Any]:
+def given(subject: ModelWithImages, slopes: tuple[float, ...], goal: float) -> dict[str, Any]:
     """Of given r's that rise or fall with depth the best, with alternate grouping as ToMe has it."""
-    search, merging = bench.search("static"), bench.costs.merging
+    search, merging = subject.search("static"), subject.costs.merging
     ramps = []
     for slope in slopes:
         counts = tuple(max(1 + slope * (2 * block / (merging - 1) - 1), 0) for block in range(merging))
-        counts = bench.costs.scaled(counts, goal)
-        ramps.append(search.fitting.run(Plan(counts, None, bench.depth, bench.proportional), "fit"))
-    return bench.judged(ranked(ramps, goal)[0].config)
+        counts = subject.costs.scaled(counts, goal)
+        plan = Plan(counts=counts, split_depth=subject.depth, proportional_attention=subject.proportional)
+        ramps.append(search.fitting.run(plan, "fit"))
+    return subject.judged(ranked(ramps, goal)[0].config)
 
 
 def cells(shares: list[float]) -> Iterator[dict[str, Any]]:
@@ -74,15 +76,15 @@ def cells(shares: list[float]) -> Iterator[dict[str, Any]]:
             yield {"method": name, "adapt": "static", "share": share}
 
 
-def measured(bench: Bench, cell: dict[str, Any], draws: int) -> dict[str, Any]:
+def measured(subject: ModelWithImages, cell: dict[str, Any], draws: int) -> dict[str, Any]:
     if "min_agreement" in cell:
-        return calibrated(bench, cell["adapt"], Target(min_agreement=cell["min_agreement"]))
-    goal = bench.goal(cell["share"])
+        return calibrated(subject, cell["adapt"], Target(min_agreement=cell["min_agreement"]))
+    goal = subject.goal(cell["share"])
     if cell["method"] == "calibrated":
-        return calibrated(bench, cell["adapt"], Target(max_gflops=goal))
+        return calibrated(subject, cell["adapt"], Target(max_gflops=goal))
     if cell["method"] == "curve":
-        return bench.judged(bench.best_curve(cell["adapt"], goal, draws))
-    return given(bench, RAMPS[cell["method"]], goal)
+        return subject.judged(subject.best_curve(cell["adapt"], goal, draws))
+    return given(subject, RAMPS[cell["method"]], goal)
 
 
 def known(path: Path, settings: dict[str, Any], keep: list[str]) -> list[dict[str, Any]]:
@@ -143,13 +145,13 @@ def run(args: argparse.Namespace) -> None:
     settings = {"draws": args.draws, "images": args.images, "test": args.test, "shares": args.shares}
     partial = args.out.with_name(f"{args.out.name}.partial")
     before = known(partial if partial.exists() else args.out, settings, args.keep)
-    bench, rows = Bench.digits(args.images, args.test), []
+    subject, rows = ModelWithImages.digits(args.images, args.test), []
     for cell in cells(args.shares):
-        found = [row for row in before if {name: row.get(name) for name in cell} == cell]
-        if found:
-            rows.append(found[0])
+        kept = [row for row in before if {name: row.get(name) for name in cell} == cell]
+        if kept:
+            rows.append(kept[0])
             continue
-        rows.append({"commit": environment()["commit"], **cell, **measured(bench, cell, args.draws)})
+        rows.append({"commit": environment()["commit"], **cell, **measured(subject, cell, args.draws)})
         if rank() == 0:
             write_result(partial, {"settings": settings, "rows": rows + [row for row in before if row not in rows]})
             quality = rows[-1]["overall"]

@@ -19,13 +19,14 @@ import torch
 from atm_triton import ATMConfig, Target, calibrate
 from atm_triton.calibration.costs import Costs
 from atm_triton.calibration.fitting import Fitting, Plan
-from atm_triton.calibration.meter import Meter
+from atm_triton.calibration.measuring import Meter
 from atm_triton.calibration.search import Search
-from atm_triton.cli.command import Parser, exit_code
+from atm_triton.cli.bad_input import Parser, exit_code
 from atm_triton.measure.images import open_images
 from atm_triton.measure.models import open_model
 from atm_triton.measure.provenance import check_file, write_result
-from benchmarks.bench import BATCH_SIZE, RESULTS, TRIES
+from benchmarks import RESULTS
+from benchmarks.model_with_images import BATCH_SIZE, TRIES
 
 SHARES = (0.30, 0.55, 0.62)
 FIELDS = {"cls_only_last": True, "backend": "auto"}
@@ -43,14 +44,19 @@ class Judge:
         self.search = Search(Fitting(self.meter, self.costs, "image"), True, None, 0, lambda least: None)
 
     def measured(self, config: ATMConfig) -> dict[str, float]:
-        found = self.meter.measure(config, "test")
-        error = found.divergence.std() / len(found.divergence) ** 0.5
-        return {"gflops": found.gflops.mean().item(), "kl": found.divergence.mean().item(), "kl_se": error.item()}
+        measured = self.meter.measure(config, "test")
+        error = measured.divergence.std() / len(measured.divergence) ** 0.5
+        return {"gflops": measured.gflops.mean().item(), "kl": measured.divergence.mean().item(), "kl_se": error.item()}
 
     def at(self, config: ATMConfig, gflops: float) -> dict[str, float]:
         """With its thresholds scaled until the test images cost so much."""
         thresholds = config.thresholds[: self.costs.merging]
-        plan = Plan((), thresholds, config.split_depth, config.proportional_attention)
+        plan = Plan(
+            counts=(),
+            thresholds=thresholds,
+            split_depth=config.split_depth,
+            proportional_attention=config.proportional_attention,
+        )
         return self.measured(self.search.settled(plan, gflops, ("test",), TRIES).config)
 
 
@@ -66,19 +72,20 @@ def earlier(shares: list[float]) -> Iterator[tuple[str, float, dict[str, Any]]]:
 
 
 def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    judge, size = Judge(args.test), args.images
-    loader = open_images(judge.model, split="calibration", limit=size * args.sets, batch_size=BATCH_SIZE)
+    judge, per_set = Judge(args.test), args.images
+    loader = open_images(judge.model, split="calibration", limit=per_set * args.sets, batch_size=BATCH_SIZE)
     images = torch.cat([batch for batch, _ in loader])
     for name, goal, values in earlier(args.shares):
         before = judge.measured(ATMConfig(**values))
         yield {"calibration": name, "goal": goal, "config": values, "as_is": before}
         for number in range(args.sets):
-            begin, batches = time.perf_counter(), list(images[number * size :][:size].split(BATCH_SIZE))
-            found = calibrate(judge.model, batches, Target(max_gflops=goal), "image", seed=number)
-            about = {"seconds": time.perf_counter() - begin, "passes": found.passes, "family": found.family}
-            about |= {"as_is": judge.measured(found.config), "at_cost": judge.at(found.config, before["gflops"])}
-            about |= {"promise": asdict(found.promise), "config": asdict(found.config)}
-            yield {"calibration": f"{size} images, set {number}", "goal": goal, **about}
+            begin, batches = time.perf_counter(), list(images[number * per_set :][:per_set].split(BATCH_SIZE))
+            calibration = calibrate(judge.model, batches, Target(max_gflops=goal), "image", seed=number)
+            about = {"seconds": time.perf_counter() - begin, "passes": calibration.passes, "family": calibration.family}
+            config = calibration.config
+            about |= {"as_is": judge.measured(config), "at_cost": judge.at(config, before["gflops"])}
+            about |= {"promise": asdict(calibration.promise), "config": asdict(config)}
+            yield {"calibration": f"{per_set} images, set {number}", "goal": goal, **about}
 
 
 def table(result: dict[str, Any]) -> str:

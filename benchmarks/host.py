@@ -28,7 +28,7 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 from atm_triton import ATMConfig, apply_patch, ops
-from atm_triton.cli.command import Parser, exit_code
+from atm_triton.cli.bad_input import Parser, exit_code
 from atm_triton.graphs import Mailbox, Replays
 from atm_triton.measure.provenance import check_file, write_result
 

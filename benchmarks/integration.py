@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from atm_triton.measure.provenance import write_result
-from benchmarks.bench import RESULTS
+from benchmarks import RESULTS
 
 TESTS = Path(__file__).parents[1] / "tests"
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from atm_triton import ATMBlock, ATMConfig
 from atm_triton.block import Step
-from atm_triton.cli.command import Parser, exit_code
+from atm_triton.cli.bad_input import Parser, exit_code
 from atm_triton.measure.configurations import digits_config
 from atm_triton.measure.evaluate import share
 from atm_triton.measure.images import open_images
@@ -79,8 +79,8 @@ def measure(count: int, device: str) -> list[dict[str, Any]]:
         alone = outcome(merging, images, in_order, 1)
         for batch_size in BATCH_SIZES:
             for name, order in (("in order", in_order), ("shuffled", shuffled)):
-                found = compared(alone, outcome(merging, images, order, batch_size))
-                rows.append({"adapt": adapt, "batch_size": batch_size, "order": name, **found})
+                compared_to_alone = compared(alone, outcome(merging, images, order, batch_size))
+                rows.append({"adapt": adapt, "batch_size": batch_size, "order": name, **compared_to_alone})
         rows[-1]["config"] = asdict(config)
     return rows
 

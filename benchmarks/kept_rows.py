@@ -28,7 +28,7 @@ def covered(path: Path) -> str:
     for file in files:
         taken = re.findall(r"^from atm_triton\.kernels\.(\w+) import", file.read_text(), re.MULTILINE)
         files += [other for name in taken if (other := path.with_name(f"{name}.py")) not in files]
-    files.sort(key=lambda file: file.stem == "images")  # last
+    files.sort(key=lambda file: file.stem == "common")  # last
     return "".join(compiled(file.read_text()) for file in files)
 
 

@@ -46,7 +46,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from atm_triton.cli.command import Parser, exit_code
+from atm_triton.cli.bad_input import Parser, exit_code
 from atm_triton.kernels import attention
 from atm_triton.kernels.linear_gelu import linear_gelu_kernel
 from atm_triton.measure.provenance import check_file, environment, write_result
@@ -201,7 +201,7 @@ def configuration(arguments: dict[str, Any], options: dict[str, Any], names: Ite
 def jobs(full: bool = False, once: bool = False) -> list[tuple[str, str, int]]:
     """Case, chip and number of every launch that compiles to code of its own; ``once``: to tiles, warps and stages of
     its own."""
-    found: dict[Any, tuple[str, str, int]] = {}
+    kept: dict[Any, tuple[str, str, int]] = {}
     for name, launch in cases(full):
         for chip in CHIPS:
             for index, (kernel, arguments, options) in enumerate(captured_for(chip, launch)):
@@ -210,8 +210,8 @@ def jobs(full: bool = False, once: bool = False) -> list[tuple[str, str, int]]:
                 key: tuple = (configuration(arguments, options, TILES),)
                 if not once:
                     key += (str(specialised(kernel, arguments, options, CHIPS[chip].target)[1]),)
-                found.setdefault((kernel.__name__, chip, *key), (name, chip, index))
-    return list(found.values())
+                kept.setdefault((kernel.__name__, chip, *key), (name, chip, index))
+    return list(kept.values())
 
 
 @cache
@@ -297,9 +297,9 @@ def interpreter(version: str) -> Path:
         raise ValueError(f"--triton {version} cannot be installed: {error}") from error
     packages = sysconfig.get_path("purelib", "venv", {"base": str(directory)})
     Path(packages, "running.pth").write_text(f"{Path(torch.__file__).parents[1]}\n")  # searched after its own
-    found = _call(python, "-c", "import triton; print(triton.__version__, triton.__file__)").split()
-    if found[0] != version or directory not in Path(found[1]).parents:
-        raise ValueError(f"--triton {version}: its environment finds triton {found[0]} in {found[1]}; unset PYTHONPATH")
+    running, file, *_ = _call(python, "-c", "import triton; print(triton.__version__, triton.__file__)").split()
+    if running != version or directory not in Path(file).parents:
+        raise ValueError(f"--triton {version}: its environment finds triton {running} in {file}; unset PYTHONPATH")
     return python
 
 

@@ -9,10 +9,9 @@ from typing import Any
 import timm
 
 from atm_triton.digits import model as digits_model
-from benchmarks import host, integration
+from benchmarks import RESULTS, host, integration
 from benchmarks.baselines import ALL
 from benchmarks.baselines.table import table as methods_table
-from benchmarks.bench import RESULTS
 from benchmarks.gpu.models import DIGITS, NAMES
 from benchmarks.paper import flops, table1, table2
 from benchmarks.paper.cells import saved
@@ -148,8 +147,8 @@ def gpu_table(result: dict[str, Any]) -> str:
     lines = [f"| {made['gpu']}, bfloat16, ms | {' | '.join(shown)} |", f"|{'---|' * (1 + len(shown))}"]
     cells = dict.fromkeys(key[:2] for key in rows)
     for cell in cells:
-        found = [rows.get((*cell, name)) for name in shown.values()]
-        lines.append(f"| {cell[0]}, batch {cell[1]} | {' | '.join(map(_milliseconds, found))} |")
+        variants = [rows.get((*cell, name)) for name in shown.values()]
+        lines.append(f"| {cell[0]}, batch {cell[1]} | {' | '.join(map(_milliseconds, variants))} |")
     lines += ["", *(_beside_a_graph(rows, cell) for cell in cells if cell[1] == 256)]
     compiled = {(row["model"], row["batch"], row["name"]): row["milliseconds"] for row in measured if row["session"]}
     lines += [
@@ -198,8 +197,8 @@ def since_the_first(first: dict[str, Any], now: dict[str, Any]) -> str:
 def pays_table(gpu: dict[str, Any], *cpu: dict[str, Any]) -> str:
     """How many times as fast as timm, by model, size of image, batch and way to adapt; less than once in bold."""
     card, processor = gpu["environment"]["gpu"], cpu[0]["environment"]["cpu"]
-    found = {f"{card}, bfloat16, each in CUDA graphs": {}, f"{processor}, float32": {}}
-    on_gpu, on_cpu = found.values()
+    cells_of = {f"{card}, bfloat16, each in CUDA graphs": {}, f"{processor}, float32": {}}
+    on_gpu, on_cpu = cells_of.values()
     for row in gpu["stages"]["engine"]["rows"]:
         if row["name"] in _WAYS and not row["session"]:
             on_gpu.setdefault((row["model"], row["batch"]), {})[_WAYS[row["name"]]] = row["of_timm_graph"]
@@ -209,7 +208,7 @@ def pays_table(gpu: dict[str, Any], *cpu: dict[str, Any]) -> str:
         on_cpu.setdefault(cell, {})[case["config"]["adapt"]] = row["speedup"]
     heads = " | ".join(f'`"{adapt}"`' for adapt in _WAYS.values())
     lines = [f"| times as fast as timm | pixels | batch | {heads} |", f"|{'---|' * 6}"]
-    for where, cells in found.items():
+    for where, cells in cells_of.items():
         lines.append(f"| **{where}** | | | | | |")
         for model, batch in sorted(cells):
             times = (_times(cells[model, batch].get(adapt)) for adapt in _WAYS.values())
@@ -238,12 +237,12 @@ def kernels_table(result: dict[str, Any]) -> str:
     first = section["rows"][0]
     same = {key: first[key] for key in ("dtype", "N", "H", "d")}
     rows = [row for row in section["rows"] if all(row[key] == value for key, value in same.items())]
-    found = {(row["operation"], row["B"]): row for row in rows}
+    row_of = {(row["operation"], row["B"]): row for row in rows}
     batches = dict.fromkeys(row["B"] for row in rows)
     heads = (f"B = {B}, us | bound" for B in batches)
     lines = [f"| {first['dtype']} | {' | '.join(heads)} |", f"|{'---|' * (1 + 2 * len(batches))}"]
     for operation in dict.fromkeys(row["operation"] for row in rows):
-        cells = (found[operation, B] for B in batches)
+        cells = (row_of[operation, B] for B in batches)
         told = (f"{row['microseconds']:.1f} | {row['bound_us']:.1f}" for row in cells)
         lines.append(f"| {operation} | {' | '.join(told)} |")
     rate = section["product_tflop_per_second"][first["dtype"]]

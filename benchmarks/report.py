@@ -12,7 +12,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from atm_triton.cli.command import Parser, exit_code
+from atm_triton.cli.bad_input import Parser, exit_code
 from benchmarks import pages
 from benchmarks.paper.__main__ import EXPERIMENTS
 
@@ -111,16 +111,16 @@ def index_and_pages(directory: Path) -> dict[str, str]:
 
 def _place(path: Path) -> tuple[str, str]:
     """The page of a result, and what the result is."""
-    found = [
+    places = [
         (page, about)
         for page, (_, results) in PAGES.items()
         for pattern, about in results.items()
         if fnmatch(path.stem, pattern)
     ]
-    if len(found) != 1:
-        pages_ = " and ".join(page for page, _ in found) or "no page"
+    if len(places) != 1:
+        pages_ = " and ".join(page for page, _ in places) or "no page"
         raise ValueError(f"{path} belongs to {pages_}; give it one page in PAGES of benchmarks/report.py")
-    page, about = found[0]
+    page, about = places[0]
     experiment = _experiment(path)
     return page, about or (experiment.__doc__.splitlines()[0].rstrip(".") if experiment else path.stem)
 

@@ -51,14 +51,14 @@ def time(benchmark, call, *arguments):
 
 @pytest.mark.parametrize("by_size", [False, True], ids=["alternate", "size"])
 def test_match(benchmark, backend, qkv, sizes, by_size):
-    found = time(benchmark, ops.match, qkv[1], sizes, IMAGES, 1, by_size, 0.5, backend)
-    assert found.similarity.shape == (B * N,)
+    pairs = time(benchmark, ops.match, qkv[1], sizes, IMAGES, 1, by_size, 0.5, backend)
+    assert pairs.similarity.shape == (B * N,)
 
 
 def to_assign(keys, sizes, backend):
     """The arguments with which R tokens of each image join."""
-    found = ops.match(keys, sizes, IMAGES, 1, False, None, backend)
-    return found, torch.full((B,), R, device=DEVICE), IMAGES, 1, B * (N - R), True, backend
+    pairs = ops.match(keys, sizes, IMAGES, 1, False, None, backend)
+    return pairs, torch.full((B,), R, device=DEVICE), IMAGES, 1, B * (N - R), True, backend
 
 
 def test_assign(benchmark, backend, qkv, sizes):
@@ -68,7 +68,7 @@ def test_assign(benchmark, backend, qkv, sizes):
 
 def test_merge(benchmark, backend, qkv, sizes):
     assignment = ops.assign(*to_assign(qkv[1], sizes, backend))
-    tokens = Packed(torch.randn(B * N, C, device=DEVICE), sizes, IMAGES)
+    tokens = Packed(x=torch.randn(B * N, C, device=DEVICE), sizes=sizes, images=IMAGES)
     merged = time(benchmark, ops.merge, tokens, assignment, backend)
     assert merged.x.shape == (B * (N - R), C)
 

@@ -18,7 +18,7 @@ from timm.models.vision_transformer import VisionTransformer
 from tqdm import tqdm
 
 import atm_triton.models  # noqa: F401 (registers them)
-from atm_triton.cli.command import Parser
+from atm_triton.cli.bad_input import Parser
 from atm_triton.config import ATMConfig
 from atm_triton.patch import apply_patch, check_model, knows_sizes
 from atm_triton.summary import summary
@@ -42,7 +42,7 @@ def features(model: VisionTransformer) -> str:
     block = model.blocks[0]
     attn, mlp = block.attn, block.mlp
     prefix = model.num_prefix_tokens - model.has_class_token
-    found = {
+    kinds = {
         "distilled": getattr(model, "dist_token", None) is not None,
         f"{model.num_reg_tokens} registers": model.num_reg_tokens > 0,
         "no class token": not model.has_class_token,
@@ -60,7 +60,7 @@ def features(model: VisionTransformer) -> str:
         "no log n by default": not knows_sizes(model),
         "auxiliary head": hasattr(model, "aux_head"),
     }
-    return ", ".join(name for name, holds in found.items() if holds) or "plain"
+    return ", ".join(name for name, holds in kinds.items() if holds) or "plain"
 
 
 def classified() -> Iterator[tuple[str, str | None, str]]:
@@ -103,11 +103,11 @@ def page(rows: list[tuple[str, str | None, str]]) -> str:
         "",
         "| what it has beside a plain ViT with a class token | names |",
         "|---|---|",
-        *(f"| {kind} | {', '.join(found)} |" for kind, found in sorted(merged.items(), key=lambda kv: -len(kv[1]))),
+        *(f"| {kind} | {', '.join(names)} |" for kind, names in sorted(merged.items(), key=lambda kv: -len(kv[1]))),
         "",
         "| refused because | names |",
         "|---|---|",
-        *(f"| {reason} | {', '.join(found)} |" for reason, found in refused.items()),
+        *(f"| {reason} | {', '.join(names)} |" for reason, names in refused.items()),
         "",
         "Not of this class, and refused by name: Eva (EVA-02, DINOv3, PE: their keys are rotated by position, and a "
         "merged token has no single one), BEiT, NaFlexVit, ViTs with relative positions, CaiT, XCiT, Swin, VOLO, "

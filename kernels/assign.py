@@ -1,6 +1,6 @@
 """assign: which token goes to which slot, and for each slot the list of its tokens.
 
-``slots`` is the map of the reference. Beside it stands what lets a merge gather instead of scatter: ``tokens``, all
+``slots`` is the map of the reference. Beside it stands what lets a merge gather instead of scatter: ``order``, all
 tokens in the order of their slots (within a slot in the order in which they stood), and ``spans``, where in it the
 tokens of a slot begin and end. Slots of all images are numbered through, as are tokens: the merge knows no images.
 """
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from atm_triton.kernels.images import aligned, block_for, image_bounds
+from atm_triton.kernels.common import aligned, block_for, image_bounds
 
 NO_SLOT = tl.constexpr(2**30)  # after every slot
 IMAGES = tl.constexpr(256)  # whose r a program reads at once
@@ -47,11 +47,11 @@ def _up_to(chosen):
 
 
 @triton.jit
-def _note_slots(new_cu_seqlens, image, first_slot, length, joining):
+def _note_slots(merged_cu_seqlens, image, first_slot, length, joining):
     """Where the slots of an image begin; after the last image also where they end."""
-    tl.store(new_cu_seqlens + image, first_slot.to(tl.int32))
+    tl.store(merged_cu_seqlens + image, first_slot.to(tl.int32))
     if image == tl.num_programs(0) - 1:
-        tl.store(new_cu_seqlens + image + 1, (first_slot + length - joining).to(tl.int32))
+        tl.store(merged_cu_seqlens + image + 1, (first_slot + length - joining).to(tl.int32))
 
 
 @triton.jit
@@ -142,9 +142,9 @@ def assign_kernel(
     theta,
     cu_seqlens,
     slots,
-    tokens,
+    order,
     spans,
-    new_cu_seqlens,
+    merged_cu_seqlens,
     P: tl.constexpr,
     MEAN: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -153,7 +153,7 @@ def assign_kernel(
     must count; a NaN does not, and match makes none. Without it the r most similar ones join.
 
     A token's place in the lists follows from a comparison with those that join, which are few: their numbers pass from
-    thread to thread through ``tokens``.
+    thread to thread through ``order``.
     """
     image = tl.program_id(0)
     start, length = image_bounds(cu_seqlens, image)
@@ -180,18 +180,18 @@ def assign_kernel(
     slot = tl.where(in_b | joins, P + kept + tl.where(in_b, rank_b, mates_rank) - 1, slot)
     slot = tl.where(joining == 0, i, slot)
     tl.store(slots + start + i, (first_slot + slot).to(tl.int32), mask=valid)
-    _note_slots(new_cu_seqlens, image, first_slot, length, joining)
+    _note_slots(merged_cu_seqlens, image, first_slot, length, joining)
 
-    tokens += start
+    order += start
     target = tl.where(joins, mate, i)
     mine = target * BLOCK + i
-    tl.store(tokens + rank_a - rank_stays - 1, mine, mask=joins)
+    tl.store(order + rank_a - rank_stays - 1, mine, mask=joins)
     tl.debug_barrier()
-    ahead, through = _compared(tokens, na - kept, mine, target * BLOCK + BLOCK - 1)
+    ahead, through = _compared(order, na - kept, mine, target * BLOCK + BLOCK - 1)
     tl.debug_barrier()
     joined = in_b & (joining > 0)  # B, where tokens may join it
     place = tl.where(joined | joins, slot + ahead + (joins & (mate < i)).to(tl.int32), slot)
-    tl.store(tokens + place, (start + i).to(tl.int32), mask=valid)
+    tl.store(order + place, (start + i).to(tl.int32), mask=valid)
     begin = (start + slot).to(tl.int32)
     end = begin + 1 + tl.where(joined, through, 0)
     alone = valid & ~joined & ~joins
@@ -218,7 +218,7 @@ def assign_long_kernel(
     r,
     cu_seqlens,
     slots,
-    new_cu_seqlens,
+    merged_cu_seqlens,
     P: tl.constexpr,
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -229,7 +229,7 @@ def assign_long_kernel(
     start, length = image_bounds(cu_seqlens, image)
     joining = tl.load(r + image).to(tl.int32)
     first_slot = (start - _sum_of_first(r, image)).to(tl.int32)
-    _note_slots(new_cu_seqlens, image, first_slot, length, joining)
+    _note_slots(merged_cu_seqlens, image, first_slot, length, joining)
     bound, room, kept = _search(similarity + start, partner + start, length, joining, BLOCK)
     stayed = tl.zeros([], tl.int32)  # so far, of A
     passed = tl.zeros([], tl.int32)  # of B
@@ -277,8 +277,8 @@ def assign(
     r: int | Tensor,
     cu_seqlens: Tensor,
     num_prefix: int,
-    longest: int,
-    slots: int,
+    N: int,
+    rows: int,
     out: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
     theta: float | None = None,
     mean: bool = False,
@@ -289,34 +289,34 @@ def assign(
     Args:
         similarity: float32 [T]; partner: int32 [T]; both from match.
         r: how many tokens of each image join, not above the number of tokens in its A: of all images, or int64 [B].
-        cu_seqlens: int32 [B + 1], where each image begins; longest: no image has more tokens.
-        slots: how many rows of spans to make: T', the tokens that remain in all, or more.
+        cu_seqlens: int32 [B + 1], where each image begins; N: upper bound on the tokens of an image.
+        rows: how many rows of spans to make: T', the tokens that remain in all, or more.
         out: what is returned, to be written to.
         theta: r counts the tokens that are at least as similar, so that nothing need be searched for.
         mean: of every image as many tokens join as the mean of r says, rounded down.
         config: instead of the table's.
 
     Returns:
-        slots int32 [T]; tokens int32 [T]; spans int32 [slots, 2]; cu_seqlens int32 [B + 1] of the merged images. What
+        slots int32 [T]; order int32 [T]; spans int32 [rows, 2]; cu_seqlens int32 [B + 1] of the merged images. What
         belongs to no image, or to no slot, means nothing.
     """
     T, B, device = len(partner), len(cu_seqlens) - 1, partner.device
     if out is None:
         empty = partial(torch.empty, dtype=torch.int32, device=device)
-        out = empty(T), empty(T), empty((slots, 2)), empty(B + 1)
-    to, tokens, spans, new_cu_seqlens = out
+        out = empty(T), empty(T), empty((rows, 2)), empty(B + 1)
+    slots, order, spans, merged_cu_seqlens = out
     if not (B and T):
-        new_cu_seqlens.zero_()  # every image begins and ends at 0
+        merged_cu_seqlens.zero_()  # every image begins and ends at 0
         return out
     similarity, partner, cu_seqlens = map(aligned, (similarity, partner, cu_seqlens))
-    block = block_for(longest)
-    if longest > ONE_PROGRAM:
+    block = block_for(N)
+    if N > ONE_PROGRAM:
         r = aligned(_of_each(r, B, mean, device))
         inputs = (similarity, partner, r, cu_seqlens)
         options = config or LONG_CONFIG
-        assign_long_kernel[(B,)](*inputs, to.fill_(-1), new_cu_seqlens, P=num_prefix, BLOCK=block, **options)
-        join_kernel[(B, -(-longest // JOINED))](to, cu_seqlens, JOINED)
-        for one, made in zip((tokens, spans), _lists(to, slots), strict=True):
+        assign_long_kernel[(B,)](*inputs, slots.fill_(-1), merged_cu_seqlens, P=num_prefix, BLOCK=block, **options)
+        join_kernel[(B, -(-N // JOINED))](slots, cu_seqlens, JOINED)
+        for one, made in zip((order, spans), _lists(slots, rows), strict=True):
             one.copy_(made)
     else:
         of_each, given = (None, r) if isinstance(r, int) else (aligned(r), 0)
@@ -333,10 +333,10 @@ def _of_each(r: int | Tensor, B: int, mean: bool, device: torch.device) -> Tenso
     return (r.sum() // B).expand(B) if mean else r
 
 
-def _lists(to: Tensor, slots: int) -> tuple[Tensor, Tensor]:
-    """tokens and spans of the slots ``to`` which tokens go, -1 for those that are of no image, by a sort."""
-    slot = to.masked_fill(to < 0, slots)
-    tokens = slot.argsort(stable=True)
-    numbers = torch.arange(slots + 1, dtype=torch.int32, device=to.device)
-    first = torch.searchsorted(slot[tokens], numbers)
-    return tokens.int(), torch.stack([first[:-1], first[1:]], dim=1).int()
+def _lists(slots: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """order and spans by a sort of ``slots``, which is -1 for rows of no image; ``rows``: T'."""
+    slot = slots.masked_fill(slots < 0, rows)
+    order = slot.argsort(stable=True)
+    numbers = torch.arange(rows + 1, dtype=torch.int32, device=slots.device)
+    first = torch.searchsorted(slot[order], numbers)
+    return order.int(), torch.stack([first[:-1], first[1:]], dim=1).int()

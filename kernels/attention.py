@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from atm_triton.kernels.images import aligned, block_for, check_strides, image_bounds
+from atm_triton.kernels.common import aligned, block_for, check_strides, image_bounds
 
 LOG2_E = 1.4426950408889634  # softmax in powers of two
 BACKEND = "hip" if torch.version.hip else "cuda"
@@ -147,8 +147,8 @@ def attention(
     log2_sizes: Tensor | None,
     q_cu_seqlens: Tensor,
     cu_seqlens: Tensor,
-    longest_q: int,
-    longest: int,
+    Nq: int,
+    N: int,
     scale: float,
     lse: Tensor | None = None,
     config: dict[str, int] | None = None,
@@ -159,7 +159,7 @@ def attention(
         q: [H, Tq, d]; k, v: [H, T, d]; any strides but 1 for the last.
         log2_sizes: float32 [T], log2 of the patches that each token stands for; None for one each.
         q_cu_seqlens, cu_seqlens: int32 [B + 1], where the queries and the keys of each image begin.
-        longest_q, longest: no image has more queries, or keys.
+        Nq, N: upper bounds on the queries and the keys of an image.
         lse: float32 [Tq, H], to be filled with log2 of the sum that each softmax divides by, for the derivative.
         config: instead of the table's.
 
@@ -170,15 +170,15 @@ def attention(
         ValueError: channels that do not lie together, or tokens too far apart.
     """
     H, Tq, d = q.shape
-    check_strides("q", q, longest_q)
-    check_strides("k", k, longest)
-    check_strides("v", v, longest)
+    check_strides("q", q, Nq)
+    check_strides("k", k, N)
+    check_strides("v", v, N)
     out = torch.empty((Tq, H, d), dtype=q.dtype, device=q.device)
     B = len(cu_seqlens) - 1
     if B and Tq:
         tensors = (q, k, v, *map(aligned, (log2_sizes, q_cu_seqlens, cu_seqlens)), out)
-        config = config or attention_table(q.dtype, d, longest_q)
-        attention_kernel[(-(-longest_q // config["ROWS"]), H, B)](
+        config = config or attention_table(q.dtype, d, Nq)
+        attention_kernel[(-(-Nq // config["ROWS"]), H, B)](
             *tensors,
             lse,
             scale * LOG2_E,

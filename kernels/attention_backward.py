@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from atm_triton.kernels import attention
-from atm_triton.kernels.images import aligned, block_for, check_strides, image_bounds
+from atm_triton.kernels.common import aligned, block_for, check_strides, image_bounds
 
 PER_BIT = tl.constexpr(1.0 / attention.LOG2_E)  # takes log2 e out of the scale again
 
@@ -179,8 +179,8 @@ def attention_backward(
     cu_seqlens: Tensor,
     out: Tensor,
     lse: Tensor,
-    longest_q: int,
-    longest: int,
+    Nq: int,
+    N: int,
     scale: float,
     config: dict[str, int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -189,7 +189,7 @@ def attention_backward(
     Args:
         grad: [H, Tq, d], of ``out``.
         out: [H, Tq, d] and lse: float32 [Tq, H], from :func:`atm_triton.kernels.attention.attention`.
-        q, k, v, log2_sizes, q_cu_seqlens, cu_seqlens, longest_q, longest, scale: what that was given.
+        q, k, v, log2_sizes, q_cu_seqlens, cu_seqlens, Nq, N, scale: what that was given.
         config: instead of the table's.
 
     Returns:
@@ -204,12 +204,12 @@ def attention_backward(
     if k.stride(2) != 1 or not q.stride() == k.stride() == v.stride():  # the kernels take one set of strides
         q, k, v = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in (q, k, v))
         strides = (d, H * d)  # as they count; a single token may say otherwise
-    check_strides("k", k, longest)
+    check_strides("k", k, N)
     dq, dk, dv = (torch.empty((x.shape[1], H, d), dtype=x.dtype, device=x.device) for x in (q, k, v))
     B = len(cu_seqlens) - 1
     if not (B and Tq):
         return dq.zero_().transpose(0, 1), dk.zero_().transpose(0, 1), dv.zero_().transpose(0, 1)
-    config = config or attention_backward_table(q.dtype, d, longest_q)
+    config = config or attention_backward_table(q.dtype, d, Nq)
     log2_sizes, grad, out, lse, q_cu_seqlens, cu_seqlens = map(
         aligned, (log2_sizes, grad, out, lse, q_cu_seqlens, cu_seqlens)
     )
@@ -219,8 +219,8 @@ def attention_backward(
     tail = (scale * attention.LOG2_E, *strides)
     given = (q, k, v, log2_sizes, grad)
     begins = (q_cu_seqlens, cu_seqlens)
-    grid = (-(-longest_q // config["ROWS"]), H, B)
+    grid = (-(-Nq // config["ROWS"]), H, B)
     gradient_of_q_kernel[grid](*given, out, lse, delta, *begins, dq, *tail, **constants)
-    grid = (-(-longest // config["COLUMNS"]), H, B)
+    grid = (-(-N // config["COLUMNS"]), H, B)
     gradient_of_kv_kernel[grid](*given, lse, delta, *begins, dk, dv, *tail, **constants)
     return dq.transpose(0, 1), dk.transpose(0, 1), dv.transpose(0, 1)

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from atm_triton.kernels.images import aligned, multiprocessors
+from atm_triton.kernels.common import aligned, multiprocessors
 
 ROWS, COLUMNS, DEPTH, STAGES, WARPS = 128, 256, 64, 4, 8  # the fastest of 46 on an H200
 BUSY = 2  # tiles a multiprocessor: with fewer, torch's two kernels are faster

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from atm_triton.kernels import attention
-from atm_triton.kernels.images import aligned, block_for, check_strides, image_bounds, multiprocessors
+from atm_triton.kernels.common import aligned, block_for, check_strides, image_bounds, multiprocessors
 
 EPS_SQUARED = tl.constexpr(1e-24)
 NOT_ALIKE = tl.constexpr(-2.0)
@@ -366,7 +366,7 @@ def match(
     num_prefix: int,
     by_size: bool,
     theta: float,
-    longest: int,
+    N: int,
     config: dict[str, int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Partners and similarities as :func:`atm_triton.reference.match` defines them, and the counts.
@@ -374,7 +374,7 @@ def match(
     Args:
         keys: [H, T, d]; any strides but 1 for the last.
         sizes: float32 [T]; None for all ones.
-        cu_seqlens: int32 [B + 1], where each image begins; longest: no image has more tokens.
+        cu_seqlens: int32 [B + 1], where each image begins; N: upper bound on the tokens of an image.
         config: instead of the table's, of the kernel that finds partners.
 
     Returns:
@@ -387,7 +387,7 @@ def match(
     H, T, d = keys.shape
     if num_prefix > PREFIX.value:
         raise ValueError(f"num_prefix={num_prefix} is above {PREFIX.value}, the most that this kernel protects")
-    check_strides("keys", keys, longest)
+    check_strides("keys", keys, N)
     B = len(cu_seqlens) - 1
     similarity = torch.empty(T, dtype=torch.float32, device=keys.device)
     partner = torch.empty(T, dtype=torch.int32, device=keys.device)
@@ -400,7 +400,7 @@ def match(
     group = (BY_SIZE if sizes is not None else HALVES) if by_size else ALTERNATE
     stride_n, step = _in_steps(keys.stride(1))
     strides = (None if keys.stride(0) == d else keys.stride(0), stride_n)
-    free = max(longest - num_prefix, 1)
+    free = max(N - num_prefix, 1)
     shape = {"P": num_prefix, "d": d, "D": block_for(d), "GROUP": group.value}
     of_keys, by_size = {"H": H, "STEP": step}, sizes is not None
     if free <= WHOLE_IMAGE and d <= 64:

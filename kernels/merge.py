@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from atm_triton.kernels.images import aligned, block_for
+from atm_triton.kernels.common import aligned, block_for
 
 Norm = tuple[Tensor | None, Tensor | None, float]  # weight [C], bias [C], eps
 
@@ -117,7 +117,7 @@ def merge_kernel(
     attended,
     gamma,
     sizes,
-    tokens,
+    order,
     spans,
     cu_seqlens,
     images,
@@ -135,11 +135,11 @@ def merge_kernel(
 ):
     """``ROWS`` slots a program; there may be more programs than slots take. A slot with fewer tokens than its
     neighbours goes on adding 0."""
-    slots = tl.load(cu_seqlens + images)
-    if tl.program_id(0) * ROWS >= slots:
+    T = tl.load(cu_seqlens + images)  # T', of all images
+    if tl.program_id(0) * ROWS >= T:
         return
     slot = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    valid = slot < slots
+    valid = slot < T
     begin = tl.load(spans + 2 * slot, mask=valid, other=0)
     length = tl.load(spans + 2 * slot + 1, mask=valid, other=0) - begin
     most = tl.max(length, axis=0)
@@ -147,7 +147,7 @@ def merge_kernel(
     if sizes is not None:
         n = tl.zeros([ROWS], tl.float32)
         for k in tl.range(0, most):
-            token = tl.load(tokens + begin + k, mask=k < length, other=0)
+            token = tl.load(order + begin + k, mask=k < length, other=0)
             n += tl.load(sizes + token, mask=k < length, other=0.0)
     n = tl.where(valid, n, 1.0)
     tl.store(merged_sizes + slot, n, mask=valid)
@@ -158,7 +158,7 @@ def merge_kernel(
         rows += (tl.zeros([ROWS, PART], tl.float32),)
     for k in tl.range(0, most):
         there = k < length
-        token = tl.load(tokens + begin + k, mask=there, other=0)
+        token = tl.load(order + begin + k, mask=there, other=0)
         share = 1.0 / n
         if sizes is not None:
             size = tl.load(sizes + token, mask=there, other=0.0)
@@ -208,18 +208,18 @@ def rows_table(dtype: torch.dtype, C: int) -> dict[str, int]:
     """
     parts, part = parts_of(C)
     if dtype == torch.float32:
-        size, warps = 3072, 4 if C >= 768 else 2
+        nbytes, warps = 3072, 4 if C >= 768 else 2
     else:
-        size, warps = 6144, 4 if parts == 5 else 2
+        nbytes, warps = 6144, 4 if parts == 5 else 2
     most = 4 if dtype == torch.float32 and part <= 16 else 16
-    rows = min(most, max(1, size // (parts * part * dtype.itemsize)))
+    rows = min(most, max(1, nbytes // (parts * part * dtype.itemsize)))
     return {"ROWS": 1 << (rows.bit_length() - 1), "num_warps": max(warps, min(8, parts * part // 1024))}
 
 
 def merge(
     x: Tensor,
     sizes: Tensor | None,
-    tokens: Tensor,
+    order: Tensor,
     spans: Tensor,
     cu_seqlens: Tensor,
     attended: Tensor | None = None,
@@ -232,7 +232,7 @@ def merge(
     Args:
         x: rows [T, C]: the tokens of all images.
         sizes: float32 [T]; None for all ones.
-        tokens: int32 [T]; spans: int32 [T', 2]; both from assign.
+        order: int32 [T]; spans: int32 [T', 2]; both from assign.
         cu_seqlens: int32 [B + 1], where the merged images begin. There are cu_seqlens[B] slots; where ``spans`` has
             more rows than that, what is returned has them too, and they mean nothing.
         attended: [T, C]: what attention adds to the residual stream; x + gamma * attended is merged.
@@ -244,18 +244,18 @@ def merge(
         merged [T', C] and its LayerNorm (None without ``norm``), both in the dtype of x, whatever the others have;
         merged sizes float32 [T']; their log2.
     """
-    C, slots = x.shape[1], len(spans)
-    merged = torch.empty((slots, C), dtype=x.dtype, device=x.device)
+    C, rows = x.shape[1], len(spans)
+    merged = torch.empty((rows, C), dtype=x.dtype, device=x.device)
     normed = torch.empty_like(merged) if norm is not None else None
-    merged_sizes = torch.empty(slots, dtype=torch.float32, device=x.device)
+    merged_sizes = torch.empty(rows, dtype=torch.float32, device=x.device)
     log2_sizes = torch.empty_like(merged_sizes)
-    if slots:
-        inputs = map(aligned, (x, attended, gamma, sizes, tokens, spans, cu_seqlens))
+    if rows:
+        inputs = map(aligned, (x, attended, gamma, sizes, order, spans, cu_seqlens))
         out = (merged, normed, merged_sizes, log2_sizes)
         numbers = (len(cu_seqlens) - 1, *_aligned_norm(norm))
         parts, part = parts_of(C)
         config = config or rows_table(x.dtype, C)
-        grid = (-(-slots // config["ROWS"]),)
+        grid = (-(-rows // config["ROWS"]),)
         merge_kernel[grid](*inputs, *numbers, *out, C=C, PARTS=parts, PART=part, **config)
     return merged, normed, merged_sizes, log2_sizes
 

@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from atm_triton.kernels import attention
-from atm_triton.kernels.images import aligned
+from atm_triton.kernels.common import aligned
 
 
 @triton.jit(do_not_specialize=["B", "h", "w", "N"])

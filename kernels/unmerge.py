@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from atm_triton.kernels.images import aligned
+from atm_triton.kernels.common import aligned
 from atm_triton.kernels.merge import channels, parts_of, rows_table
 
 

@@ -695,10 +695,10 @@ def test_dtome_fits_no_threshold_below_0():
     """Of two pairs that are less than alike it merges one, as asked, and leaves the other at -1."""
     model, config = vit(dtype=torch.float64), ATMConfig(adapt="image", thresholds=(0.0,) * 4)
     block = FittingBlock.of(model.blocks[0], config, 0, 4, 1)
-    block.of_image, block.found = 1, []
+    block.of_image, block.thresholds = 1, []
     keys = torch.tensor([[1, 0], [1, 0], [-1, 1], [1, 0], [-1, 0]], dtype=torch.float64).expand(2, -1, -1)
     found = block.match(keys, Packed.of(torch.zeros(1, 5, 32, dtype=torch.float64)))
-    assert block.found == [0.0] and found.counts.tolist() == [1]
+    assert block.thresholds == [0.0] and found.counts.tolist() == [1]
     assert found.similarity[[2, 4]].tolist() == pytest.approx([-(0.5**0.5), -1])
 
 

@@ -17,7 +17,7 @@ from atm_triton.calibration.calibrate import Promise, split_images
 from atm_triton.calibration.costs import Costs
 from atm_triton.calibration.errors import UnreachableError
 from atm_triton.calibration.fitting import Fitting, Plan
-from atm_triton.calibration.meter import Mean, Measured, Meter
+from atm_triton.calibration.measuring import Mean, Measured, Meter
 from atm_triton.calibration.resume import Notes
 from atm_triton.calibration.search import Search
 from atm_triton.cli import main

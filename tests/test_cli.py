@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from atm_triton import ATMConfig, apply_patch
 from atm_triton.cli import main, report
-from atm_triton.cli.command import exit_code
+from atm_triton.cli.bad_input import exit_code
 from atm_triton.cli.commands import COMMANDS
 from atm_triton.cli.options import parser
 from atm_triton.config import REMEDY

@@ -15,9 +15,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from atm_triton import ATMConfig, apply_patch, ops, remove_patch, summary
+from atm_triton.captured import Modules
 from atm_triton.engine import FLOAT32, recorded
 from atm_triton.graphs import Replays
-from atm_triton.modules import Modules
 from atm_triton.record import Record
 from atm_triton.stage import LEFT, stages
 from models import distilled, images_for, vit

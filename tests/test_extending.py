@@ -12,7 +12,7 @@ WHERE = 1  # the block that reduces
 
 
 class Free(ATMBlock):
-    def matching_macs(self, tokens):
+    def matching_macs(self, N):
         return 0
 
 
@@ -145,7 +145,7 @@ def test_what_is_no_block_or_costs_nobody_knows_what_is_refused(model):
         def plan(self, q, k, tokens):
             return None
 
-    with pytest.raises(TypeError, match=r"Silent has a plan of its own; give it matching_macs\(tokens\)"):
+    with pytest.raises(TypeError, match=r"Silent has a plan of its own; give it matching_macs\(N\)"):
         apply_patch(model, block_class=Silent)
     with pytest.raises(TypeError, match="block_class is 3; want ATMBlock or a subclass of it"):
         apply_patch(model, block_class=3)

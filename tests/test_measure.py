@@ -14,7 +14,7 @@ from timm.layers import AttentionPoolLatent
 
 from atm_triton import ATMConfig, Target, apply_patch, calibrate
 from atm_triton.calibration.calibrate import Promise, split_images
-from atm_triton.calibration.meter import Meter
+from atm_triton.calibration.measuring import Meter
 from atm_triton.calibration.resume import Notes
 from atm_triton.cli import main
 from atm_triton.cli.report import calibration_table, evaluation_table

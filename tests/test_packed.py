@@ -166,4 +166,4 @@ def test_kernels_as_the_reference(dtype, by_size):
     got, want = (ops.assign(found, found.counts, images, P, T, False, backend) for backend in ("triton", "reference"))
     assert torch.equal(got.slots, want.slots) and torch.equal(got.images.cu_seqlens, want.images.cu_seqlens)
     tokens, spans = reference.lists(want.slots, T)
-    assert torch.equal(got.tokens, tokens) and torch.equal(got.spans, spans)
+    assert torch.equal(got.order, tokens) and torch.equal(got.spans, spans)

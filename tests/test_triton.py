@@ -271,7 +271,7 @@ def test_merge_and_unmerge_have_the_gradients_of_the_reference(images):
     weights = torch.randn(T, 16, device=DEVICE), torch.randn(27, 16, device=DEVICE)
     grads = []
     for backend in ("reference", "triton"):
-        lists = {"tokens": None, "spans": None} if backend == "reference" else {}
+        lists = {"order": None, "spans": None} if backend == "reference" else {}
         merged = ops.merge(Packed(x, sizes, images), assignment._replace(**lists), backend).x
         back = ops.unmerge(merged, slots, backend)
         grads += torch.autograd.grad((merged * weights[0]).sum() + (back * weights[1]).sum(), x)

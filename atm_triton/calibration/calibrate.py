@@ -19,7 +19,7 @@ from torch import Tensor
 from atm_triton.calibration.costs import Costs
 from atm_triton.calibration.errors import UnreachableError
 from atm_triton.calibration.fitting import Fitted, Fitting, Plan, check_hooks
-from atm_triton.calibration.meter import Mean, Measured, Meter
+from atm_triton.calibration.measuring import Mean, Measured, Meter
 from atm_triton.calibration.progress import Progress
 from atm_triton.calibration.search import FAR, SEEN, Search, expected
 from atm_triton.config import ADAPT, ATMConfig
@@ -242,8 +242,8 @@ def calibrate(
     if target.max_gflops is not None:
         _check_reachable(target.max_gflops, costs, max_merging_blocks)
     proportional = knows_sizes(model) if proportional_attention is None else proportional_attention
-    sizes = {name: sum(map(len, batches)) for name, batches in parts.items()}
-    with Progress(expected(costs, sizes), progress) as bar:
+    numbers = {name: sum(map(len, batches)) for name, batches in parts.items()}
+    with Progress(expected(costs, numbers), progress) as bar:
         meter = Meter(model, parts, settings, measure, bar.update)
         if meter.spread() < ALIKE:
             raise ValueError(
@@ -258,13 +258,22 @@ def calibrate(
             bar.set_postfix_str(f"least {measure.divergence.replace('kl', 'KL')} {least:.2g}", refresh=False)
 
         search = Search(Fitting(meter, costs, adapt), proportional, max_merging_blocks, seed, show)
-        found = _found(search, target)
+        fitted = _chosen(search, target)
         shared = len(parts["promise"][0]) if adapt == "batch" else 1
-        seen = [meter.measure(found.config, part) for part in SEEN]
+        seen = [meter.measure(fitted.config, part) for part in SEEN]
         meter.warns = True
-        promise = Promise.of(meter.measure(found.config, "promise"), measure, shared, seen)
+        promise = Promise.of(meter.measure(fitted.config, "promise"), measure, shared, seen)
     passes = round(meter.images)
-    return Calibration(found.config, target, number, promise, costs.unmerged, found.plan.family, passes, seed)
+    return Calibration(
+        config=fitted.config,
+        target=target,
+        images=number,
+        promise=promise,
+        unmerged_gflops=costs.unmerged,
+        family=fitted.plan.family,
+        passes=passes,
+        seed=seed,
+    )
 
 
 def split_images(loader: Iterable, seed: int) -> tuple[dict[str, list[Tensor]], int]:
@@ -275,7 +284,7 @@ def split_images(loader: Iterable, seed: int) -> tuple[dict[str, list[Tensor]], 
         if not isinstance(batch, Tensor) or batch.dim() != 4 or not batch.is_floating_point():
             got = f"{batch.dtype} {list(batch.shape)}" if isinstance(batch, Tensor) else type(batch).__name__
             raise TypeError(f"loader: got {got}; want batches of images [B, C, H, W], normalised floats")
-    size = max(map(len, batches), default=0)  # the first may be smaller, where images could not be read
+    batch_size = max(map(len, batches), default=0)  # the first may be smaller, where images could not be read
     number = sum(map(len, batches))
     if number < LEAST_IMAGES:
         raise ValueError(f"{number} images are too few to calibrate on; give {LEAST_IMAGES} or more")
@@ -286,7 +295,7 @@ def split_images(loader: Iterable, seed: int) -> tuple[dict[str, list[Tensor]], 
     for name, share in PARTS.items():
         eighths += share
         last = number * eighths // 8
-        parts[name] = list(images[order[first:last][: MOST.get(name)]].split(size))
+        parts[name] = list(images[order[first:last][: MOST.get(name)]].split(batch_size))
         first = last
     return parts, number
 
@@ -340,9 +349,9 @@ def _rounded_up(number: float) -> str:
     return f"{math.ceil(number / unit) * unit:.4g}"
 
 
-def _found(search: Search, target: Target) -> Fitted:
-    """What is chosen. A target that limits the change first gets its cost from the plainest plan that holds it; in the
-    end the plan is scaled until it just holds."""
+def _chosen(search: Search, target: Target) -> Fitted:
+    """The plan that is chosen. A target that limits the change first gets its cost from the plainest plan that holds
+    it; in the end the plan is scaled until it just holds."""
     if target.max_gflops is not None:
         return search.run(target.max_gflops)
     goal = _largest(search, target, search.plainest(), 9).mean.gflops
@@ -356,12 +365,12 @@ def _largest(search: Search, target: Target, plan: Plan, steps: int) -> Fitted:
         return search.fitting.run(plan.scaled(2**log2), *SEEN)
 
     low, high = SCALES
-    found = at(low)
-    if not target.holds(found.mean):
-        change = search.fitting.meter.by.text(found.mean.divergence, found.mean.agreement, found.mean.p99)
+    largest = at(low)
+    if not target.holds(largest.mean):
+        change = search.fitting.meter.by.text(largest.mean.divergence, largest.mean.agreement, largest.mean.p99)
         raise UnreachableError(f"the target cannot be held: hardly merging has {change}")
     for _ in range(steps):
         middle = (low + high) / 2
         tried = at(middle)
-        found, low, high = (tried, middle, high) if target.holds(tried.mean) else (found, low, middle)
-    return found
+        largest, low, high = (tried, middle, high) if target.holds(tried.mean) else (largest, low, middle)
+    return largest

@@ -38,33 +38,33 @@ class Costs:
 
     def of_each(self, merged: Sequence[float | Tensor]) -> float | Tensor:
         """The same where images differ: each block's number of tokens is a tensor [n], for n images."""
-        tokens: float | Tensor = self.N
-        rows: float | Tensor = tokens
+        N: float | Tensor = self.N
+        rows: float | Tensor = N
         total: float | Tensor = 0.0
         for index, block in enumerate(self.blocks):
             r = merged[index] if index < self.merging else 0
             alone = self.leading if index == len(self.blocks) - 1 else None
-            rows = tokens - r if alone is None else alone
-            count = tokens, tokens if alone is None else rows, rows
+            rows = N - r if alone is None else alone
+            count = N, N if alone is None else rows, rows
             total = total + paper_block(self.model, block_macs(block, *count), *count)
-            tokens = tokens - r
+            N = N - r
         return self._ends + (total + paper_last_norm(self.model, rows)) / 1e9
 
     def within(self, counts: Sequence[float]) -> tuple[float, ...]:
         """The same counts, none above the candidates that then are left."""
-        tokens, kept = float(self.N), []
+        N, kept = float(self.N), []
         for r in counts[: self.merging]:
-            kept.append(min(r, (tokens - self.prefix) / 2))
-            tokens -= kept[-1]
+            kept.append(min(r, (N - self.prefix) / 2))
+            N -= kept[-1]
         return tuple(kept)
 
     def of_schedule(self, schedule: Sequence[int]) -> float:
         """GFLOPs of a given r for each block, as ``adapt="static"`` takes it."""
-        tokens = self.N
+        N = self.N
         merged: list[int] = []
         for r in schedule[: self.merging]:
-            merged.append(min(r, largest_r(tokens, self.prefix)))
-            tokens -= merged[-1]
+            merged.append(min(r, largest_r(N, self.prefix)))
+            N -= merged[-1]
         return self.of(merged)
 
     def lowest(self, most: int | None = None) -> float:

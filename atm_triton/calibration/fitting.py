@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from atm_triton import ops
 from atm_triton.block import ATMBlock, Planned, Step, handed_on
 from atm_triton.calibration.costs import Costs
-from atm_triton.calibration.meter import Mean, Measured, Meter, together
+from atm_triton.calibration.measuring import Mean, Measured, Meter, together
 from atm_triton.config import ATMConfig
 from atm_triton.measure.distributed import in_order, own, world_size
 from atm_triton.measure.evaluate import check_finite, share
@@ -75,17 +75,17 @@ class FittingBlock(ATMBlock):
         """Attend, and return the similarities of the candidates [B Na] to their partners, on the host."""
         x = tokens.images.shaped(tokens.x)
         out, plan = super().called_attn(self.norm1(x), self.attend, tokens, True)
-        self.held.append((out, plan.found))
-        return plan.found.similarity[plan.found.partner >= 0].float().cpu()
+        self.held.append((out, plan.pairs))
+        return plan.pairs.similarity[plan.pairs.partner >= 0].float().cpu()
 
     def called_attn(self, y: Tensor, by: Any, *given: Any) -> tuple[Tensor, Any]:
         if not self.held:
             return super().called_attn(y, by, *given)
-        out, found = self.held.pop(0)
+        out, pairs = self.held.pop(0)
         if self.theta is None:
             return out, None
-        counts = count(found.similarity, self.theta, given[0].images)
-        return out, Planned(found._replace(counts=counts, theta=self.theta), ops.to_host(counts))
+        counts = count(pairs.similarity, self.theta, given[0].images)
+        return out, Planned(pairs._replace(counts=counts, theta=self.theta), ops.to_host(counts))
 
 
 class State(NamedTuple):
@@ -131,7 +131,7 @@ class Fitting:
             self.meter.notes.add(key, known)
         if self.adapt != "static":
             config = replace(config, thresholds=tuple(known[:L]))
-        return Fitted(plan, config, Mean.from_list(known[L:]))
+        return Fitted(plan=plan, config=config, mean=Mean.from_list(known[L:]))
 
     def _config(self, plan: Plan) -> ATMConfig:
         fields: dict[str, Any] = {
@@ -180,15 +180,15 @@ class Fitting:
                 return index, self._kept[key]
         parameter = next(self._model.parameters())
         batches = [x for part in parts for x in own(self.meter.parts[part])]
-        states = [State(Packed.of(self._model.stem(x.to(parameter))), None, ()) for x in batches]
-        return 0, Trail(states, (), 0.0)
+        states = [State(tokens=Packed.of(self._model.stem(x.to(parameter))), trace=None, entered=()) for x in batches]
+        return 0, Trail(states=states, thresholds=(), owed=0.0)
 
     def _every(self, images: int) -> int:
         """Keep the states of every n-th block only, so that two passes fit :data:`MEMORY`; returns n, the same on every
         process."""
         parameter = next(self._model.parameters())
-        size = images * self.costs.N * self._model.embed_dim * parameter.element_size() / world_size()
-        return max(1, math.ceil(2 * self.depth * size / MEMORY))
+        nbytes = images * self.costs.N * self._model.embed_dim * parameter.element_size() / world_size()
+        return max(1, math.ceil(2 * self.depth * nbytes / MEMORY))
 
     def _through(self, block: FittingBlock, trail: Trail, plan: Plan, parts: tuple[str, ...]) -> Trail:
         """All batches through a block."""
@@ -197,7 +197,7 @@ class Fitting:
         if plan.thresholds is None and self.adapt != "static" and not last and plan.counts[index] > 0:
             block.theta, owed = self._threshold(block, trail.states, plan.counts[index] + owed, parts)
         states = [self._step(block, state, last) for state in trail.states]
-        return Trail(states, (*trail.thresholds, block.theta), owed)
+        return Trail(states=states, thresholds=(*trail.thresholds, block.theta), owed=owed)
 
     def _threshold(
         self, block: FittingBlock, states: list[State], wanted: float, parts: tuple[str, ...]
@@ -205,8 +205,8 @@ class Fitting:
         """The threshold with which so many tokens of an image merge on average, and what is left to the next block: an
         r that a batch shares is a whole number."""
         block.theta = -1.0  # so that it looks for partners
-        found = [(state.tokens.images.B, block.similarities(state.tokens)) for state in states]
-        of_batches = self._of_all(found, parts)
+        own_batches = [(state.tokens.images.B, block.similarities(state.tokens)) for state in states]
+        of_batches = self._of_all(own_batches, parts)
         images = sum(B for B, _ in of_batches)
         pooled = torch.cat([similarity for _, similarity in of_batches]).sort(descending=True).values
         shared = self.adapt == "batch"
@@ -217,7 +217,7 @@ class Fitting:
         theta = max(-1.0, min((pooled[number - 1].item() + below) / 2, 1.0))
         if not shared:
             return theta, 0.0
-        merged = sum(B * (int((found >= theta).sum()) // B) for B, found in of_batches) / images
+        merged = sum(B * (int((similarity >= theta).sum()) // B) for B, similarity in of_batches) / images
         return theta, max(-1.0, min(wanted - merged, 1.0))
 
     def _step(self, block: FittingBlock, state: State, last: bool) -> State:
@@ -229,7 +229,7 @@ class Fitting:
         tokens, trace = handed_on(step.after, x), state.trace
         if step.slots is not None and dense:
             trace = step.slots if trace is None else ops.compose(trace, step.slots)
-        return State(tokens, trace, (*state.entered, state.tokens.images.lengths.cpu()))
+        return State(tokens=tokens, trace=trace, entered=(*state.entered, state.tokens.images.lengths.cpu()))
 
     def _measured(self, states: list[State], parts: tuple[str, ...]) -> Measured:
         bases = [base for part in parts for base in self.meter.base[part]]
@@ -257,7 +257,8 @@ class Fitting:
         merged = left[:, :-1] - left[:, 1:]
         merged[:, self.costs.merging :] = 0
         gflops = torch.as_tensor(self.costs.of_each(merged[:, : self.costs.merging].unbind(1)), dtype=torch.float64)
-        return Measured(gflops.expand(B), *by.compared(before, answers), merged)
+        divergence, agree = by.compared(before, answers)
+        return Measured(gflops=gflops.expand(B), divergence=divergence, agree=agree, merged=merged)
 
 
 def check_hooks(model: VisionTransformer) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from atm_triton.calibration.costs import Costs
 from atm_triton.calibration.errors import UnreachableError
 from atm_triton.calibration.fitting import Fitted, Fitting, Plan, theta_at
-from atm_triton.calibration.meter import Mean
+from atm_triton.calibration.measuring import Mean
 from atm_triton.reference import threshold
 
 SEEN = ("fit", "choose")  # parts of the images
@@ -50,45 +50,45 @@ class Search:
         beam = self.starts(goal)
         last = beam[:2]
         for kept, steps in STEPS:
-            beam = ranked([self.climbed(found, steps, goal) for found in beam[:kept]], goal)
+            beam = ranked([self.climbed(fitted, steps, goal) for fitted in beam[:kept]], goal)
             last.append(beam[0])
         last += self.grouped(last[-1], goal)
-        judged = {found.config: found for found in last}.values()
-        means = [self.fitting.meter.mean(found.config, ("choose",)) for found in judged]
+        judged = {fitted.config: fitted for fitted in last}.values()
+        means = [self.fitting.meter.mean(fitted.config, ("choose",)) for fitted in judged]
         changes = [at_goal(mean, goal) for mean in means]
-        chosen = next(found for found, c in zip(judged, changes, strict=True) if c <= (1 + TIE) * min(changes))
+        chosen = next(fitted for fitted, c in zip(judged, changes, strict=True) if c <= (1 + TIE) * min(changes))
         return self.settled(chosen.plan, goal, SEEN)
 
     def starts(self, goal: float) -> list[Fitted]:
         """The plans to begin with: the best of each family, then the others, the best first."""
         counts = self.allotted(goal)
-        found = [self.settled(self.plan(counts), goal)]
+        starts = [self.settled(self.plan(counts), goal)]
         if self.most == self.costs.merging:
             even = self.settled(self.plan(self.costs.scaled([1.0] * self.costs.merging, goal)), goal)
-            found += [even, *self.curves(goal, even)]
-        found = [start for start in found if abs(start.mean.gflops - goal) <= FAR * self.costs.unmerged]
-        if not found:
+            starts += [even, *self.curves(goal, even)]
+        starts = [start for start in starts if abs(start.mean.gflops - goal) <= FAR * self.costs.unmerged]
+        if not starts:
             raise UnreachableError(
                 f"nothing costs {goal:.4g} GFLOPs nearly enough: what merges changes in steps, as where images are "
                 "alike or have few tokens; take another target, or more and other images"
             )
-        found = ranked(found, goal)
-        best = {start.plan.family: start for start in reversed(found)}.values()
-        return [*(start for start in found if start in best), *(start for start in found if start not in best)]
+        starts = ranked(starts, goal)
+        best = {start.plan.family: start for start in reversed(starts)}.values()
+        return [*(start for start in starts if start in best), *(start for start in starts if start not in best)]
 
     def settled(self, plan: Plan, goal: float, parts: tuple[str, ...] = ("fit",), tries: int = 4) -> Fitted:
         """A plan, scaled until it costs ``goal`` on parts of the images, or as nearly as in so many tries."""
         low, high, scale = -math.inf, math.inf, 0.0  # of log: too dear, too cheap, tried now
         tried: list[tuple[float, Fitted]] = []
         for _ in range(tries):
-            found = self.fitting.run(plan.scaled(math.exp(scale)), *parts)
-            self.saw(found)
-            tried.append((scale, found))
-            off = found.mean.gflops - goal
+            fitted = self.fitting.run(plan.scaled(math.exp(scale)), *parts)
+            self.saw(fitted)
+            tried.append((scale, fitted))
+            off = fitted.mean.gflops - goal
             if abs(off) <= CLOSE * self.costs.unmerged:
                 break
             low, high = (max(low, scale), high) if off > 0 else (low, min(high, scale))
-            slope = found.mean.gflops - self.costs.highest  # as if savings grew with the scale
+            slope = fitted.mean.gflops - self.costs.highest  # as if savings grew with the scale
             if len(tried) > 1:
                 (a, first), (b, second) = tried[-2:]
                 slope = (second.mean.gflops - first.mean.gflops) / (b - a)
@@ -96,10 +96,10 @@ class Search:
             if not low < following < high:
                 following = (low + high) / 2 if math.inf not in (-low, high) else scale + math.copysign(0.5, off)
             scale = following
-        return min((found for _, found in tried), key=lambda found: abs(found.mean.gflops - goal))
+        return min((fitted for _, fitted in tried), key=lambda fitted: abs(fitted.mean.gflops - goal))
 
-    def saw(self, found: Fitted) -> None:
-        self._least = min(self._least, found.mean.divergence)
+    def saw(self, fitted: Fitted) -> None:
+        self._least = min(self._least, fitted.mean.divergence)
         self._show(self._least)
 
     def plainest(self) -> Plan:
@@ -165,29 +165,29 @@ class Search:
             return []
         thetas = [theta for theta in near.config.thresholds or () if theta is not None]
         begin = 1 - sorted(thetas)[len(thetas) // 2] if thetas else 0.1
-        found = []
+        curves = []
         for spread, rise in CURVES:
             plan = replace(self.plan(()), thresholds=eq1(max(begin, 1e-6), spread, rise, self.costs.merging))
-            found.append(self.settled(plan, goal))
-            begin = 1 - next(theta for theta in found[-1].plan.thresholds or () if theta is not None)
-        return found
+            curves.append(self.settled(plan, goal))
+            begin = 1 - next(theta for theta in curves[-1].plan.thresholds or () if theta is not None)
+        return curves
 
     # ---------------------------------------------------------------------------------------------- changes of a plan
 
-    def climbed(self, found: Fitted, steps: int, goal: float) -> Fitted:
+    def climbed(self, best: Fitted, steps: int, goal: float) -> Fitted:
         """A plan, changed where that is better."""
         for _ in range(steps):
-            child = self.fitting.run(self.changed(found, goal), "fit")
+            child = self.fitting.run(self.changed(best, goal), "fit")
             self.saw(child)
-            if at_goal(child.mean, goal) < at_goal(found.mean, goal):
-                found = child
+            if at_goal(child.mean, goal) < at_goal(best.mean, goal):
+                best = child
                 self.fitting.keep()
-        return found
+        return best
 
-    def changed(self, found: Fitted, goal: float) -> Plan:
+    def changed(self, fitted: Fitted, goal: float) -> Plan:
         """A plan with a few or all of its counts changed, at the same cost."""
-        counts, rng = list(found.mean.merged[: self.costs.merging]), self.rng
-        missing = found.mean.gflops - self.costs.of(counts)  # images differ, and cost more than their mean
+        counts, rng = list(fitted.mean.merged[: self.costs.merging]), self.rng
+        missing = fitted.mean.gflops - self.costs.of(counts)  # images differ, and cost more than their mean
         merging = [block for block, r in enumerate(counts) if r > 0]
         idle = [block for block, r in enumerate(counts) if r == 0]
         if idle and len(merging) < self.most and rng.random() < 0.3:
@@ -200,18 +200,18 @@ class Search:
             counts[block] *= math.exp(rng.gauss(0, width))
         counts = [0.0 if r < 0.5 else r for r in counts]
         if not any(counts):
-            return found.plan
-        return replace(found.plan, thresholds=None, counts=self.costs.scaled(counts, goal - missing))
+            return fitted.plan
+        return replace(fitted.plan, thresholds=None, counts=self.costs.scaled(counts, goal - missing))
 
-    def grouped(self, found: Fitted, goal: float) -> list[Fitted]:
+    def grouped(self, fitted: Fitted, goal: float) -> list[Fitted]:
         """The plan with other groups or attention, if that is better."""
         depth = self.fitting.depth
-        plan, better = found.plan, []
+        plan, better = fitted.plan, []
         for split in (depth, self.costs.merging // 2):
             better.append(replace(plan, split_depth=split))
         better.append(replace(plan, proportional_attention=not plan.proportional_attention))
         others = [self.settled(other, goal) for other in better]
-        return [other for other in others if at_goal(other.mean, goal) < at_goal(found.mean, goal)]
+        return [other for other in others if at_goal(other.mean, goal) < at_goal(fitted.mean, goal)]
 
 
 def eq1(distance: float, spread: float, rise: float, blocks: int) -> tuple[float, ...]:
@@ -227,8 +227,8 @@ def at_goal(mean: Mean, goal: float) -> float:
     return mean.change * (mean.gflops / goal) ** STEEP
 
 
-def ranked(found: list[Fitted], goal: float) -> list[Fitted]:
-    return sorted(found, key=lambda one: at_goal(one.mean, goal))
+def ranked(fits: list[Fitted], goal: float) -> list[Fitted]:
+    return sorted(fits, key=lambda fitted: at_goal(fitted.mean, goal))
 
 
 def expected(costs: Costs, images: dict[str, int]) -> float:

@@ -19,7 +19,7 @@ from timm.models.vision_transformer import VisionTransformer
 from atm_triton.calibration.calibrate import Target, calibrate
 from atm_triton.calibration.errors import UnreachableError
 from atm_triton.cli import finetuning, report
-from atm_triton.cli.command import exit_code
+from atm_triton.cli.bad_input import exit_code
 from atm_triton.cli.options import DTYPES, parser
 from atm_triton.config import ATMConfig
 from atm_triton.measure.comparison import Measure, measure_of
@@ -100,7 +100,9 @@ def _image_case(args: argparse.Namespace) -> Case:
     weights = _weights(args.model, args.checkpoint, args.pretrained)
     title = f"{args.model}, {weights}, on {data}: {len(batches)} batches of {len(batches[0])}"
     beside = digits_config() if args.model == DIGITS and args.adapt == "image" and not _configured(args) else None
-    return Case(f"{title}, {_where(args)}", model, batches, _config(args, model), beside=beside)
+    return Case(
+        title=f"{title}, {_where(args)}", model=model, batches=batches, config=_config(args, model), beside=beside
+    )
 
 
 def _random_case(args: argparse.Namespace, name: str) -> Case:
@@ -124,7 +126,12 @@ def _random_case(args: argparse.Namespace, name: str) -> Case:
     )
     weights = _weights(name, *((args.checkpoint, args.pretrained) if given else (None, False)))
     title = f"{name}, {weights}, random images, batch {batch_size}, r = {r}"
-    return Case(f"{title}, {_where(args)}", model, [images.to(args.device, DTYPES[args.dtype])], config)
+    return Case(
+        title=f"{title}, {_where(args)}",
+        model=model,
+        batches=[images.to(args.device, DTYPES[args.dtype])],
+        config=config,
+    )
 
 
 @torch.inference_mode()
@@ -138,7 +145,13 @@ def _counted_case(args: argparse.Namespace) -> Case:
     shape = data_config(model)["input_size"]
     images = torch.randn(len(batch), *shape, generator=torch.Generator().manual_seed(0)).to(batch)
     title = f"{DEIT}, random weights, random images, counts of the digits, batch {len(batch)}"
-    return Case(f"{title}, {_where(args)}", model, [images], digits.config, given=[digits.model.blocks.last])
+    return Case(
+        title=f"{title}, {_where(args)}",
+        model=model,
+        batches=[images],
+        config=digits.config,
+        given=[digits.model.blocks.last],
+    )
 
 
 def run_eval(args: argparse.Namespace) -> dict[str, Any]:
@@ -175,10 +188,10 @@ def run_calibrate(args: argparse.Namespace) -> dict[str, Any]:
     check_weights(args.model, args.checkpoint, args.pretrained)
     model, data = _model(args), args.data or DIGITS
     target.check_fits(measure_of(model, args.dense, args.sigmoid))
-    size = 64 if args.batch_size is None else args.batch_size
+    batch_size = 64 if args.batch_size is None else args.batch_size
     reading = {"workers": args.workers, "device": args.device, "labelled": False, "lenient": True}
     begin = time.perf_counter()
-    loader = open_images(model, data, args.split, args.images, size, **reading)
+    loader = open_images(model, data, args.split, args.images, batch_size, **reading)
     _say_logits(model)
     batches = list(loader)
     broken = sorted(getattr(loader, "broken", ()))
@@ -188,26 +201,26 @@ def run_calibrate(args: argparse.Namespace) -> dict[str, Any]:
     weights = "pretrained" if args.checkpoint is None else args.checkpoint.name
     about = {"model": args.model, "model_kwargs": args.model_kwargs, "weights": weights, "data": data}
     about |= {"checkpoint_sha256": checksum(args.checkpoint)}
-    about |= {"transform": transform, "batch_size": size, "dtype": args.dtype}
+    about |= {"transform": transform, "batch_size": batch_size, "dtype": args.dtype}
     about |= {"split": args.split if data == DIGITS else None, "not_read": broken}
     notes = Path(f"{args.out}.partial")
     names = ("max_merging_blocks", "dense", "sigmoid", "backend", "seed")
     options = {name: getattr(args, name) for name in names}
     try:
-        found = calibrate(model, batches, target, args.adapt, **options, notes=notes)
+        calibration = calibrate(model, batches, target, args.adapt, **options, notes=notes)
     except UnreachableError:  # nothing to go on with
         if rank() == 0:
             notes.unlink(missing_ok=True)
         raise
     about["seconds"] = time.perf_counter() - begin
-    promise = f"promised {found.promise} ({found.promise.measure})"
-    source = f"atm-triton calibrate, {args.model} on {found.images} images of {data}: {promise}"
-    document = found.to_dict()
+    promise = f"promised {calibration.promise} ({calibration.promise.measure})"
+    source = f"atm-triton calibrate, {args.model} on {calibration.images} images of {data}: {promise}"
+    document = calibration.to_dict()
     document["config"] |= {"source": source}
     if rank() == 0:
         write_result(args.out, about | document)
         notes.unlink()
-    print(f"{args.model} on {data}, {_where(args)}\n\n{report.calibration_table(found)}")
+    print(f"{args.model} on {data}, {_where(args)}\n\n{report.calibration_table(calibration)}")
     return about | document
 
 

@@ -139,13 +139,13 @@ def recalibration(args: argparse.Namespace, recipe: Recipe) -> Callable[[VisionT
     data = DIGITS if _is_digits(args) else str(folders(args)[0])
     reading = {"batch_size": recipe.batch_size, "workers": args.workers, "device": args.device}
 
-    def found(model: VisionTransformer) -> ATMConfig:
+    def recalibrated(model: VisionTransformer) -> ATMConfig:
         loader = open_images(
             model, data, "calibration", args.calibration_images or CALIBRATION_IMAGES, labelled=False, **reading
         )
         return calibrate(model, loader, target, **asked).config
 
-    return found
+    return recalibrated
 
 
 def settings(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from timm.utils import ParseKwargs
 
-from atm_triton.cli.command import Parser
+from atm_triton.cli.bad_input import Parser
 from atm_triton.config import ADAPT, BACKENDS
 from atm_triton.measure.models import DIGITS
 from atm_triton.training.recipe import AMP, SCHEDULES

@@ -73,15 +73,15 @@ def _line(name: str, quality: Quality) -> str:
     )
 
 
-def calibration_table(found: Calibration) -> str:
+def calibration_table(calibration: Calibration) -> str:
     """What was found, and what it promises."""
-    config, promise = found.config, found.promise
+    config, promise = calibration.config, calibration.promise
     merging = config.thresholds or config.schedule or ()
     values = " ".join("-" if value is None else f"{value:g}" for value in merging)
     of_r = "r" if config.thresholds is None else "threshold"
-    whole = found.unmerged_gflops
+    whole = calibration.unmerged_gflops
     saved = 100 * (1 - promise.gflops / whole)
-    doubt = found.target.doubt(promise)
+    doubt = calibration.target.doubt(promise)
     cost_error = "" if promise.gflops_se is None else f" ± {promise.gflops_se:.2g}"
     return "\n".join(
         [
@@ -90,7 +90,7 @@ def calibration_table(found: Calibration) -> str:
             f"  {promise.gflops:.4g}{cost_error} GFLOPs of {whole:.4g}: {saved:.1f} % saved",
             *_promised_change(promise),
             f"compared: {Measure(promise.measure)}",
-            f"{found.passes} passes of an image through the model, {found.images} images",
+            f"{calibration.passes} passes of an image through the model, {calibration.images} images",
             *([f"the target is not sure to hold: {doubt}; ask for more, or give more images"] if doubt else []),
         ]
     )

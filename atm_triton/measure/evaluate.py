@@ -163,7 +163,7 @@ def compare(
         "macs": _of_images(spent.macs, B),
         "gflops": _of_images(spent.paper_gflops, B),
         "all_last": _of_images(cost_of_each(patched, record.all_served).paper_gflops, B),
-        "tokens": torch.stack([_of_images(tokens, B) for tokens in record.tokens], dim=1),
+        "tokens": torch.stack([_of_images(N, B) for N in record.tokens], dim=1),
         "merged": torch.stack([_of_images(r, B) for r in record.merged], dim=1),
         "own_tokens": _own_tokens(record),
     }

@@ -69,7 +69,7 @@ class FreeMergeBlock(ATMBlock):
         x = images.shaped(tokens.x) + self.drop_path1(self.ls1(attended))
         x = x[:, : self.left.N] if self.left.equal else x.flatten(end_dim=-2)[: self.rows]
         x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
-        return Packed(x.flatten(end_dim=-2), None, self.left)
+        return Packed(x=x.flatten(end_dim=-2), sizes=None, images=self.left)
 
 
 class CountedBlock(ATMBlock):
@@ -79,14 +79,14 @@ class CountedBlock(ATMBlock):
     counts: Tensor
 
     def match(self, keys: Tensor, tokens: Packed) -> Match | None:
-        found, images = super().match(keys, tokens), tokens.images
-        if found is None:
+        pairs, images = super().match(keys, tokens), tokens.images
+        if pairs is None:
             return None
-        in_a = found.partner >= 0
+        in_a = pairs.partner >= 0
         before = F.pad(in_a.cumsum(dim=0), (1, 0))
         most = of_tokens(self.counts + before[images.cu_seqlens[:-1].long()], images, len(in_a))
         chosen = in_a & (before[1:] <= most)
-        return found._replace(similarity=torch.where(chosen, 1.0, -math.inf), counts=self.counts)
+        return pairs._replace(similarity=torch.where(chosen, 1.0, -math.inf), counts=self.counts)
 
 
 def free_merge_bound(model: VisionTransformer, record: Record, config: ATMConfig) -> VisionTransformer:
@@ -204,7 +204,14 @@ def _variant(
             model(batch)
 
     tokens = tuple(statistics.fmean(map(mean, column)) for column in zip(*(r.tokens for r in records), strict=True))
-    return Variant(name, models, run, statistics.fmean(c.paper_gflops for c in costs), tokens, note)
+    return Variant(
+        name=name,
+        models=models,
+        run=run,
+        gflops=statistics.fmean(c.paper_gflops for c in costs),
+        tokens=tokens,
+        note=note,
+    )
 
 
 def keep_freed_memory() -> None:

@@ -84,7 +84,7 @@ def attention_maps(model: VisionTransformer, images: Tensor) -> list[Tensor]:
         traces = model.traces(images)
     as_they_were = torch.arange(model.blocks.last.tokens[0], device=images.device).expand(len(images), -1)
     entered = [as_they_were if trace is None else trace.long() for trace in (None, *traces[:-1])]
-    return [_of_all(found, tokens) for found, tokens in zip(seen, entered, strict=True)]
+    return [_of_all(attention, trace) for attention, trace in zip(seen, entered, strict=True)]
 
 
 @contextmanager
@@ -163,7 +163,7 @@ def picture(model: VisionTransformer, image: Tensor, blocks: tuple[int, ...], ti
         model(image.unsqueeze(0).to(next(model.parameters())))
     left = tuple(len(maps[block - 1].unique()) - int((maps[block - 1] < 0).any()) for block in blocks)
     panels = (seen, *(paint(seen, maps[block - 1]) for block in blocks))
-    return Picture(title, summary(model).paper_gflops, tuple(blocks), left, panels)
+    return Picture(title=title, gflops=summary(model).paper_gflops, blocks=tuple(blocks), left=left, panels=panels)
 
 
 def draw(rows: list[Picture], path: Path) -> None:

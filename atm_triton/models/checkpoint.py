@@ -37,16 +37,16 @@ def load_checkpoint(model: Model, path: str | Path, ema: bool | None = None) -> 
     own = model.state_dict()
     if any(value.is_meta for value in own.values()):
         raise ValueError(f"this {type(model).__name__} is on the meta device: model.to_empty(device=...) first")
-    found = _read(path, getattr(model, "evaluated_with_ema", True) if ema is None else ema)
+    loaded = _read(path, getattr(model, "evaluated_with_ema", True) if ema is None else ema)
     wrong = {
-        "missing": sorted(own.keys() - found.keys()),
-        "unexpected": sorted(found.keys() - own.keys()),
-        "of another shape": [_shapes(key, found[key], own[key]) for key in own if _differ(found.get(key), own[key])],
+        "missing": sorted(own.keys() - loaded.keys()),
+        "unexpected": sorted(loaded.keys() - own.keys()),
+        "of another shape": [_shapes(key, loaded[key], own[key]) for key in own if _differ(loaded.get(key), own[key])],
     }
     said = "; ".join(f"{_some(keys)} {problem}" for problem, keys in wrong.items() if keys)
     if said:
-        raise ValueError(f"checkpoint {path} is none of this {type(model).__name__}: {said}{_head_remedy(found, own)}")
-    model.load_state_dict(found)
+        raise ValueError(f"checkpoint {path} is none of this {type(model).__name__}: {said}{_head_remedy(loaded, own)}")
+    model.load_state_dict(loaded)
     return model
 
 
@@ -54,12 +54,12 @@ def _read(path: Path, ema: bool) -> dict[str, Tensor]:
     for use_ema in (ema, True):  # averaged ones also where there are no others
         try:
             with warnings.catch_warnings(action="ignore"):
-                found = load_state_dict(str(path), use_ema=use_ema, weights_only=True)
-            named = bool(found) and all(map(_plain, found.values()))
+                loaded = load_state_dict(str(path), use_ema=use_ema, weights_only=True)
+            named = bool(loaded) and all(map(_plain, loaded.values()))
         except Exception as error:  # torch, pickle, zip and safetensors each raise their own for a file not theirs
             raise ValueError(f"checkpoint {path} holds no weights that can be read: {_reason(error)}") from error
         if named:
-            return found
+            return loaded
     raise ValueError(f"checkpoint {path} holds no weights: want plain tensors by name, or a state_dict of them")
 
 
@@ -79,23 +79,23 @@ def _reason(error: Exception) -> str:
     return f"it holds more than tensors{what}, which would run code; save its state_dict alone"
 
 
-def _differ(found: Tensor | None, own: Tensor) -> bool:
-    return found is not None and found.shape != own.shape
+def _differ(loaded: Tensor | None, own: Tensor) -> bool:
+    return loaded is not None and loaded.shape != own.shape
 
 
-def _shapes(key: str, found: Tensor, own: Tensor) -> str:
-    return f"{key} {list(found.shape)} instead of {list(own.shape)}"
+def _shapes(key: str, loaded: Tensor, own: Tensor) -> str:
+    return f"{key} {list(loaded.shape)} instead of {list(own.shape)}"
 
 
-def _head_remedy(found: dict[str, Tensor], own: dict[str, Tensor]) -> str:
+def _head_remedy(loaded: dict[str, Tensor], own: dict[str, Tensor]) -> str:
     """How to make the model with the head of the file, or without one, where they differ in nothing else."""
-    keys = own.keys() | found.keys()
+    keys = own.keys() | loaded.keys()
     heads = {key for key in keys if key.startswith(("head.", "head_dist.", "aux_head."))}
-    same = all(key in own and key in found and not _differ(found[key], own[key]) for key in keys - heads)
-    sizes = {tuple(found[key].shape[:1]) for key in heads & found.keys()} or {(0,)}
-    if not same or len(sizes) > 1 or () in sizes:
+    same = all(key in own and key in loaded and not _differ(loaded[key], own[key]) for key in keys - heads)
+    classes = {tuple(loaded[key].shape[:1]) for key in heads & loaded.keys()} or {(0,)}
+    if not same or len(classes) > 1 or () in classes:
         return ""
-    return f"; give --model-kwargs num_classes={sizes.pop()[0]}, in Python as an argument of the model"
+    return f"; give --model-kwargs num_classes={classes.pop()[0]}, in Python as an argument of the model"
 
 
 def _some(keys: list[str]) -> str:

@@ -132,12 +132,12 @@ class LVViT(VisionTransformer):
         pixel = 49 * channels * STEM_WIDTH + 2 * 9 * STEM_WIDTH**2 + STEM_WIDTH * self.embed_dim
         return (height // 2) * (width // 2) * pixel
 
-    def paper_block(self, tokens: int | Tensor, queries: int | Tensor, rows: int | Tensor) -> int | Tensor:
+    def paper_block(self, N: int | Tensor, queries: int | Tensor, rows: int | Tensor) -> int | Tensor:
         """Operations of a block, by its tokens, its queries and the rows of its MLP: numbers, or [B] of each image."""
         C, H = self.embed_dim, self.blocks[0].attn.num_heads
         hidden = self.blocks[0].mlp.fc1.out_features
-        keys = tokens * (2 * C * C + 5 * C)
-        attention = queries * (2 * C * C + 2 * tokens * C + 10 * tokens * H + 6 * C)
+        keys = N * (2 * C * C + 5 * C)
+        attention = queries * (2 * C * C + 2 * N * C + 10 * N * H + 6 * C)
         return keys + attention + rows * (2 * C * hidden + 9 * hidden + 11 * C)
 
 

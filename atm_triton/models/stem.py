@@ -11,10 +11,10 @@ SIDE = 16  # pixels of the image that a token stands for
 
 def published_cfg(**changes: Any) -> dict[str, Any]:
     """timm's default_cfg of weights trained on ImageNet-1k at 224 pixels, evaluated at a crop of 0.9."""
-    size = {"num_classes": 1000, "input_size": (3, 224, 224), "fixed_input_size": True}
+    fixed = {"num_classes": 1000, "input_size": (3, 224, 224), "fixed_input_size": True}
     transform = {"interpolation": "bicubic", "crop_pct": 0.9}
     colours = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
-    return {**size, **transform, **colours, **changes}
+    return {**fixed, **transform, **colours, **changes}
 
 
 class Stem(PatchEmbed):

@@ -361,7 +361,7 @@ def _diverged(what: str) -> str:
 
 def check_leaves_something(before: Evaluation, model: VisionTransformer) -> None:
     """Raise ValueError where hardly a patch token is left for the last block."""
-    first, last = (tokens - model.num_prefix_tokens for tokens in (before.tokens[0], before.tokens[-1]))
+    first, last = (N - model.num_prefix_tokens for N in (before.tokens[0], before.tokens[-1]))
     if last <= 1 < first:
         raise ValueError(
             f"the configuration merges everything: of {first:.0f} patch tokens {last:.1f} enter the last block; raise "

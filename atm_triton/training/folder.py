@@ -42,10 +42,10 @@ class RunFolder:
 
     def check_new(self) -> None:
         """Raise FileExistsError where another run has left its files."""
-        found = [name for name in NAMES if (self.path / name).exists()]
-        if found:
+        left = [name for name in NAMES if (self.path / name).exists()]
+        if left:
             raise FileExistsError(
-                f"--out {self.path} holds {', '.join(found)} of another run; give --resume to go on with it, or "
+                f"--out {self.path} holds {', '.join(left)} of another run; give --resume to go on with it, or "
                 "another directory"
             )
 

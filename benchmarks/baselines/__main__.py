@@ -1,6 +1,6 @@
 """``python -m benchmarks.baselines``: the methods with their settings, and side by side."""
 
-from atm_triton.cli.command import Parser
+from atm_triton.cli.bad_input import Parser
 from benchmarks.baselines import ALL
 from benchmarks.baselines.table import table
 

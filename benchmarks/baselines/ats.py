@@ -83,7 +83,7 @@ class ATSBlock(ReducingBlock):
         attended, assignment = self.called_attn(y, self._sampled_attention, tokens)
         left, step.slots = assignment.images, assignment.slots
         x = tokens.x.index_select(0, _order(assignment)) + self._drop_path(self.drop_path1, self.ls1(attended), left)
-        return self.fed_forward(Packed(x, None, left))
+        return self.fed_forward(Packed(x=x, sizes=None, images=left))
 
     def plan(self, *_: object) -> None:
         """After attention nothing is left to do."""
@@ -108,15 +108,15 @@ class ATSBlock(ReducingBlock):
         slots = torch.cat([torch.arange(P, device=scores.device).expand(images.B, P), slots], dim=1)
         left = Images.of_lengths(P + kept.sum(dim=1), images.N)
         slots = torch.where(slots < 0, -1, slots + left.cu_seqlens[:-1].unsqueeze(1))
-        return Assignment(packed(slots.int(), images, len(scores)), int(left.cu_seqlens[-1]), left)
+        return Assignment(slots=packed(slots.int(), images, len(scores)), T=int(left.cu_seqlens[-1]), images=left)
 
-    def macs(self, tokens: Number, queries: Number, rows: Number) -> Number:
+    def macs(self, N: Number, queries: Number, rows: Number) -> Number:
         """Beside what the tokens that leave cost, the queries of the others and their products with the keys."""
-        if queries is not tokens:  # the leading tokens alone
-            return block_macs(self, tokens, queries, rows)
+        if queries is not N:  # the leading tokens alone
+            return block_macs(self, N, queries, rows)
         attn = self.attention
         query = linear_macs(attn.qkv) // 3 if is_matrix(attn.qkv) else 0  # else all of them are counted already
-        return block_macs(self, tokens, rows, rows) + (tokens - rows) * (query + tokens * attn.attn_dim)
+        return block_macs(self, N, rows, rows) + (N - rows) * (query + N * attn.attn_dim)
 
 
 def _order(assignment: Assignment) -> Tensor:

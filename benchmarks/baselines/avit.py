@@ -106,7 +106,7 @@ class Halting(Packed):
         return cls.on(tokens, x.new_zeros(len(x)), one, x.new_zeros(B, x.shape[1]), one > 0)
 
     def with_x(self, x: Tensor) -> Packed:
-        return Halting.on(Packed(x, None, self.images), self.c, self.rest, self.out, self.runs)
+        return Halting.on(Packed(x=x, sizes=None, images=self.images), self.c, self.rest, self.out, self.runs)
 
 
 class AViTBlock(ReducingBlock):

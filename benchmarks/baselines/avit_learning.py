@@ -48,7 +48,7 @@ class AViTLearning(Learning):
             out = out + x * (rest * reached + h * runs).unsqueeze(2)
             depths, rest = depths + rest * reached, rest - h * runs
             mask = runs
-        return Answer(merging.forward_head(merging.norm(out)), depths, torch.stack(scores))
+        return Answer(logits=merging.forward_head(merging.norm(out)), depths=depths, scores=torch.stack(scores))
 
     def loss(self, answer: Answer, targets: Tensor, criterion: Criterion) -> Tensor:
         shares = (answer.scores / answer.scores.sum()).clamp(0.01, 0.99)

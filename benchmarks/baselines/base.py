@@ -160,7 +160,7 @@ class ReducingBlock(ATMBlock):
         assignment = plan.assignment() if isinstance(plan, Plan) else plan
         if assignment is plan or plan.weights is None:
             return ops.merge(tokens, assignment, self.config.backend), assignment.slots
-        x, sizes, images, _ = tokens
+        x, sizes, images = tokens.x, tokens.sizes, tokens.images
         sizes = torch.ones(len(x), dtype=torch.float32, device=x.device) if sizes is None else sizes
         weighted = x * plan.weights.to(x.dtype).reshape(-1, 1)
         return Packed.of(*(sums(images.shaped(rows), plan) for rows in (weighted, sizes))), assignment.slots
@@ -168,10 +168,10 @@ class ReducingBlock(ATMBlock):
     def matching_macs(self, N: Number) -> Number:
         return self.baseline.matching_macs(self, N)
 
-    def computed(self, tokens: Number, queries: Number, rows: Number) -> tuple[Number, Number, Number]:
+    def computed(self, N: Number, queries: Number, rows: Number) -> tuple[Number, Number, Number]:
         """Tokens, queries and MLP rows that a block computes, of those in the record, which has the tokens that leave
         as rows."""
-        return tokens, queries, tokens if self.baseline.after_mlp and queries is tokens else rows
+        return N, queries, N if self.baseline.after_mlp and queries is N else rows
 
 
 class EntryBlock(ReducingBlock):
@@ -194,15 +194,15 @@ class EntryBlock(ReducingBlock):
     def plan(self, *_: object) -> None:
         """After attention nothing is left to do."""
 
-    def macs(self, tokens: Number, queries: Number, rows: Number) -> Number:
+    def macs(self, N: Number, queries: Number, rows: Number) -> Number:
         """Of the tokens that are left, and of the predictor, which sees those that enter. (The paper's count has one
         norm of each number of tokens, as for any block.)"""
         if self.index not in self.baseline.blocks:
-            return block_macs(self, tokens, queries, rows)
-        return block_macs(self, rows, rows, rows) + self.predictor_macs(tokens)
+            return block_macs(self, N, queries, rows)
+        return block_macs(self, rows, rows, rows) + self.predictor_macs(N)
 
-    def predictor_macs(self, tokens: Number) -> Number:
-        return (tokens - self.num_prefix_tokens) * linear_macs(self.predictor)
+    def predictor_macs(self, N: Number) -> Number:
+        return (N - self.num_prefix_tokens) * linear_macs(self.predictor)
 
 
 def left(tokens: Packed, stays: Tensor, M: int | None = None) -> tuple[Packed, Tensor]:
@@ -211,8 +211,8 @@ def left(tokens: Packed, stays: Tensor, M: int | None = None) -> tuple[Packed, T
     x, _, images, _ = tokens
     before = torch.cat([stays.new_zeros(1, dtype=torch.long), stays.cumsum(dim=0)])
     slots = torch.where(stays, before[1:] - 1, -1).int()
-    rest = Images(before[images.cu_seqlens.long()].int(), images.N, False)
-    return Packed(x[stays], None, rest if M is None else Images.of(images.B, M, x.device)), slots
+    rest = Images(cu_seqlens=before[images.cu_seqlens.long()].int(), N=images.N, equal=False)
+    return Packed(x=x[stays], sizes=None, images=rest if M is None else Images.of(images.B, M, x.device)), slots
 
 
 def is_number(value: object) -> bool:

@@ -80,36 +80,36 @@ class DToMe(Baseline):
 
         def fitting(block: Block, index: int) -> FittingBlock:
             made = FittingBlock.of(block, config, index, depth, model.num_prefix_tokens)
-            made.of_image, made.found = schedule[index], []
+            made.of_image, made.thresholds = schedule[index], []
             return made
 
         patched, like = install(share(model), fitting, config), next(model.parameters())
         patched.blocks.warns = False  # where most tokens are gone early: that is asked for here
         for batch in batches:
             patched((batch if isinstance(batch, Tensor) else batch[0]).to(like))
-        if not patched.blocks[0].found:
+        if not patched.blocks[0].thresholds:
             raise ValueError("dtome: no images to fit thresholds by; give batches of them")
-        means = (sum(block.found) / len(block.found) for block in patched.blocks)
+        means = (sum(block.thresholds) / len(block.thresholds) for block in patched.blocks)
         return cls(thresholds=tuple(min(mean, 1.0) for mean in means), **settings)
 
 
 class FittingBlock(ATMBlock):
     """timm's block that merges a batch by its most similar pairs and notes the similarity of the first that it leaves.
-    ``of_image``: how many it merges of each image, on average; ``found``: the threshold of each batch."""
+    ``of_image``: how many it merges of each image, on average; ``thresholds``: of each batch."""
 
     of_image: int
-    found: list[float]
+    thresholds: list[float]
 
     def match(self, keys: Tensor, tokens: Packed) -> ops.Match:
         images, P, backend = tokens.images, self.num_prefix_tokens, self.config.backend
-        found = ops.match(keys, tokens.sizes, images, P, False, None, backend)
-        order = found.similarity.argsort(descending=True, stable=True)
-        pairs = int((found.partner >= 0).sum())
-        taken = min(images.B * self.of_image, pairs)
-        next_one = found.similarity[order[taken]].item() if taken < pairs else 0.0
-        self.found.append(max(next_one, 0.0))
-        joins = torch.zeros_like(found.partner).scatter(0, order[:taken], 1)
-        return found._replace(counts=count(joins, 1, images))
+        pairs = ops.match(keys, tokens.sizes, images, P, False, None, backend)
+        order = pairs.similarity.argsort(descending=True, stable=True)
+        number = int((pairs.partner >= 0).sum())
+        taken = min(images.B * self.of_image, number)
+        next_one = pairs.similarity[order[taken]].item() if taken < number else 0.0
+        self.thresholds.append(max(next_one, 0.0))
+        joins = torch.zeros_like(pairs.partner).scatter(0, order[:taken], 1)
+        return pairs._replace(counts=count(joins, 1, images))
 
 
 def _above(theta: float) -> float | None:

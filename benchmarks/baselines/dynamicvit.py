@@ -154,10 +154,17 @@ class DynamicViTLearning(Learning):
         with torch.no_grad():
             features = self.teacher.forward_features(images)
             logits = self.teacher.forward_head(features)
-        return Answer(merging.forward_head(x), x[:, P:], masks, logits, features[:, P:])
+        return Answer(
+            logits=merging.forward_head(x),
+            features=x[:, P:],
+            masks=masks,
+            teacher_logits=logits,
+            teacher_features=features[:, P:],
+        )
 
     def loss(self, answer: Answer, targets: Tensor, criterion: Criterion) -> Tensor:
-        logits, features, masks, teacher_logits, teacher_features = answer
+        logits, features, masks = answer.logits, answer.features, answer.masks
+        teacher_logits, teacher_features = answer.teacher_logits, answer.teacher_features
         off = [
             (mask.mean(dim=1) - self.baseline.share(stage)).square().mean() for stage, mask in enumerate(masks, start=1)
         ]

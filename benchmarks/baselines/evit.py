@@ -75,7 +75,7 @@ class EViT(Baseline):
         if not self.fuse_token:
             return Plan(slots, P + left)
         weights = torch.cat([attention.new_ones(B, P), torch.where(kept, 1, attention)], dim=1)
-        return Plan(slots, P + left + 1, weights)
+        return Plan(slots=slots, M=P + left + 1, weights=weights)
 
 
 class EViTLearning(Learning):

@@ -88,7 +88,7 @@ class Ranked(Packed):
         return made
 
     def with_x(self, x: Tensor) -> Packed:
-        return Ranked.on(Packed(x, None, self.images), self.attention, self.chosen)
+        return Ranked.on(Packed(x=x, sizes=None, images=self.images), self.attention, self.chosen)
 
 
 class EvoBlock(ReducingBlock):
@@ -127,11 +127,11 @@ class EvoBlock(ReducingBlock):
     def _patches(self, N: int) -> int:
         return int(self.baseline.keep_rate * (N - self.num_prefix_tokens))
 
-    def computed(self, tokens: Number, queries: Number, rows: Number) -> tuple[Number, Number, Number]:
+    def computed(self, N: Number, queries: Number, rows: Number) -> tuple[Number, Number, Number]:
         if self.index < min(self.baseline.blocks):
-            return tokens, queries, rows
-        n = self.num_prefix_tokens + self._patches(tokens)
-        return (n, n, n) if queries is tokens else (n, queries, rows)
+            return N, queries, rows
+        n = self.num_prefix_tokens + self._patches(N)
+        return (n, n, n) if queries is N else (n, queries, rows)
 
 
 class EvoViTLearning(Learning):

@@ -119,10 +119,10 @@ class IARED2Block(EntryBlock):
             stays[images.cu_seqlens[:-1].long() + token] = True
         return stays, None
 
-    def predictor_macs(self, tokens: Number) -> Number:
+    def predictor_macs(self, N: Number) -> Number:
         """Queries, keys and values, and the products of keys and the class token's query."""
         C = self.predictor.qkv.in_features
-        return tokens * (3 * C**2 + C)
+        return N * (3 * C**2 + C)
 
 
 class Answer(NamedTuple):

@@ -84,14 +84,14 @@ class MCTF(Baseline):
         r = int(may * self.r) if self.r < 1 else int(self.r)
         return max(min(r, N - LEAST, may // 2), 0)
 
-    def scores(self, x: Tensor, attention: Tensor, size: Tensor | None, num_prefix: int) -> Tensor:
+    def scores(self, x: Tensor, attention: Tensor, sizes: Tensor | None, num_prefix: int) -> Tensor:
         """[B, |A|, |B|]: how much tokens at even positions want to fuse with those at odd ones. ``attention`` [B, N]:
         how much each receives."""
         a, b = groups(x.shape[1], num_prefix)
         metric = x / x.norm(dim=-1, keepdim=True)
         similar = (metric[:, a] @ metric[:, b].transpose(1, 2) + 1) / 2
         scores = similar ** (1 / self.tau_sim) if self.tau_sim else torch.ones_like(similar)
-        for dear, tau in ((attention, self.tau_info), (size, self.tau_size)):
+        for dear, tau in ((attention, self.tau_info), (sizes, self.tau_size)):
             if dear is not None and tau:
                 cheap = (dear.amin(dim=1, keepdim=True) / dear).to(x.dtype)
                 scores = scores * (cheap[:, a, None] * cheap[:, None, b]) ** (1 / tau)
@@ -130,28 +130,28 @@ class MCTFBlock(ReducingBlock):
         """r tokens are fused; the leading ones of those that are left leave, or all."""
         n = step.leading
         images = tokens.images
-        x, size = images.shaped(tokens.x), None if tokens.sizes is None else images.shaped(tokens.sizes)
-        attention = self._map(x, size)
+        x, sizes = images.shaped(tokens.x), None if tokens.sizes is None else images.shaped(tokens.sizes)
+        attention = self._map(x, sizes)
         received = attention.mean(dim=(1, 2))
-        scores = self.baseline.scores(x, received, size, self.num_prefix_tokens)
+        scores = self.baseline.scores(x, received, sizes, self.num_prefix_tokens)
         plan = self.baseline.fused(scores, images.N, r, self.num_prefix_tokens)
-        weight = received if size is None else received * size
+        weight = received if sizes is None else received * sizes
         plan = plan._replace(weights=weight / sums(weight, plan).gather(1, plan.slots))
         tokens, step.slots = self.reduced(tokens, plan)
-        x, size = (tokens.images.shaped(rows) for rows in (tokens.x, tokens.sizes))
+        x, sizes = (tokens.images.shaped(rows) for rows in (tokens.x, tokens.sizes))
         attended, _ = self.called_attn(self.norm1(x), self._attend_by, _fused_map(attention, plan)[:, :, :n])
         x = x[:, :n] + self.drop_path1(self.ls1(attended))
-        return self.fed_forward(Packed.of(x, size[:, :n]))
+        return self.fed_forward(Packed.of(x, sizes[:, :n]))
 
-    def _map(self, x: Tensor, size: Tensor | None) -> Tensor:
+    def _map(self, x: Tensor, sizes: Tensor | None) -> Tensor:
         """The attention map [B, H, N, N] of all tokens [B, N, C], from queries and keys alone."""
         attn = self.attn
         heads = self.heads(_part(attn.qkv, slice(None, 2 * attn.attn_dim), self.norm1(x)))
         q, k = (by_image(rows, x) for rows in heads)
         scores = attn.q_norm(q) @ attn.k_norm(k).transpose(-2, -1) * attn.head_dim**-0.5
-        if size is not None:
-            size = size.to(torch.promote_types(scores.dtype, torch.float32))
-            scores = scores + size.log()[:, None, None].to(scores.dtype)
+        if sizes is not None:
+            sizes = sizes.to(torch.promote_types(scores.dtype, torch.float32))
+            scores = scores + sizes.log()[:, None, None].to(scores.dtype)
         return scores.softmax(dim=-1)
 
     def _attend_by(self, y: Tensor, attention: Tensor) -> tuple[Tensor, None]:
@@ -165,15 +165,15 @@ class MCTFBlock(ReducingBlock):
             attended = attended * attn.gate(y[:, : attended.shape[1]]).sigmoid()
         return attn.proj_drop(attn.proj(attended)), None
 
-    def macs(self, tokens: int, queries: int, rows: int) -> int:
+    def macs(self, N: int, queries: int, rows: int) -> int:
         """Queries, keys and their products of the tokens that enter, values of the M that are left, everything else of
         those that leave: the M, or the leading ones."""
-        M = tokens - self.baseline.count(self, tokens)
-        if M == tokens:
-            return block_macs(self, tokens, queries, rows)
-        leave = M if queries == tokens else queries
+        M = N - self.baseline.count(self, N)
+        if M == N:
+            return block_macs(self, N, queries, rows)
+        leave = M if queries == N else queries
         A, D = self.attn.attn_dim, self.attn.qkv.in_features
-        return block_macs(self, M, leave, leave) + (2 * tokens - M - leave) * D * A + (tokens**2 - leave * M) * A
+        return block_macs(self, M, leave, leave) + (2 * N - M - leave) * D * A + (N**2 - leave * M) * A
 
 
 def _part(qkv: nn.Linear, rows: slice, y: Tensor) -> Tensor:

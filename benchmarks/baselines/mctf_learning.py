@@ -34,14 +34,15 @@ class MCTFLearning(Learning):
     loops = True  # a block that is computed again would fuse as many tokens as the other pass
 
     def answer(self, merging: VisionTransformer, images: Tensor) -> Answer:
-        student = read(merging, images)
+        logits, token = read(merging, images)
         self.set(merging, r=int(torch.randint(TEACHERS, ())))
-        teacher = read(merging, images)
+        teacher_logits, teacher_token = read(merging, images)
         self.set(merging)
-        return Answer(*student, *teacher)
+        return Answer(logits=logits, token=token, teacher_logits=teacher_logits, teacher_token=teacher_token)
 
     def loss(self, answer: Answer, targets: Tensor, criterion: Criterion) -> Tensor:
-        logits, token, teacher_logits, teacher_token = answer
+        logits, token = answer.logits, answer.token
+        teacher_logits, teacher_token = answer.teacher_logits, answer.teacher_token
         shares = targets if targets.dim() == 2 else F.one_hot(targets, logits.shape[1])
         right = shares > shares.amin(dim=1, keepdim=True)
         sure = (logits.detach().softmax(dim=1) * right).sum(dim=1) > SURE

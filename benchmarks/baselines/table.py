@@ -4,7 +4,9 @@ from collections.abc import Mapping
 
 from benchmarks.baselines.base import About, Baseline
 
-ATM = About("**ATM** (ECAI 2025)", "no code found", "no, thresholds", 'with adapt="image"')
+ATM = About(
+    title="**ATM** (ECAI 2025)", licence="no code found", training="no, thresholds", own_count='with adapt="image"'
+)
 LEFT_OUT = {  # what is known of them does not say what they compute
     "MaMe (CVPR 2026 Findings)": "whose repository (MIT) held no code when it was read: how its matrices are built, "
     "and how one threshold gives all images of a batch the same shape, was not found",

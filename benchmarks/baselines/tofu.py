@@ -59,13 +59,13 @@ class ToFu(Baseline):
         if r == 0:
             return None
         keys = k.transpose(0, 1).flatten(1, 2)
-        found = ops.match(keys, tokens.sizes, images, P, False, None, backend)
-        merging = ops.assign(found, r, images, P, images.B * (images.N - r), True, backend)
+        pairs = ops.match(keys, tokens.sizes, images, P, False, None, backend)
+        merging = ops.assign(pairs, r, images, P, images.B * (images.N - r), True, backend)
         if block.index >= self.first_merge(block.depth):
             return merging
-        slots, partner = (images.shaped(of_token) for of_token in (merging.slots, found.partner))
+        slots, partner = (images.shaped(of_token) for of_token in (merging.slots, pairs.partner))
         joins = (partner >= 0) & (slots == slots.gather(1, partner.clamp(min=0).long()))
-        return Assignment(torch.where(joins, -1, slots).flatten(), merging.T, merging.images)
+        return Assignment(slots=torch.where(joins, -1, slots).flatten(), T=merging.T, images=merging.images)
 
     def matching_macs(self, block: ReducingBlock, N: int) -> int:
         free = N - block.num_prefix_tokens
@@ -88,4 +88,6 @@ class ToFuBlock(ReducingBlock):
         scale = largest / norm.masked_fill(norm == 0, 1)
         alone = torch.bincount(slots, minlength=plan.T) == 1
         x = torch.where(alone, 1, scale).unsqueeze(1) * mean
-        return Packed(x.to(tokens.x.dtype), merged.sizes if self.baseline.sizes else None, merged.images), plan.slots
+        return Packed(
+            x=x.to(tokens.x.dtype), sizes=merged.sizes if self.baseline.sizes else None, images=merged.images
+        ), plan.slots

@@ -8,7 +8,7 @@ Every image has a complexity c, uniform in [0, 1]. c < 0.15 is a flat background
 texture in patches from 0.35, up to six half digits as distractors from 0.4; sensor noise grows with c throughout.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -56,8 +56,8 @@ def render(split: str, count: int, seed: int = 0, side: int = CANVAS) -> Digits:
     glyphs, labels = source(split)
     numbers = tqdm(range(-(-count // _CHUNK)), desc="draw digits", unit="chunk", delay=2, disable=None, leave=False)
     chunks = [_render_chunk(glyphs, labels, seed, number, side) for number in numbers]
-    fields = zip(*((c.images, c.labels, c.complexity, c.ink) for c in chunks), strict=True)
-    return Digits(*(torch.cat(field)[:count] for field in fields))
+    names = (field.name for field in fields(Digits))
+    return Digits(**{name: torch.cat([getattr(chunk, name) for chunk in chunks])[:count] for name in names})
 
 
 def _render_chunk(glyphs: torch.Tensor, labels: torch.Tensor, seed: int, chunk: int, side: int) -> Digits:
@@ -75,7 +75,7 @@ def _render_chunk(glyphs: torch.Tensor, labels: torch.Tensor, seed: int, chunk: 
     noise = torch.randn(_CHUNK, 1, side, side, generator=generator)
     canvas = canvas + noise * (0.008 + 0.03 * complexity).view(-1, 1, 1, 1)
     images = (canvas * 255).round().clamp(0, 255).to(torch.uint8)
-    return Digits(images, labels[chosen], complexity, ink)
+    return Digits(images=images, labels=labels[chosen], complexity=complexity, ink=ink)
 
 
 def _uniform(generator: torch.Generator, *shape: int) -> torch.Tensor:

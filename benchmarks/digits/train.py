@@ -23,7 +23,7 @@ from timm.scheduler import CosineLRScheduler
 from torch import nn
 from tqdm import tqdm
 
-from atm_triton.cli.command import Parser, exit_code
+from atm_triton.cli.bad_input import Parser, exit_code
 from atm_triton.digits.model import CHECKPOINT, vit_digits_patch8_112
 from atm_triton.digits.render import CANVAS, Digits, render
 from atm_triton.measure.models import check_device

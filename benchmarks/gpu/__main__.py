@@ -62,7 +62,10 @@ def run(args: argparse.Namespace) -> str | None:
     args.out.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {"tiny": args.tiny, "failures": [], "stages": {}}
     setting = Setting(
-        torch.device(args.device), args.tiny, args.out, lambda: write_result(args.out / "gpu.json", results)
+        device=torch.device(args.device),
+        tiny=args.tiny,
+        out=args.out,
+        save=lambda: write_result(args.out / "gpu.json", results),
     )
     for name in stages:
         print(f"{setting.seconds():5.0f} s  {name}", flush=True)
@@ -89,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.device == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is imported
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler otherwise reports to the terminal
-    from atm_triton.cli.command import exit_code
+    from atm_triton.cli.bad_input import exit_code
 
     failures: list[str | None] = []
     code = exit_code("benchmarks.gpu", lambda: failures.append(run(args)))

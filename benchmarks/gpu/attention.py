@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
 from atm_triton import ops, reference
-from atm_triton.kernels.choice import KERNEL, attention_choice
+from atm_triton.kernels.attention_choice import KERNEL, attention_choice
 from atm_triton.packed import Images
 from benchmarks.gpu import StageError
 from benchmarks.gpu.setting import Setting, one_line, qkv, short, some_sizes
@@ -108,7 +108,7 @@ def candidates(
     log2_sizes, log_sizes = sizes.log2(), images.shaped(sizes).log()
     mask = log_sizes[:, None, None, :].to(q.dtype)
     heads = [x.unflatten(1, (images.B, images.N)).transpose(0, 1) for x in (q, k, v)]
-    found = {
+    ways = {
         KERNEL: (lambda: ops.attention(q, k, v, sizes, images, backend="triton", log2_sizes=log2_sizes), True),
         "SDPA, no bias": (lambda: F.scaled_dot_product_attention(*heads), False),
         f"SDPA, mask in {short(q.dtype)}": (lambda: F.scaled_dot_product_attention(*heads, attn_mask=mask), True),
@@ -121,5 +121,5 @@ def candidates(
 
         torch._dynamo.reset()
         attend = compiled(flex_attention, q.device)
-        found["flex_attention, compiled"] = (lambda: attend(*heads, score_mod=add_log_size), True)
-    return found
+        ways["flex_attention, compiled"] = (lambda: attend(*heads, score_mod=add_log_size), True)
+    return ways

@@ -108,7 +108,7 @@ def fill_caches(setting: Setting) -> None:
 
 
 def run_once(name: str, batch: str, compiles: str) -> None:
-    setting = Setting(torch.device("cuda"), False, Path(), lambda: None)
+    setting = Setting(device=torch.device("cuda"), tiny=False, out=Path(), save=lambda: None)
     case = opened(made(name, setting), name, int(batch), setting)
     measure(Cell(name, int(batch), compiles == "True"), case, setting, {"repeats": 1, "wrong": [], "left_out": []})
 
@@ -144,8 +144,8 @@ def measure(cell: Cell, case: Case, setting: Setting, section: dict[str, Any]) -
     """A row for each variant. ``of_timm``, ``of_timm_graph``, ``of_bound``: time of timm, of timm and of the bound in
     one graph, over this time; ``whole``: this time over that of one graph; medians over the turns. What fails or is
     wrong is not timed."""
-    images, found, errors = case.images, variants(cell, case, setting), {}
-    for name, variant in found.items():
+    images, by_name, errors = case.images, variants(cell, case, setting), {}
+    for name, variant in by_name.items():
         what = f"{name} of {cell.name} at {cell.batch}"
         try:
             errors[name] = check(variant, images)
@@ -154,7 +154,7 @@ def measure(cell: Cell, case: Case, setting: Setting, section: dict[str, Any]) -
         except Exception as error:  # also what a compiler or a driver raises
             line = str(error) if isinstance(error, StageError) else one_line(error)
             section["left_out" if COMPILED_TOO in name else "wrong"].append(f"{what}: {line}")
-    runs = {name: partial(found[name].call, images) for name in errors}
+    runs = {name: partial(by_name[name].call, images) for name in errors}
     seconds = time_in_turn(shuffled(runs), section["repeats"], setting.device)
 
     def over(above: str, below: str) -> float | None:
@@ -162,7 +162,7 @@ def measure(cell: Cell, case: Case, setting: Setting, section: dict[str, Any]) -
 
     rows = []
     for name, error in errors.items():
-        variant = found[name]
+        variant = by_name[name]
         times = 1e3 * torch.tensor(seconds[name], dtype=torch.float64)
         lower, median, upper = times.quantile(times.new_tensor([0.25, 0.5, 0.75])).tolist()
         row = {"model": cell.name, "dtype": short(images.dtype), "batch": cell.batch, "session": cell.compiles}
@@ -179,30 +179,31 @@ def measure(cell: Cell, case: Case, setting: Setting, section: dict[str, Any]) -
 def variants(cell: Cell, case: Case, setting: Setting) -> dict[str, Variant]:
     model, shape = case.model, tuple(case.images.shape[1:])
     whole = model if case.images.dtype == torch.float32 else copy.deepcopy(model).float()
-    found = {TIMM: Variant(model, model), f"{TIMM}, {ONE_GRAPH}": Variant(OneGraph(model), model)}
+    by_name = {TIMM: Variant(model, model), f"{TIMM}, {ONE_GRAPH}": Variant(OneGraph(model), model)}
     bounds = {}
     for mark, static in case.plans.items():
         record = replace(planned(model, shape, static.schedule, static.cls_only_last), batch=cell.batch)
         bounds[mark] = bound = free_merge_bound(model, record, replace(static, engine=False))
         blocks = patched(model, static, engine=False)
-        found[f"{BOUND}{mark}"] = Variant(bound, bound)
-        found[f"{BOUND}, {ONE_GRAPH}{mark}"] = Variant(OneGraph(bound), bound)
-        found[f"{WHOLE}{mark}"] = Variant(OneGraph(blocks), blocks)
+        by_name[f"{BOUND}{mark}"] = Variant(bound, bound)
+        by_name[f"{BOUND}, {ONE_GRAPH}{mark}"] = Variant(OneGraph(bound), bound)
+        by_name[f"{WHOLE}{mark}"] = Variant(OneGraph(blocks), blocks)
         if not mark:
             unfused, exact = (install(share(of), partial(unfused_block, of, static), static) for of in (model, whole))
-            found[f"{UNFUSED}, {ONE_GRAPH}"] = Variant(OneGraph(unfused), unfused, exact=exact)  # sums without an order
+            # its sums have no order
+            by_name[f"{UNFUSED}, {ONE_GRAPH}"] = Variant(OneGraph(unfused), unfused, exact=exact)
     # the engine alone: timm's last block computes all tokens, so this one does
     unmerged = replace(case.plans[""], schedule=(0,) * len(model.blocks), cls_only_last=False)
     ways = {f"ATM {adapt}": (config, case.plan[adapt]) for adapt, config in case.configs.items()}
     for name, (config, mark) in {**ways, UNMERGED: (unmerged, None)}.items():
         ours, blocks = (patched(model, config, engine) for engine in (True, False))
         exact = None if model is whole else patched(whole, config, engine=False)
-        found[name] = Variant(ours, blocks, mark, engine=True, exact=exact)
+        by_name[name] = Variant(call=ours, expected=blocks, plan=mark, engine=True, exact=exact)
     if cell.compiles:
         torch._dynamo.reset()
         for name, plain in ((TIMM, share(model)), (BOUND, bounds[""])):
-            found[f"{name}, {COMPILED_TOO}"] = Variant(graph(plain, setting), found[name].expected)
-    return found
+            by_name[f"{name}, {COMPILED_TOO}"] = Variant(graph(plain, setting), by_name[name].expected)
+    return by_name
 
 
 def unfused_block(model: VisionTransformer, config: ATMConfig, block: Block, index: int) -> UnfusedBlock:

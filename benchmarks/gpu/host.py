@@ -48,23 +48,23 @@ def operations(setting: Setting) -> dict[str, tuple[Callable[[], Any], Callable[
     images, T, M = Images.of(B, N, device), B * N, N - N // 8
     q, k, v = qkv(T, H, d, dtype, device)
     x, attended = (torch.randn(T, C, dtype=dtype, device=device) for _ in range(2))
-    tokens, norm = Packed(x, some_sizes(T, device), images), nn.LayerNorm(C, device=device, dtype=dtype)
+    tokens, norm = Packed(x=x, sizes=some_sizes(T, device), images=images), nn.LayerNorm(C, device=device, dtype=dtype)
     r = torch.full((B,), N - M, device=device)
-    sizes, log2_sizes, begin = tokens.sizes, tokens.sizes.log2(), images.cu_seqlens
-    found = ops.match(k, sizes, images, 1, False, 0.5, "triton")
-    assignment = ops.assign(found, r, images, 1, B * M, True, "triton")
-    slots, left, lists = assignment.slots, assignment.images, (assignment.tokens, assignment.spans)
+    sizes, log2_sizes, cu_seqlens = tokens.sizes, tokens.sizes.log2(), images.cu_seqlens
+    pairs = ops.match(k, sizes, images, 1, False, 0.5, "triton")
+    assignment = ops.assign(pairs, r, images, 1, B * M, True, "triton")
+    slots, left, lists = assignment.slots, assignment.images, (assignment.order, assignment.spans)
     merged = ops.merge(tokens, assignment, "triton").x
     of = torch.ops.atm_triton
     affine = (norm.weight, norm.bias, norm.eps)
     return {
         "match": (
             lambda: ops.match(k, sizes, images, 1, False, 0.5, "triton"),
-            lambda: of.match(k, sizes, begin, 1, False, 0.5, N),
+            lambda: of.match(k, sizes, cu_seqlens, 1, False, 0.5, N),
         ),
         "assign": (
-            lambda: ops.assign(found, r, images, 1, B * M, True, "triton"),
-            lambda: of.assign(found.similarity, found.partner, r, begin, 1, N, B * M),
+            lambda: ops.assign(pairs, r, images, 1, B * M, True, "triton"),
+            lambda: of.assign(pairs.similarity, pairs.partner, r, cu_seqlens, 1, N, B * M),
         ),
         "merge": (
             lambda: ops.merge(tokens, assignment, "triton"),
@@ -77,7 +77,7 @@ def operations(setting: Setting) -> dict[str, tuple[Callable[[], Any], Callable[
         "unmerge": (lambda: ops.unmerge(merged, slots, "triton"), lambda: of.unmerge(merged, slots)),
         "attention": (
             lambda: ops.attention(q, k, v, sizes, images, backend="triton", log2_sizes=log2_sizes),
-            lambda: of.attention(q, k, v, log2_sizes, begin, begin, N, N),
+            lambda: of.attention(q, k, v, log2_sizes, cu_seqlens, cu_seqlens, N, N),
         ),
     }
 
@@ -86,7 +86,7 @@ def block_launches(setting: Setting) -> dict[str, Any]:
     """The kernels that a merging block of DeiT-S launches by a given r, and by counting: how many, how many of them are
     ours, and their names."""
     B, N, H, C = setting.pick((64, 197, 6, 384), (1, 17, 2, 32))
-    x, size = torch.randn(B, N, C, device=setting.device), some_sizes(B * N, setting.device).view(B, N)
+    x, sizes = torch.randn(B, N, C, device=setting.device), some_sizes(B * N, setting.device).view(B, N)
     rows = {}
     configs = {
         "static": ATMConfig(adapt="static", schedule=(N // 8,) * 12, backend="triton"),
@@ -95,7 +95,7 @@ def block_launches(setting: Setting) -> dict[str, Any]:
     }
     for name, config in configs.items():
         block = ATMBlock(C, H, qkv_bias=True, block_index=0, depth=12, config=config).eval().to(setting.device)
-        names = launched(lambda block=block: block(x, size), setting)
+        names = launched(lambda block=block: block(x, sizes), setting)
         ours = sum(any(own in kernel for own in OURS) for kernel in names)
         rows[name] = {"all": len(names), "ours": ours, "names": dict(Counter(names))}
     return rows

@@ -35,10 +35,10 @@ def run(setting: Setting, section: dict[str, Any], _: dict[str, Any]) -> None:
 
 def shapes(setting: Setting) -> list[tuple]:
     """(H, d), B, N, dtype."""
-    widths, tokens = setting.pick((WIDTHS, (197, 149, 101)), (TINY_WIDTHS, (17,)))
+    widths, lengths = setting.pick((WIDTHS, (197, 149, 101)), (TINY_WIDTHS, (17,)))
     batches, dtype = setting.pick(((256, 64, 8, 1), torch.bfloat16), ((1,), torch.float32))
-    chosen = [(width, B, N, dtype) for width in widths.values() for B in batches for N in tokens]
-    return [*chosen, (widths["DeiT-S"], batches[0], tokens[0], torch.float32)]
+    chosen = [(width, B, N, dtype) for width in widths.values() for B in batches for N in lengths]
+    return [*chosen, (widths["DeiT-S"], batches[0], lengths[0], torch.float32)]
 
 
 def measure(
@@ -48,12 +48,12 @@ def measure(
     ``of_copy``: the share of the copy bandwidth; ``bound_us``: what its bytes take at that bandwidth, or its products
     at the measured rate, whichever is longer."""
     device, rows = setting.device, []
-    for operation, (by_kernel, by_reference, size, flops) in calls(setting, B, N, H, d, dtype).items():
+    for operation, (by_kernel, by_reference, nbytes, flops) in calls(setting, B, N, H, d, dtype).items():
         microseconds = median_us(replayed(by_kernel, device), device)
-        rate = size / microseconds / 1e3
+        rate = nbytes / microseconds / 1e3
         row = {"operation": operation, "dtype": short(dtype), "B": B, "N": N, "H": H, "d": d}
-        row |= {"microseconds": microseconds, "bytes": size, "gb_per_second": rate, "of_copy": rate / copy}
-        row |= {"flops": flops, "bound_us": max(size / copy / 1e3, flops / product / 1e6)}
+        row |= {"microseconds": microseconds, "bytes": nbytes, "gb_per_second": rate, "of_copy": rate / copy}
+        row |= {"flops": flops, "bound_us": max(nbytes / copy / 1e3, flops / product / 1e6)}
         rows.append(row | {"reference_eager": median_us(by_reference, device)})
     return rows
 
@@ -68,9 +68,9 @@ def calls(
     q, k, v = qkv(T, H, d, dtype, device)
     x, attended = (torch.randn(T, C, dtype=dtype, device=device) for _ in range(2))
     sizes, norm = some_sizes(T, device), nn.LayerNorm(C, eps=1e-6, device=device, dtype=dtype)
-    tokens, log2_sizes = Packed(x, sizes, images), sizes.log2()
-    found, r = ops.match(k, sizes, images, 1, False, 0.5, "triton"), torch.full((B,), N - M, device=device)
-    assignment = ops.assign(found, r, images, 1, left, True, "triton")
+    tokens, log2_sizes = Packed(x=x, sizes=sizes, images=images), sizes.log2()
+    pairs, r = ops.match(k, sizes, images, 1, False, 0.5, "triton"), torch.full((B,), N - M, device=device)
+    assignment = ops.assign(pairs, r, images, 1, left, True, "triton")
     slots, merged = assignment.slots, x[:left]
     layer = nn.Linear(C, 4 * C, device=device, dtype=dtype)
 
@@ -79,7 +79,7 @@ def calls(
         return similarity, partner, reference.count(similarity, 0.5, images)
 
     def reference_assign() -> Any:
-        slots, _ = reference.assign(found.similarity, found.partner, r, 1, images)
+        slots, _ = reference.assign(pairs.similarity, pairs.partner, r, 1, images)
         return slots, reference.lists(slots, left)
 
     def reference_norm() -> Any:
@@ -94,7 +94,7 @@ def calls(
             traffic.match_flops(B, N, C),
         ),
         "assign": (
-            lambda: ops.assign(found, N - M, images, 1, left, True, "triton"),
+            lambda: ops.assign(pairs, N - M, images, 1, left, True, "triton"),
             reference_assign,
             traffic.assign_bytes(B, N, M),
             0,

@@ -69,7 +69,7 @@ def deit(model: VisionTransformer, batch: int, setting: Setting) -> Case:
         "batch": fitted(model, images, "batch", int((r + 0.5) * batch)),  # rounded down: r, by the widest margin
         "image": fitted(model, images, "image", r * batch),
     }
-    return Case(model, images, configs, {"": static}, dict.fromkeys(configs, ""))
+    return Case(model=model, images=images, configs=configs, plans={"": static}, plan=dict.fromkeys(configs, ""))
 
 
 @torch.inference_mode()
@@ -91,7 +91,9 @@ def digits(model: VisionTransformer, batch: int, setting: Setting) -> Case:
         r = tuple(round(mean(r)) for r in blocks.blocks.last.merged)
         plans[mark] = replace(config, adapt="static", schedule=r, thresholds=None)
     configs = {"static": plans[""], **configs}
-    return Case(model, images, configs, plans, {"static": "", "batch": "", "image": OWN_R})
+    return Case(
+        model=model, images=images, configs=configs, plans=plans, plan={"static": "", "batch": "", "image": OWN_R}
+    )
 
 
 class FittingBlock(ATMBlock):

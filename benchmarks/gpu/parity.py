@@ -147,18 +147,18 @@ def check_case(case: Case, device: torch.device) -> dict[str, float]:
     q, k, v = qkv(T, H, d, case.dtype, device)
     sizes, shares = some_sizes(T, device, most=200), defaultdict(list)
     with naming(f"match {case}"):
-        share, found = check_match(k, sizes, images, case.by_size)
+        share, pairs = check_match(k, sizes, images, case.by_size)
         shares["match"].append(share)
     x, attended = (torch.randn(T, H * d, dtype=case.dtype, device=device) for _ in range(2))
-    tokens = Packed(x, sizes, images)
+    tokens = Packed(x=x, sizes=sizes, images=images)
     same_r = torch.full((B,), (case.N - 1) // 4, device=device)
     one_each = [] if case.differ else [("batch", True), ((case.N - 1) // 4, True), (same_r, True)]
-    for r, one_r in (("image", False), (found.counts, False), *one_each):
+    for r, one_r in (("image", False), (pairs.counts, False), *one_each):
         with naming(f"assign {case}"):
             if isinstance(r, Tensor):  # counts are of the similarities as they are
-                ties = found._replace(similarity=found.similarity.mul(50).round().div(50))
+                ties = pairs._replace(similarity=pairs.similarity.mul(50).round().div(50))
                 check_assign(ties, r, images, one_r)
-            assignment = check_assign(found, r, images, one_r)
+            assignment = check_assign(pairs, r, images, one_r)
         with naming(f"merge {case}"):
             share, merged = check_merge(tokens, assignment)
             shares["merge"].append(share)
@@ -256,39 +256,39 @@ def check_match(keys: Tensor, sizes: Tensor, images: Images, by_size: bool) -> t
     in_a = want_partner >= 0
     theta = round(best[in_a].median().item(), 3)
     with poisoned():
-        found = ops.match(keys, sizes, images, 1, by_size, theta, "triton")
-    same(found.partner >= 0, in_a, "tokens with a partner")
-    same(found.similarity.isneginf(), ~in_a, "tokens without a similarity")
-    share = within(found.similarity[in_a], best[in_a], BEST, "similarities")
+        pairs = ops.match(keys, sizes, images, 1, by_size, theta, "triton")
+    same(pairs.partner >= 0, in_a, "tokens with a partner")
+    same(pairs.similarity.isneginf(), ~in_a, "tokens without a similarity")
+    share = within(pairs.similarity[in_a], best[in_a], BEST, "similarities")
     first, length = (of_tokens(of, images, len(in_a)) for of in (images.cu_seqlens[:-1], images.lengths))
-    in_image = found.partner < length
+    in_image = pairs.partner < length
     same(in_image[in_a], in_a[in_a], "partners in the image")
     position = torch.arange(len(in_a), device=keys.device) - first
-    partner = first + found.partner.clamp(min=0)
+    partner = first + pairs.partner.clamp(min=0)
     same(((position > 0) & ~in_a)[partner[in_a]], in_a[in_a], "partners in B")
     unit = F.normalize(keys.double().mean(0), dim=1)
     share = max(share, within((unit[in_a] * unit[partner[in_a]]).sum(1), best[in_a], OWN, "cosines with the partners"))
-    same(found.counts, reference.count(found.similarity, theta, images), "counts")
+    same(pairs.counts, reference.count(pairs.similarity, theta, images), "counts")
     for rows, alone in each_alone(images):
         own = ops.match(keys[:, rows], sizes[rows], alone, 1, by_size, theta, "triton")
-        same(found.similarity[rows], own.similarity, "similarities of an image among others", "it has alone")
-        same(found.partner[rows], own.partner, "partners of an image among others", "it has alone")
-    return share, found
+        same(pairs.similarity[rows], own.similarity, "similarities of an image among others", "it has alone")
+        same(pairs.partner[rows], own.partner, "partners of an image among others", "it has alone")
+    return share, pairs
 
 
 def check_stem(setting: Setting) -> float:
     """Of the largest share of the tolerance, of every dtype, with patches that lie on 16 bytes and others."""
     shares = []
     dtypes = setting.pick((BF16, HALF, FLOAT), (HALF, FLOAT))  # the interpreter cannot multiply bfloat16
-    for dtype, size in product(dtypes, setting.pick((16, 14), (4, 3))):
-        C, (B, side) = setting.pick(384, 40), setting.pick((64, 14 * size), (2, 2 * size))
-        images, weight = torch.randn(B, 3, side, side), torch.randn(C, 3, size, size) / size
-        tensors = images, weight, torch.randn(C), torch.randn(1 + (side // size) ** 2, C)
+    for dtype, p in product(dtypes, setting.pick((16, 14), (4, 3))):
+        C, (B, side) = setting.pick(384, 40), setting.pick((64, 14 * p), (2, 2 * p))
+        images, weight = torch.randn(B, 3, side, side), torch.randn(C, 3, p, p) / p
+        tensors = images, weight, torch.randn(C), torch.randn(1 + (side // p) ** 2, C)
         images, weight, bias, position = (x.to(setting.device, dtype) for x in tensors)
-        with naming(f"stem {short(dtype)}, patches of {size}"), poisoned():
+        with naming(f"stem {short(dtype)}, patches of {p}"), poisoned():
             out = ops.stem(images, weight, bias, position)
             same(out[:, 0], position[:1].expand(B, -1), "prefix tokens")
-        cut = F.unfold(images.double(), size, stride=size).transpose(1, 2)
+        cut = F.unfold(images.double(), p, stride=p).transpose(1, 2)
         embedded = cut @ weight.double().flatten(1).t() + bias.double()
         magnitude = cut.abs() @ weight.double().abs().flatten(1).t() + bias.double().abs() + position[1:].double().abs()
         want = embedded + position[1:].double()
@@ -313,24 +313,24 @@ def check_linear_gelu(setting: Setting) -> float:
     return max(shares)
 
 
-def r_of_each(found: ops.Match, r: int | Tensor | str) -> Tensor:
+def r_of_each(pairs: ops.Match, r: int | Tensor | str) -> Tensor:
     """What ``ops.assign`` makes of its sources of r."""
     if isinstance(r, Tensor):
         return r
     if isinstance(r, int):
-        return torch.full_like(found.counts, r)
-    return reference.batch_r(found.counts) if r == "batch" else found.counts
+        return torch.full_like(pairs.counts, r)
+    return reference.batch_r(pairs.counts) if r == "batch" else pairs.counts
 
 
-def check_assign(found: ops.Match, r: int | Tensor | str, images: Images, one_r: bool) -> Assignment:
-    slots, cu_seqlens = reference.assign(found.similarity, found.partner, r_of_each(found, r), 1, images)
+def check_assign(pairs: ops.Match, r: int | Tensor | str, images: Images, one_r: bool) -> Assignment:
+    slots, cu_seqlens = reference.assign(pairs.similarity, pairs.partner, r_of_each(pairs, r), 1, images)
     T = int(cu_seqlens[-1])
     with poisoned():
-        assignment = ops.assign(found, r, images, 1, T, one_r, "triton")
+        assignment = ops.assign(pairs, r, images, 1, T, one_r, "triton")
     same(assignment.slots, slots, "slots")
     same(assignment.images.cu_seqlens, cu_seqlens, "the images' first slots")
-    tokens, spans = reference.lists(slots, T)
-    same(assignment.tokens, tokens, "tokens of the slots")
+    order, spans = reference.lists(slots, T)
+    same(assignment.order, order, "tokens of the slots")
     same(assignment.spans, spans, "spans of the slots")
     return assignment
 
@@ -345,7 +345,7 @@ def check_merge(tokens: Packed, assignment: Assignment) -> tuple[float, Packed]:
     within(merged.log2_sizes, want_sizes.double().log2(), ARITHMETIC, "log2 of the sizes")
     share = within(merged.x, want, limit(want, magnitude, x.dtype), "merged tokens")
     alone = assignment.spans.diff(dim=1).flatten() == 1
-    token = assignment.tokens[assignment.spans[alone, 0].long()]
+    token = assignment.order[assignment.spans[alone, 0].long()]
     same(merged.x[alone], x[token.long()], "tokens that merged with none")
     return share, merged
 
@@ -415,10 +415,10 @@ def check_large(setting: Setting) -> float:
     partner = torch.where(in_a, (position + 1) % N, -1).int().expand(B, N).contiguous()
     partner[:, 0] = -1
     similarity.masked_fill_(partner < 0, -torch.inf)
-    found = ops.Match(similarity.flatten(), partner.flatten(), None)
-    tokens = Packed(torch.randn(B * N, C, dtype=HALF, device=device), some_sizes(B * N, device), images)
+    pairs = ops.Match(similarity=similarity.flatten(), partner=partner.flatten(), counts=None)
+    tokens = Packed(x=torch.randn(B * N, C, dtype=HALF, device=device), sizes=some_sizes(B * N, device), images=images)
     with poisoned():
-        assignment = ops.assign(found, torch.full((B,), r, device=device), images, 1, B * M, True, "triton")
+        assignment = ops.assign(pairs, torch.full((B,), r, device=device), images, 1, B * M, True, "triton")
         merged = ops.merge(tokens, assignment, "triton")
         back = ops.unmerge(merged.x, assignment.slots, "triton")
     with naming(f"more than 2^31 elements: B={B} N={N} C={C}"):

@@ -40,13 +40,13 @@ def merge_step(B: int, N: int, H: int, d: int, dtype: torch.dtype, device: torch
     r = torch.full((B,), N // 8, device=device)
 
     def step() -> dict[str, Tensor]:
-        found = ops.match(k, sizes, images, 1, True, 0.1, "triton")
-        assignment = ops.assign(found, r, images, 1, T - B * (N // 8), True, "triton")
-        merged, normed = ops.add_merge_norm(Packed(x, sizes, images), attended, None, assignment, norm)
+        pairs = ops.match(k, sizes, images, 1, True, 0.1, "triton")
+        assignment = ops.assign(pairs, r, images, 1, T - B * (N // 8), True, "triton")
+        merged, normed = ops.add_merge_norm(Packed(x=x, sizes=sizes, images=images), attended, None, assignment, norm)
         return {
-            "similarity": found.similarity,
-            "partner": found.partner,
-            "counts": found.counts,
+            "similarity": pairs.similarity,
+            "partner": pairs.partner,
+            "counts": pairs.counts,
             "slots": assignment.slots,
             "merged": merged.x,
             "normed": normed,

@@ -28,23 +28,23 @@ def pick(rows: Rows, **wanted: Any) -> dict[str, Any] | None:
 
 def of_kernels(rows: Rows) -> Rows:
     """Of the first rows (the largest batch, DeiT-S): time over that of the bytes at the measured copy bandwidth."""
-    found = []
+    targets = []
     for operation, most in (("match", 1.5), ("add_merge_norm", 1.3)):
         row = pick(rows, operation=operation)
         what = f"{operation}: time over that of its bytes" + (f", B={row['B']} {row['dtype']}" if row else "")
-        found.append(target(what, 1 / row["of_copy"] if row else None, "<=", most))
-    return found
+        targets.append(target(what, 1 / row["of_copy"] if row else None, "<=", most))
+    return targets
 
 
 def of_engine(rows: Rows) -> Rows:
     """Of every way to adapt, without torch.compile."""
-    found = []
+    targets = []
     for row in rows:
         if row["session"] or "whole" not in row:
             continue
         name = f"engine, {row['name']}, {row['model']} B={row['batch']}"
-        found.append(target(f"{name}: time(timm) / time", row["of_timm"], ">=", 1.0))
+        targets.append(target(f"{name}: time(timm) / time", row["of_timm"], ">=", 1.0))
         if row["batch"] >= 64:
-            found.append(target(f"{name}: time / time(one graph)", row["whole"], "<=", 1.1))
-            found.append(target(f"{name}: time(bound in one graph) / time", row["of_bound"], ">=", 0.97))
-    return found or [target("engine", None, ">=", 0.97)]
+            targets.append(target(f"{name}: time / time(one graph)", row["whole"], "<=", 1.1))
+            targets.append(target(f"{name}: time(bound in one graph) / time", row["of_bound"], ">=", 0.97))
+    return targets or [target("engine", None, ">=", 0.97)]

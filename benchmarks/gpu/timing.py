@@ -72,11 +72,11 @@ def host_us(call: Callable[[], Any], device: torch.device, calls: int, runs: int
     return statistics.median(rounds)
 
 
-def copy_bandwidth(device: torch.device, size: int) -> float:
-    """GB/s of a copy of ``size`` bytes, read and written."""
-    source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=device)
+def copy_bandwidth(device: torch.device, nbytes: int) -> float:
+    """GB/s of a copy of ``nbytes``, read and written."""
+    source = torch.randint(0, 255, (nbytes,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * size / median_us(lambda: target.copy_(source), device) / 1e3
+    return 2 * nbytes / median_us(lambda: target.copy_(source), device) / 1e3
 
 
 def product_rate(device: torch.device, side: int, dtype: torch.dtype) -> float:

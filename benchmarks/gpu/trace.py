@@ -80,14 +80,14 @@ def timeline(events: list[dict[str, Any]], on_gpu: bool) -> list[Event]:
     """What ran on the GPU (on a CPU: torch's operations), in the order in which it began."""
     kinds = ON_GPU if on_gpu else ("cpu_op",)
     chosen = [event for event in events if event.get("ph") == "X" and event.get("cat") in kinds]
-    return sorted(Event(event["ts"], event["ts"] + event["dur"], event["name"]) for event in chosen)
+    return sorted(Event(start=event["ts"], end=event["ts"] + event["dur"], name=event["name"]) for event in chosen)
 
 
 def gaps(events: list[Event]) -> dict[str, Any]:
     """For each read of a count the longest time without work from it to the next read, and between which two events;
     ``busy`` is the share of the whole pass with work."""
     reads = [index for index, event in enumerate(events) if any(name in event.name for name in READS)]
-    found = []
+    gaps = []
     for read, following in zip(reads, [*reads, len(events)][1:], strict=True):
         longest = {"microseconds": 0.0, "after": "", "before": ""}
         end, last = events[read].end, events[read].name
@@ -96,7 +96,7 @@ def gaps(events: list[Event]) -> dict[str, Any]:
                 longest = {"microseconds": event.start - end, "after": last[:60], "before": event.name[:60]}
             if event.end > end:
                 end, last = event.end, event.name
-        found.append(longest)
+        gaps.append(longest)
     busy, end = 0.0, 0.0
     for event in events:
         busy += max(0.0, event.end - max(end, event.start))
@@ -104,8 +104,8 @@ def gaps(events: list[Event]) -> dict[str, Any]:
     whole = end - events[0].start if events else 0.0
     return {
         "reads": len(reads),
-        "longest_gap_microseconds": max((gap["microseconds"] for gap in found), default=None),
-        "gaps": found,
+        "longest_gap_microseconds": max((gap["microseconds"] for gap in gaps), default=None),
+        "gaps": gaps,
         "pass_microseconds": whole,
         "busy": busy / whole if whole else None,
     }

@@ -16,10 +16,10 @@ from torch import Tensor
 from triton.errors import TritonError
 
 from atm_triton import ops
-from atm_triton.cli.command import Parser, exit_code
+from atm_triton.cli.bad_input import Parser, exit_code
 from atm_triton.kernels.assign import LONG_CONFIG, ONE_PROGRAM, assign, assign_table
 from atm_triton.kernels.attention import attention, attention_table
-from atm_triton.kernels.images import block_for
+from atm_triton.kernels.common import block_for
 from atm_triton.kernels.match import WHOLE_IMAGE, match, match_image_table, match_tiles_table
 from atm_triton.kernels.merge import Norm, add_norm, merge, rows_table
 from atm_triton.kernels.stem import stem, stem_table
@@ -73,17 +73,17 @@ def of_attention(at: Inputs) -> Tuning:
     tiles = (16, 32, 64) if at.x.dtype == torch.float32 else (32, 64, 128)
     others = every(ROWS=tiles, COLUMNS=tiles, STAGES=(1, 2, 3, 4), TAILS=(0, 1, 2, 3), num_warps=(4, 8))
     others = [one for one in others if one["COLUMNS"] >> max(one["TAILS"] - 1, 0) >= 16]  # a product takes 16 columns
-    return Tuning(launch, attention_table(at.x.dtype, at.d, at.N), others)
+    return Tuning(launch=launch, table=attention_table(at.x.dtype, at.d, at.N), others=others)
 
 
 def of_match(at: Inputs) -> Tuning:
     launch = partial(match, at.keys, at.sizes, at.images.cu_seqlens, 1, at.by_size, 0.5, at.N)
     if at.N - 1 > WHOLE_IMAGE or at.d > 64:
         others = every(ROWS=(32, 64, 128), COLUMNS=(16, 32, 64, 128), num_warps=(4, 8), num_stages=(1, 2, 3, 4))
-        return Tuning(launch, match_tiles_table(at.d), others)
+        return Tuning(launch=launch, table=match_tiles_table(at.d), others=others)
     block = block_for(at.N // 2)
     others = every(ROWS=[n for n in (16, 32, 64, 128) if n <= block], HEADS=(2, 6, 12), num_warps=(2, 4, 8, 16))
-    return Tuning(launch, match_image_table(block, at.d, at.by_size, at.x.dtype, at.H), others)
+    return Tuning(launch=launch, table=match_image_table(block, at.d, at.by_size, at.x.dtype, at.H), others=others)
 
 
 def of_assign(at: Inputs) -> Tuning:
@@ -91,15 +91,15 @@ def of_assign(at: Inputs) -> Tuning:
     block, slots = block_for(at.N), at.B * (at.N - at.r)
     launch = partial(assign, similarity, partner, at.r, at.images.cu_seqlens, 1, at.N, slots)
     if at.N > ONE_PROGRAM:
-        return Tuning(launch, LONG_CONFIG, every(CHUNK=(1024, 2048, 4096), num_warps=(8, 16)))
+        return Tuning(launch=launch, table=LONG_CONFIG, others=every(CHUNK=(1024, 2048, 4096), num_warps=(8, 16)))
     warps = [warps for warps in (1, 2, 4, 8, 16) if block <= 512 * warps]  # more tokens a warp take minutes to compile
-    return Tuning(launch, assign_table(block, search=True), every(num_warps=warps))
+    return Tuning(launch=launch, table=assign_table(block, search=True), others=every(num_warps=warps))
 
 
 def of_merge(at: Inputs) -> Tuning:
-    found = ops.match(at.keys, at.sizes, at.images, 1, False, 0.5, "triton")
-    merging = ops.assign(found, at.r, at.images, 1, at.B * (at.N - at.r), True, "triton")
-    lists = (merging.tokens, merging.spans, merging.images.cu_seqlens)
+    pairs = ops.match(at.keys, at.sizes, at.images, 1, False, 0.5, "triton")
+    merging = ops.assign(pairs, at.r, at.images, 1, at.B * (at.N - at.r), True, "triton")
+    lists = (merging.order, merging.spans, merging.images.cu_seqlens)
     return of_rows(partial(merge, at.x, at.sizes, *lists, at.x, None, NORM), at.x)
 
 
@@ -110,7 +110,7 @@ def of_add_norm(at: Inputs) -> Tuning:
 def of_rows(launch: Callable[..., Any], x: Tensor) -> Tuning:
     C = x.shape[1]
     others = every(ROWS=[n for n in (1, 2, 4, 8, 16) if n * C <= 8192 or n == 1], num_warps=(1, 2, 4, 8))
-    return Tuning(launch, rows_table(x.dtype, C), others)
+    return Tuning(launch=launch, table=rows_table(x.dtype, C), others=others)
 
 
 def of_unmerge(at: Inputs) -> Tuning:
@@ -124,7 +124,7 @@ def of_stem(at: Inputs) -> Tuning:
     sides = (32, 64) if at.x.dtype == torch.float32 else (64, 128, 256)
     others = every(ROWS=sides, COLUMNS=sides, DEPTH=(32, 64), STAGES=(2, 3, 4), num_warps=(4, 8))
     launch = partial(stem, images, weight, None, new(1 + SIDE**2, C))
-    return Tuning(launch, stem_table(at.x.dtype, wide=False, together=True), others)
+    return Tuning(launch=launch, table=stem_table(at.x.dtype, wide=False, together=True), others=others)
 
 
 KERNELS = {
@@ -143,7 +143,18 @@ def inputs(args: argparse.Namespace) -> Inputs:
     device, dtype = torch.device(args.device), DTYPES[args.dtype]
     torch.manual_seed(0)
     x, (_, keys, _) = torch.randn(B * N, H * d, dtype=dtype, device=device), qkv(B * N, H, d, dtype, device)
-    return Inputs(B, N, H, d, args.by_size, N // 24, x, keys, some_sizes(B * N, device), Images.of(B, N, device))
+    return Inputs(
+        B=B,
+        N=N,
+        H=H,
+        d=d,
+        by_size=args.by_size,
+        r=N // 24,
+        x=x,
+        keys=keys,
+        sizes=some_sizes(B * N, device),
+        images=Images.of(B, N, device),
+    )
 
 
 def microseconds(launch: Callable[..., Any], config: Config, device: torch.device) -> float | None:

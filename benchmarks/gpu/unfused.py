@@ -22,15 +22,15 @@ class UnfusedBlock(ATMBlock):
         if step.leading is not None:
             return self.forward_leading(tokens, step.leading)
         images = tokens.images
-        x, size = images.shaped(tokens.x), None if tokens.sizes is None else images.shaped(tokens.sizes)
+        x, sizes = images.shaped(tokens.x), None if tokens.sizes is None else images.shaped(tokens.sizes)
         attended, k = self.called_attn(self.norm1(x), self.with_keys, tokens)
         x = x + self.drop_path1(self.ls1(attended))
         r = self.given_r(images) if step.merges else 0
         if r:
-            x, size = merged(x, size, images.shaped(k.mean(0)), r, self.num_prefix_tokens)
+            x, sizes = merged(x, sizes, images.shaped(k.mean(0)), r, self.num_prefix_tokens)
             images = images_of(images.B, images.N - r, x.device)
         x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
-        return Packed(x.flatten(0, 1), None if size is None else size.flatten(), images)
+        return Packed(x=x.flatten(0, 1), sizes=None if sizes is None else sizes.flatten(), images=images)
 
     def with_keys(self, y: Tensor, tokens: Packed) -> tuple[Tensor, Tensor]:
         """What attention adds to the tokens of norm ``y`` [B, N, C], and their keys."""
@@ -49,10 +49,10 @@ class UnfusedBlock(ATMBlock):
         return self.attn.proj(x.transpose(1, 2).reshape(y.shape[0], y.shape[1], self.attn.attn_dim))
 
 
-def merged(x: Tensor, size: Tensor | None, keys: Tensor, r: int, num_prefix: int) -> tuple[Tensor, Tensor]:
+def merged(x: Tensor, sizes: Tensor | None, keys: Tensor, r: int, num_prefix: int) -> tuple[Tensor, Tensor]:
     """x [B, N, C] to [B, N - r, C] and its sizes, by the cosines of ``keys`` [B, N, d]."""
     B, N, _ = x.shape
-    size = x.new_ones(B, N) if size is None else size
+    sizes = x.new_ones(B, N) if sizes is None else sizes
     keys = keys / keys.norm(dim=-1, keepdim=True)
     a, b = slice(num_prefix + num_prefix % 2, N, 2), slice(num_prefix | 1, N, 2)  # even and odd positions
     best, partner = (keys[:, a] @ keys[:, b].transpose(1, 2)).max(dim=-1)
@@ -60,13 +60,13 @@ def merged(x: Tensor, size: Tensor | None, keys: Tensor, r: int, num_prefix: int
     joins, stays = order[:, :r], order[:, r:].sort(dim=1).values
     target = partner.gather(1, joins)
 
-    def summed(tokens: Tensor) -> Tensor:
+    def summed(values: Tensor) -> Tensor:
         """[B, N, channels] to sums over the slots [B, N - r, channels]."""
-        channels = tokens.shape[-1]
-        of_a, of_b = tokens[:, a], tokens[:, b]
+        channels = values.shape[-1]
+        of_a, of_b = values[:, a], values[:, b]
         kept, moved = (of_a.gather(1, rows.unsqueeze(-1).expand(-1, -1, channels)) for rows in (stays, joins))
         of_b = of_b.scatter_reduce(1, target.unsqueeze(-1).expand(-1, -1, channels), moved, reduce="sum")
-        return torch.cat([tokens[:, :num_prefix], kept, of_b], dim=1)
+        return torch.cat([values[:, :num_prefix], kept, of_b], dim=1)
 
-    sums, size = summed(x * size.unsqueeze(-1)), summed(size.unsqueeze(-1))
-    return sums / size, size.squeeze(-1)
+    sums, sizes = summed(x * sizes.unsqueeze(-1)), summed(sizes.unsqueeze(-1))
+    return sums / sizes, sizes.squeeze(-1)

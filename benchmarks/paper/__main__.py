@@ -6,10 +6,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from atm_triton.cli.command import Parser, exit_code
+from atm_triton.cli.bad_input import Parser, exit_code
 from atm_triton.cli.report import left_out, need_matplotlib
 from atm_triton.measure.provenance import check_file, write_result
-from benchmarks.bench import RESULTS
+from benchmarks import RESULTS
 from benchmarks.paper import (
     figure2,
     figure4,

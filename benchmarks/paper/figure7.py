@@ -73,11 +73,11 @@ def measure(subject: Subject, rows: Rows, args: argparse.Namespace) -> None:
 
 def _numbered(subject: Subject, wanted: set[int]) -> dict[int, torch.Tensor]:
     """Images [C, H, W] by their place among those to judge by."""
-    found, first = {}, 0
+    chosen, first = {}, 0
     for images in subject.images():
-        found |= {number: images[number - first] for number in wanted if first <= number < first + len(images)}
+        chosen |= {number: images[number - first] for number in wanted if first <= number < first + len(images)}
         first += len(images)
-    return found
+    return chosen
 
 
 def _tokens(model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,7 @@ from atm_triton.measure.evaluate import Patch, share
 from atm_triton.summary import summary
 from benchmarks.baselines import baseline
 from benchmarks.baselines.dtome import DToMe
-from benchmarks.bench import Bench
+from benchmarks.model_with_images import ModelWithImages
 from benchmarks.paper.subject import Subject
 
 POINTS = sorted({round(2 * 1.02**step) for step in range(450)}, reverse=True)  # of ATS, 14,538 to 2
@@ -57,7 +57,9 @@ class Way:
 
 
 def of_baseline(name: str, *, own_count: bool = False, cls_only_last: bool = True, **settings: Any) -> Way:
-    return Way(settings, baseline(name, cls_only_last=cls_only_last, **settings).apply, own_count)
+    return Way(
+        settings=settings, patch=baseline(name, cls_only_last=cls_only_last, **settings).apply, own_count=own_count
+    )
 
 
 def of_config(config: ATMConfig) -> Way:
@@ -88,17 +90,26 @@ def counted(subject: Subject, way: Way) -> float:
     return total / sum(map(len, batches))
 
 
-def scaled(bench: Bench, config: ATMConfig, goal: float) -> ATMConfig | None:
+def scaled(subject: ModelWithImages, config: ATMConfig, goal: float) -> ATMConfig | None:
     """Thresholds with their distances from 1 scaled until the images to choose by cost ``goal``; None if none do."""
-    thetas = tuple(config.theta(block, bench.depth) for block in range(1, bench.costs.merging + 1))
-    knows_sizes = bench.proportional if config.proportional_attention is None else config.proportional_attention
-    return bench.at_cost(Plan((), thetas, config.split_depth, knows_sizes), config.adapt, goal)
+    thetas = tuple(config.theta(block, subject.depth) for block in range(1, subject.costs.merging + 1))
+    knows_sizes = subject.proportional if config.proportional_attention is None else config.proportional_attention
+    return subject.at_cost(
+        Plan(counts=(), thresholds=thetas, split_depth=config.split_depth, proportional_attention=knows_sizes),
+        config.adapt,
+        goal,
+    )
 
 
 def constant_threshold(subject: Subject, adapt: str, goal: float) -> Way | None:
-    plan = Plan((), (0.9,) * subject.costs.merging, subject.depth, subject.proportional)
-    found = subject.at_cost(plan, adapt, goal)
-    return None if found is None else of_baseline("threshold", theta=found.thresholds[0], adapt=adapt)
+    plan = Plan(
+        counts=(),
+        thresholds=(0.9,) * subject.costs.merging,
+        split_depth=subject.depth,
+        proportional_attention=subject.proportional,
+    )
+    config = subject.at_cost(plan, adapt, goal)
+    return None if config is None else of_baseline("threshold", theta=config.thresholds[0], adapt=adapt)
 
 
 def published(depth: int, N: int, cls_only_last: bool = True) -> dict[str, list[Way]]:
@@ -146,8 +157,8 @@ def fitted(subject: Subject, goal: float, within: float) -> Way | None:
 
     every_r = range(1, subject.costs.N)
     ways = [Way({"r": r}, lambda model, r=r: of_r(r).patch(model), own_count=True) for r in every_r]
-    found = nearest(subject, ways, goal, within)
-    return None if found is None else of_r(found.settings["r"])
+    way = nearest(subject, ways, goal, within)
+    return None if way is None else of_r(way.settings["r"])
 
 
 def at_cost(subject: Subject, method: str, goal: float, within: float = NEAR) -> Way | None:
@@ -168,8 +179,8 @@ def at_cost(subject: Subject, method: str, goal: float, within: float = NEAR) ->
     config = subject.thresholds.near(adapt, goal)
     if config is None:
         raise UnreachableError(f'no thresholds are calibrated for adapt="{adapt}"; give them by --config')
-    found = scaled(subject, config, goal)
-    return None if found is None else of_config(found)
+    met = scaled(subject, config, goal)
+    return None if met is None else of_config(met)
 
 
 Finder = Callable[[Subject, str, float], Way | None]

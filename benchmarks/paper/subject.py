@@ -18,7 +18,7 @@ from atm_triton.measure.evaluate import Evaluation, evaluate, unpatched_answers
 from atm_triton.measure.images import labels_fit, open_images
 from atm_triton.measure.models import DIGITS, check_device, check_weights, data_config, open_model
 from atm_triton.transformer import leading_tokens
-from benchmarks.bench import BATCH_SIZE, Bench
+from benchmarks.model_with_images import BATCH_SIZE, ModelWithImages
 from benchmarks.paper.thresholds import Thresholds
 
 CHOOSE_BY = 512  # images
@@ -56,7 +56,7 @@ def check_shares(given: list[float]) -> dict[str, Any]:
     return {"shares": given}
 
 
-class Subject(Bench):
+class Subject(ModelWithImages):
     """What the options say. Images that cannot be read are left out, their paths are in ``broken``."""
 
     def __init__(self, args: argparse.Namespace) -> None:
@@ -75,8 +75,8 @@ class Subject(Bench):
         super().__init__(self.model, loader, list(test) if self.data == DIGITS else test)
         self.labelled = labels_fit(test, self.model)
 
-    def _to_choose_by(self, chosen: str, size: int) -> list[Any]:
-        opened = open_images(self.model, chosen, "calibration", CHOOSE_BY, size, labelled=False, **self._opened)
+    def _to_choose_by(self, chosen: str, batch_size: int) -> list[Any]:
+        opened = open_images(self.model, chosen, "calibration", CHOOSE_BY, batch_size, labelled=False, **self._opened)
         loader = list(opened)
         if sum(len(batch[0]) for batch in loader) < LEAST_IMAGES:
             raise ValueError(f"--choose-by {chosen}: give {LEAST_IMAGES} or more images to choose settings by")
@@ -132,18 +132,18 @@ class Subject(Bench):
         if batches == 0:
             raise ValueError(f"--data {self.data}: none of its images can be read")
 
-    def in_batches(self, size: int) -> Iterable[tuple[Tensor, Tensor]]:
+    def in_batches(self, batch_size: int) -> Iterable[tuple[Tensor, Tensor]]:
         """The images to judge by in batches of another size."""
-        return open_images(self.model, self.data, "test", self._limit, size, **self._opened)
+        return open_images(self.model, self.data, "test", self._limit, batch_size, **self._opened)
 
     def image(self) -> Tensor:
         """One image [1, C, H, W], to count by."""
         return self.loader[0][0][:1].to(next(self.model.parameters()))
 
-    def in_other_batches(self, size: int, config: ATMConfig, title: str) -> Evaluation:
-        batches = list(self.in_batches(size)) if self.data == DIGITS else self.in_batches(size)
+    def in_other_batches(self, batch_size: int, config: ATMConfig, title: str) -> Evaluation:
+        batches = list(self.in_batches(batch_size)) if self.data == DIGITS else self.in_batches(batch_size)
         if self.data == DIGITS:
-            base = list(torch.cat(self.base).split(size))
+            base = list(torch.cat(self.base).split(batch_size))
         else:
             base = unpatched_answers(self.model, batches, f"unpatched, {title}")
         return evaluate(self.model, batches, config, base, self.labelled, title)

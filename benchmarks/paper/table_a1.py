@@ -29,18 +29,18 @@ def measure(subject: Subject, rows: Rows, args: argparse.Namespace) -> None:
     images = sum(len(batch) for batch in subject.base)
     configs = subject.configs
     rows.expect(len(args.sizes) * len(configs))
-    for size in sorted(args.sizes):
-        if size > images and size > min(args.sizes):
-            print(f"batches of {size} and more are left out: there are {images} images")
+    for batch_size in sorted(args.sizes):
+        if batch_size > images and batch_size > min(args.sizes):
+            print(f"batches of {batch_size} and more are left out: there are {images} images")
             break
         for adapt, given in configs.items():
-            key = {"adapt": adapt, "batch_size": size}
-            rows.add(key, lambda given=given, size=size: _outcome(subject, size, given))
+            key = {"adapt": adapt, "batch_size": batch_size}
+            rows.add(key, lambda given=given, batch_size=batch_size: _outcome(subject, batch_size, given))
 
 
-def _outcome(subject: Subject, size: int, config: ATMConfig) -> dict[str, Any]:
+def _outcome(subject: Subject, batch_size: int, config: ATMConfig) -> dict[str, Any]:
     try:
-        return subject.in_other_batches(size, config, f"{config.adapt}, batches of {size}").to_dict()
+        return subject.in_other_batches(batch_size, config, f"{config.adapt}, batches of {batch_size}").to_dict()
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):  # the latter on a CPU
             return {"missing": "out of memory"}

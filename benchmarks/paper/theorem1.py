@@ -72,17 +72,17 @@ class PairBlock(ATMBlock):
     pairs: list[tuple[Tensor, ...]]
 
     def match(self, keys: Tensor, tokens: Packed) -> ops.Match | None:
-        self.found = super().match(keys, tokens)
-        return self.found
+        self.matched = super().match(keys, tokens)
+        return self.matched
 
     def merge(self, tokens: Packed, attended: Tensor, assignment: Assignment) -> tuple[Packed, Tensor]:
         x = tokens.x + self.ls1(attended).flatten(0, -2)
-        size = torch.ones(len(x), device=x.device) if tokens.sizes is None else tokens.sizes
-        partner, slots = self.found.partner, assignment.slots
+        sizes = torch.ones(len(x), device=x.device) if tokens.sizes is None else tokens.sizes
+        partner, slots = self.matched.partner, assignment.slots
         partner_row = of_tokens(tokens.images.cu_seqlens[:-1], tokens.images, len(x)) + partner.clamp(min=0)
         a = torch.nonzero((partner >= 0) & (slots[partner_row] == slots)).squeeze(1)
         b = partner_row[a]
-        self.pairs.append(tuple(found.cpu() for found in (x[a], x[b], size[a], size[b])))
+        self.pairs.append(tuple(vector.cpu() for vector in (x[a], x[b], sizes[a], sizes[b])))
         return super().merge(tokens, attended, assignment)
 
 

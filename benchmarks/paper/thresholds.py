@@ -9,7 +9,7 @@ from typing import Any
 from atm_triton import ATMConfig
 from atm_triton.measure.configurations import read_config
 from atm_triton.measure.models import DIGITS
-from benchmarks.bench import RESULTS
+from benchmarks import RESULTS
 
 OF_DIGITS = RESULTS / "digits_calibration.json"  # of python -m benchmarks.calibration
 

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from atm_triton.calibration.calibrate import LEAST_IMAGES
-from atm_triton.cli.command import Parser, exit_code
+from atm_triton.cli.bad_input import Parser, exit_code
 from atm_triton.cli.report import need_matplotlib
 from atm_triton.measure.configurations import checksum
 from atm_triton.measure.provenance import check_file, environment
-from benchmarks.bench import RESULTS
+from benchmarks import RESULTS
 from benchmarks.paper.rows import SAME, Rows
 from benchmarks.paper.subject import check_shares
 from benchmarks.photos import report

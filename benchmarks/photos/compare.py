@@ -36,11 +36,11 @@ class Outcome:
 
     def to_dict(self, photos: Tensor) -> dict[str, Any]:
         """Means, standard errors and the worst image. ``photos`` [n]: the photograph that each image is a part of."""
-        found = {"images": len(photos), "gflops": self.gflops.mean().item(), "tokens": self.tokens}
+        figures = {"images": len(photos), "gflops": self.gflops.mean().item(), "tokens": self.tokens}
         for name in MEASURES:
             values = getattr(self, name)
-            found[name] = None if values is None else told(values, photos)
-        return found
+            figures[name] = None if values is None else told(values, photos)
+        return figures
 
 
 def told(values: Tensor, photos: Tensor) -> dict[str, Any]:
@@ -48,8 +48,8 @@ def told(values: Tensor, photos: Tensor) -> dict[str, Any]:
     photograph is alike. None of one photograph. With the mean of each photograph where one has several images."""
     of_each = torch.stack([values[photos == photo].mean() for photo in photos.unique()])
     error = (of_each.std() / len(of_each) ** 0.5).item() if len(of_each) > 1 else None
-    found = {"mean": values.mean().item(), "se": error, "worst": values.max().item()}
-    return found if len(of_each) == len(values) else {**found, "of_photos": of_each.tolist()}
+    figures = {"mean": values.mean().item(), "se": error, "worst": values.max().item()}
+    return figures if len(of_each) == len(values) else {**figures, "of_photos": of_each.tolist()}
 
 
 class Photos:
@@ -97,13 +97,19 @@ class Photos:
         trace = model.traces(self.image())[-1]
         if has_patches and trace is not None and (trace < 0).any():
             raise ValueError(f"{model.blocks.config.source} drops tokens: those patches have no features to compare")
-        rows, tokens = [], []
+        rows, numbers = [], []
         for images, before in zip(self.test.split(self.batch), self.base, strict=True):
             rows.append((*_compared(before, read(model, self.decoder, images)), _cost_of_last(model, len(images))))
-            tokens.append([_each(n, len(images)) for n in model.blocks.last.tokens])
+            numbers.append([_each(n, len(images)) for n in model.blocks.last.tokens])
         of_class, of_patches, of_saliency, gflops = (torch.cat(column) for column in zip(*rows, strict=True))
-        means = [torch.cat(column).mean().item() for column in zip(*tokens, strict=True)]
-        return Outcome(gflops, means, of_class, *((of_patches, of_saliency) if has_patches else (None, None)))
+        means = [torch.cat(column).mean().item() for column in zip(*numbers, strict=True)]
+        return Outcome(
+            gflops=gflops,
+            tokens=means,
+            class_token=of_class,
+            patch_tokens=of_patches if has_patches else None,
+            saliency=of_saliency if has_patches else None,
+        )
 
 
 def _compared(before: tuple[Tensor, ...], after: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

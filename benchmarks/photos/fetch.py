@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from atm_triton.cli.command import Parser, exit_code
+from atm_triton.cli.bad_input import Parser, exit_code
 from benchmarks.photos.weights import (
     BACKBONE,
     DECODER,
@@ -152,16 +152,16 @@ class Graph:
             graph.output.append(self.onnx.helper.make_tensor_value_info(name, float32, None))
         try:
             session = self.runtime.InferenceSession(self.model.SerializeToString(), providers=["CPUExecutionProvider"])
-            found = session.run([name or own for name in names], {graph.input[0].name: images.numpy()})
+            values = session.run([name or own for name in names], {graph.input[0].name: images.numpy()})
         except Exception as error:  # classes of its own
             raise ValueError(f"ONNX Runtime cannot run the file ({error}); download it again") from error
-        return [torch.from_numpy(value) for value in found]
+        return [torch.from_numpy(value) for value in values]
 
 
 def backbone_weights(graph: Graph, depth: int, image: Tensor) -> dict[str, Tensor]:
     """timm's state dict; ``image`` [1, C, H, W] is any, for a run that resizes the position embedding."""
     embeddings, layer = "backbone.embeddings", "backbone.encoder.layer.{}."
-    found = {
+    weights = {
         "cls_token": graph[f"{embeddings}.cls_token"],
         "pos_embed": graph.run(image, POSITION)[0],
         "patch_embed.proj.weight": graph[f"{embeddings}.patch_embeddings.projection.weight"],
@@ -171,14 +171,14 @@ def backbone_weights(graph: Graph, depth: int, image: Tensor) -> dict[str, Tenso
     }
     for block in range(depth):
         ours, theirs = f"blocks.{block}.", layer.format(block)
-        found |= {ours + name: graph[theirs + their] for name, their in OF_BLOCK.items()}
+        weights |= {ours + name: graph[theirs + their] for name, their in OF_BLOCK.items()}
         for name, their in LINEAR.items():
-            found[f"{ours}{name}.weight"] = graph.weight(theirs + their)
-            found[f"{ours}{name}.bias"] = graph[f"{theirs}{their}.bias"]
+            weights[f"{ours}{name}.weight"] = graph.weight(theirs + their)
+            weights[f"{ours}{name}.bias"] = graph[f"{theirs}{their}.bias"]
         parts = [f"{theirs}attention.attention.{part}" for part in ("query", "key", "value")]
-        found[f"{ours}attn.qkv.weight"] = torch.cat([graph.weight(part) for part in parts])
-        found[f"{ours}attn.qkv.bias"] = torch.cat([graph[f"{part}.bias"] for part in parts])
-    return found
+        weights[f"{ours}attn.qkv.weight"] = torch.cat([graph.weight(part) for part in parts])
+        weights[f"{ours}attn.qkv.bias"] = torch.cat([graph[f"{part}.bias"] for part in parts])
+    return weights
 
 
 def convert(path: Path, model: VisionTransformer, decoder: Decoder) -> dict[str, float]:

@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from atm_triton.cli.command import Parser, exit_code
+from atm_triton.cli.bad_input import Parser, exit_code
 from atm_triton.measure.provenance import check_file
+from benchmarks import RESULTS
 from benchmarks.baselines.base import Baseline, Plan, ReducingBlock, places, sums
-from benchmarks.bench import RESULTS
 from benchmarks.paper.cells import markdown
 from benchmarks.paper.methods import Way
 from benchmarks.paper.rows import Rows
@@ -54,8 +54,8 @@ class Matching(Baseline):
         B, _, N, d = k.shape
         P, x = block.num_prefix_tokens, tokens.images.shaped(tokens.x)
         attention = (q[:, :, :1] @ k.transpose(-2, -1) * d**-0.5).softmax(-1).mean((1, 2))
-        size = x.new_ones(B, N) if tokens.sizes is None else tokens.images.shaped(tokens.sizes)
-        held = {"keys": k.mean(1), "tokens": x, "attention": attention.unsqueeze(-1), "size": size.unsqueeze(-1)}
+        sizes = x.new_ones(B, N) if tokens.sizes is None else tokens.images.shaped(tokens.sizes)
+        held = {"keys": k.mean(1), "tokens": x, "attention": attention.unsqueeze(-1), "size": sizes.unsqueeze(-1)}
         slots, M = torch.arange(N).expand(B, N), N
         for number in range(self.rounds):
             step = self._round(held, P, seed=2 * block.index + number)

@@ -18,7 +18,7 @@ from timm.data import create_transform
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from atm_triton.cli.command import Parser, exit_code
+from atm_triton.cli.bad_input import Parser, exit_code
 from atm_triton.measure.images import TRANSFORM, open_images
 from atm_triton.measure.models import data_config
 
@@ -100,13 +100,13 @@ def opened(model: VisionTransformer, split: str, count: int, data: str | None, o
         return crops(model, split, count)
     loader = open_images(model, data, limit=count, labelled=False, lenient=True)
     batches = [images for images, _ in loader]
-    found = torch.cat(batches) if batches else torch.empty(0)
-    if len(found) < count:
+    images = torch.cat(batches) if batches else torch.empty(0)
+    if len(images) < count:
         broken = f" ({len(loader.broken)} cannot be read)" if loader.broken else ""
         raise ValueError(
-            f"{option} {data} has {len(found)} images that can be read, not {count}{broken}; ask for fewer"
+            f"{option} {data} has {len(images)} images that can be read, not {count}{broken}; ask for fewer"
         )
-    return found
+    return images
 
 
 def write(args: argparse.Namespace) -> None:

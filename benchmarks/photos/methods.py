@@ -80,8 +80,8 @@ def scaled(photos: Photos, made: Callable[[float], Way], name: Any, goal: float)
 
 def calibrated(photos: Photos, adapt: str, goal: float) -> Way:
     loader = [(images,) for images in photos.chosen_by.split(photos.batch)]
-    found = calibrate(photos.model, loader, Target(max_gflops=goal), adapt=adapt, dense=True, progress=False)
-    return of_config(found.config)
+    calibration = calibrate(photos.model, loader, Target(max_gflops=goal), adapt=adapt, dense=True, progress=False)
+    return of_config(calibration.config)
 
 
 def measured_at(photos: Photos, method: str, saved: float) -> dict[str, Any]:

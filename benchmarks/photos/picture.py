@@ -23,10 +23,10 @@ def draw(photos: Photos, result: dict[str, Any], path: Path) -> None:
     """A row for each of the first images: the photograph, the tokens that are left, and both maps."""
     from matplotlib.figure import Figure
 
-    found = _shown(result)
-    if found is None:
+    shown = _shown(result)
+    if shown is None:
         return
-    method, way = found
+    method, way = shown
     model = way.patch(share(photos.model))
     images = photos.test[:SHOWN]
     before, after = (read(each, photos.decoder, images)[2] for each in (photos.model, model))

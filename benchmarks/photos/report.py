@@ -42,18 +42,18 @@ def less_than_tome(result: dict[str, Any], row: dict[str, Any], name: str) -> st
     """How many times less a measure changes than by ToMe, interpolated between its costs (the logarithm of the change,
     linearly); "-" where it was not measured on both sides."""
     tome = [one for one in result["rows"] if one["method"] == "tome" and "settings" in one]
-    found = sorted((one["gflops"], math.log(one[name]["mean"])) for one in tome)
-    for (low, at_low), (high, at_high) in pairwise(found):
+    points = sorted((one["gflops"], math.log(one[name]["mean"])) for one in tome)
+    for (low, at_low), (high, at_high) in pairwise(points):
         if row[name] is not None and low <= row["gflops"] <= high:
             at = at_low + (at_high - at_low) * (row["gflops"] - low) / (high - low)
             return f"{math.exp(at) / row[name]['mean']:.2f}"
     return "-"
 
 
-def _cell(found: dict[str, float] | None) -> str:
-    if found is None:
+def _cell(figures: dict[str, float] | None) -> str:
+    if figures is None:
         return "n/a: dropped patches have no token"
-    return f"{found['mean']:.4f}" + ("" if found["se"] is None else f" ± {found['se']:.4f}")
+    return f"{figures['mean']:.4f}" + ("" if figures["se"] is None else f" ± {figures['se']:.4f}")
 
 
 def plot(result: dict[str, Any], path: Path) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from atm_triton import ATMConfig
 from atm_triton.block import ATMBlock
-from atm_triton.cli.command import Parser, exit_code
+from atm_triton.cli.bad_input import Parser, exit_code
 from atm_triton.measure.comparison import Measure
 from atm_triton.measure.configurations import checksum
 from atm_triton.measure.evaluate import share
@@ -26,7 +26,7 @@ from atm_triton.measure.provenance import check_file, write_result
 from atm_triton.ops import unmerge
 from atm_triton.packed import Assignment, Packed
 from atm_triton.patch import install
-from benchmarks.bench import RESULTS
+from benchmarks import RESULTS
 from benchmarks.paper.cells import markdown
 from benchmarks.photos import __main__ as photographs
 from benchmarks.photos.compare import Photos, told
@@ -81,13 +81,13 @@ def features(model: VisionTransformer, images: Tensor) -> dict[str, Tensor]:
 def compared(photos: Photos, config: ATMConfig) -> dict[str, dict[str, Any]]:
     """Distance of patch tokens and error of saliency in each of :data:`WAYS`."""
     model = keeping(share(photos.model), config)
-    found: dict[str, list[tuple[Tensor, Tensor]]] = {way: [] for way in WAYS}
+    measured: dict[str, list[tuple[Tensor, Tensor]]] = {way: [] for way in WAYS}
     for images, (_, patches, saliency) in zip(photos.test.split(photos.batch), photos.base, strict=True):
         for way, x in features(model, images).items():
             after = x[:, model.num_prefix_tokens :]
             error = (photos.decoder(after).squeeze(1) - saliency).double().abs().mean((1, 2))
-            found[way].append((Measure("dense").compared(patches, after)[0], error))
-    both = {way: [torch.cat(column) for column in zip(*parts, strict=True)] for way, parts in found.items()}
+            measured[way].append((Measure("dense").compared(patches, after)[0], error))
+    both = {way: [torch.cat(column) for column in zip(*parts, strict=True)] for way, parts in measured.items()}
     names = ("patch_tokens", "saliency")
     return {
         way: {name: told(values, photos.photos) for name, values in zip(names, columns, strict=True)}
@@ -118,14 +118,14 @@ def run(args: argparse.Namespace) -> None:
         if given.get(name) != checksum(kept(file, args.weights)):
             raise ValueError(f"--of {args.of} was measured with another {file}; give its directory by --weights")
     photos = photographs.subject(argparse.Namespace(**about, weights=args.weights))
-    found = []
+    new_rows = []
     for row in rows:
         ways = compared(photos, config_of(row["settings"], photos.depth))
-        found += [
+        new_rows += [
             {"method": row["method"], "share": row["share"], "gflops": row["gflops"], "unmerge": way, **figures}
             for way, figures in ways.items()
         ]
-    result = {"settings": given, "rows": found}
+    result = {"settings": given, "rows": new_rows}
     write_result(args.out, result)
     print(table(result))
 

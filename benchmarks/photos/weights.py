@@ -30,9 +30,9 @@ class Decoder(nn.Module):
         self.depth = len(channels)
         self.final_conv = nn.Conv2d(channels[-1], 1, 1)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        grid = round(tokens.shape[1] ** 0.5)
-        x = tokens.transpose(1, 2).unflatten(2, (grid, grid))
+    def forward(self, x: Tensor) -> Tensor:
+        grid = round(x.shape[1] ** 0.5)
+        x = x.transpose(1, 2).unflatten(2, (grid, grid))
         for number in range(1, self.depth + 1):
             x = F.relu(getattr(self, f"bn{number}")(getattr(self, f"upconv{number}")(x)))
         x = F.interpolate(self.final_conv(x), size=(self.side, self.side), mode="bilinear", align_corners=False)

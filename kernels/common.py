@@ -1,4 +1,4 @@
-"""Where the images of a batch lie among its rows, and what a kernel asks of the memory that it is given."""
+"""What the kernels share: the rows of an image, the sides of tiles, and what is asked of tensors in memory."""
 
 from functools import cache
 
@@ -38,8 +38,8 @@ def aligned(x: Tensor | None) -> Tensor | None:
     return x if x.data_ptr() % ALIGNED == 0 else x.clone()
 
 
-def check_strides(name: str, x: Tensor, longest: int) -> None:
-    """Whether a kernel can read ``x`` [H, T, d] in place, where no image has more than ``longest`` tokens.
+def check_strides(name: str, x: Tensor, N: int) -> None:
+    """Whether a kernel can read ``x`` [H, T, d] in place, where no image has more than ``N`` tokens.
 
     Raises:
         ValueError: channels that do not lie together, or tokens of an image that lie too far apart.
@@ -47,7 +47,7 @@ def check_strides(name: str, x: Tensor, longest: int) -> None:
     _, stride_n, stride_d = x.stride()
     if stride_d != 1:
         raise ValueError(f"{name} has stride {stride_d} between channels; want 1 (make it contiguous)")
-    if longest * stride_n >= FARTHEST:
+    if N * stride_n >= FARTHEST:
         raise ValueError(
-            f"{name} has stride {stride_n} between tokens: {longest} of them reach 2^31 elements; make it contiguous"
+            f"{name} has stride {stride_n} between tokens: {N} of them reach 2^31 elements; make it contiguous"
         )

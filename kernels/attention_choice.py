@@ -8,7 +8,7 @@ PLAIN = "SDPA without a bias"  # where every token stands for one patch
 
 
 def attention_choice(dtype: torch.dtype, d: int, N: int, packed: bool, bias: bool) -> str:
-    """Where the kernel can compute, what does: for channels of a head, keys of an image (packed: of the longest),
+    """Where the kernel can compute, what does: for channels of a head, keys of an image (packed: at most so many),
     whether images are packed and whether log n is added.
 
     Measured on an H200 in 16 bits, where the kernel is the fastest that adds log n exactly. In float32 with 64 channels

@@ -5,7 +5,6 @@ import random
 from collections.abc import Iterable
 from dataclasses import asdict
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from timm.models.vision_transformer import VisionTransformer
@@ -17,7 +16,7 @@ from atm_triton.calibration.calibrate import split_images
 from atm_triton.calibration.costs import Costs
 from atm_triton.calibration.errors import UnreachableError
 from atm_triton.calibration.fitting import Fitted, Fitting, Plan
-from atm_triton.calibration.meter import Meter
+from atm_triton.calibration.measuring import Meter
 from atm_triton.calibration.search import FAR, SEEN, Search, at_goal, eq1, ranked
 from atm_triton.measure.comparison import Measure, measure_of
 from atm_triton.measure.distributed import own, silent
@@ -26,13 +25,12 @@ from atm_triton.measure.images import open_images
 from atm_triton.measure.models import open_model
 from atm_triton.patch import knows_sizes
 
-RESULTS = Path(__file__).parent / "results"
 BATCH_SIZE = 64
 TRIES = 12  # of scales until a cost is met
 LAST = 4  # curves judged on images that they were not fitted to
 
 
-class Bench:
+class ModelWithImages:
     """A model in eval mode, batches of images (and anything) to choose settings by, and ``test``, batches of images and
     labels to judge by."""
 
@@ -40,7 +38,7 @@ class Bench:
         self.model, self.loader, self.test, self.labelled = model, loader, test, True
 
     @classmethod
-    def digits(cls, images: int, test: int) -> "Bench":
+    def digits(cls, images: int, test: int) -> "ModelWithImages":
         """The digits model; ``images`` of its calibration split to choose by, ``test`` of its test split to judge."""
         model = open_model()
         loader = list(open_images(model, split="calibration", limit=images, batch_size=BATCH_SIZE))
@@ -102,8 +100,8 @@ class Bench:
 
     def at_cost(self, plan: Plan, adapt: str, goal: float) -> ATMConfig | None:
         """A plan, scaled until the images to choose by cost ``goal``; None if it comes nowhere near."""
-        found = self.search(adapt).settled(plan, goal, SEEN, TRIES)
-        return found.config if abs(found.mean.gflops - goal) <= FAR * self.costs.unmerged else None
+        fitted = self.search(adapt).settled(plan, goal, SEEN, TRIES)
+        return fitted.config if abs(fitted.mean.gflops - goal) <= FAR * self.costs.unmerged else None
 
     def best_curve(self, adapt: str, goal: float, draws: int, split_depth: int | None = None) -> ATMConfig:
         """Of random curves of the paper the one with the least change. ``split_depth``: of all of them; None: drawn
@@ -111,12 +109,12 @@ class Bench:
         search, rng = self.search(adapt), random.Random(1)
         bar = tqdm(range(draws), desc=f"curves, {adapt}", unit="curve", disable=silent(""))
         drawn = [search.settled(self._random_curve(search, rng, split_depth), goal, tries=TRIES) for _ in bar]
-        near = [found for found in drawn if abs(found.mean.gflops - goal) <= FAR * self.costs.unmerged]
+        near = [fitted for fitted in drawn if abs(fitted.mean.gflops - goal) <= FAR * self.costs.unmerged]
         if not near:
             raise UnreachableError(f"none of {draws} curves costs {goal:.4g} GFLOPs")
 
-        def judged(found: Fitted) -> float:
-            return at_goal(self.meter.mean(found.config, ("choose",)), goal)
+        def judged(fitted: Fitted) -> float:
+            return at_goal(self.meter.mean(fitted.config, ("choose",)), goal)
 
         best = min(ranked(near, goal)[:LAST], key=judged)
         return search.settled(best.plan, goal, SEEN).config
@@ -126,8 +124,18 @@ class Bench:
         schedule the counts that it gives."""
         spread, rise = rng.uniform(0, 2), math.exp(rng.uniform(math.log(0.5), math.log(4 * self.costs.merging)))
         split = rng.choice([None, self.depth]) if split_depth is None else split_depth
-        plan = Plan((), eq1(10 ** rng.uniform(-4, -1), spread, rise, self.costs.merging), split, self.proportional)
+        plan = Plan(
+            counts=(),
+            thresholds=eq1(10 ** rng.uniform(-4, -1), spread, rise, self.costs.merging),
+            split_depth=split,
+            proportional_attention=self.proportional,
+        )
         if search.fitting.adapt != "static":
             return plan
-        found = Fitting(self.meter, self.costs, "image").run(plan, "fit")
-        return Plan(found.mean.merged[: self.costs.merging], None, split, self.proportional)
+        fitted = Fitting(self.meter, self.costs, "image").run(plan, "fit")
+        return Plan(
+            counts=fitted.mean.merged[: self.costs.merging],
+            thresholds=None,
+            split_depth=split,
+            proportional_attention=self.proportional,
+        )

@@ -32,14 +32,14 @@ class Modules:
     """
 
     def __init__(self, model: VisionTransformer) -> None:
-        found = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
-        whole = Part(found, found[1:])  # a model's own hooks run around what is captured
+        modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
+        whole = Part(modules, modules[1:])  # a model's own hooks run around what is captured
         self.objects, self.obstacle = whole.objects, _obstacle(model, whole)
         self.pointers, self.settings = whole.pointers, whole.settings
         self.memory = [] if self.obstacle else [tensor.untyped_storage() for tensor in whole.tensors]
-        self.parts = [Part(found[:1], [])] if self.obstacle is None else []
-        for first in range(1, len(found) if self.obstacle is None else 1, MODULES):
-            self.parts.append(Part(found[first : first + MODULES], found[first : first + MODULES]))
+        self.parts = [Part(modules[:1], [])] if self.obstacle is None else []
+        for first in range(1, len(modules) if self.obstacle is None else 1, MODULES):
+            self.parts.append(Part(modules[first : first + MODULES], modules[first : first + MODULES]))
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Modules) or len(self.objects) != len(other.objects):

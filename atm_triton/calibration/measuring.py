@@ -57,7 +57,7 @@ class Mean:
         change = (measured.divergence.clamp(min=0) ** POWER).mean().item()
         gflops, divergence = measured.gflops.mean().item(), measured.divergence.mean().item()
         p99, merged = percentile(measured.divergence), tuple(measured.merged.mean(0).tolist())
-        return cls(gflops, divergence, agreement, p99, change, merged)
+        return cls(gflops=gflops, divergence=divergence, agreement=agreement, p99=p99, change=change, merged=merged)
 
     def to_list(self) -> list[Any]:
         return [self.gflops, self.divergence, self.agreement, self.p99, self.change, *self.merged]
@@ -65,7 +65,9 @@ class Mean:
     @classmethod
     def from_list(cls, values: list[Any]) -> "Mean":
         gflops, divergence, agreement, p99, change, *merged = values
-        return cls(gflops, divergence, agreement, p99, change, tuple(merged))
+        return cls(
+            gflops=gflops, divergence=divergence, agreement=agreement, p99=p99, change=change, merged=tuple(merged)
+        )
 
 
 class Meter:
@@ -104,9 +106,9 @@ class Meter:
 
     def remember(self, path: Path | None) -> None:
         """Measure nothing twice: what was measured goes to the file, from which an interrupted run goes on."""
-        size = max(len(batches[0]) for batches in self.parts.values())
+        batch_size = max(len(batches[0]) for batches in self.parts.values())
         answers = [in_order([x.double().abs().mean().item() for x in batches]) for batches in self.base.values()]
-        settings = [list(MEASURES).index(self.by.name), POWER, size]
+        settings = [list(MEASURES).index(self.by.name), POWER, batch_size]
         self.notes = Notes(path, settings + [mean for means in answers for mean in means])
 
     def spread(self) -> float:
@@ -153,4 +155,6 @@ def together(parts: list[Measured]) -> Measured:
 
 def measured_of(columns: dict[str, Tensor]) -> Measured:
     """From columns by name; of features "agree" is missing."""
-    return Measured(columns["gflops"], columns["divergence"], columns.get("agree"), columns["merged"])
+    return Measured(
+        gflops=columns["gflops"], divergence=columns["divergence"], agree=columns.get("agree"), merged=columns["merged"]
+    )
