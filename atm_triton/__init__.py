@@ -26,7 +26,7 @@ class _Checkout:
 
 
 if not (_here / "kernels").is_dir():
-    sys.meta_path.append(_Checkout)
+    sys.meta_path.insert(0, _Checkout)  # before the finder of another checkout that is installed
 
 from atm_triton.block import ATMBlock  # noqa: E402
 from atm_triton.calibration.calibrate import Calibration, Target, calibrate  # noqa: E402

@@ -78,6 +78,17 @@ def test_a_checkout_holds_no_more_modules_than_a_wheel():
     assert done.returncode == 0 and done.stdout.split() == ["None"] * len(names), done.stdout + done.stderr
 
 
+def test_a_checkout_runs_its_own_kernels(tmp_path):
+    """Also where another one is installed."""
+    for folder in ("atm_triton", "kernels", "benchmarks/digits"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    code = "from atm_triton import digits, kernels; print(digits.__file__, kernels.__file__)"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    own = [str(tmp_path / folder / "__init__.py") for folder in ("benchmarks/digits", "kernels")]
+    assert done.returncode == 0 and done.stdout.split() == own, done.stdout + done.stderr
+
+
 ASKED_FOR = """
 from importlib import import_module
 assert import_module("kernels").__version__ == VERSION  # as libraries do that look for what is installed
