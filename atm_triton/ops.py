@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.library import Library, infer_schema, register_autograd, register_fake
 
 from atm_triton import reference
-from atm_triton.kernels.attention_choice import KERNEL, attention_choice
 from atm_triton.packed import Assignment, Images, Packed
 
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -420,8 +419,8 @@ def attention(
     """softmax(q k^T d^-0.5 + log sizes) v (Appendix A): q [H, Tq, d], k and v [H, T, d], sizes [T] float32.
 
     Under autocast q, k and v take its dtype, as in torch's own attention, while log n stays in float32. The kernel
-    computes what :func:`atm_triton.kernels.attention_choice.attention_choice` assigns to it, with its derivative if one
-    is needed. Torch's own attention computes the rest, and everything with dropout.
+    computes, with its derivative if one is needed, wherever log n is added or images differ in length. Torch's own
+    attention computes the rest, and everything with dropout.
 
     Args:
         queries: where the queries of the images lie. None: where the keys lie.
@@ -452,7 +451,7 @@ def attention(
     trains, drops = any(map(needs_grad, (q, k, v))), dropout_p > 0 or drop is not None
     equal = images.equal and queries.equal
     fixed = sizes is None or not needs_grad(sizes)  # of the kernels' derivative
-    fitting = fixed and not drops and attention_choice(q.dtype, d, images.N, not equal, sizes is not None) == KERNEL
+    fitting = fixed and not drops and (sizes is not None or not equal)
     if fitting and (_fits_kernels(backend, q) or (_traced(q) and not equal and not trains)):
         log2_sizes = None if sizes is None else sizes.log2() if log2_sizes is None else log2_sizes
         arguments = (q, k, v, log2_sizes, queries.cu_seqlens, images.cu_seqlens, queries.N, images.N)

@@ -12,7 +12,6 @@ from atm_triton import ATMConfig, apply_patch, ops
 from atm_triton.engine import Engine
 from atm_triton.graphs import Replays
 from atm_triton.measure.configurations import digits_config
-from atm_triton.packed import Images
 from atm_triton.patch import install
 from benchmarks.gpu import STAGES, StageError, attention, engine, models, parity, sanitize, targets, timing
 from benchmarks.gpu.__main__ import main
@@ -251,23 +250,13 @@ def test_bad_input(options, message, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("fastest", "right"), [("kernel", True), ("written out", False), ("SDPA, no bias", True)])
-def test_whether_the_table_of_attention_takes_the_fastest(fastest, right):
+def test_whether_the_library_takes_the_fastest_attention(fastest, right):
     rows = [{"candidate": name, "microseconds": 9.0} for name in ("kernel", "SDPA, no bias", "written out")]
     for row in rows:
         row["microseconds"] -= row["candidate"] == fastest
-    attention.judge(rows, "kernel")
+    attention.judge(rows)
     assert [row["taken"] for row in rows] == [True, False, False]
     assert [row["fastest"] for row in rows] == [right, False, False]
-
-
-@pytest.mark.parametrize("choice", ["SDPA with a broadcast mask", "kernel"])
-def test_the_table_of_attention_is_what_the_library_takes(choice, monkeypatch):
-    monkeypatch.setattr(ops, "attention_choice", lambda *kind: choice)
-    launched = []
-    monkeypatch.setattr(ops._kernels(), "attention", lambda q, *arguments: launched.append(1) or q)
-    x = torch.randn(2, 5, 16)
-    ops.attention(x, x, x, torch.ones(5), Images.of(1, 5), backend="triton")
-    assert len(launched) == (choice == "kernel")
 
 
 def test_gaps_of_a_gpu_trace():

@@ -106,6 +106,15 @@ def launches(monkeypatch, call):
     return seen
 
 
+@pytest.mark.parametrize(("N", "sized", "by_kernel"), [(5, True, True), (5, False, False), (9, False, True)])
+def test_the_kernel_attends_where_log_n_is_added_or_lengths_differ(N, sized, by_kernel, monkeypatch):
+    of_images = Images.of(2, 5, DEVICE)
+    of_images = of_images if N == 5 else Images(of_images.cu_seqlens.new_tensor([0, 9, 10]), N, False)
+    q, sizes = torch.randn(2, 10, 16, device=DEVICE), torch.ones(10, device=DEVICE) if sized else None
+    seen = launches(monkeypatch, lambda: ops.attention(q, q, q, sizes, of_images, backend="triton"))
+    assert seen == ["attention"] * by_kernel
+
+
 @torch.inference_mode()
 def test_a_merging_block_launches_three_kernels_and_attention(monkeypatch):
     x, size = torch.randn(2, 26, 32, device=DEVICE), torch.ones(2, 26, device=DEVICE)

@@ -1,6 +1,6 @@
 """Attention with log n: the kernel beside what torch has, each with its time and its error against float64.
 
-What the library takes for which dtype, d and N follows from these rows.
+The library takes the kernel wherever log n is added; these rows say where something else would be faster.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
 from atm_triton import ops, reference
-from atm_triton.kernels.attention_choice import KERNEL, attention_choice
 from atm_triton.packed import Images
 from benchmarks.gpu import StageError
 from benchmarks.gpu.setting import Setting, one_line, qkv, short, some_sizes
@@ -39,7 +38,7 @@ SHAPES = (  # dtype, d, N, B, H; the first of them with flex_attention too, as l
 )
 TINY = ((FLOAT, 16, 17, 1, 2), (HALF, 16, 17, 1, 2))
 COMPILING = 30  # seconds of this stage after which flex_attention is left out
-WRITTEN_OUT = "written out"
+KERNEL, WRITTEN_OUT = "kernel", "written out"
 CHECKED = 4  # images whose error is taken
 
 
@@ -59,25 +58,18 @@ def run(setting: Setting, section: dict[str, Any], _: dict[str, Any]) -> None:
             of_shape.append(row)
             if name == KERNEL and "failed" in row:
                 raise StageError(f"the kernel at d={d} N={N} B={B} {short(dtype)}: {row['failed']}")
-        judge(of_shape, entry(dtype, d, N))
+        judge(of_shape)
         if not flex:
             section.setdefault("left_out", []).append(f"flex_attention {short(dtype)} d={d} N={N} B={B}: no time")
 
 
-def entry(dtype: torch.dtype, d: int, N: int) -> str:
-    """The candidate that the library takes for a dense batch with sizes."""
-    if attention_choice(dtype, d, N, packed=False, bias=True) == KERNEL:
-        return KERNEL
-    return f"SDPA, mask in {short(dtype)}" if dtype == FLOAT else WRITTEN_OUT
-
-
-def judge(rows: list[dict[str, Any]], taken: str) -> None:
-    """Of the candidates of one shape: which is ``taken`` by the table, and whether that was the ``fastest`` of those
+def judge(rows: list[dict[str, Any]]) -> None:
+    """Of the candidates of one shape: which is ``taken`` by the library, and whether that was the ``fastest`` of those
     that add log n as exactly as it does."""
     rivals = [row for row in rows if row["candidate"] in (KERNEL, WRITTEN_OUT, f"SDPA, mask in {short(FLOAT)}")]
     best = min((row["microseconds"] for row in rivals if row["microseconds"]), default=None)
     for row in rows:
-        row["taken"] = row["candidate"] == taken
+        row["taken"] = row["candidate"] == KERNEL
         row["fastest"] = row["taken"] and row["microseconds"] == best
 
 
