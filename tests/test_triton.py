@@ -306,7 +306,7 @@ def test_a_model_compiles_in_one_graph(config):
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 def test_the_count_is_the_only_break_of_a_batch_model(backend):
-    model, x = vit(depth=3).to(DEVICE), images().to(DEVICE)
+    model, x = vit(depth=2).to(DEVICE), images().to(DEVICE)
     apply_patch(model, ATMConfig(backend=backend, **CONFIGS["batch"]))
     for grad in (True, False):
         with torch.set_grad_enabled(grad):
@@ -328,7 +328,7 @@ def strangers(value):
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
 @torch.inference_mode()
 def test_what_lives_over_the_break_of_a_batch_model_are_tensors_and_tuples(compiler, monkeypatch):
-    model, x = vit().to(DEVICE), images().to(DEVICE)
+    model, x = vit(depth=3).to(DEVICE), images().to(DEVICE)
     apply_patch(model, ATMConfig(**CONFIGS["batch"]))
     expected, read, alive = model(x), ops.read, {"forward": [], "forward_packed": [], "assign": []}
 
@@ -343,7 +343,7 @@ def test_what_lives_over_the_break_of_a_batch_model_are_tensors_and_tuples(compi
 
     monkeypatch.setattr(ops, "read", watched)
     torch.testing.assert_close(torch.compile(model, backend=compiler)(x), expected)
-    assert alive == {name: [[]] * 3 for name in alive}
+    assert alive == {name: [[]] * 2 for name in alive}  # of each block that merges
 
 
 def test_a_compiled_graph_hands_counts_on_as_they_are():
