@@ -160,6 +160,16 @@ def test_match_takes_the_first_of_equal_partners():
     assert match_one(keys, sizes, by_size=True)[1].tolist() == [-1, -1, 1, -1, 1, -1, 1, -1, 1]
 
 
+def test_match_takes_the_first_of_equal_partners_of_several_tiles():
+    """By size, the first of the other group may lie in any of them."""
+    N, P = 300, 10
+    keys, cu_seqlens = qkv(N, 1, 32, torch.float32)[1].fill_(1), Images.of(1, N, DEVICE).cu_seqlens
+    rising = torch.arange(1.0, N + 1, device=DEVICE)
+    for sizes, by_size, first in ((rising, False, 11), (rising, True, 155), (rising.flip(0), True, 10)):
+        partner = match(keys, sizes, cu_seqlens, P, by_size, 0.5, N)[1]
+        assert set(partner[partner >= 0].tolist()) == {first} and (partner >= 0).sum() == (N - P) // 2
+
+
 @pytest.mark.parametrize("d", [32, 72], ids=["one launch", "two launches"])
 def test_keys_without_direction_are_similar_to_nothing(d):
     for bad in (0.0, torch.nan, torch.inf):
