@@ -94,9 +94,37 @@ class Assignment(NamedTuple):
 
     @classmethod
     def of(cls, slots: Tensor, M: int) -> Self:
-        """An assignment for images of equal length that keep M tokens each. ``slots``: [B, N], integers from 0 to
-        M - 1 per image; -1 drops a token."""
+        """An assignment for images of equal length that keep M tokens each.
+
+        Args:
+            slots: [B, N], integers from 0 to M - 1 per image, each of them at least once; -1 drops a token.
+
+        Raises:
+            ValueError: a slot is outside, or no token goes to one. On a GPU, where the host does not wait for the
+                numbers, a device-side assertion fails instead.
+        """
+        if not torch.compiler.is_compiling() and not slots.is_meta:
+            _check_slots(slots, M)
         B, device = slots.shape[0], slots.device
         first = M * torch.arange(B, device=device).unsqueeze(1)
         numbered = torch.where(slots < 0, -1, slots + first).int().flatten()
         return cls(slots=numbered, T=B * M, images=Images.of(B, M, device))
+
+
+def _check_slots(slots: Tensor, M: int) -> None:
+    within = (slots >= -1) & (slots < M)
+    taken = slots.new_zeros(len(slots), M + 1, dtype=torch.bool)
+    taken = taken.scatter(1, torch.where(within & (slots >= 0), slots, M).long(), True)[:, :M]
+    if slots.is_cuda:
+        torch._assert_async(within.all() & taken.all())
+    elif not within.all():
+        slot = int(slots[~within][0])
+        raise ValueError(
+            f"slots has {slot}, where each image keeps M={M} tokens; want 0 to M - 1 for those that stay, numbered "
+            "anew without gaps, and -1 for those that are dropped"
+        )
+    elif not taken.all():
+        image, slot = (~taken).nonzero()[0].tolist()
+        raise ValueError(
+            f"no token of image {image} has slot {slot}, of M={M}; number those that stay from 0 without gaps"
+        )

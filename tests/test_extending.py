@@ -152,3 +152,25 @@ def test_what_is_no_block_or_costs_nobody_knows_what_is_refused(model):
     with pytest.raises(ValueError, match="no thresholds"):  # without a plan of its own it needs them
         apply_patch(model, block_class=Free)
     assert type(model.blocks) is torch.nn.Sequential
+
+
+def _numbered(text):
+    return torch.tensor([[int(slot) for slot in text.split()]] * 2)
+
+
+@pytest.mark.parametrize(
+    ("slots", "M", "message"),
+    [
+        ("0 1 -1 2 -1 4", 4, r"slots has 4, where each image keeps M=4 tokens; want 0 to M - 1 for those that stay"),
+        ("0 1 -2 2", 3, "slots has -2, where each image keeps M=3 tokens"),
+        ("0 1 -1 3 3", 4, "no token of image 0 has slot 2, of M=4; number those that stay from 0 without gaps"),
+        ("0 1 2", 0, "slots has 0, where each image keeps M=0 tokens"),
+    ],
+)
+def test_slots_that_would_reach_into_the_next_image_are_refused(slots, M, message):
+    with pytest.raises(ValueError, match=message):
+        Assignment.of(_numbered(slots), M)
+
+
+def test_slots_of_an_assignment():
+    assert Assignment.of(_numbered("0 1 -1 1"), 2).slots.tolist() == [0, 1, -1, 1, 2, 3, -1, 3]

@@ -213,7 +213,7 @@ def open_image(model: VisionTransformer, path: Path) -> Tensor:
     """
     config = data_config(model)
     if not path.is_file():
-        raise FileNotFoundError(f"image {path} does not exist")
+        raise FileNotFoundError(f"image {path} does not exist; give the path of an image file")
     try:
         opened = _picture(path, "L" if config["input_size"][0] == 1 else "RGB")
     except Exception as error:

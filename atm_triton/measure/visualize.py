@@ -175,7 +175,7 @@ def draw(rows: list[Picture], path: Path) -> None:
     axes = figure.subplots(len(rows), columns, squeeze=False)
     for row, panels in zip(rows, axes, strict=True):
         captions = [f"{row.title}\n{row.gflops:.3f} GFLOPs"]
-        captions += [f"block {block}\n{left} tokens" for block, left in zip(row.blocks, row.left, strict=True)]
+        captions += [f"block {block}\n{left} patch tokens" for block, left in zip(row.blocks, row.left, strict=True)]
         for panel, seen, caption in zip(panels, row.panels, captions, strict=True):
             panel.imshow(seen, interpolation="nearest")
             panel.set_title(caption, fontsize=7)
