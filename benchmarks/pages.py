@@ -89,11 +89,12 @@ def headline(
 def _on_photographs(photos: dict[str, Any], unmerged: float) -> str:
     rows = {(row["method"], row["share"]): row for row in photos["rows"]}
     row = rows["atm, calibrated, image", ON_PHOTOGRAPHS]
-    saved = 100 * (1 - row["gflops"] / unmerged)
+    saved, of = 100 * (1 - row["gflops"] / unmerged), photos["settings"]["photos"]
+    judged = f"{row['images']} photographs" if of is None else f"{row['images']} crops of {len(of['test'])} photographs"
     return (
-        f"| DINOv2-S, change of patch tokens (1 - cosine) with {saved:.0f} % fewer FLOPs, "
-        f"{row['images']} photographs | 0 | {row['patch_tokens']['mean']:.4f} "
-        f"| ToMe's is {photographs.less_than_tome(photos, row, 'patch_tokens')} times that |"
+        f"| DINOv2-S, change of patch tokens (1 - cosine) with {saved:.0f} % fewer FLOPs, {judged} "
+        f"| 0 | {row['patch_tokens']['mean']:.4f} "
+        f"| ToMe's is about {float(photographs.less_than_tome(photos, row, 'patch_tokens')):.0f} times that |"
     )
 
 

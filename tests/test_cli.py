@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -22,6 +23,7 @@ from atm_triton.cli.bad_input import exit_code
 from atm_triton.cli.commands import COMMANDS
 from atm_triton.cli.options import parser
 from atm_triton.config import REMEDY
+from atm_triton.digits.model import IMAGE_CONFIG
 from atm_triton.measure.configurations import digits_config
 from atm_triton.measure.evaluate import evaluate
 from atm_triton.measure.images import open_image, open_images
@@ -150,6 +152,38 @@ def test_bench(tmp_path, capfd):
     assert Image.open(plot).size[0] > 500
     said = capfd.readouterr()
     assert "free-merge bound" in said.out and "Memory block" not in said.err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ([], 'adapt="image"; atm-triton calibrate, digits'),
+        (
+            ["--no-proportional-attention"],
+            'adapt="image"; with another proportional_attention than atm-triton calibrate',
+        ),
+        (["--adapt", "batch", "--config", str(IMAGE_CONFIG)], 'adapt="batch"; with another adapt than atm-triton'),
+        (["--split-depth", "2"], 'adapt="image"; with another split_depth than atm-triton calibrate'),
+        (["--backend", "reference", "--adapt", "image"], 'adapt="image"; atm-triton calibrate, digits'),
+    ],
+)
+def test_a_promise_is_of_what_it_was_made_for(options, said, capsys):
+    assert main(["eval", *FEW, *options]) == 0
+    assert said in capsys.readouterr().out
+
+
+def test_figures_of_the_paper_are_for_its_models(tmp_path, folder, capsys):
+    checkpoint = weights(tmp_path / "three.safetensors", num_classes=3)
+    arguments = ["eval", *TINY, "--model-kwargs", "num_classes=3", "--checkpoint", checkpoint, "--data", str(folder)]
+    assert main([*arguments, "--workers", "0", "--max-gflops", "0.9", "--limit", "2"]) == 0
+    assert "for other weights or another shape than paper, Table" in capsys.readouterr().out
+
+
+def test_a_warning_is_a_line(capsys):
+    with warnings.catch_warnings(action="always"):
+        assert main(["eval", *FEW, "--schedule", "98", "49", "24", "12", "6", "3", "2", *["0"] * 5]) == 0
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if "of the tokens are gone" in line)
+    assert line.startswith("atm-triton: ")
 
 
 def test_bench_of_packed_images(tmp_path):

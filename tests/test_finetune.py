@@ -384,14 +384,14 @@ def test_the_digits_end_to_end(tmp_path, capsys):
     assert (first["step"], second["step"]) == (1, 2) and first["lr"] == pytest.approx(2e-5)
     assert after["train_loss"] == pytest.approx((first["loss"] + second["loss"]) / 2)
     capsys.readouterr()
-    for weights in ("model", "ema"):
+    for weights, after in (("model", "after"), ("ema", "after_ema")):
         arguments = ["eval", "--checkpoint", str(out / f"{weights}.safetensors"), "--limit", "8"]
-        if weights == "model":  # thresholds belong to their weights
-            arguments += ["--config", str(out / "result.json"), "--json", str(tmp_path / "e.json")]
-        else:
-            arguments += ["--schedule", *["8"] * 12]
+        arguments += ["--config", str(out / "result.json"), "--json", str(tmp_path / "e.json")]
         assert main(arguments) == 0
-    assert json.loads((tmp_path / "e.json").read_text())["evaluation"] == result["after"]
+        assert 'adapt="image"; found before fine-tuning: ' in capsys.readouterr().out
+        assert json.loads((tmp_path / "e.json").read_text())["evaluation"] == result[after]
+    save_file(load_file(out / "model.safetensors") | {"norm.bias": torch.ones(96)}, out / "other.safetensors")
+    assert main(["eval", "--checkpoint", str(out / "other.safetensors"), "--config", str(out / "result.json")]) == 2
 
 
 def test_the_weights_load_into_the_unpatched_model(place):
@@ -417,7 +417,8 @@ def test_a_cost_means_the_papers_points_after_fine_tuning(place):
     assert main(finetuning("--max-gflops", "1", "--epochs", "1", "--out", "run")) == 0
     source = json.loads(Path("run/result.json").read_text())["config"]["source"]
     assert source.startswith(
-        "paper, Table A3, DeiT-T, fine-tuned, alpha 0.995, beta 0.025, theta_min 0.895: 0.96 GFLOPs"
+        "for other weights or another shape than paper, Table A3, DeiT-T, fine-tuned, alpha 0.995, beta 0.025, "
+        "theta_min 0.895: 0.96 GFLOPs"
     )
 
 
@@ -451,7 +452,10 @@ def test_the_command_goes_on_with_its_own_run(place, capsys):
     kept = Path("run/checkpoint.pt").read_bytes()
     for options, message in (
         ([*SCHEDULE, "--resume", "--lr", "1e-4"], "--resume: lr is 0.0001, the run in run had 2e-05; go on with its"),
-        (["--schedule", "3", "0", "--resume"], "--resume: merging is {"),
+        (
+            ["--schedule", "3", "0", "--resume"],
+            "--resume: merging.schedule is [3, 0], the run in run had [4, 0]; go on",
+        ),
         ([*SCHEDULE, "--resume", "--epochs", "3"], "--resume: epochs is 3, the run in run had 2"),
         (SCHEDULE, "--out run holds checkpoint.pt, log.jsonl, model.safetensors, result.json of another run; give"),
     ):
@@ -459,6 +463,15 @@ def test_the_command_goes_on_with_its_own_run(place, capsys):
     Path("data/train/cat/0.png").rename("data/train/cat/99.png")
     assert the_line(finetuning(*SCHEDULE, "--out", "run", "--resume"), capsys).startswith("--resume: names_sha256 is")
     assert Path("run/checkpoint.pt").read_bytes() == kept
+
+
+def test_a_run_that_finds_thresholds_goes_on_with_its_way_to_adapt(place, capsys):
+    """Named or not: what the command takes is what the run has."""
+    options = ["--epochs", "1", "--recalibrate", "1", "--max-gflops", "1.1e-4", "--calibration-images", "64"]
+    assert main(finetuning(*options, "--out", "run")) == 0
+    assert main(finetuning(*options, "--out", "run", "--resume", "--adapt", "image")) == 0
+    line = the_line(finetuning(*options, "--out", "run", "--resume", "--adapt", "batch"), capsys)
+    assert line.startswith('--resume: adapt is "batch", the run in run had "image"')
 
 
 def test_thresholds_are_found_for_a_cost(place, capsys):

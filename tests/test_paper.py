@@ -169,7 +169,7 @@ def test_fine_tuned_beside_training_free(tmp_path, monkeypatch, capsys):
         assert paper.main(["finetuned", *options, *wrong]) == 2 and message in capsys.readouterr().err
 
 
-def test_no_training_of_another_model_is_gone_on_with(tmp_path):
+def test_no_training_of_another_model_is_gone_on_with(tmp_path, monkeypatch):
     """What an interrupted table left behind is refused by name, not taken for the model at hand."""
     found = []
     thresholds = tmp_path / "thresholds.json"
@@ -182,6 +182,11 @@ def test_no_training_of_another_model_is_gone_on_with(tmp_path):
         found.append((subject.Subject(args), args))
     (one, args), (other, others) = found
     finetuned.tuned(one, finetuned.unmerged(one), args, 0, tmp_path / "run")
+    known = finetuned.environment()
+    monkeypatch.setattr(finetuned, "environment", lambda: known | {"commit": "another"})
+    with pytest.raises(ValueError, match='--resume: commit is "another"'):
+        finetuned.tuned(one, finetuned.unmerged(one), args, 0, tmp_path / "run")
+    monkeypatch.undo()
     with pytest.raises(ValueError, match="--resume: checkpoint is .*other.safetensors"):
         finetuned.tuned(other, finetuned.unmerged(other), others, 0, tmp_path / "run")
 
@@ -203,6 +208,10 @@ def test_table_4_trains_every_method_and_none_twice(tmp_path, monkeypatch, capsy
 
     monkeypatch.setattr(finetuned, "finetune", interrupted)
     assert paper.main(["table4", *options]) == 130
+    (tmp_path / "digits_table4.json.partial").rename(tmp_path / "kept")
+    assert paper.main(["table4", *options]) == 2
+    assert "digits_table4.runs holds trainings that were interrupted; go on with --resume" in capsys.readouterr().err
+    (tmp_path / "kept").rename(tmp_path / "digits_table4.json.partial")
     assert paper.main(["table4", *options, "--resume"]) == 0
     assert not (tmp_path / "digits_table4.runs").exists() and seen.pop(3) == seen[3]
     assert [name for name, _, _ in seen[::2]] == [None, "DynamicViT", None]

@@ -1,15 +1,19 @@
-"""Bad input at the command line: one line on standard error and exit code 2."""
+"""Bad input at the command line: one line on standard error and exit code 2. A warning of ours is a line too."""
 
 import argparse
 import os
 import sys
-from collections.abc import Callable
-from contextlib import redirect_stdout
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 import torch
 
 from atm_triton.measure.distributed import failed
+
+PACKAGE = Path(__file__).parents[1]
 
 
 class Parser(argparse.ArgumentParser):
@@ -54,7 +58,7 @@ def exit_code(program: str, run: Callable[[], Any]) -> int:
     GPU's memory is too small, or where nobody reads the output; 130, as a shell has it, on Ctrl-C."""
     printed = Printed(sys.stdout)
     try:
-        with redirect_stdout(printed):
+        with redirect_stdout(printed), _plain_warnings(program):
             run()
             printed.flush()
         if printed.gone:
@@ -69,6 +73,29 @@ def exit_code(program: str, run: Callable[[], Any]) -> int:
         print(f"{program}: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+@contextmanager
+def _plain_warnings(program: str) -> Iterator[None]:
+    """Warnings of this package, which are for whoever runs the command, come without the place in its code."""
+    with warnings.catch_warnings():
+        usual = warnings.showwarning
+
+        def show(
+            message: Warning | str,
+            category: type[Warning],
+            filename: str,
+            lineno: int,
+            file: TextIO | None = None,
+            line: str | None = None,
+        ) -> None:
+            if category is UserWarning and PACKAGE in Path(filename).parents:
+                print(f"{program}: {message}", file=sys.stderr)
+            else:
+                usual(message, category, filename, lineno, file, line)
+
+        warnings.showwarning = show
+        yield
 
 
 def _one_line(error: Exception) -> str:

@@ -35,7 +35,7 @@ from atm_triton.ops import explain
 from atm_triton.patch import apply_patch, settled
 from atm_triton.record import Record
 from atm_triton.training.finetune import finetune
-from atm_triton.training.folder import RESULT, WEIGHTS, RunFolder
+from atm_triton.training.folder import AVERAGED, RESULT, WEIGHTS, RunFolder
 
 DEIT = "deit_small_patch16_224"
 RANDOM_R = 8  # of every block, where no images tell thresholds what to do
@@ -99,7 +99,7 @@ def _image_case(args: argparse.Namespace) -> Case:
     batches = [images.to(parameter) for images, _ in islice(loader, count)]
     weights = _weights(args.model, args.checkpoint, args.pretrained)
     title = f"{args.model}, {weights}, on {data}: {len(batches)} batches of {len(batches[0])}"
-    beside = digits_config() if args.model == DIGITS and args.adapt == "image" and not _configured(args) else None
+    beside = digits_config() if args.model == DIGITS and args.adapt == "image" and not _changed(args) else None
     return Case(
         title=f"{title}, {_where(args)}", model=model, batches=batches, config=_config(args, model), beside=beside
     )
@@ -234,6 +234,8 @@ def run_finetune(args: argparse.Namespace) -> dict[str, Any]:
     images, validation = finetuning.training_images(args, model, recipe)
     recalibrate = finetuning.recalibration(args, recipe)
     config = _config(args, model) if recalibrate is None else None
+    if config is not None and config.source and args.max_gflops is None and args.top1_drop is None:
+        config = replace(config, source=f"found before fine-tuning: {config.source}")  # its promise is of those weights
     folder = RunFolder(args.out, finetuning.settings(args, recipe, images, None if config is None else asdict(config)))
     print(f"{args.model} on {args.data or DIGITS}, {recipe.images_per_step} images a step, {_where(args)}")
     if config is not None:
@@ -244,6 +246,8 @@ def run_finetune(args: argparse.Namespace) -> dict[str, Any]:
     about = {"model": args.model, "model_kwargs": args.model_kwargs, "weights": WEIGHTS, "settings": folder.settings}
     if rank() == 0:
         about["checkpoint_sha256"] = checksum(args.out / WEIGHTS)
+        if recipe.ema is not None:
+            about["ema_sha256"] = checksum(args.out / AVERAGED)
         write_result(args.out / RESULT, about | done)
         if args.plot is not None:
             report.training_plot(done["epochs"], args.plot)
@@ -313,9 +317,24 @@ def _where(args: argparse.Namespace) -> str:
     return f"{args.dtype}, {device}, backend {explain(args.backend, args.device, DTYPES[args.dtype])[0]}"
 
 
+def _changed(args: argparse.Namespace) -> bool:
+    """Whether anything but the way to adapt is given of how tokens merge."""
+    of_blocks = args.split_depth is not None or args.proportional_attention is not None or args.all_tokens_last
+    return _configured(args) or of_blocks or args.backend != "auto"
+
+
 def _configured(args: argparse.Namespace) -> bool:
     given = (args.config, args.schedule, args.max_gflops, args.top1_drop)
     return bool(_curve(args)) or any(value is not None for value in given)
+
+
+def _as_published(model: VisionTransformer) -> str:
+    """What to say before the paper's figures for the model of that name."""
+    try:
+        settled(ATMConfig(), model)
+    except ValueError:
+        return "for other weights or another shape than "
+    return ""
 
 
 def _curve(args: argparse.Namespace) -> dict[str, Any]:
@@ -332,6 +351,7 @@ def _config(args: argparse.Namespace, model: VisionTransformer, default: ATMConf
         config = read_config(args.config, args.model, args.model_kwargs, args.checkpoint)
     elif args.max_gflops is not None or args.top1_drop is not None:
         config = ATMConfig.preset(args.model, args.max_gflops, args.top1_drop, fine_tuned=args.command == "finetune")
+        config = replace(config, source=f"{_as_published(model)}{config.source}")
     elif args.schedule is not None:
         config = ATMConfig(adapt="static", schedule=tuple(args.schedule))
     elif curve:
@@ -350,9 +370,13 @@ def _config(args: argparse.Namespace, model: VisionTransformer, default: ATMConf
     if curve and (config.adapt == "static" or config.thresholds is not None):
         options = ", ".join("--" + name.replace("_", "-") for name in curve)
         raise ValueError(f"{options}: no effect beside a schedule or thresholds of each block; leave one of them out")
+    fields = {name: value for name, value in fields.items() if value not in (None, getattr(config, name))}
+    changed = [name for name in fields if name != "backend"]
     if curve:
         fields["source"] = ""  # no longer what it says
-    config = replace(config, **{name: value for name, value in fields.items() if value is not None})
+    elif changed and config.source:
+        fields["source"] = f"with another {' and another '.join(changed)} than {config.source}"
+    config = replace(config, **fields)
     config.check_depth(len(model.blocks))
     return settled(config, model)
 

@@ -153,8 +153,9 @@ def settings(
 ) -> dict[str, Any]:
     """What decides the result: a run goes on with the same alone. Not where it runs, nor how images are loaded."""
     of_run = ("model", "model_kwargs", "pretrained", "data", "val_data", "limit", "dtype", "max_gflops")
-    names = (*of_run, "adapt", "calibration_images", "all_tokens_last", "proportional_attention", "backend")
+    names = (*of_run, "calibration_images", "all_tokens_last", "proportional_attention", "backend")
     given = {name: getattr(args, name) for name in names}
+    given["adapt"] = None if args.recalibrate is None else args.adapt or args.usual_adapt  # else merging says it
     given |= {"checkpoint_sha256": checksum(args.checkpoint), **drop_path(args), "merging": config}
     return given | recipe.to_dict() | images.settings
 

@@ -39,7 +39,8 @@ def read_config(path: Path, model: str, model_kwargs: dict[str, Any], checkpoint
     if made[0] is not None and made != (model, model_kwargs):
         of, here = (f"{name} {kwargs or ''}".strip() for name, kwargs in (made, (model, model_kwargs)))
         raise ValueError(f"--config {path} was calibrated for {of}, not for {here}; calibrate anew")
-    if "checkpoint_sha256" in document and document["checkpoint_sha256"] != checksum(checkpoint):
+    of_weights = [document[name] for name in ("checkpoint_sha256", "ema_sha256") if name in document]
+    if of_weights and checksum(checkpoint) not in of_weights:
         raise ValueError(f"--config {path} was calibrated for other weights, {document.get('weights')}; calibrate anew")
     return config
 
@@ -54,6 +55,8 @@ def promised_measure(path: Path | None, model: VisionTransformer) -> Measure | N
     promise = document.get("promise")
     if promise is None:
         return None
+    if not isinstance(promise, dict):
+        raise ValueError(f"--config {path}: its promise is {promise!r}; want what atm-triton calibrate writes")
     try:
         promised = Measure(promise.get("measure", "softmax"))  # older files compared nothing else
         fitting = measure_of(model, promised.name == "dense", promised.name == "sigmoid")

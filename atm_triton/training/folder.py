@@ -69,8 +69,9 @@ class RunFolder:
         return state
 
     def _check_same(self, before: dict[str, Any]) -> None:
-        for name in {**before, **self.settings}:
-            was, now = before.get(name), self.settings.get(name)
+        before, asked = _parts(before), _parts(self.settings)
+        for name in {**before, **asked}:
+            was, now = before.get(name), asked.get(name)
             if was != now:
                 raise ValueError(
                     f"--resume: {name} is {_short(now)}, the run in {self.path} had {_short(was)}; "
@@ -130,6 +131,14 @@ def replace_file(path: Path, content: bytes | memoryview) -> None:
 
 def _unwritten(path: Path, error: OSError) -> str:
     return f"{path} cannot be written ({error.strerror}); what was saved before is kept: make room, then --resume"
+
+
+def _parts(settings: dict[str, Any]) -> dict[str, Any]:
+    """Those of settings that are dictionaries by names of their own, as in merging.split_depth."""
+    parts: dict[str, Any] = {}
+    for name, value in settings.items():
+        parts |= {f"{name}.{key}": part for key, part in value.items()} if isinstance(value, dict) else {name: value}
+    return parts
 
 
 def _short(value: Any) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 from atm_triton import ATMConfig
 from atm_triton.config import ADAPT
 from atm_triton.measure.models import DIGITS
+from atm_triton.measure.provenance import environment
 from atm_triton.training.finetune import finetune
 from atm_triton.training.folder import CHECKPOINT, RunFolder
 from atm_triton.training.images import TrainDigits, TrainFolder, TrainImages
@@ -23,7 +24,7 @@ from atm_triton.training.recipe import Recipe
 from benchmarks.baselines import Baseline
 from benchmarks.paper.cells import about, drop, markdown, saved
 from benchmarks.paper.methods import at_cost, measured
-from benchmarks.paper.rows import Rows
+from benchmarks.paper.rows import SAME, Rows
 from benchmarks.paper.subject import Subject, batch_size, check_shares, shares
 
 SHARES = (0.5, 0.6, 0.7)  # saved
@@ -82,7 +83,7 @@ def measure(subject: Subject, rows: Rows, args: argparse.Namespace) -> None:
     check_labelled(subject, args)
     each = len(args.adapt) * len(args.shares)
     rows.expect(each + (each + 1) * len(args.seeds))
-    runs = rows.path.with_suffix(".runs")
+    runs = unfinished(rows, args)
     for seed in args.seeds:
         key = {"method": UNMERGED, "adapt": None, "share": 0.0, "seed": seed}
         rows.add(key, lambda seed=seed: tuned(subject, unmerged(subject), args, seed, runs / f"unmerged-{seed}"))
@@ -98,6 +99,18 @@ def measure(subject: Subject, rows: Rows, args: argparse.Namespace) -> None:
                     lambda config=config, seed=seed, name=name: tuned(subject, config, args, seed, runs / name),
                 )
     shutil.rmtree(runs, ignore_errors=True)
+
+
+def unfinished(rows: Rows, args: argparse.Namespace) -> Path:
+    """Where trainings lie until all of a result is there.
+
+    Raises:
+        ValueError: some do, and --resume is not given.
+    """
+    runs = rows.path.with_suffix(".runs")
+    if runs.exists() and not args.resume:
+        raise ValueError(f"{runs} holds trainings that were interrupted; go on with --resume, or delete it")
+    return runs
 
 
 def free_at(subject: Subject, adapt: str, share: float) -> dict[str, Any]:
@@ -122,6 +135,7 @@ def tuned(
         recipe = method.recipe(recipe)
         about["method"] = repr(config)
     same = Subject.settings(args) | training_settings(args) | about | {"recipe": recipe.to_dict()}
+    same |= {name: value for name, value in environment().items() if name in SAME}
     folder = RunFolder(at, same)
     watched, resume = list(islice(subject.test, WATCHED)), (at / CHECKPOINT).exists()
     given = config if method is None else None

@@ -25,6 +25,7 @@ from benchmarks.paper.finetuned import (
     training_options,
     training_settings,
     tuned,
+    unfinished,
     unmerged,
 )
 from benchmarks.paper.methods import at_cost
@@ -98,7 +99,7 @@ def measure(subject: Subject, rows: Rows, args: argparse.Namespace) -> None:
     check_labelled(subject, args)
     made = of_model(subject)
     rows.expect(sum(1 if name == "atm, training-free" else len(args.seeds) for name in args.methods))
-    runs = rows.path.with_suffix(".runs")
+    runs = unfinished(rows, args)
     for name in args.methods:
         if name == "atm, training-free":
             share = 1 - ROWS[name].gflops / WHOLE
