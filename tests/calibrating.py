@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from atm_triton import Target, calibrate
-from atm_triton.calibration import meter, search
+from atm_triton.calibration import measuring, search
 from atm_triton.measure.distributed import rank, start, stop
 from models import images, vit
 
@@ -22,7 +22,7 @@ def main(out, adapt, dies=None):
     search.LEVELS, search.CURVES, search.STEPS = (1 / 8, 1 / 2), ((0.5, 6.0),), ((2, 2), (1, 2))
     start("cpu")
     if rank() == dies:
-        meter.Meter.mean = lambda *_: os._exit(1)
+        measuring.Meter.mean = lambda *_: os._exit(1)
     adapt, *asked = adapt.split()
     asked = dict.fromkeys(asked, True)
     calibration = calibrate(vit(), images(100).split(8), Target(max_gflops=0.0009), adapt, progress=False, **asked)

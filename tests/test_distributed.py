@@ -91,7 +91,7 @@ def test_calibrate_gives_the_configuration_of_one_process(adapt, more, tmp_path)
 
 
 def test_bad_input_is_one_line():
-    done = python("-m", "atm_triton", "eval", "--batch-size", "0", ranks=2)
+    done = torchrun(2, "-m", "atm_triton", "eval", "--batch-size", "0")
     assert done.returncode != 0
     assert lines_of_ours(done) == ["atm-triton: batch size 0 is too small; give 1 or more"]
 
