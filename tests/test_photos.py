@@ -21,7 +21,7 @@ from benchmarks.photos import __main__ as command
 from benchmarks.photos import fetch, ideas, images, report
 from benchmarks.photos import unmerge as unmerging
 from benchmarks.photos.compare import Photos, told
-from benchmarks.photos.methods import METHODS, at_cost, scaled, threshold
+from benchmarks.photos.methods import DROPPING, FROM_PAPER, METHODS, at_cost, measured_at, scaled, threshold
 from benchmarks.photos.picture import draw
 from benchmarks.photos.weights import Decoder, read
 from onnx_file import SIDE, WIDTH, OnnxFile, small
@@ -244,6 +244,13 @@ def test_tokens_that_are_dropped_have_no_distance(some):
         some.outcome(way)
     found = some.outcome(way, has_patches=False).to_dict(some.photos)
     assert found["patch_tokens"] is None and found["saliency"] is None and found["class_token"]["mean"] > 0
+
+
+@pytest.mark.parametrize("method", FROM_PAPER)
+def test_each_method_says_whether_its_patches_have_tokens(method, some):
+    row = measured_at(some, method, 0.2)
+    assert "missing" in row or (row["patch_tokens"] is None) == (method in DROPPING)
+    assert row.get("missing") in (None, f"no setting comes close to {some.goal(0.2):.4g} GFLOPs")
 
 
 def test_the_standard_error_is_of_photographs():

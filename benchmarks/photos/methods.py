@@ -18,7 +18,7 @@ CURVE = ATMConfig.preset("DeiT-S")  # whose distances from 1 are scaled
 LOWEST, HIGHEST = -5.0, 0.3  # log10 of a distance from 1: nothing merges, everything does
 CLOSE = 0.004  # of the unmerged model's GFLOPs; with one r a batch costs may jump, and the nearest is taken
 TRIES = 14
-DROPPING = ("evit, fused", "zero_tprune")  # patches that they drop have no token
+DROPPING = ("evit, fused", "zero_tprune", "tofu")  # patches that they drop have no token
 FROM_PAPER = (
     *("tome", "tome, rising", "tome, falling", "threshold, batch", "threshold, image", "evit, fused", "mctf"),
     *("pitome", "zero_tprune", "tofu"),
