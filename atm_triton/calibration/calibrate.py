@@ -223,19 +223,12 @@ def calibrate(
             shape than the model's, or blank; a model that answers all of them alike, or in which nothing can merge;
             TypeError: a model that cannot be merged, or batches of anything but float images.
     """
-    check_model(model)
-    check_hooks(model)
-    if adapt not in ADAPT:
-        raise ValueError(f"adapt={adapt!r} is unknown; choose one of {', '.join(ADAPT)}")
-    if max_merging_blocks is not None and max_merging_blocks < 1:
-        raise ValueError(f"max_merging_blocks={max_merging_blocks} is too small; give 1 or more")
+    _check_asked(model, adapt, max_merging_blocks)
     measure = measure_of(model, dense, sigmoid)
     target.check_fits(measure)
     parts, number = split_images(loader, seed)
     shape = tuple(parts["fit"][0].shape[1:])
-    _check_fits(model, shape)
-    _check_not_blank(parts)
-    _check_differ(parts)
+    _check_images(model, shape, parts)
     settings: dict[str, Any] = {"cls_only_last": cls_only_last and not dense, "backend": backend}
     costs = Costs(model, shape, settings["cls_only_last"])
     _check_merges(costs)
@@ -245,12 +238,7 @@ def calibrate(
     numbers = {name: sum(map(len, batches)) for name, batches in parts.items()}
     with Progress(expected(costs, numbers), progress) as bar:
         meter = Meter(model, parts, settings, measure, bar.update)
-        if meter.spread() < ALIKE:
-            raise ValueError(
-                "the model answers all images alike, so no merging changes it; check images, weights and head"
-            )
-        if meter.normalised():
-            raise ValueError("all answers lie in 0 .. 1, as probabilities do; want logits: remove the last activation")
+        _check_answers(meter)
         meter.remember(notes)
         bar.refresh()
 
@@ -298,6 +286,28 @@ def split_images(loader: Iterable, seed: int) -> tuple[dict[str, list[Tensor]], 
         parts[name] = list(images[order[first:last][: MOST.get(name)]].split(batch_size))
         first = last
     return parts, number
+
+
+def _check_asked(model: VisionTransformer, adapt: str, max_merging_blocks: int | None) -> None:
+    check_model(model)
+    check_hooks(model)
+    if adapt not in ADAPT:
+        raise ValueError(f"adapt={adapt!r} is unknown; choose one of {', '.join(ADAPT)}")
+    if max_merging_blocks is not None and max_merging_blocks < 1:
+        raise ValueError(f"max_merging_blocks={max_merging_blocks} is too small; give 1 or more")
+
+
+def _check_answers(meter: Meter) -> None:
+    if meter.spread() < ALIKE:
+        raise ValueError("the model answers all images alike, so no merging changes it; check images, weights and head")
+    if meter.normalised():
+        raise ValueError("all answers lie in 0 .. 1, as probabilities do; want logits: remove the last activation")
+
+
+def _check_images(model: VisionTransformer, shape: tuple[int, ...], parts: dict[str, list[Tensor]]) -> None:
+    _check_fits(model, shape)
+    _check_not_blank(parts)
+    _check_differ(parts)
 
 
 def _check_fits(model: VisionTransformer, shape: tuple[int, ...]) -> None:
