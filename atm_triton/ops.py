@@ -23,7 +23,7 @@ from atm_triton import reference
 from atm_triton.packed import Assignment, Images, Packed
 
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-KERNEL_PREFIX, KERNEL_CHANNELS = 16, 128  # protected tokens, and channels of a head, that the kernels can take
+KERNEL_PREFIX, KERNEL_CHANNELS = 16, 128  # the kernels take at most so many protected tokens, and channels per head
 
 
 class Match(NamedTuple):
@@ -81,8 +81,8 @@ def runs_kernels(backend: str, x: Tensor) -> bool:
 
 
 def _follower() -> str | None:
-    """What records or differentiates every operation of a pass and cannot look into a kernel. None: nothing does."""
-    if torch.jit.is_tracing():  # it would keep the sizes of this launch for all others
+    """The tracer or transform that follows every operation of a pass but cannot look into a kernel; None: none."""
+    if torch.jit.is_tracing():  # it would record the sizes of this launch as constants
         return "torch.jit.trace"
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return "a transform of torch.func"
@@ -169,7 +169,7 @@ def match(
     if theta is not None and not -1 <= theta <= 1:
         raise ValueError(f"theta={theta} is outside -1 .. 1, the cosine similarities")
     keys = keys.detach()
-    bound = 2.0 if theta is None else theta  # nothing is as similar as that
+    bound = 2.0 if theta is None else theta  # no similarity reaches 2
     if _fits_kernels(backend, keys, num_prefix) or (_traced(keys) and not images.equal):
         arguments = (keys, sizes, images.cu_seqlens, num_prefix, by_size, bound, images.N)
         similarity, partner, counts = _call(_match, *arguments)
@@ -253,7 +253,8 @@ def assign(
 
 
 def _source_of_r(pairs: Match, r: int | Tensor | str, images: Images) -> tuple[int | Tensor, bool, float | None]:
-    """What says r; whether its mean is meant; from which similarity on tokens join, if that says the same."""
+    """The source of r; whether its mean is meant; and the similarity from which on tokens join, if that is
+    equivalent."""
     if isinstance(r, str):
         if r not in ("image", "batch"):
             raise ValueError(f'r={r!r} is unknown; want "image", "batch", a number or a tensor')
@@ -470,7 +471,8 @@ def autocast_dtype(device: str) -> torch.dtype | None:
 
 
 def _check(holds: bool, name: str, tensor: Tensor, want: str | Callable[[], str]) -> None:
-    """``want``: a function where it tells sizes: to write them out takes time, and fixes them in a compiled graph."""
+    """Raise ValueError unless ``holds``. ``want`` is a function if it names sizes: writing them out takes time, and
+    makes them constants of a compiled graph."""
     if not holds:
         raise ValueError(f"{name} has shape {list(tensor.shape)}; want {want if isinstance(want, str) else want()}")
 
@@ -481,7 +483,7 @@ def _check_dtype(name: str, tensor: Tensor, want: torch.dtype) -> None:
 
 
 def _check_images(name: str, heads: Tensor, images: Images) -> None:
-    """Check that there are as many tokens as images of equal length have. For others only the device knows."""
+    """Check the number of tokens if images have equal length. Otherwise only the device knows it."""
     B, N, T = images.B, images.N, heads.shape[1]
     if images.equal and B * N != T:
         raise ValueError(f"{name} has {T} tokens, {B} images of {N} tokens have {B * N}; want the same number")
