@@ -98,7 +98,7 @@ class Passes:
         self.buffers: list[tuple[Pending, Tensor | None]] = []
 
     def stage(self, number: int, rows: int | None) -> Tensor | None:
-        """Run a stage of so many rows (None: the first stage). The last stage returns the output of the pass."""
+        """Run a stage of this many rows (None: the first stage). The last stage returns the output of the pass."""
         kind = self.kind
         casts = torch.autocast(kind.device.type, kind.autocast, cache_enabled=False) if kind.autocast else nullcontext()
         into = self.buffers[(number + 1) % 2][0].first(rows) if self.buffers else None
@@ -130,7 +130,7 @@ class Passes:
         if number == 0:
             self.merged_first = left.sizes is not None
         self._write(number, left, trace)
-        return self.stage(number, rows) if made else None  # once more, writing to them: a warm-up of what is captured
+        return self.stage(number, rows) if made else None  # run again, now into the buffers, as a capture will
 
     def _entered(self, into: Pending | None) -> tuple[Packed, None, Tensor | None]:
         x = enter(self.model, self.images, None if into is None else into.x)
@@ -169,7 +169,7 @@ class Passes:
                 to[: len(of)].copy_(of)
 
 
-Key = tuple[Passes, int, int | None]  # of a graph: the number of its stage, and its rows (None: the first stage)
+Key = tuple[Passes, int, int | None]  # key of a graph: its passes, stage number and rows (None: the first stage)
 
 
 class Engine:

@@ -116,8 +116,8 @@ def cost_of_each(model: VisionTransformer, record: Record) -> Cost[float | Tenso
 
 
 def paper_block(model: VisionTransformer, macs: Count, N: Count, queries: Count, rows: Count) -> Count:
-    """The operations of a block with these ``macs`` as the paper counts them; other arguments as in :func:`block_macs`.
-    A model may define its own count by methods ``paper_block`` and ``paper_stem`` (everything but the blocks)."""
+    """A block's operations as the paper counts them, given its ``macs``; other arguments as in :func:`block_macs`. A
+    model may define its own count by methods ``paper_block`` and ``paper_stem`` (everything but the blocks)."""
     if hasattr(model, "paper_block"):
         return model.paper_block(N, queries, rows)
     return macs + (N + rows) * model.embed_dim
