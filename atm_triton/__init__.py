@@ -10,7 +10,7 @@ _here = Path(__file__).parent
 
 
 class _Checkout:
-    """Finds in a checkout the two folders that lie beside us there, and in a wheel in here; nothing else that does."""
+    """Finds two folders that a checkout has beside this package and a wheel has inside it. Finds nothing else."""
 
     folders = {  # noqa: RUF012
         "atm_triton.kernels": _here.parent / "kernels",
@@ -26,7 +26,7 @@ class _Checkout:
 
 
 if not (_here / "kernels").is_dir():
-    sys.meta_path.insert(0, _Checkout)  # before the finder of another checkout that is installed
+    sys.meta_path.insert(0, _Checkout)  # ahead of the finder of another checkout, if one is installed
 
 from atm_triton.block import ATMBlock  # noqa: E402
 from atm_triton.calibration.calibrate import Calibration, Target, calibrate  # noqa: E402

@@ -183,7 +183,7 @@ class ATMBlock(Block):
             assignment, counts = plan, None
         if assignment is None:
             x = x + self._drop_path(self.drop_path1, self.ls1(attended), images)
-            del attended  # its memory is wanted again
+            del attended  # frees its memory for what follows
             y = self.norm2(x)
         else:
             tokens, y = self.merge(tokens, attended, assignment)
@@ -211,7 +211,7 @@ class ATMBlock(Block):
         """Call ``attn`` as a module on the normalised tokens ``y``; ``by``, a method of this block, computes it from y
         and what is ``given``. Returns both results of ``by``: the projection, and whatever else it found."""
         attn, noted = self.attn, []
-        if type(attn) is Attention:  # put in its place since
+        if type(attn) is Attention:  # it was put there after patching
             attn.__class__ = ATMAttention
         if inside(attn, ATMAttention) is None:
             raise TypeError(_no_attention(attn))
@@ -317,7 +317,7 @@ class ATMBlock(Block):
         elif copy is not None and (one_r or not torch.compiler.is_compiling()):
             removed = int(ops.read(copy).sum())
             if one_r and images.B:
-                removed -= removed % images.B  # the mean, rounded down, of each
+                removed -= removed % images.B  # each image removes the mean, rounded down
             if removed == 0:
                 return None
             left = T - removed
@@ -370,7 +370,7 @@ class ATMBlock(Block):
 
 
 def inside(module: nn.Module, cls: type[nn.Module]) -> Any:
-    """``module`` or the first of a class in it, for it may wrap that; None: there is none."""
+    """``module`` if it is of class ``cls``, else the first such module inside it; None: there is none."""
     return module if isinstance(module, cls) else next((m for m in module.modules() if isinstance(m, cls)), None)
 
 
@@ -382,9 +382,10 @@ def handed_on(tokens: Packed, x: Tensor) -> Packed:
     return tokens.with_x(x)
 
 
-@torch.compiler.assume_constant_result  # a compiler takes it that no ONNX is being exported
+@torch.compiler.assume_constant_result  # a compiler evaluates this once, and so assumes that no ONNX export is running
 def _check_exporter(adapt: str | None) -> None:
-    """Refuse what would bake in how many tokens merged. ``adapt``: how counts say it; None: r is given."""
+    """Refuse tracers and exporters that would fix how many tokens merge. ``adapt``: how counts decide this; None: r is
+    given."""
     traced, exported = torch.jit.is_tracing(), torch.compiler.is_exporting()
     if not (traced or exported):
         return
@@ -405,23 +406,23 @@ def _no_attention(module: nn.Module) -> str:
 
 
 def is_plain(norm: nn.Module, scale: nn.Module) -> TypeGuard[nn.LayerNorm]:
-    """Whether the residual sum through ``scale`` and its ``norm`` are what one kernel computes."""
+    """Whether one kernel can compute the residual sum through ``scale`` and its ``norm``."""
     scales = is_own(scale, nn.Identity, LayerScale) or (hasattr(scale, "gamma_like") and not is_changed(scale))
     return scales and is_own(norm, nn.LayerNorm, LayerNorm)
 
 
 def is_own(module: nn.Module, *classes: type) -> bool:
-    """Whether a module is of one of these very classes and does what they do."""
+    """Whether a module is exactly of one of these classes and does nothing else."""
     return type(module) in classes and not is_changed(module)
 
 
 def is_matrix(linear: nn.Module) -> bool:
-    """Whether a linear layer is its weight and bias alone, so that some rows of them do for some outputs."""
+    """Whether a linear layer is only a weight and a bias, so that rows of these compute some of the outputs."""
     return is_own(linear, nn.Linear) and type(linear.weight) in (Tensor, nn.Parameter)
 
 
 def is_idle(dropout: nn.Module) -> bool:
-    """Whether a dropout lets everything through and nobody watches it."""
+    """Whether a dropout drops nothing and has no hooks."""
     return is_own(dropout, nn.Dropout, nn.Identity) and not (dropout.training and getattr(dropout, "p", 0.0) > 0)
 
 
@@ -429,17 +430,17 @@ _CALLED_AROUND = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks",
 
 
 def is_changed(module: nn.Module) -> bool:
-    """Whether a call of this module does more than its class: by hooks, or a forward of its own."""
+    """Whether hooks or a forward of its own make this module do something other than its class."""
     own = module.__dict__
     return "forward" in own or any(own.get(hooks) for hooks in _CALLED_AROUND)
 
 
 def scale_of(scale: nn.Module, x: Tensor) -> Tensor | None:
-    """The factor [C] of a plain LayerScale; None: there is none."""
+    """The factor [C] of a plain LayerScale; None if there is no factor."""
     gamma_like = getattr(scale, "gamma_like", None)
     return getattr(scale, "gamma", None) if gamma_like is None else gamma_like(x)
 
 
 def rows(x: Tensor) -> Tensor:
-    """[B, N, C] or [T, C] to [T, C]."""
+    """View [B, N, C] or [T, C] as [T, C]."""
     return x.flatten(0, -2)

@@ -18,10 +18,10 @@ _HELD = itemgetter("_modules", "_parameters", "_buffers")
 _HOOKS = itemgetter("_forward_hooks", "_forward_pre_hooks")
 _TRAINING = itemgetter("training")
 _ATTENDS = itemgetter("scale", "fused_attn")
-_KNOWN = ("torch.", "timm.", "atm_triton.")  # whose plain attributes nobody changes between passes
+_KNOWN = ("torch.", "timm.", "atm_triton.")  # plain attributes of these modules do not change between passes
 _FORWARD, _POINTER = "forward", Tensor.data_ptr
-_METHODS = ("forward_head", "pool", "_pos_embed")  # that may be set on a model, and that a graph has run through
-MODULES = 24  # of a part: so many are asked while the host waits for a stage anyway
+_METHODS = ("forward_head", "pool", "_pos_embed")  # methods in a graph that may be overridden on a model
+MODULES = 24  # modules per part: as many can be checked while the host waits for a stage
 
 
 class Modules:
@@ -66,8 +66,8 @@ class Part:
         return [*held, *(own.get(name) for own in self.models for name in _METHODS)]
 
     def _settings(self) -> list[Any]:
-        """What modules of others keep in plain attributes, such as the adapter that PEFT has made active, and what
-        attention does."""
+        """Plain attributes of modules from other libraries, such as PEFT's active adapter, and the settings of
+        attention."""
         return [*map(_plain, self.strangers), *map(_ATTENDS, self.attentions)]
 
     def python_acts(self) -> bool:

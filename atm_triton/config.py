@@ -132,7 +132,7 @@ class ATMConfig:
         _check_block(block, depth)
         if self.thresholds is not None:
             return self.thresholds[block - 1]
-        if self.alpha is None or self.beta is None or self.theta_min is None:  # given together, or not at all
+        if self.alpha is None or self.beta is None or self.theta_min is None:  # they are given together or not at all
             raise ValueError(f"the configuration has no thresholds; {REMEDY}")
         return threshold(block, self.alpha, self.beta, self.theta_min)
 
@@ -202,7 +202,7 @@ class ATMConfig:
 
 
 def _is(kind: type, value: Any) -> bool:
-    """Whether a value is a number of this kind. Python counts a bool as a number; here it is none."""
+    """Whether a value is a number of this kind. Unlike Python, this does not count a bool as a number."""
     return isinstance(value, kind) and not isinstance(value, bool)
 
 

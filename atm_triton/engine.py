@@ -31,9 +31,9 @@ from atm_triton.reference import largest_r
 from atm_triton.stage import Pending, Stage, begin, enter, run, stages
 
 MAX_GRAPHS, MAX_MIB = 512, 4096
-READ_GFLOP = 6.0  # what an H200 multiplies, in 16 bits, in the time that a read takes
-FLOAT32 = 8  # how many times longer the same takes in float32
-KINDS = 4  # of passes whose buffers are kept
+READ_GFLOP = 6.0  # GFLOP that an H200 computes, in 16 bits, in the time of one host read
+FLOAT32 = 8  # float32 takes so many times longer
+KINDS = 4  # buffers are kept for the last so many kinds of passes
 
 
 class Kind(NamedTuple):
@@ -51,8 +51,8 @@ class Kind(NamedTuple):
 
 
 class Counts:
-    """The counts of a pass, by block: one number per image. Those of the last stage are read when somebody asks, at the
-    latest by the next pass, which writes to the same mailbox."""
+    """The counts of a pass, by block: one number per image. Those of the last stage are read on demand, at the latest
+    by the next pass, which writes to the same mailbox."""
 
     def __init__(self) -> None:
         self.known: dict[int, list[int]] = {}
@@ -98,7 +98,7 @@ class Passes:
         self.buffers: list[tuple[Pending, Tensor | None]] = []
 
     def stage(self, number: int, rows: int | None) -> Tensor | None:
-        """Run a stage of so many rows (None: the first stage). The last stage returns the output of the pass."""
+        """Run a stage of this many rows (None: the first stage). The last stage returns the output of the pass."""
         kind = self.kind
         casts = torch.autocast(kind.device.type, kind.autocast, cache_enabled=False) if kind.autocast else nullcontext()
         into = self.buffers[(number + 1) % 2][0].first(rows) if self.buffers else None
@@ -130,7 +130,7 @@ class Passes:
         if number == 0:
             self.merged_first = left.sizes is not None
         self._write(number, left, trace)
-        return self.stage(number, rows) if made else None  # once more, writing to them: a warm-up of what is captured
+        return self.stage(number, rows) if made else None  # run again, now into the buffers, as a capture will
 
     def _entered(self, into: Pending | None) -> tuple[Packed, None, Tensor | None]:
         x = enter(self.model, self.images, None if into is None else into.x)
@@ -149,7 +149,7 @@ class Passes:
 
     def _merged(self, number: int, rows: int) -> tuple[Packed, Tensor, Tensor | None]:
         pending, trace = self.buffers[number % 2]
-        if number == 1 and not self.merged_first:  # what the stem made: one patch each
+        if number == 1 and not self.merged_first:  # tokens of the stem: one patch each
             pending = pending._replace(sizes=None)
         block = self.blocks[self.stages[number].start - 1]
         N = self.N if block.config.adapt == "image" else min(self.N, rows // self.B)
@@ -162,14 +162,14 @@ class Passes:
             return made, None if trace is None else torch.empty_like(trace)
 
     def _write(self, number: int, left: Pending, trace: Tensor | None) -> None:
-        """Copy to the buffers what is not there yet."""
+        """Copy to the buffers whatever is not in them yet."""
         buffer, kept = self.buffers[(number + 1) % 2]
         for to, of in zip((*buffer, kept), (*left, trace), strict=True):
             if to is not None and of is not None and to.data_ptr() != of.data_ptr():
                 to[: len(of)].copy_(of)
 
 
-Key = tuple[Passes, int, int | None]  # of a graph: the number of its stage, and its rows (None: the first stage)
+Key = tuple[Passes, int, int | None]  # key of a graph: its passes, stage number and rows (None: the first stage)
 
 
 class Engine:
@@ -200,7 +200,7 @@ class Engine:
         """Forget all graphs and buffers."""
         with self.lock:
             if self.replays is not None:
-                self.replays.wait()  # a pass may still work on them, also one that was broken off
+                self.replays.wait()  # a pass, even an interrupted one, may still use them
             self._forget()
             if self.replays is not None:
                 self.replays.reset()
@@ -216,8 +216,8 @@ class Engine:
         self.passes: OrderedDict[Kind, Passes] = OrderedDict()
         self.stream: torch.cuda.Stream | None = None  # of the last pass
         self.done: torch.cuda.Event | None = None
-        self.seen: Modules | None = None  # what has been captured holds for these
-        self.trusted = False  # the last pass found nothing against a replay
+        self.seen: Modules | None = None  # everything captured is valid for these
+        self.trusted = False  # whether the last pass found that graphs may be replayed
 
     def __str__(self) -> str:
         captured = sum(graph is not None for graph in self.graphs.values())
@@ -238,7 +238,7 @@ class Engine:
         return self._unfit(images) or Modules(self.model).obstacle
 
     def _unfit(self, images: Tensor) -> str | None:
-        """What about the images, the configuration or the surroundings of the pass speaks against it."""
+        """Why the images, the configuration or the context of the pass rule the engine out; None: they do not."""
         config, device = self.model.blocks.config, images.device.type
         if not config.engine:
             return "engine=False in the configuration"
@@ -288,7 +288,7 @@ class Engine:
             try:
                 with torch.no_grad():
                     done = self._run(images, leading, dense, head, modules, early)
-            except BaseException:  # what a pass that was broken off left behind is not to be read
+            except BaseException:  # an interrupted pass leaves values that must not be read
                 self.drop()
                 raise
             if done is None:  # modules have changed
@@ -332,7 +332,7 @@ class Engine:
         rows: int | None = None
         for number in count():
             key = (passes, number, rows)
-            if self.graphs.get(key) is None and not all(part.same() for part in parts):  # what is to come runs Python
+            if self.graphs.get(key) is None and not all(part.same() for part in parts):  # the stages to come run Python
                 return None
             out = self._play(key, partial(passes.stage, number, rows))
             now = passes.stages[number]
@@ -352,14 +352,14 @@ class Engine:
     def _passes(self, images: Tensor, leading: int | None, dense: bool, head: bool) -> Passes:
         autocast = ops.autocast_dtype(images.device.type)
         shape, dtype, device, pool = tuple(images.shape), images.dtype, images.device, self.model.global_pool
-        kind = Kind(shape, dtype, device, autocast, leading, dense, head, pool)  # by name takes a microsecond more
+        kind = Kind(shape, dtype, device, autocast, leading, dense, head, pool)  # keywords take a microsecond more
         if kind not in self.passes:
             read = self.read_gflop / (FLOAT32 if (autocast or dtype) == torch.float32 else 1)
             self.passes[kind] = Passes(self.model, kind, self._replays_on(device), read)
         self.passes.move_to_end(kind)
         if len(self.passes) > KINDS:
             _, old = self.passes.popitem(last=False)
-            old.replays.wait()  # they may still work in its buffers
+            old.replays.wait()  # its graphs may still use its buffers
             self.graphs = OrderedDict((key, graph) for key, graph in self.graphs.items() if key[0] is not old)
         return self.passes[kind]
 
@@ -380,7 +380,7 @@ class Engine:
             self.graphs[key] = None
         else:
             replay = self.graphs.pop(key) or self._captured(key[0].replays, call)
-            self.graphs[key] = replay  # used last
+            self.graphs[key] = replay  # now the most recently used
             out = replay()
         if len(self.graphs) > self.max_graphs:
             self.graphs.popitem(last=False)
@@ -393,7 +393,7 @@ class Engine:
             return eagerly
         try:
             return replays.capture(call)
-        except RuntimeError as error:  # out of memory, or what a module does cannot be captured
+        except RuntimeError as error:  # out of memory, or a module does something that cannot be captured
             line = str(error).splitlines()[0]
             warnings.warn(f"a stage could not be captured and runs eagerly from now on: {line}", stacklevel=2)
             return eagerly

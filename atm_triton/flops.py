@@ -1,4 +1,4 @@
-"""Multiply-accumulates of a VisionTransformer, counted from the tokens that were really there.
+"""Counts the multiply-accumulates of a VisionTransformer from the tokens that were really there.
 
 ``macs``: convolutions, linear layers and the two products of attention, as torch's FlopCounterMode counts them (halved,
 with unfused attention). ``paper_gflops``: what the paper calls FLOPs, which is ``macs`` plus one operation per element
@@ -49,13 +49,13 @@ class Cost(Generic[Value]):
 
 
 def block_macs(block: Block, N: Count, queries: Count, rows: Count) -> Count:
-    """The cost of one block: 2 N D A for keys and values; for each query D A (and its gate), 2 N A for its two products
-    and A D for its projection; for each row the linear layers of the MLP.
+    """The cost of one block with D channels and A channels in attention: 2 N D A for keys and values; per query D A
+    (and its gate), 2 N A for two products and A D for the projection; per row the linear layers of the MLP.
 
     Args:
-        N: the tokens that enter the block.
-        queries: the tokens whose attention is computed.
-        rows: the tokens that the MLP sees.
+        N: tokens that enter the block.
+        queries: tokens whose attention is computed.
+        rows: tokens that the MLP sees.
     """
     attn = inside(block.attn, Attention) or block.attn
     qkv, A = linear_macs(attn.qkv), attn.num_heads * attn.head_dim
@@ -65,14 +65,14 @@ def block_macs(block: Block, N: Count, queries: Count, rows: Count) -> Count:
 
 
 def linear_macs(module: nn.Module) -> int:
-    """A row through the linear layers in a module: an adapter's beside the one that it adapts, and those that are not
-    torch's own but say their features, as quantised ones do."""
+    """The cost of one row in the linear layers of a module. This includes adapters as well as the layers they adapt,
+    and layers that are not torch's own but have its attributes, such as quantised ones."""
     inner = sum(map(linear_macs, module.children()))
     return inner or getattr(module, "in_features", 0) * getattr(module, "out_features", 0)
 
 
 def cost(model: VisionTransformer, record: Record) -> Cost[float]:
-    """The cost per image of the forward pass in ``record``; the mean where images differ."""
+    """The cost per image of the forward pass in ``record``; the mean if images differ."""
     each = cost_of_each(model, record)
     return Cost(
         stem=each.stem,
@@ -89,10 +89,10 @@ def mean(number: float | Tensor) -> float:
 
 
 def cost_of_each(model: VisionTransformer, record: Record) -> Cost[float | Tensor]:
-    """:func:`cost` of every image: tensors [B] where they differ."""
+    """:func:`cost` of every image: tensors [B] if images differ."""
     blocks = [inside(block, Block) or block for block in model.blocks]
     recorded = zip(blocks, record.tokens, record.queries, record.rows, strict=True)
-    own = record.ran  # what is foretold is of timm's blocks, whatever those of this model do
+    own = record.ran  # a planned record is for timm's blocks, whatever the model's own do
     counts = [_computed(block, *count) if own else tuple(count) for block, *count in recorded]
     macs = tuple(_macs(block, *c) if own else block_macs(block, *c) for block, c in zip(blocks, counts, strict=True))
     stem, stem_norms = _counted(model, "patch_embed", record.image_shape)
@@ -116,8 +116,8 @@ def cost_of_each(model: VisionTransformer, record: Record) -> Cost[float | Tenso
 
 
 def paper_block(model: VisionTransformer, macs: Count, N: Count, queries: Count, rows: Count) -> Count:
-    """One block of ``macs`` as the paper counts it; the rest as of :func:`block_macs`. A model may have a count of its
-    own, by methods ``paper_block`` and ``paper_stem`` (stem and all that is no block)."""
+    """A block's operations as the paper counts them, given its ``macs``; other arguments as in :func:`block_macs`. A
+    model may define its own count by methods ``paper_block`` and ``paper_stem`` (everything but the blocks)."""
     if hasattr(model, "paper_block"):
         return model.paper_block(N, queries, rows)
     return macs + (N + rows) * model.embed_dim
@@ -132,7 +132,7 @@ def paper_last_norm(model: VisionTransformer, rows: Count) -> Count:
 def planned(
     model: VisionTransformer, image_shape: tuple[int, ...], schedule: tuple[int, ...], cls_only_last: bool
 ) -> Record:
-    """What a given r for each block does to images [C, H, W], without running the blocks."""
+    """The record of a pass with a given r per block over images [C, H, W], computed without running the blocks."""
     skeleton = _skeleton(model)
     with torch.no_grad():
         image = torch.zeros(1, *image_shape, device="meta", dtype=next(skeleton.parameters()).dtype)
@@ -169,10 +169,11 @@ def unmerged(model: VisionTransformer, image_shape: tuple[int, ...]) -> Record:
 
 
 def answer_shape(model: VisionTransformer) -> tuple[int, ...]:
-    """Of what a model answers to an image, without running it: [K] logits or features; [N, C] tokens if nothing pools.
+    """The shape of a model's answer to one image, without running it: [K] logits or features, or [N, C] tokens if
+    nothing pools them.
 
     Raises:
-        TypeError: its head runs on numbers alone.
+        TypeError: its head does not run on meta tensors.
     """
     skeleton = _skeleton(model)
     N = model.num_prefix_tokens + (getattr(model.patch_embed, "num_patches", None) or 1)
@@ -185,13 +186,13 @@ def answer_shape(model: VisionTransformer) -> tuple[int, ...]:
 
 
 def _computed(block: Block, N: Count, queries: Count, rows: Count) -> tuple[Count, Count, Count]:
-    """What a block computes of what the record says, or what a block that drops tokens after its MLP says of itself by
-    a method ``computed``."""
+    """The numbers of tokens that a block computes: those of the record, unless the block has a method ``computed``,
+    as one that drops tokens after its MLP does."""
     return block.computed(N, queries, rows) if hasattr(block, "computed") else (N, queries, rows)
 
 
 def _macs(block: Block, N: Count, queries: Count, rows: Count) -> Count:
-    """:func:`block_macs`, or what a block that works in another way says of itself by a method ``macs``."""
+    """:func:`block_macs`, unless the block works in another way and has its own method ``macs``."""
     return block.macs(N, queries, rows) if hasattr(block, "macs") else block_macs(block, N, queries, rows)
 
 
@@ -203,18 +204,18 @@ def _matching_macs(block: Block, N: Count, num_prefix: int) -> Count:
 
 
 def _read_by_head(record: Record) -> int:
-    """The tokens that the head sees: the leading ones alone, or every original one."""
+    """The number of tokens that the head sees: only the leading ones, or all original ones."""
     return record.N if record.leading is None else record.leading
 
 
 def _counted(model: VisionTransformer, part: str, shape: tuple[int, ...]) -> tuple[int, int]:
-    """Multiply-accumulates by torch's own counter, which sees attention only where it is written out as products; and
-    the elements that LayerNorms see."""
+    """The multiply-accumulates of a part by torch's own counter, which counts attention only if it is written out as
+    products; and the number of elements that go through LayerNorms."""
     skeleton, counter, normed = _skeleton(model), FlopCounterMode(display=False), []
     for module in skeleton.modules():
         if isinstance(module, nn.LayerNorm):
             module.register_forward_pre_hook(lambda _, args: normed.append(args[0].numel()))
-    # with gradients on: its module tracker asks parameters for their graph
+    # gradients are on because the counter's module tracker asks parameters for their graph
     with torch.inference_mode(False), torch.enable_grad():
         x = torch.zeros(1, *shape, device="meta", dtype=next(skeleton.parameters()).dtype)
         with sdpa_kernel(SDPBackend.MATH), counter:
@@ -223,10 +224,10 @@ def _counted(model: VisionTransformer, part: str, shape: tuple[int, ...]) -> tup
 
 
 def _run(skeleton: VisionTransformer, part: str, x: Tensor) -> Tensor:
-    """A part of the model on meta tensors.
+    """Run a part of the model on meta tensors.
 
     Raises:
-        TypeError: it runs on numbers alone.
+        TypeError: the part does not run on them.
     """
     try:
         return getattr(skeleton, part)(x)
@@ -238,10 +239,10 @@ def _run(skeleton: VisionTransformer, part: str, x: Tensor) -> Tensor:
 
 
 def _skeleton(model: VisionTransformer) -> VisionTransformer:
-    """The model without blocks, numbers, hooks or training: counting leaves the running one as it is.
+    """A copy of the model in eval mode, on meta tensors, without blocks and hooks: counting does not touch the model.
 
     Raises:
-        TypeError: fully_shard has made the model one that cannot be copied.
+        TypeError: fully_shard was called on the whole model, so it cannot be copied.
     """
     if hasattr(model, "unshard"):
         raise TypeError("costs of a model that is sharded as a whole are not counted: model.blocks.last has its tokens")
@@ -249,6 +250,6 @@ def _skeleton(model: VisionTransformer) -> VisionTransformer:
     with torch.inference_mode(False):
         shapes = {id(t): nn.Parameter(t.to("meta")) if isinstance(t, nn.Parameter) else t.to("meta") for t in tensors}
     hooks = (vars(module)[name] for module in model.modules() for name in ("_forward_hooks", "_forward_pre_hooks"))
-    # not copied either: what they hold may be large
+    # hooks are not copied either, because they may hold large objects
     none: dict[int, OrderedDict] = {id(each): OrderedDict() for each in hooks}
     return copy.deepcopy(model, {**shapes, **none, id(model.blocks): nn.Sequential()}).eval()

@@ -1,4 +1,4 @@
-"""How the engine runs its stages again: as CUDA graphs, or by calling them where there is no GPU."""
+"""Runs the engine's stages again: as CUDA graphs, or without a GPU by calling them."""
 
 import threading
 import weakref
@@ -12,14 +12,14 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torch.cuda.graphs import _POOL_HANDLE
 
-UNREAD = -1  # what counts on the host hold until they are there
-PRIORITY = -2  # of the streams that are captured on: torch has 32 of each priority, and no library takes these
-ENGINES = 32  # that may hold graphs at a time, each with a stream of its own
+UNREAD = -1  # the value of counts on the host until they arrive
+PRIORITY = -2  # of the streams that graphs are captured on: torch has 32 per priority, and no library uses this one
+ENGINES = 32  # at most so many engines hold graphs at a time, each with its own stream
 _capturing = threading.Lock()  # CUDA captures one graph at a time in a process
 
 
 class Replays:
-    """Runs stages again where there is no GPU, by calling them."""
+    """Runs stages again without a GPU, by calling them."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -37,13 +37,13 @@ class Replays:
         return Branch()
 
     def reset(self) -> None:
-        """Nothing that was captured is left."""
+        """Drop everything that was captured."""
 
     def wait(self) -> None:
-        """Until all that was launched is done."""
+        """Wait until everything launched is done."""
 
     def mib(self) -> float:
-        """What has been captured holds, in MiB."""
+        """Memory held by what was captured, in MiB."""
         return 0.0
 
 
@@ -74,7 +74,7 @@ class StreamLease:
         index = torch.cuda.current_device() if device.index is None else device.index
         spare = self.spare.setdefault(index, [])
         if spare:
-            torch.cuda.synchronize(device)  # a graph of whoever had them before may be at work
+            torch.cuda.synchronize(device)  # a graph of the previous holder may still be running
             self.streams = spare.pop()
         elif self.made.get(index, 0) == ENGINES:
             raise RuntimeError(f"{ENGINES} engines hold graphs on {device}: engine.drop() gives up those of one")
@@ -119,14 +119,14 @@ class CUDAGraphs(Replays):
     def reset(self) -> None:
         self.pool = torch.cuda.graph_pool_handle()
         self.lease: StreamLease | None = None
-        self.alive: weakref.WeakSet[Callable[[], Any]] = weakref.WeakSet()  # replays that somebody still has
+        self.alive: weakref.WeakSet[Callable[[], Any]] = weakref.WeakSet()  # replays that are still referenced
         self.held = 0
 
     def capture(self, run: Callable[[], Any]) -> Callable[[], Any]:
         graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
         try:
             with _capturing:
-                if not self.alive:  # a pool that no graph uses any more takes none
+                if not self.alive:  # a pool without a live graph accepts no new one
                     self.reset()
                 torch.cuda.empty_cache()
                 before = torch.cuda.memory_reserved(self.device)
@@ -186,7 +186,7 @@ class Mailbox:
         self.counts.copy_(counts)
 
     def join(self) -> None:
-        """What follows on the device waits for the copy."""
+        """Make later work on the device wait for the copy."""
 
     def receive(self) -> list[int]:
         """The counts, once they have arrived."""
@@ -221,7 +221,7 @@ class PinnedMailbox(Mailbox):
     def receive(self) -> list[int]:
         self.copied.synchronize()
         counts = self.seen.tolist()
-        if UNREAD in counts:  # the event was not recorded yet: slower, but never wrong
+        if UNREAD in counts:  # the event was not recorded yet: waiting for everything is slower, but never wrong
             self.graphs.wait()  # on whatever stream the pass ran
             counts = self.seen.tolist()
         return self._taken(counts)
@@ -232,10 +232,10 @@ class Aside:
 
     def __init__(self) -> None:
         self.stream: torch.cuda.Stream | None = None
-        self.reads: tuple[Any, ...] = ()  # whose memory is not to be another tensor's meanwhile
+        self.reads: tuple[Any, ...] = ()  # kept so that their memory is not reused meanwhile
 
     def run(self, stream: torch.cuda.Stream | None, call: Callable[..., Any], *args: Any) -> Any:
-        """``stream``: None: on the current one."""
+        """Run ``call`` on ``stream``; None: on the current one."""
         if stream is None:
             return call(*args)
         self.stream, self.reads = stream, args
@@ -258,7 +258,7 @@ class Branch:
         return call(*args)
 
     def join(self) -> None:
-        """What follows on the device waits for it."""
+        """Make later work on the device wait for it."""
 
 
 class StreamBranch(Branch):

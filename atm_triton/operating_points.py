@@ -1,4 +1,4 @@
-"""The paper's operating points (Tables A2-A5): what it measured for which thresholds, with its own checkpoints."""
+"""The paper's operating points (Tables A2-A5): thresholds, and what the paper measured with them on its checkpoints."""
 
 import json
 import math
@@ -9,7 +9,7 @@ from pathlib import Path
 
 _DATA = Path(__file__).parent / "operating_points.json"
 
-PAPER_NAMES = {  # timm's and our names of the models that the paper calls otherwise
+PAPER_NAMES = {  # timm's or our name of a model: the paper's
     "deit_tiny_patch16_224": "DeiT-T",
     "deit_small_patch16_224": "DeiT-S",
     "deit_base_patch16_224": "DeiT-B",
@@ -24,7 +24,7 @@ PAPER_NAMES = {  # timm's and our names of the models that the paper calls other
 
 @dataclass(frozen=True)
 class OperatingPoint:
-    """A row of Tables A2-A5. ``gflops`` is 1e9 multiply-accumulates an image, ``top1`` percent on ImageNet-1k;
+    """A row of Tables A2-A5. ``gflops`` is in 1e9 multiply-accumulates per image, ``top1`` in percent on ImageNet-1k.
     ``alpha``, ``beta`` and ``theta_min`` are None for the model without merging."""
 
     table: str
@@ -46,20 +46,21 @@ def operating_points() -> tuple[OperatingPoint, ...]:
 def choose(
     name: str, max_gflops: float | None = None, top1_drop: float | None = None, fine_tuned: bool = False
 ) -> tuple[OperatingPoint, OperatingPoint]:
-    """The most accurate point at or below ``max_gflops``, or the cheapest that loses at most ``top1_drop`` points, or
-    without either the cheapest of those that lose nothing, or of those that lose least where all lose some.
+    """Choose an operating point. With ``max_gflops`` it is the most accurate point at or below that cost, with
+    ``top1_drop`` the cheapest that loses at most so many points. With neither it is the cheapest that loses nothing,
+    or, if all points lose something, the cheapest of those that lose least.
 
     Args:
-        name: a name of timm's, with or without its tag ("deit_small_patch16_224.fb_in1k"), or the paper's ("DeiT-S").
-        max_gflops, top1_drop: at most one of them.
+        name: timm's name, with or without a tag ("deit_small_patch16_224.fb_in1k"), or the paper's ("DeiT-S").
+        max_gflops, top1_drop: give at most one of them.
         fine_tuned: choose among the points after 30 epochs of fine-tuning (Table A3) instead.
 
     Returns:
         The chosen point and the model's unmerged one.
 
     Raises:
-        ValueError: an unknown model, a target that no point reaches, or both targets.
-        TypeError: a target is not a number.
+        ValueError: the model is unknown, no point reaches the target, or both targets are given.
+        TypeError: a target is not a number, or ``name`` is not a string.
     """
     if max_gflops is not None and top1_drop is not None:
         raise ValueError("preset wants at most one of max_gflops and top1_drop")
@@ -89,7 +90,11 @@ def choose(
 
 
 def paper_name(name: str) -> str:
-    """What the paper calls a model of timm's name, ours or its own, with or without a tag."""
+    """The paper's name of a model, given timm's name (with or without a tag), ours, or the paper's.
+
+    Raises:
+        ValueError: the paper has no operating points for it.
+    """
     names = {paper.lower(): paper for paper in PAPER_NAMES.values()} | PAPER_NAMES
     base = name.split(".")[0]
     paper = names.get(name) or names.get(name.lower()) or (names.get(base) if base in PAPER_NAMES else None)

@@ -23,7 +23,7 @@ from atm_triton import reference
 from atm_triton.packed import Assignment, Images, Packed
 
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-KERNEL_PREFIX, KERNEL_CHANNELS = 16, 128  # protected tokens, and channels of a head, that the kernels can take
+KERNEL_PREFIX, KERNEL_CHANNELS = 16, 128  # the kernels take at most so many protected tokens, and channels per head
 
 
 class Match(NamedTuple):
@@ -81,8 +81,8 @@ def runs_kernels(backend: str, x: Tensor) -> bool:
 
 
 def _follower() -> str | None:
-    """What records or differentiates every operation of a pass and cannot look into a kernel. None: nothing does."""
-    if torch.jit.is_tracing():  # it would keep the sizes of this launch for all others
+    """The tracer or transform that follows every operation of a pass but cannot look into a kernel; None: none."""
+    if torch.jit.is_tracing():  # it would record the sizes of this launch as constants
         return "torch.jit.trace"
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return "a transform of torch.func"
@@ -169,7 +169,7 @@ def match(
     if theta is not None and not -1 <= theta <= 1:
         raise ValueError(f"theta={theta} is outside -1 .. 1, the cosine similarities")
     keys = keys.detach()
-    bound = 2.0 if theta is None else theta  # nothing is as similar as that
+    bound = 2.0 if theta is None else theta  # no similarity reaches 2
     if _fits_kernels(backend, keys, num_prefix) or (_traced(keys) and not images.equal):
         arguments = (keys, sizes, images.cu_seqlens, num_prefix, by_size, bound, images.N)
         similarity, partner, counts = _call(_match, *arguments)
@@ -253,7 +253,8 @@ def assign(
 
 
 def _source_of_r(pairs: Match, r: int | Tensor | str, images: Images) -> tuple[int | Tensor, bool, float | None]:
-    """What says r; whether its mean is meant; from which similarity on tokens join, if that says the same."""
+    """The source of r; whether its mean is meant; and the similarity from which on tokens join, if that is
+    equivalent."""
     if isinstance(r, str):
         if r not in ("image", "batch"):
             raise ValueError(f'r={r!r} is unknown; want "image", "batch", a number or a tensor')
@@ -300,8 +301,8 @@ def merge(tokens: Packed, assignment: Assignment, backend: str = "auto") -> Pack
 def add_merge_norm(
     tokens: Packed, attended: Tensor, gamma: Tensor | None, assignment: Assignment, norm: nn.LayerNorm
 ) -> tuple[Packed, Tensor]:
-    """What a block does between attention and MLP, in one pass over memory: x + gamma * attended, merged, and the
-    LayerNorm of that [T', C]. Computed by the kernels, without a derivative.
+    """Merge x + gamma * attended, and compute the LayerNorm of the result [T', C], in one pass over memory. This is all
+    that a block does between attention and MLP. The kernels compute it, without a derivative.
 
     Args:
         attended: [T, C], what attention adds to x.
@@ -323,8 +324,8 @@ def add_merge_norm(
 def add_norm(
     x: Tensor, attended: Tensor, gamma: Tensor | None, norm: nn.LayerNorm, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """x + gamma * attended [T, C], written to ``out`` if that is given, and its LayerNorm, in one pass over memory by
-    the kernels. Arguments as in :func:`add_merge_norm`."""
+    """Compute x + gamma * attended [T, C] and its LayerNorm by the kernels, in one pass over memory. The sum is written
+    to ``out`` if given. Other arguments as in :func:`add_merge_norm`."""
     _check_residual(x, attended, gamma, norm)
     with device_of(x):
         return _kernels().add_norm(x, attended, gamma, (norm.weight, norm.bias, norm.eps), out)
@@ -332,13 +333,13 @@ def add_norm(
 
 def stem(images: Tensor, weight: Tensor, bias: Tensor | None, position: Tensor, out: Tensor | None = None) -> Tensor:
     """Turn images into tokens by the kernels: cut them into patches that do not overlap, embed these and add positions.
-    Under autocast the embedding is in its dtype.
+    Under autocast the embedding is computed in autocast's dtype.
 
     Args:
         images: [B, channels, H, W].
         weight: [C, channels, height, width] of the convolution that embeds a patch.
         bias: [C] or None.
-        position: [N, C]: the prefix tokens, and what is added to each patch.
+        position: [N, C]: the prefix tokens, then what is added to each patch.
         out: rows [B N, C]; the tokens are written there if the dtypes agree.
 
     Returns:
@@ -360,8 +361,8 @@ def stem(images: Tensor, weight: Tensor, bias: Tensor | None, position: Tensor, 
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """gelu(x weight^T + bias), under autocast in its dtype; one kernel where that is faster than torch's two. The
-    kernel rounds once, to the dtype of the result; before that it is within 2e-6 of the exact GELU.
+    """Compute gelu(x weight^T + bias), under autocast in its dtype; by one kernel if that is faster than torch's two.
+    The kernel rounds once, to the dtype of the result; before that it is within 2e-6 of the exact GELU.
 
     Args:
         x: rows [T, C].
@@ -388,7 +389,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def unmerge(x: Tensor, slots: Tensor, backend: str = "auto") -> Tensor:
-    """Give every token the value of its slot, and 0 to a dropped one: x [T', C], slots [T] int32 to [T, C].
+    """Give every token the value of its slot, or 0 if it was dropped: x [T', C] and slots [T] int32 to [T, C].
 
     Raises:
         ValueError, TypeError: arguments have another shape, dtype or device.
@@ -426,7 +427,7 @@ def attention(
         queries: where the queries of the images lie. None: where the keys lie.
         fused: use torch's scaled_dot_product_attention where the kernel does not compute.
         log2_sizes: log2 of ``sizes``, if already computed.
-        drop: the dropout that the written-out softmax goes through, as in :func:`reference.attention`.
+        drop: dropout for the written-out softmax, as in :func:`reference.attention`.
 
     Raises:
         ValueError, TypeError: arguments have another shape, dtype or device; "triton" was requested for more than 128
@@ -450,7 +451,7 @@ def attention(
     _check_dtype("v", v, q.dtype)
     trains, drops = any(map(needs_grad, (q, k, v))), dropout_p > 0 or drop is not None
     equal = images.equal and queries.equal
-    fixed = sizes is None or not needs_grad(sizes)  # of the kernels' derivative
+    fixed = sizes is None or not needs_grad(sizes)  # the kernels have no derivative by sizes
     fitting = fixed and not drops and (sizes is not None or not equal)
     if fitting and (_fits_kernels(backend, q) or (_traced(q) and not equal and not trains)):
         log2_sizes = None if sizes is None else sizes.log2() if log2_sizes is None else log2_sizes
@@ -470,7 +471,8 @@ def autocast_dtype(device: str) -> torch.dtype | None:
 
 
 def _check(holds: bool, name: str, tensor: Tensor, want: str | Callable[[], str]) -> None:
-    """``want``: a function where it tells sizes: to write them out takes time, and fixes them in a compiled graph."""
+    """Raise ValueError unless ``holds``. ``want`` is a function if it names sizes: writing them out takes time, and
+    makes them constants of a compiled graph."""
     if not holds:
         raise ValueError(f"{name} has shape {list(tensor.shape)}; want {want if isinstance(want, str) else want()}")
 
@@ -481,7 +483,7 @@ def _check_dtype(name: str, tensor: Tensor, want: torch.dtype) -> None:
 
 
 def _check_images(name: str, heads: Tensor, images: Images) -> None:
-    """Check that there are as many tokens as images of equal length have. For others only the device knows."""
+    """Check the number of tokens if images have equal length. Otherwise only the device knows it."""
     B, N, T = images.B, images.N, heads.shape[1]
     if images.equal and B * N != T:
         raise ValueError(f"{name} has {T} tokens, {B} images of {N} tokens have {B * N}; want the same number")

@@ -78,10 +78,10 @@ def apply_patch(
 
 
 def _has_plan(block_class: type[ATMBlock]) -> bool:
-    """Whether a class of blocks decides by a method of its own what merges.
+    """Whether a class of blocks overrides ``plan``.
 
     Raises:
-        TypeError: it is no class of blocks, or does not say what its plan costs.
+        TypeError: it is not a subclass of ATMBlock, or has a plan but does not say what it costs.
     """
     if not (isinstance(block_class, type) and issubclass(block_class, ATMBlock)):
         raise TypeError(f"block_class is {block_class!r}; want ATMBlock or a subclass of it")
@@ -110,7 +110,7 @@ def settled(config: ATMConfig, model: VisionTransformer) -> ATMConfig:
     return config
 
 
-# what in timm's pretrained_cfg tells weights apart
+# the entries of timm's pretrained_cfg that identify weights
 _WEIGHTS = ("tag", "hf_hub_id", "hf_hub_filename", "url", "file", "state_dict")
 _AS_FINE_TUNED = {"vit_base_patch16_224.mae": {"global_pool": "avg", "num_classes": 1000}}
 
@@ -119,7 +119,7 @@ def _name_in_paper(model: VisionTransformer) -> str:
     """The name of a model in the paper's tables.
 
     Raises:
-        ValueError: it is not there, or differs from the one of that name.
+        ValueError: the tables do not have it, or it has other weights or another shape than theirs.
     """
     made = getattr(model, "pretrained_cfg", None) or {}
     name = made.get("architecture")
@@ -137,7 +137,7 @@ def _name_in_paper(model: VisionTransformer) -> str:
 
 
 def _shape(model: VisionTransformer) -> tuple[Any, ...]:
-    """What tells a model from others of its name."""
+    """What must equal the published model of the same name: shapes, heads and pooling."""
     tensors = {name: tensor.shape for name, tensor in model.state_dict().items()}
     return tensors, [block.attn.num_heads for block in model.blocks], model.global_pool
 
@@ -162,7 +162,7 @@ def remove_patch(model: VisionTransformer) -> VisionTransformer:
     return model
 
 
-PATCHED = {ATMBlocks: nn.Sequential, ATMBlock: Block, ATMAttention: Attention}  # and what they are without a patch
+PATCHED = {ATMBlocks: nn.Sequential, ATMBlock: Block, ATMAttention: Attention}  # patched class: timm's class
 
 
 def _own_modules(model: nn.Module) -> list[nn.Module]:
@@ -180,8 +180,8 @@ def _unpatch(module: nn.Module) -> None:
 
 
 def _forget_forwards(model: nn.Module) -> None:
-    """Take off each forward set on a module that is none but its class's, as accelerate leaves behind: it would run in
-    another class too."""
+    """Remove a ``forward`` set on a module if it is only its class's own, as accelerate leaves behind: it would
+    otherwise still run after the class has changed."""
     for module in model.modules():
         own = vars(module).get("forward")
         if isinstance(own, MethodType) and own.__func__ is type(module).forward and own.__self__ is module:
@@ -189,7 +189,7 @@ def _forget_forwards(model: nn.Module) -> None:
 
 
 def _check_removable(model: VisionTransformer) -> None:
-    """Refuse what holds for the patched class of a module alone."""
+    """Refuse changes to a module that are only valid for its patched class."""
     _forget_forwards(model)
     for name, module in model.named_modules():
         for ours in (MergingTransformer, *PATCHED):
@@ -204,8 +204,8 @@ def _check_removable(model: VisionTransformer) -> None:
 
 
 def install(model: VisionTransformer, make: Callable[[Block, int], ATMBlock], config: ATMConfig) -> VisionTransformer:
-    """Let ``make(block, index)`` turn every block of ``model`` into a merging one, in place, taking an earlier patch
-    away."""
+    """Let ``make(block, index)`` turn every block of ``model`` into a merging one, in place. An earlier patch is
+    removed first."""
     if isinstance(model, MergingTransformer):
         remove_patch(model)
     blocks = model.blocks
@@ -220,7 +220,7 @@ def install(model: VisionTransformer, make: Callable[[Block, int], ATMBlock], co
 
 
 def check_model(model: nn.Module) -> nn.Sequential:
-    """The model's own blocks, if all of them can merge; else TypeError with the reason."""
+    """Return the model's blocks if all of them can merge; otherwise raise TypeError with the reason."""
     if not isinstance(model, VisionTransformer):
         name, where = type(model).__name__, type(model).__module__
         of = f"it is not of timm's VisionTransformer class but of {where}"

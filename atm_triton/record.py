@@ -16,7 +16,7 @@ class Record:
     ``leading``: how many tokens the last block computed, None: all. ``tokens``: tokens per image that enter each block.
     ``rows``: tokens per image that its MLP sees. ``counts``: candidates [B] of each block, None without a threshold.
     ``matched``: whether a block looked for partners. ``way``: "engine", or why the blocks ran one after the other;
-    empty if no pass was run and the numbers are foretold."""
+    empty if no pass was run and the numbers are predicted."""
 
     batch: int
     image_shape: tuple[int, ...]
@@ -29,7 +29,7 @@ class Record:
 
     @property
     def ran(self) -> bool:
-        """Whether a pass was run, not foretold."""
+        """Whether a pass was run; otherwise the record is a prediction."""
         return bool(self.way)
 
     @property

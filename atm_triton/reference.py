@@ -1,18 +1,18 @@
-"""The specification: every operation of adaptive token merging in plain torch, as the formulas say it.
+"""The specification: every operation of adaptive token merging in plain torch, close to the formulas.
 
-The T tokens of B images lie packed, one image after the other: tokens [T, C] with C channels, keys [H, T, d] of H heads
-with d channels, and ``images`` says where each image begins. The first P tokens of an image (``num_prefix``: class,
-distillation and register tokens) are protected: they never merge and stay first. ``sizes`` n_i float32 [T] counts the
-patches a token stands for. A merge step is one map, ``slots`` int32 [T]: the row of the merged tokens that a token goes
-to; -1, like any number that is no row, drops the token.
+The T tokens of B images are packed, one image after the other: tokens [T, C] with C channels, keys [H, T, d] of H heads
+with d channels. ``images`` says where each image begins. The first P tokens of an image (``num_prefix``: class,
+distillation and register tokens) are protected: they never merge and stay first. ``sizes`` n_i, float32 [T], says how
+many patches each token stands for. A merge step is one map, ``slots`` int32 [T]: the row of the merged tokens that each
+token goes to. A slot of -1, or any other number that is not a row, drops the token.
 
-What looks at pairs of tokens (group, match, assign) sees the images as a matrix [B, N]: a view where all have N tokens,
-else padded with absent tokens, whose keys are NaN and whose sizes are infinite. All else needs no images: tokens and
-slots of all are numbered through.
+Operations on pairs of tokens (group, match, assign) see the images as a matrix [B, N]. It is a view if all images have
+N tokens; otherwise it is padded with absent tokens, whose keys are NaN and whose sizes are infinite. Other operations
+need no images: tokens and slots are numbered consecutively over the whole batch.
 
 Equations and sections are those of Lee and Choi, "Lossless Token Merging Even Without Fine-Tuning in Vision
-Transformers", ECAI 2025 (arXiv 2505.15160). "Restored" marks a formula read in a review of the paper, "derived" one
-derived from its text and checked against its examples, "ours" a choice that it leaves open.
+Transformers", ECAI 2025 (arXiv 2505.15160). "Restored" marks a formula taken from a review of the paper, "derived" one
+that we derived from its text and checked against its examples, "ours" a choice that the paper leaves open.
 """
 
 import math
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from atm_triton.packed import Images
 
-EPS = 1e-12  # a key no longer than this has no direction
+EPS = 1e-12  # a key of at most this length has no direction
 NOT_ALIKE = -2.0  # below every cosine: the similarity of a token that is similar to nothing
 
 
@@ -39,29 +39,29 @@ def threshold(block: int, alpha: float, beta: float, theta_min: float) -> float:
 
 
 def group_alternate(B: int, N: int, num_prefix: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-    """Alternate grouping (Section 3.3, blocks up to the splitting depth; ToMe, Section 3): even positions of the
-    sequence form A, odd positions B, protected tokens neither.
+    """Alternate grouping (Section 3.3, blocks up to the splitting depth; ToMe, Section 3): tokens at even positions of
+    the sequence form A, those at odd positions B; protected tokens are in neither.
 
     Returns:
         The positions of A [B, Na] and of B [B, Nb], int64, ascending; Na + Nb = N - P.
     """
     free = torch.arange(min(num_prefix, N), N, device=device).expand(B, -1)
-    odd = num_prefix % 2  # whether the first of them stands at an odd position
+    odd = num_prefix % 2  # whether the first free token has an odd position
     return free[:, odd::2], free[:, 1 - odd :: 2]
 
 
 def group_by_size(sizes: Tensor, num_prefix: int, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Size-distinctive grouping (Section 3.3, blocks after the splitting depth): tokens sorted by merging size, the
-    small half (floor of half the tokens) forms A, the large half B. Tokens of equal size keep their order (ours).
+    """Size-distinctive grouping (Section 3.3, blocks after the splitting depth): sort tokens by merging size; the
+    smaller half (rounded down) forms A, the larger half B. Tokens of equal size keep their order (ours).
 
     Args:
         sizes: n_i [B, N] float32.
-        lengths: int64 [B], the tokens of each image, the others being absent (their sizes infinite, the last position
-            absent in all); None for N.
+        lengths: int64 [B], the number of tokens of each image; None: N. Positions beyond are absent: their sizes are
+            infinite, and the last position is absent in every image.
 
     Returns:
-        The positions of A [B, Na] and of B [B, Nb], int64, each ascending; Na = (N - P) // 2, and where there are
-        ``lengths``, an image with fewer is filled up with the last position.
+        The positions of A [B, Na] and of B [B, Nb], int64, each ascending; Na = (N - P) // 2. With ``lengths``, rows of
+        images with fewer tokens are filled up with the last position.
     """
     order = _rising(sizes[:, num_prefix:]) + num_prefix
     half = order.shape[1] // 2
@@ -71,16 +71,16 @@ def group_by_size(sizes: Tensor, num_prefix: int, lengths: Tensor | None = None)
         own = (lengths - num_prefix).clamp(min=0).unsqueeze(1) // 2
         column = torch.arange(order.shape[1] - half, device=order.device).expand(len(order), -1)
         a = a.masked_fill(column[:, :half] >= own, last)
-        b = order.gather(1, (column + own).clamp(max=order.shape[1] - 1))  # past the end: absent, as the last
+        b = order.gather(1, (column + own).clamp(max=order.shape[1] - 1))  # past the end: the last, which is absent
     return a.sort(dim=1).values, b.sort(dim=1).values
 
 
 def match(keys: Tensor, sizes: Tensor | None, num_prefix: int, by_size: bool, images: Images) -> tuple[Tensor, Tensor]:
-    """For each token of A its most similar token of B: s_i = max_j k_i . k_j / (|k_i| |k_j|), k the mean of the keys
-    over the heads (Section 3.1; Appendix A). Of equally similar tokens of B the first is taken (ours).
+    """Find for each token of A the most similar token of B: s_i = max_j k_i . k_j / (|k_i| |k_j|), where k is the mean
+    of the keys over the heads (Section 3.1; Appendix A). Among equally similar tokens of B the first is taken (ours).
 
-    A zero key, or one with a NaN or an infinity, is similar to nothing (ours): its token reaches no threshold, and of a
-    given r it is merged last.
+    A key that is zero or has a NaN or an infinity is similar to nothing (ours): its token reaches no threshold, and if
+    r is given, it is merged last.
 
     Args:
         keys: [H, T, d], any floating dtype; computed in float32 or above.
@@ -88,9 +88,9 @@ def match(keys: Tensor, sizes: Tensor | None, num_prefix: int, by_size: bool, im
         by_size: size-distinctive instead of alternate grouping.
 
     Returns:
-        similarity [T], float32 or above: s_i for tokens of A, ``NOT_ALIKE`` for one that is similar to nothing, -inf
-        for every token outside A; partner [T] int32: the position of the most similar token of B in its image, -1
-        outside A.
+        similarity [T], float32 or above: s_i for tokens of A, ``NOT_ALIKE`` for those that are similar to nothing, -inf
+        for tokens outside A; partner [T] int32: the position, within the image, of the most similar token of B; -1 for
+        tokens outside A.
     """
     lengths = None if images.equal else images.lengths
     k = padded(unit_keys(keys), images, math.nan)
@@ -102,11 +102,11 @@ def match(keys: Tensor, sizes: Tensor | None, num_prefix: int, by_size: bool, im
         a, b = group_alternate(B, N, num_prefix, keys.device)
     similarity = k.new_full((B, N), -math.inf)
     partner = torch.full((B, N), -1, dtype=torch.int32, device=k.device)
-    if b.shape[1]:  # else a single token: nothing to merge with
+    if b.shape[1]:  # otherwise there is a single token, with nothing to merge with
         cosine = _members(k, a) @ _members(k, b).transpose(1, 2)  # [B, Na, Nb]
         best, column = cosine.nan_to_num_(nan=NOT_ALIKE).max(dim=2)
         mate = b.gather(1, column)
-        if lengths is not None:  # the first of equals is absent only where all are
+        if lengths is not None:  # ties go to the first: it is absent only if all are
             absent = torch.maximum(a, mate) >= lengths.unsqueeze(1)
             best, mate = best.masked_fill(absent, -math.inf), mate.masked_fill(absent, -1)
         similarity, partner = similarity.scatter(1, a, best), partner.scatter(1, a, mate.int())
@@ -115,8 +115,8 @@ def match(keys: Tensor, sizes: Tensor | None, num_prefix: int, by_size: bool, im
 
 
 def unit_keys(keys: Tensor) -> Tensor:
-    """[H, T, d] to the mean over the heads, of length 1, [T, d], in float32 or above; NaN where that has no direction.
-    One head after the other is faster than a mean."""
+    """The mean of keys [H, T, d] over the heads, at length 1: [T, d], in float32 or above. NaN if it has no direction.
+    Adding one head after the other is faster than torch's mean."""
     heads = keys.to(torch.promote_types(keys.dtype, torch.float32)).unbind(dim=0)
     k = sum(heads[1:], start=heads[0]) / len(heads)
     norm = k.norm(dim=-1, keepdim=True)
@@ -124,8 +124,8 @@ def unit_keys(keys: Tensor) -> Tensor:
 
 
 def padded(rows: Tensor, images: Images, absent: float) -> Tensor:
-    """Rows [T, ...] as images [B, N, ...]: where lengths differ, each is filled up with ``absent`` to one more than the
-    longest has, so that the last position is absent in all."""
+    """Rows [T, ...] as images [B, N, ...]. If lengths differ, images are filled up with ``absent`` to one more than the
+    longest, so that the last position is absent in every image."""
     if images.equal:
         return rows.unflatten(0, (images.B, images.N))
     N = _padded_length(images)
@@ -134,14 +134,14 @@ def padded(rows: Tensor, images: Images, absent: float) -> Tensor:
 
 
 def packed(x: Tensor, images: Images, T: int) -> Tensor:
-    """The way back from :func:`padded`: [B, N, ...] to rows [T, ...]."""
+    """The inverse of :func:`padded`: [B, N, ...] to rows [T, ...]."""
     rows = x.flatten(0, 1)
     return rows if images.equal else rows.index_select(0, _places_in_padded(images, x.shape[1], T))
 
 
 def _padded_length(images: Images) -> int:
     if torch.compiler.is_compiling():
-        return 1 + images.N  # a graph does not know the longest
+        return 1 + images.N  # a compiled graph does not know the longest length
     return 1 + int(images.lengths.max()) if images.B else 1
 
 
@@ -151,7 +151,7 @@ def _places_in_padded(images: Images, N: int, T: int) -> Tensor:
 
 
 def of_tokens(values: Tensor, images: Images, T: int) -> Tensor:
-    """What belongs to each image [B, ...], for each of its tokens [T, ...]."""
+    """Repeat the value of each image [B, ...] for all its tokens: [T, ...]."""
     if images.equal:
         return values.unsqueeze(1).expand(-1, images.N, *values.shape[1:]).flatten(0, 1)
     return values.repeat_interleave(images.lengths, dim=0, output_size=T)
@@ -167,8 +167,8 @@ def _members(x: Tensor, positions: Tensor) -> Tensor:
 
 
 def count(similarity: Tensor, theta: float, images: Images) -> Tensor:
-    """Section 3.2: the candidates of each image, #{i in A : s_i >= theta}: int64 [B], of similarities [T]. With these
-    as r every image merges by its own count."""
+    """Section 3.2: the number of candidates of each image, #{i in A : s_i >= theta}, int64 [B], given similarities [T].
+    If r is this number, every image merges by its own count."""
     candidates = similarity >= theta
     if images.equal:
         return candidates.unflatten(0, (images.B, images.N)).sum(dim=1)
@@ -176,33 +176,33 @@ def count(similarity: Tensor, theta: float, images: Images) -> Tensor:
 
 
 def batch_r(counts: Tensor) -> Tensor:
-    """Section 3.4: the one r of a batch, the mean of its images' counts, rounded down, for each of them: int64 [B]."""
+    """Section 3.4: one r for all images of a batch, the mean of their counts rounded down: int64 [B]."""
     return (counts.sum() // max(counts.shape[0], 1)).expand(counts.shape[0])
 
 
 def group_a_size(N: int | Tensor, num_prefix: int, by_size: bool) -> int | Tensor:
-    """The number of tokens in A, by either grouping, of N tokens or of images with N [B] tokens each; 0 where B is
-    empty: a single token has none to merge with."""
+    """The number of tokens in A by either grouping, for N tokens or for images with N [B] tokens each. It is 0 if B is
+    empty, because a single token has no partner."""
     free = (N - num_prefix) * (N > num_prefix + 1)
     return free // 2 if by_size else (free + 1 - num_prefix % 2) // 2
 
 
 def largest_r(N: int, num_prefix: int) -> int:
-    """The most that a given r can take: half of the tokens that may merge, rounded down (as ToMe)."""
+    """The upper limit of a given r: half of the tokens that may merge, rounded down (as in ToMe)."""
     return max(N - num_prefix, 0) // 2
 
 
 def assign(similarity: Tensor, partner: Tensor, r: Tensor, num_prefix: int, images: Images) -> tuple[Tensor, Tensor]:
-    """The merge step: of each image the r most similar tokens of A join their partners, of equally similar ones the
-    first (ours).
+    """The merge step: in each image the r most similar tokens of A join their partners. Among equally similar tokens
+    the first ones join (ours).
 
-    A merged image holds the protected tokens, then the tokens of A that did not join, then the tokens of B, each in the
-    order in which they stood (ToMe's order). An image with r = 0 keeps its order as it is.
+    A merged image holds the protected tokens, then the tokens of A that did not join, then the tokens of B, each group
+    in its previous order (ToMe's order). An image with r = 0 keeps its order.
 
     Args:
         similarity: [T], from :func:`match`.
         partner: [T], from :func:`match`.
-        r: int64 [B]; above the number of tokens in A it stands for that.
+        r: int64 [B]; an r above the number of tokens in A means all of A.
 
     Returns:
         slots int32 [T]; cu_seqlens int32 [B + 1] of the merged images.
@@ -221,7 +221,7 @@ def assign(similarity: Tensor, partner: Tensor, r: Tensor, num_prefix: int, imag
 
 
 def _rising(values: Tensor) -> Tensor:
-    """The order [B, N] in which ``values`` rise, equal ones as they stand."""
+    """The order [B, N] that sorts ``values`` in ascending order; equal values keep their order."""
     if not torch.compiler.is_exporting():
         return values.argsort(dim=1, stable=True)
     one, other = values.unsqueeze(2), values.unsqueeze(1)  # ONNX has no stable sort
@@ -230,7 +230,7 @@ def _rising(values: Tensor) -> Tensor:
 
 
 def _places(order: Tensor) -> Tensor:
-    """Where each element stands in an ``order`` [B, N]: the inverse permutation."""
+    """The place of each element in an ``order`` [B, N]: the inverse permutation."""
     position = torch.arange(order.shape[1], device=order.device).expand(order.shape)
     return torch.empty_like(order).scatter(1, order, position)
 
@@ -238,21 +238,21 @@ def _places(order: Tensor) -> Tensor:
 def merge(x: Tensor, sizes: Tensor | None, slots: Tensor, T: int) -> tuple[Tensor, Tensor]:
     """Definition 2: a slot becomes the size-weighted mean of its tokens, x' = sum(n_i x_i) / sum(n_i), n' = sum(n_i).
 
-    Written as x' = sum_i (n_i / n') x_i: the share of a token that merges with nothing is exactly 1, so it passes
-    through unchanged. Sums are in float32 or above, in the order of the tokens.
+    Computed as x' = sum_i (n_i / n') x_i: a token that merges with nothing has a share of exactly 1, so it passes
+    through unchanged. Sums are taken in float32 or above, in the order of the tokens.
 
     Args:
-        x: [T, C]; sizes: float32 [T], or None, which stands for all ones; slots: int32 [T]; T: T', the number of slots.
+        x: [T, C]; sizes: float32 [T], or None for all ones; slots: int32 [T]; T: T', the number of slots.
 
     Returns:
-        merged x [T', C] in the dtype of x, and merged sizes [T'] float32; a slot with no token is 0 with size 0.
+        merged x [T', C] in the dtype of x, and merged sizes [T'] float32; a slot without tokens is 0 and has size 0.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     sizes = torch.ones(slots.shape, dtype=torch.float32, device=x.device) if sizes is None else sizes
     n, slot = sizes.to(dtype), _or_last(slots, T)
     merged_n = n.new_zeros(T + 1).index_add(0, slot, n)  # the last entry takes the dropped tokens
     share = n / merged_n.index_select(0, slot)
-    if torch.compiler.is_exporting():  # ONNX has no search, and a loop for bags
+    if torch.compiler.is_exporting():  # ONNX has no searchsorted, and runs bags in a loop
         merged = x.new_zeros(T + 1, x.shape[1], dtype=dtype).index_add(0, slot, share.unsqueeze(1) * x)
     else:
         order, first = _by_slot(slot, T)
@@ -262,11 +262,10 @@ def merge(x: Tensor, sizes: Tensor | None, slots: Tensor, T: int) -> tuple[Tenso
 
 
 def lists(slots: Tensor, T: int) -> tuple[Tensor, Tensor]:
-    """The assignment the other way round: the tokens of each slot, in the order in which they stand; arguments as in
-    :func:`merge`.
+    """The inverse of an assignment: the tokens of each slot, in their order. Arguments as in :func:`merge`.
 
     Returns:
-        order int32 [T]: the tokens in the order of their slots, dropped ones last; spans int32 [T', 2]: where in it the
+        order int32 [T]: the tokens sorted by slot, dropped ones last; spans int32 [T', 2]: where in ``order`` the
         tokens of each slot begin and end.
     """
     order, first = _by_slot(_or_last(slots, T), T)
@@ -274,18 +273,18 @@ def lists(slots: Tensor, T: int) -> tuple[Tensor, Tensor]:
 
 
 def _or_last(slots: Tensor, T: int) -> Tensor:
-    """int64, T for a dropped token."""
+    """Slots as int64, with T for dropped tokens."""
     return slots.long().masked_fill((slots < 0) | (slots >= T), T)
 
 
 def _by_slot(slot: Tensor, T: int) -> tuple[Tensor, Tensor]:
-    """Tokens in the order of their slots, the dropped last; where those of each of the T slots begin."""
+    """Tokens sorted by slot, dropped ones last; and where the tokens of each of the T slots begin."""
     order = slot.argsort(stable=True)
     return order, torch.searchsorted(slot.index_select(0, order), torch.arange(T + 1, device=slot.device))
 
 
 def unmerge(x: Tensor, slots: Tensor) -> Tensor:
-    """The way back: every token gets the value of its slot, x_i = x'[slots_i]; a dropped token gets 0.
+    """Undo a merge: every token gets the value of its slot, x_i = x'[slots_i]; a dropped token gets 0.
 
     Args:
         x: [T', C]; slots: int32 [T].
@@ -298,8 +297,8 @@ def unmerge(x: Tensor, slots: Tensor) -> Tensor:
 
 
 def compose(first: Tensor, second: Tensor) -> Tensor:
-    """Two merge steps as one: where tokens [T] end up after the slots ``first`` [T] and then ``second`` [T'], int32; a
-    token dropped by either is -1. Composed over all blocks it tells which patches a final token stands for."""
+    """Compose two merge steps: where tokens [T] end up after slots ``first`` [T] and then ``second`` [T'], int32; -1 if
+    either drops the token. Composed over all blocks, this tells which patches a final token stands for."""
     return torch.where(first >= 0, second[first.long().clamp(min=0)], -1)
 
 
@@ -315,8 +314,8 @@ def attention(
     fused: bool = True,
     drop: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Proportional attention (Appendix A; derived, from ToMe, Section 3): softmax(q k^T * scale + log n) v, with log n
-    added to the column of every key, for all heads and queries; an image sees itself alone.
+    """Proportional attention (Appendix A; derived, from ToMe, Section 3): softmax(q k^T * scale + log n) v. The log n
+    of a key is added to its column, for all heads and queries. Each image attends only to itself.
 
     Args:
         q: [H, Tq, d].
@@ -324,12 +323,12 @@ def attention(
         v: [H, T, d].
         sizes: float32 [T]; None for all ones.
         images: where the keys of each image lie.
-        queries: where the queries of each image lie; None: as the keys.
+        queries: where the queries of each image lie; None: where the keys do.
         scale: d^-0.5 by default.
-        dropout_p: of a dropout of the softmax.
-        fused: by torch's scaled_dot_product_attention; else the scores are written out.
-        drop: in the place of that dropout, a function of the softmax [B, H, Nq, N]; where lengths differ, of one image
-            after the other, [1, H, Nq, N].
+        dropout_p: dropout probability of the softmax.
+        fused: use torch's scaled_dot_product_attention; otherwise the scores are written out.
+        drop: a function of the softmax [B, H, Nq, N] that replaces this dropout. If lengths differ, it is called for
+            one image after the other, [1, H, Nq, N].
 
     Returns:
         [H, Tq, d] in the dtype of q, a view of [Tq, H, d].
@@ -351,7 +350,7 @@ def attention(
     if not lengths:
         return q
     biases: list[Tensor | None] = [None] * len(lengths)
-    if bias is not None:  # CUDA's kernels misread a mask that begins within another's memory
+    if bias is not None:  # CUDA's kernels misread a mask that is a slice of another tensor
         biases = [part.clone() for part in bias.unsqueeze(0).split(lengths, dim=1)]
     of_q = q.unsqueeze(0).split(asking, dim=2)
     of_k, of_v = (x.unsqueeze(0).split(lengths, dim=2) for x in (k, v))
@@ -370,9 +369,9 @@ def _attend(
     fused: bool,
     drop: Callable[[Tensor], Tensor] | None,
 ) -> Tensor:
-    """Of images of one length: q [B, H, Nq, d]; k, v [B, H, N, d]; bias [B, N], log n."""
+    """Attention for images of one length: q [B, H, Nq, d]; k, v [B, H, N, d]; bias [B, N], log n."""
     bias = None if bias is None else bias[:, None, None, :]
-    if fused and (bias is None or bias.dtype == q.dtype or q.device.type == "cpu"):  # CUDA's kernels misread others
+    if fused and (bias is None or bias.dtype == q.dtype or q.device.type == "cpu"):  # CUDA's misread another dtype
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p, scale=scale)
     scores = (q * scale) @ k.transpose(-2, -1)
     if bias is not None:
@@ -383,13 +382,13 @@ def _attend(
 
 
 def log_sizes(sizes: Tensor, dtype: torch.dtype) -> Tensor:
-    """log n, in float32 also beside 16-bit queries, whose rounding of it would be felt."""
+    """log n, in float32 even if queries have 16 bits: rounding it to 16 bits would change the result noticeably."""
     return sizes.to(torch.promote_types(dtype, torch.float32)).log()
 
 
 def merging_error(x_i: Tensor, x_j: Tensor, n_i: Tensor, n_j: Tensor) -> Tensor:
-    """Definition 2 (restored in part, derived): E(i, j) = n_i delta(x_i, x*) + n_j delta(x_j, x*), delta the cosine
-    distance and x* the size-weighted mean of two unit vectors [..., C] of sizes [...].
+    """Definition 2 (restored in part, derived): E(i, j) = n_i delta(x_i, x*) + n_j delta(x_j, x*), where delta is the
+    cosine distance and x* the size-weighted mean of two unit vectors [..., C] with sizes [...].
 
     Theorem 1: with h = n_i n_j / (n_i + n_j) and x_i . x_j >= 0, h delta(x_i, x_j) <= E(i, j) <= 2 h delta(x_i, x_j).
     """

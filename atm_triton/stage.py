@@ -109,7 +109,7 @@ def _cuts(model: VisionTransformer, images: Tensor) -> bool:
         return False
     if type(model)._pos_embed not in _POSITIONS or "_pos_embed" in model.__dict__:
         return False
-    if type(model.pos_drop) not in (nn.Dropout, nn.Identity):  # it would see the positions alone
+    if type(model.pos_drop) not in (nn.Dropout, nn.Identity):  # it would see only the positions
         return False
     conv = (proj.kernel_size, proj.stride, proj.padding, proj.dilation, proj.groups, proj.in_channels)
     fits = tuple(images.shape[-2:]) == embed.img_size or (model.dynamic_img_size and not embed.dynamic_img_pad)

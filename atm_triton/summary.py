@@ -16,8 +16,8 @@ class Summary:
 
     ``tokens`` enter each block and ``r`` merge in it; where images differ these are means, and ``fewest`` and ``most``
     are the smallest and the largest number of tokens. ``macs`` and ``paper_gflops`` (1e9) are defined in ``flops.py``.
-    ``unmerged`` is the cost of the unpatched model, ``saved`` the share of its MACs that was saved, in [0, 1] (which
-    includes what a last block saves that computes only the class token).
+    ``unmerged`` is the cost of the unpatched model, ``saved`` the share of its MACs that was saved, in [0, 1]. This
+    includes what is saved if the last block computes only the class token.
     """
 
     record: Record
@@ -25,7 +25,7 @@ class Summary:
     unmerged: Cost[float]
     way: str  # how the pass ran
     source: str = ""  # where thresholds or r come from, if the configuration says so
-    logits: str = ""  # what the logits are, where a model has several answers
+    logits: str = ""  # what the logits are, if the model can compute them in several ways
 
     @property
     def tokens(self) -> tuple[float, ...]:

@@ -25,7 +25,7 @@ from atm_triton.engine import Engine, Facts, recorded
 from atm_triton.packed import Images, Packed
 from atm_triton.record import Record, number_of
 
-GONE = 0.6  # of the tokens after a quarter of the blocks: warn of a larger share
+GONE = 0.6  # warn if a larger share of the tokens is gone after a quarter of the blocks
 
 
 class Run:
@@ -72,9 +72,9 @@ class ATMBlocks(nn.Sequential):
     config: ATMConfig
     engine: Engine
     depth: int
-    warns: bool  # where most tokens are gone early; once
-    looked: bool  # at the first pass by the engine, whose counts nobody may ask for
-    by_pool: bool = False  # how the model pools says whether attention knows sizes
+    warns: bool  # warn, once, if most tokens are gone early
+    looked: bool  # the engine's first pass has been checked for this; nobody may ever ask for its counts
+    by_pool: bool = False  # the model's way of pooling decides whether attention adds log n
     _last: Record | Facts | None
 
     @property
@@ -98,7 +98,7 @@ class ATMBlocks(nn.Sequential):
             record = recorded(done)
         self.looked = True
         if self.quarter:
-            left = torch.as_tensor(record.rows[self.quarter - 1], dtype=torch.float64)  # on the host, as all of it
+            left = torch.as_tensor(record.rows[self.quarter - 1], dtype=torch.float64)  # already on the host
             self._warn_of_what_is_gone(left.mean().item() / record.N)
         return record
 
@@ -211,7 +211,7 @@ class ATMBlocks(nn.Sequential):
         return len(self) // 4
 
     def _warn_of_what_is_gone(self, left: float) -> None:
-        """``left``: the share of tokens left after a quarter of the blocks."""
+        """Warn, once, if too few tokens are left. ``left``: their share after a quarter of the blocks."""
         if self.warns and left < 1 - GONE:
             self.warns = False
             warnings.warn(
@@ -255,7 +255,7 @@ def knows_sizes(model: VisionTransformer) -> bool:
     return not (model.global_pool == "avg" and model.has_class_token)
 
 
-if TYPE_CHECKING:  # what it is mixed into
+if TYPE_CHECKING:  # the class that MergingTransformer is mixed into
     from timm.models.vision_transformer import VisionTransformer as Base
 else:
     Base = object
@@ -283,7 +283,7 @@ class MergingTransformer(Base):
     def _output(self, images: Tensor, dense: bool, head: bool) -> Tensor:
         """Run the engine, or the blocks if it refuses. Returns logits (``head``) or normalised tokens; ``dense``: all N
         of them."""
-        mine = self.engine.model is self  # not so in a replica of DataParallel
+        mine = self.engine.model is self  # false in a replica made by DataParallel
         done = self.engine.run(images, self._leading(), dense, head) if mine else "a replica has no engine"
         if not isinstance(done, str):
             out, self.blocks.last = done
@@ -313,7 +313,7 @@ class MergingTransformer(Base):
 
     def _apply(self, fn: Callable, recurse: bool = True) -> Self:
         done = super()._apply(fn, recurse)
-        self.engine.refresh()  # it would keep the memory that the model has just left
+        self.engine.refresh()  # otherwise it would keep the memory that the model has just left
         return done
 
     def stem(self, images: Tensor) -> Tensor:
@@ -326,7 +326,7 @@ class MergingTransformer(Base):
         read = None if dense else leading_tokens(self)
         if read is not None:
             x = self.norm(tokens.images.first(tokens.x, read))
-        elif is_changed(self.norm):  # who watches it sees all N tokens
+        elif is_changed(self.norm):  # its hooks see all N tokens
             x = self.norm(self.blocks.unmerge(tokens, trace, B))
         else:
             x = self.norm(tokens.images.shaped(tokens.x)).flatten(0, -2)

@@ -1,9 +1,10 @@
-"""The Triton kernels, one file an operation; installed and imported as ``atm_triton.kernels``.
+"""The Triton kernels, one file per operation; installed and imported as ``atm_triton.kernels``.
 
 They know tensors and integers, never a model; ``atm_triton.ops`` makes torch operations of them.
 
-Where a checkout is on the path this folder is found as ``kernels`` too, a name that other libraries ask for. There it
-gives way to a distribution of that name; without one it is an empty module of version 0, which they take for none.
+If a checkout is on the path, Python also finds this folder as ``kernels``, a name that other libraries try to import.
+It then gives way to an installed distribution of that name. Without one it is an empty module of version 0, which those
+libraries treat as missing.
 """
 
 
@@ -15,10 +16,10 @@ def _give_way() -> None:
 
     here = Path(__file__).resolve().parents[1]
     places = [place for place, entry in enumerate(sys.path) if Path(entry).resolve() == here]
-    # only what comes later: what was found before this would be found again
+    # search only the later entries: from the start, this folder would be found again
     spec = PathFinder.find_spec("kernels", sys.path[places[-1] + 1 :] if places else [])
     if spec is not None and spec.loader is not None and spec.has_location:
-        sys.modules["kernels"] = module = module_from_spec(spec)  # which is what the import then returns
+        sys.modules["kernels"] = module = module_from_spec(spec)  # the import returns this module
         spec.loader.exec_module(module)
 
 

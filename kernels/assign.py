@@ -1,8 +1,8 @@
-"""assign: which token goes to which slot, and for each slot the list of its tokens.
+"""assign: decides which token goes to which slot, and lists the tokens of each slot.
 
-``slots`` is the map of the reference. Beside it stands what lets a merge gather instead of scatter: ``order``, all
-tokens in the order of their slots (within a slot in the order in which they stood), and ``spans``, where in it the
-tokens of a slot begin and end. Slots of all images are numbered through, as are tokens: the merge knows no images.
+``slots`` is the map of the reference. Two lists let a merge gather instead of scatter: ``order`` holds all tokens
+sorted by slot (within a slot in their previous order), and ``spans`` says where in it the tokens of each slot begin and
+end. Slots, like tokens, are numbered consecutively over all images, so the merge needs no images.
 """
 
 from functools import partial
@@ -14,24 +14,24 @@ from torch import Tensor
 
 from atm_triton.kernels.common import aligned, block_for, image_bounds
 
-NO_SLOT = tl.constexpr(2**30)  # after every slot
-IMAGES = tl.constexpr(256)  # whose r a program reads at once
-TOGETHER = tl.constexpr(8)  # tokens that join and are compared with at once
-ONE_PROGRAM = 2046  # tokens of an image that one program takes, so at most 1023 of A; a longer image takes the long way
-JOINED = 1024  # tokens for a program of join_kernel
+NO_SLOT = tl.constexpr(2**30)  # sorts after every slot
+IMAGES = tl.constexpr(256)  # a program reads the r of so many images at once
+TOGETHER = tl.constexpr(8)  # how many joining tokens to compare with at once
+ONE_PROGRAM = 2046  # most tokens of an image for assign_kernel, so at most 1023 of A; see assign_long_kernel
+JOINED = 1024  # tokens per program of join_kernel
 
 
 @triton.jit
 def _ordered(similarity):
-    """float32 as uint32 in the same order."""
-    bits = (similarity + 0.0).to(tl.uint32, bitcast=True)  # + 0.0: -0.0 is 0.0
+    """Map float32 to uint32, keeping the order."""
+    bits = (similarity + 0.0).to(tl.uint32, bitcast=True)  # + 0.0 turns -0.0 into 0.0
     sign = tl.full([], 0x80000000, tl.uint32)
     return tl.where(bits >= sign, bits ^ tl.full([], 0xFFFFFFFF, tl.uint32), bits | sign)
 
 
 @triton.jit
 def _bound(key, in_a, r):
-    """The r-th largest key, by bisection over its bits; how many of the keys equal to it are among the ``r``."""
+    """Find the r-th largest key by bisection over its bits. Also returns how many keys equal to it are among the r."""
     bound = tl.full([], 0, tl.uint32)
     for bit in tl.static_range(32):
         higher = bound | tl.full([], 1 << (31 - bit), tl.uint32)
@@ -42,13 +42,13 @@ def _bound(key, in_a, r):
 
 @triton.jit
 def _up_to(chosen):
-    """How many elements are chosen, up to each."""
+    """The number of chosen elements up to and including each."""
     return tl.cumsum(chosen.to(tl.int32))
 
 
 @triton.jit
 def _note_slots(merged_cu_seqlens, image, first_slot, length, joining):
-    """Where the slots of an image begin; after the last image also where they end."""
+    """Store where the slots of an image begin; for the last image also where they end."""
     tl.store(merged_cu_seqlens + image, first_slot.to(tl.int32))
     if image == tl.num_programs(0) - 1:
         tl.store(merged_cu_seqlens + image + 1, (first_slot + length - joining).to(tl.int32))
@@ -56,15 +56,15 @@ def _note_slots(merged_cu_seqlens, image, first_slot, length, joining):
 
 @triton.jit
 def _width(x):
-    """How many low bits of a uint32 may be set: exact, or one too many."""
+    """How many low bits of a uint32 may be set; the result is exact or one too large."""
     exponent = (x.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 126
     return tl.where(x == 0, 0, tl.minimum(exponent, 32))
 
 
 @triton.jit
 def _bound_of_few(key, in_a, r):
-    """The r-th largest of up to 1023 keys of A, all others 0: two bits a step, below those that all of A share. A step
-    counts three ways at once, ten bits each."""
+    """The r-th largest of up to 1023 keys of A; all other keys must be 0. Every step finds two bits, starting below the
+    bits that all keys of A share. A step makes three counts at once, packed into ten bits each."""
     most = tl.max(key, axis=0)
     least = tl.min(tl.where(in_a, key, most), axis=0)
     bits = (_width(least ^ most) + 1) // 2 * 2
@@ -83,7 +83,7 @@ def _bound_of_few(key, in_a, r):
 
 @triton.jit
 def _most_similar(s, in_a, r):
-    """Whether each token is of the ``r`` of A that are most similar, of equally similar ones the first."""
+    """Whether each token is among the ``r`` most similar of A. Among equally similar tokens the first are taken."""
     key = tl.where(in_a, _ordered(s), tl.full([], 0, tl.uint32))
     bound = _bound_of_few(key, in_a, r)
     more, level = in_a & (key > bound), in_a & (key == bound)
@@ -96,7 +96,7 @@ def _most_similar(s, in_a, r):
 
 @triton.jit
 def _sum_of_first(r, images):
-    """r of the first ``images`` images, added up."""
+    """The sum of r over the first ``images`` images."""
     total = tl.zeros([IMAGES], tl.int64)
     for first in tl.range(0, images, IMAGES):
         other = first + tl.arange(0, IMAGES)
@@ -106,8 +106,8 @@ def _sum_of_first(r, images):
 
 @triton.jit
 def _removed(r, given, image, MEAN: tl.constexpr):
-    """How many tokens of the image join others, and how many of all images before it: ``given`` of each image where r
-    is None; r of each; or the mean of all r, rounded down."""
+    """How many tokens of this image join others, and how many of all earlier images. If r is None, it is ``given`` for
+    every image; otherwise the r of each image, or the mean of all r, rounded down."""
     images = tl.num_programs(0)
     if r is None:
         joining = given
@@ -124,7 +124,7 @@ def _removed(r, given, image, MEAN: tl.constexpr):
 
 @triton.jit
 def _compared(joiners, number, mine, past):
-    """How many of the ``number`` joiners are below ``mine``, and how many up to ``past``."""
+    """How many of the ``number`` joiners are below ``mine``, and how many are at most ``past``."""
     both = tl.zeros(mine.shape, tl.int32)
     for first in tl.range(0, number, TOGETHER):
         for j in tl.static_range(TOGETHER):
@@ -149,10 +149,10 @@ def assign_kernel(
     MEAN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program an image, which makes its lists too. With ``theta`` those join that are at least as similar, which r
-    must count; a NaN does not, and match makes none. Without it the r most similar ones join.
+    """One program per image, which also makes the image's lists. With ``theta``, tokens at least that similar join, and
+    r must be their number. (A NaN would not join; match produces none.) Without it the r most similar tokens join.
 
-    A token's place in the lists follows from a comparison with those that join, which are few: their numbers pass from
+    A token finds its place in the lists by comparing with the joining tokens, which are few. Their numbers pass from
     thread to thread through ``order``.
     """
     image = tl.program_id(0)
@@ -165,7 +165,7 @@ def assign_kernel(
     first_slot = start - before
     in_a = mate >= 0
     in_b = valid & ~in_a & (i >= P)
-    up_to = tl.cumsum(in_a.to(tl.int32) + (in_b.to(tl.int32) << 16))  # before any search: it need not wait for that
+    up_to = tl.cumsum(in_a.to(tl.int32) + (in_b.to(tl.int32) << 16))  # before the search, which need not wait for it
     rank_a, rank_b = up_to & 0xFFFF, up_to >> 16
     mates_rank = tl.gather(rank_b, tl.maximum(mate, 0), 0)
     if theta is None:
@@ -189,7 +189,7 @@ def assign_kernel(
     tl.debug_barrier()
     ahead, through = _compared(order, na - kept, mine, target * BLOCK + BLOCK - 1)
     tl.debug_barrier()
-    joined = in_b & (joining > 0)  # B, where tokens may join it
+    joined = in_b & (joining > 0)  # tokens of B, if any token joins
     place = tl.where(joined | joins, slot + ahead + (joins & (mate < i)).to(tl.int32), slot)
     tl.store(order + place, (start + i).to(tl.int32), mask=valid)
     begin = (start + slot).to(tl.int32)
@@ -198,12 +198,12 @@ def assign_kernel(
     span = spans + 2 * (first_slot + slot)
     tl.store(span, begin, mask=alone | (joined & (rank_b == 1)))
     tl.store(span + 1, end, mask=alone | joined)
-    tl.store(span + 2, end, mask=joined & (slot + 1 < length - joining))  # where the next one begins
+    tl.store(span + 2, end, mask=joined & (slot + 1 < length - joining))  # the next span begins here
 
 
 @triton.jit
 def _search(similarity, partner, length, joining, BLOCK: tl.constexpr):
-    """:func:`_bound` of a whole image, and how many tokens of A stay."""
+    """:func:`_bound` for a whole image, and how many tokens of A stay."""
     i = tl.arange(0, BLOCK)
     in_a = tl.load(partner + i, mask=i < length, other=-1) >= 0
     s = tl.load(similarity + i, mask=i < length, other=float("-inf"))
@@ -223,16 +223,16 @@ def assign_long_kernel(
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """One program a long image: only the search for the r-th largest holds it whole. A token that joins gets
-    -1 - its partner, which ``join_kernel`` turns into that one's slot."""
+    """One program per long image. Only the search for the r-th largest similarity holds the whole image at once. A
+    token that joins gets -1 - partner, which ``join_kernel`` then replaces by the partner's slot."""
     image = tl.program_id(0)
     start, length = image_bounds(cu_seqlens, image)
     joining = tl.load(r + image).to(tl.int32)
     first_slot = (start - _sum_of_first(r, image)).to(tl.int32)
     _note_slots(merged_cu_seqlens, image, first_slot, length, joining)
     bound, room, kept = _search(similarity + start, partner + start, length, joining, BLOCK)
-    stayed = tl.zeros([], tl.int32)  # so far, of A
-    passed = tl.zeros([], tl.int32)  # of B
+    stayed = tl.zeros([], tl.int32)  # tokens of A that stayed so far
+    passed = tl.zeros([], tl.int32)  # tokens of B so far
     for first in tl.range(0, length, CHUNK):
         i = first + tl.arange(0, CHUNK)
         mate = tl.load(partner + start + i, mask=i < length, other=-1)
@@ -253,7 +253,7 @@ def assign_long_kernel(
 
 @triton.jit
 def join_kernel(slots, cu_seqlens, TOKENS: tl.constexpr):
-    """One program for some tokens: those that join take the slots of their partners, which no program changes."""
+    """Joining tokens take the slots of their partners, which no program changes. Each program handles ``TOKENS``."""
     image, tile = tl.program_id(0), tl.program_id(1)
     start, length = image_bounds(cu_seqlens, image)
     i = tile * TOKENS + tl.arange(0, TOKENS)
@@ -263,12 +263,12 @@ def join_kernel(slots, cu_seqlens, TOKENS: tl.constexpr):
 
 
 def assign_table(block: int, search: bool) -> dict[str, int]:
-    """``block``: tokens of an image, rounded up to a power of two; ``search``: for the most similar ones. Measured on
-    an H200, triton 3.6.0: 197 and 101 tokens, in batches of 1, 8, 64 and 256."""
-    return {"num_warps": max(1, min(16, block // (64 if search else 32)))}  # two tokens a thread, or one
+    """``block``: tokens of an image, rounded up to a power of two; ``search``: whether the kernel searches for the most
+    similar tokens. Measured on an H200, triton 3.6.0: 197 and 101 tokens, in batches of 1, 8, 64 and 256."""
+    return {"num_warps": max(1, min(16, block // (64 if search else 32)))}  # two tokens per thread, or one
 
 
-LONG_CONFIG = {"CHUNK": 1024, "num_warps": 16}  # of assign_long: what is larger spills on sm_100
+LONG_CONFIG = {"CHUNK": 1024, "num_warps": 16}  # of assign_long_kernel; larger values spill on sm_100
 
 
 def assign(
@@ -284,21 +284,21 @@ def assign(
     mean: bool = False,
     config: dict[str, int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The merge step in which the most similar tokens of each image join their partners, and its lists.
+    """Let the most similar tokens of each image join their partners, and list the tokens of each slot.
 
     Args:
         similarity: float32 [T]; partner: int32 [T]; both from match.
-        r: how many tokens of each image join, not above the number of tokens in its A: of all images, or int64 [B].
+        r: how many tokens of each image join, at most the tokens in its A: one number for all images, or int64 [B].
         cu_seqlens: int32 [B + 1], where each image begins; N: upper bound on the tokens of an image.
-        rows: how many rows of spans to make: T', the tokens that remain in all, or more.
-        out: what is returned, to be written to.
-        theta: r counts the tokens that are at least as similar, so that nothing need be searched for.
-        mean: of every image as many tokens join as the mean of r says, rounded down.
-        config: instead of the table's.
+        rows: number of rows of spans: T', the tokens that remain in all images, or more.
+        out: the four results, to be written to.
+        theta: r is the number of tokens at least this similar, so these join and no search is needed.
+        mean: use the mean of r, rounded down, for every image.
+        config: replaces the table's.
 
     Returns:
-        slots int32 [T]; order int32 [T]; spans int32 [rows, 2]; cu_seqlens int32 [B + 1] of the merged images. What
-        belongs to no image, or to no slot, means nothing.
+        slots int32 [T]; order int32 [T]; spans int32 [rows, 2]; cu_seqlens int32 [B + 1] of the merged images. Entries
+        that belong to no image or no slot are undefined.
     """
     T, B, device = len(partner), len(cu_seqlens) - 1, partner.device
     if out is None:
@@ -327,14 +327,14 @@ def assign(
 
 
 def _of_each(r: int | Tensor, B: int, mean: bool, device: torch.device) -> Tensor:
-    """r int64 [B]."""
+    """The r of each image, int64 [B]."""
     if isinstance(r, int):
         return torch.full((B,), r, dtype=torch.int64, device=device)
     return (r.sum() // B).expand(B) if mean else r
 
 
 def _lists(slots: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """order and spans by a sort of ``slots``, which is -1 for rows of no image; ``rows``: T'."""
+    """Compute order and spans by sorting ``slots``, which is -1 for rows of no image; ``rows``: T'."""
     slot = slots.masked_fill(slots < 0, rows)
     order = slot.argsort(stable=True)
     numbers = torch.arange(rows + 1, dtype=torch.int32, device=slots.device)

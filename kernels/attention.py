@@ -1,4 +1,4 @@
-"""attention: softmax(q k^T * scale + log n) v, flash style: no scores in memory (Appendix A; ToMe, Section 3)."""
+"""attention: computes softmax(q k^T * scale + log n) v without scores in memory (Appendix A; ToMe, Section 3)."""
 
 import torch
 import triton
@@ -7,9 +7,9 @@ from torch import Tensor
 
 from atm_triton.kernels.common import aligned, block_for, check_strides, image_bounds
 
-LOG2_E = 1.4426950408889634  # softmax in powers of two
+LOG2_E = 1.4426950408889634  # the softmax is computed with powers of two
 BACKEND = "hip" if torch.version.hip else "cuda"
-FLOAT32_DOTS = {"cuda": "tf32x3", "hip": "ieee"}  # as accurate as float32, and fast; neither compiles well elsewhere
+FLOAT32_DOTS = {"cuda": "tf32x3", "hip": "ieee"}  # fast float32 accuracy; neither compiles well for the other
 
 
 @triton.jit
@@ -32,8 +32,8 @@ def _attend(
     D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Continue the softmax with the keys from ``first``, at most COLUMNS; WHOLE: as many, which takes no mask.
-    ``top``, ``total``, ``mixed``: the highest score so far, the sum of the terms, and the values that they mix."""
+    """Continue the softmax with up to COLUMNS keys from ``first``. WHOLE: there are exactly COLUMNS, so no mask is
+    needed. ``top``, ``total``, ``mixed``: so far, the highest score, the sum of terms and the weighted values."""
     j, c = first + tl.arange(0, COLUMNS), tl.arange(0, D)
     there = j < length
     inside = (c < d)[None, :]
@@ -83,9 +83,9 @@ def attention_kernel(
     TAILS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program for some queries of one head of one image. ``scale`` has the factor log2 e in it. Keys beyond
-    the whole tiles go into the narrowest of TAILS tiles that holds them: COLUMNS, a half of it, a quarter, ... Without
-    TAILS every tile has a mask, which is slower and takes fewer registers."""
+    """Each program takes some queries of one head of one image. ``scale`` includes the factor log2 e. Keys after the
+    last whole tile go into the narrowest of TAILS tiles that holds them: COLUMNS wide, half of that, a quarter, ...
+    Without TAILS every tile has a mask, which is slower but takes fewer registers."""
     tile, head, image = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     first_query, asking = image_bounds(q_cu_seqlens, image)
     if tile * ROWS >= asking:
@@ -95,7 +95,7 @@ def attention_kernel(
     q += first_query * q_stride_n + at_head * q_stride_h
     k += start * k_stride_n + at_head * k_stride_h
     v += start * v_stride_n + at_head * v_stride_h
-    at = first_query * H + head  # of what lies as [Tq, H, ...]
+    at = first_query * H + head  # offset in tensors stored as [Tq, H, ...]
     if log2_sizes is not None:
         log2_sizes += start
     i, c = tile * ROWS + tl.arange(0, ROWS), tl.arange(0, D)
@@ -124,15 +124,15 @@ def attention_kernel(
 
 
 def attention_table(dtype: torch.dtype, d: int, Nq: int) -> dict[str, int]:
-    """Tiles for a dtype, channels of a head and the most queries of an image; what is larger spills on one chip or
-    another. Measured on an H200, triton 3.6.0, bfloat16, with log n: 6 heads of 64 channels, 1 to 256 images of 117 to
-    577 tokens; 12 of 32; not float32. Up to 256 tokens, where much of the work is in the last tile, narrow ones pay."""
+    """Tiles for a dtype, d channels per head, at most Nq queries per image. Larger tiles spill on some chip. Measured
+    on an H200, triton 3.6.0, bfloat16, with log n: 6 heads of 64 channels, 1 to 256 images of 117 to 577 tokens; 12 of
+    32; not float32. Up to 256 tokens narrow tiles pay, because much of the work is in the last tile."""
     if dtype == torch.float32:  # three products instead of one
         if d > 64:
             return {"ROWS": 16, "COLUMNS": 32, "STAGES": 2, "TAILS": 0, "num_warps": 8}
         if Nq <= 16:
             return {"ROWS": 16, "COLUMNS": 16, "STAGES": 2, "TAILS": 0, "num_warps": 4}
-        return {"ROWS": 64, "COLUMNS": 16, "STAGES": 2, "TAILS": 0, "num_warps": 4}  # 8 warps: half the speed
+        return {"ROWS": 64, "COLUMNS": 16, "STAGES": 2, "TAILS": 0, "num_warps": 4}  # 8 warps have half the speed
     if d > 64 or Nq <= 16:
         return {"ROWS": 16 if Nq <= 16 else 64, "COLUMNS": 64, "STAGES": 2, "TAILS": 0, "num_warps": 4}
     if Nq <= 256:
@@ -153,21 +153,21 @@ def attention(
     lse: Tensor | None = None,
     config: dict[str, int] | None = None,
 ) -> Tensor:
-    """Attention with the logarithm of the sizes added to the scores; an image sees itself alone.
+    """Attention with the logarithm of the sizes added to the scores. Each image attends only to itself.
 
     Args:
-        q: [H, Tq, d]; k, v: [H, T, d]; any strides but 1 for the last.
-        log2_sizes: float32 [T], log2 of the patches that each token stands for; None for one each.
+        q: [H, Tq, d]; k, v: [H, T, d]; channels contiguous (last stride 1), other strides arbitrary.
+        log2_sizes: float32 [T], log2 of the number of patches that each token stands for; None: one each.
         q_cu_seqlens, cu_seqlens: int32 [B + 1], where the queries and the keys of each image begin.
         Nq, N: upper bounds on the queries and the keys of an image.
-        lse: float32 [Tq, H], to be filled with log2 of the sum that each softmax divides by, for the derivative.
-        config: instead of the table's.
+        lse: float32 [Tq, H], filled with log2 of the sum that each softmax divides by; the derivative needs it.
+        config: replaces the table's.
 
     Returns:
         [H, Tq, d] in the dtype of q, a view of [Tq, H, d] in memory.
 
     Raises:
-        ValueError: channels that do not lie together, or tokens too far apart.
+        ValueError: channels are not contiguous, or tokens are too far apart.
     """
     H, Tq, d = q.shape
     check_strides("q", q, Nq)

@@ -1,8 +1,8 @@
-"""The derivative of attention, flash style: probabilities are computed again from the logarithms of their sums.
+"""The derivative of attention, flash style: recomputes probabilities from the logarithms of their sums.
 
 With p = softmax(q k^T * scale + log n), o = p v and g the gradient of o (Dao et al., FlashAttention, Appendix B):
-dv = p^T g, ds = p * (g v^T - sum(g * o)), dq = ds k * scale, dk = ds^T q * scale. One kernel takes rows of queries, the
-other rows of keys, so that nothing is added up by atomics and every run gives the same bits.
+dv = p^T g, ds = p * (g v^T - sum(g * o)), dq = ds k * scale, dk = ds^T q * scale. One kernel goes by rows of queries,
+the other by rows of keys, so no atomics are needed and every run gives the same bits.
 """
 
 import torch
@@ -13,19 +13,19 @@ from torch import Tensor
 from atm_triton.kernels import attention
 from atm_triton.kernels.common import aligned, block_for, check_strides, image_bounds
 
-PER_BIT = tl.constexpr(1.0 / attention.LOG2_E)  # takes log2 e out of the scale again
+PER_BIT = tl.constexpr(1.0 / attention.LOG2_E)  # removes log2 e from the scale again
 
 
 @triton.jit
 def _rows(base, row, stride_n, inside):
-    """Rows of a head [rows, D], 0 where there is none."""
+    """Load rows of a head [rows, D]; missing rows are 0."""
     c = tl.arange(0, inside.shape[1])
     return tl.load(base + row[:, None] * stride_n + c[None, :], mask=inside, other=0.0)
 
 
 @triton.jit
 def _scores(queries, keys, scale, log2_sizes, j, there, lse, PRECISION: tl.constexpr):
-    """The probabilities [rows, columns]; ``scale`` has the factor log2 e in it."""
+    """The probabilities [rows, columns]; ``scale`` includes the factor log2 e."""
     s = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale
     if log2_sizes is not None:
         s += tl.load(log2_sizes + j, mask=there, other=0.0)[None, :]
@@ -56,7 +56,8 @@ def gradient_of_q_kernel(
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program for some queries of one head of one image. Writes ``delta``, the sums of g * o, for the other."""
+    """Each program takes some queries of one head of one image. Writes ``delta``, the sums of g * o, for the kernel
+    below."""
     tile, head, image = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     first_query, asking = image_bounds(q_cu_seqlens, image)
     if tile * ROWS >= asking:
@@ -68,7 +69,7 @@ def gradient_of_q_kernel(
     v += start * stride_n + at_head
     if log2_sizes is not None:
         log2_sizes += start
-    at = first_query * H + head  # of what lies as [Tq, H, ...]
+    at = first_query * H + head  # offset in tensors stored as [Tq, H, ...]
     i, c = tile * ROWS + tl.arange(0, ROWS), tl.arange(0, D)
     valid = i < asking
     inside = valid[:, None] & (c < d)[None, :]
@@ -120,7 +121,7 @@ def gradient_of_kv_kernel(
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program for some keys of one head of one image."""
+    """Each program takes some keys of one head of one image."""
     tile, head, image = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     start, length = image_bounds(cu_seqlens, image)
     if tile * COLUMNS >= length:
@@ -160,8 +161,8 @@ def gradient_of_kv_kernel(
 
 
 def attention_backward_table(dtype: torch.dtype, d: int, Nq: int) -> dict[str, int]:
-    """Tiles for a dtype, channels of a head and the most queries of an image; what is larger spills on one chip or
-    another. Measured on an H200, triton 3.6.0, bfloat16: 256 images of 197 tokens, 6 heads of 64 channels."""
+    """Tiles for a dtype, d channels per head, at most Nq queries per image. Larger tiles spill on some chip. Measured
+    on an H200, triton 3.6.0, bfloat16: 256 images of 197 tokens, 6 heads of 64 channels."""
     if dtype == torch.float32:  # three products instead of one
         return {"ROWS": 16, "COLUMNS": 16, "STAGES": 1, "num_warps": 8}
     if Nq <= 16:
@@ -187,23 +188,23 @@ def attention_backward(
     """The gradients of q, k and v.
 
     Args:
-        grad: [H, Tq, d], of ``out``.
+        grad: [H, Tq, d], the gradient of ``out``.
         out: [H, Tq, d] and lse: float32 [Tq, H], from :func:`atm_triton.kernels.attention.attention`.
-        q, k, v, log2_sizes, q_cu_seqlens, cu_seqlens, Nq, N, scale: what that was given.
-        config: instead of the table's.
+        q, k, v, log2_sizes, q_cu_seqlens, cu_seqlens, Nq, N, scale: the arguments of that call.
+        config: replaces the table's.
 
     Returns:
         [H, Tq, d], [H, T, d], [H, T, d] in the dtype of q, views of [Tq, H, d] and [T, H, d] in memory.
 
     Raises:
-        ValueError: tokens too far apart.
+        ValueError: tokens are too far apart.
     """
     H, Tq, d = q.shape
     grad, out = (x.transpose(0, 1).contiguous() for x in (grad.to(q.dtype), out))
     strides = k.stride()[:2]
-    if k.stride(2) != 1 or not q.stride() == k.stride() == v.stride():  # the kernels take one set of strides
+    if k.stride(2) != 1 or not q.stride() == k.stride() == v.stride():  # the kernels take only one set of strides
         q, k, v = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in (q, k, v))
-        strides = (d, H * d)  # as they count; a single token may say otherwise
+        strides = (d, H * d)  # torch may report other strides for a single token
     check_strides("k", k, N)
     dq, dk, dv = (torch.empty((x.shape[1], H, d), dtype=x.dtype, device=x.device) for x in (q, k, v))
     B = len(cu_seqlens) - 1

@@ -1,4 +1,4 @@
-"""What the kernels share: the rows of an image, the sides of tiles, and what is asked of tensors in memory."""
+"""Helpers that the kernels share: the rows of an image, the sides of tiles, and how tensors must lie in memory."""
 
 from functools import cache
 
@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-FARTHEST = 2**31  # elements within an image: its tokens are told apart in int32
+FARTHEST = 2**31  # an image may span fewer elements than this, because offsets within it are int32
 ALIGNED = 16  # bytes: a pointer that is a multiple of it and one that is not are two kernels to Triton
 
 
@@ -19,19 +19,19 @@ def image_bounds(cu_seqlens, image):
 
 
 def block_for(n: int) -> int:
-    """The side of a tile that holds n: a power of two, and 16 at least, as a dot wants it. Triton's own function for it
-    takes as long as a launch."""
+    """The side of a tile that holds n: a power of two and at least 16, which tl.dot needs. Triton's own function for
+    this takes as long as a launch."""
     return max(16, 1 << (n - 1).bit_length()) if n > 1 else 16
 
 
 @cache
 def multiprocessors(device: torch.device) -> int:
-    """How many programs' worth of hardware a device has; an H100's where it is no GPU."""
+    """The number of multiprocessors of a device; without a GPU, that of an H100."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 def aligned(x: Tensor | None) -> Tensor | None:
-    """``x`` contiguous and where memory of its own would begin: a copy of a slice that begins elsewhere."""
+    """``x`` as a contiguous tensor at an aligned address; it is copied if it is not, as some slices are not."""
     if x is None:
         return None
     x = x.contiguous()
@@ -39,10 +39,10 @@ def aligned(x: Tensor | None) -> Tensor | None:
 
 
 def check_strides(name: str, x: Tensor, N: int) -> None:
-    """Whether a kernel can read ``x`` [H, T, d] in place, where no image has more than ``N`` tokens.
+    """Check that a kernel can read ``x`` [H, T, d] in place if no image has more than ``N`` tokens.
 
     Raises:
-        ValueError: channels that do not lie together, or tokens of an image that lie too far apart.
+        ValueError: channels are not contiguous, or the tokens of an image are too far apart.
     """
     _, stride_n, stride_d = x.stride()
     if stride_d != 1:

@@ -1,8 +1,8 @@
-"""linear_gelu: the first layer of an MLP with its activation, gelu(x w^T + b), in 16 bits, for many rows.
+"""linear_gelu: computes the first layer of an MLP with its activation, gelu(x w^T + b), in 16 bits, for many rows.
 
-torch writes the product to memory, reads it and writes its GELU. Here it is taken where the product is: in registers,
-of float32 sums. Each multiprocessor runs one program, which takes tile after tile; the tensor memory accelerator
-(NVIDIA's from sm_90 on) moves them.
+torch writes the product to memory, reads it again and writes its GELU. This kernel applies the GELU to the float32 sums
+in registers. Each multiprocessor runs one program, which takes tile after tile; the tensor memory accelerator (NVIDIA,
+from sm_90 on) moves them.
 """
 
 from functools import cache
@@ -16,16 +16,16 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from atm_triton.kernels.common import aligned, multiprocessors
 
 ROWS, COLUMNS, DEPTH, STAGES, WARPS = 128, 256, 64, 4, 8  # the fastest of 46 on an H200
-BUSY = 2  # tiles a multiprocessor: with fewer, torch's two kernels are faster
+BUSY = 2  # with fewer tiles per multiprocessor torch's two kernels are faster
 
 
 @triton.jit
 def _gelu(x):
-    """x Phi(x) of float32 as max(x, 0) - |x| Q(|x|), Q(a) = erfc(a / sqrt 2) / 2, whose log2 is a polynomial, fitted to
-    float64's up to a = 6. The result is within 2e-6, and above x = -4 within 2e-5 of its own value. The exact erf takes
-    three times as many instructions."""
+    """Compute x Phi(x), float32, as max(x, 0) - |x| Q(|x|) with Q(a) = erfc(a / sqrt 2) / 2. The log2 of Q is a
+    polynomial, fitted in float64 up to a = 6. The absolute error is within 2e-6, the relative error above x = -4 within
+    2e-5. The exact erf takes three times as many instructions."""
     above = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    a = tl.minimum(tl.abs(x), 10.0)  # where Q is 2^-75
+    a = tl.minimum(tl.abs(x), 10.0)  # Q(10) is 2^-75
     p = -6.9824454e-04 + a * 2.8495014e-05
     p = 7.70417554e-03 + a * p
     p = -5.253243e-02 + a * p
@@ -37,7 +37,7 @@ def _gelu(x):
 
 @triton.jit
 def _finish(half, bias, out, row, column, N, HALF: tl.constexpr):
-    """Bias, GELU and store of half a tile."""
+    """Add the bias to half a tile, apply the GELU and store it."""
     n = column + tl.arange(0, HALF)
     if bias is not None:
         half += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
@@ -58,9 +58,9 @@ def linear_gelu_kernel(
     DEPTH: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One program for every ``num_programs``-th tile. ``x``, ``weight`` and ``out`` are descriptors, which read 0 and
-    write nothing beyond the edges; ``later`` numbers the tiles once more, so that the loop overlaps the end of one with
-    the beginning of the next."""
+    """Each program takes every ``num_programs``-th tile. ``x``, ``weight`` and ``out`` are descriptors, which read 0
+    and write nothing beyond the edges. ``later`` numbers the tiles a second time, so that the compiler can overlap the
+    end of one tile with the beginning of the next."""
     HALF: tl.constexpr = COLUMNS // 2
     columns = tl.cdiv(N, COLUMNS)
     tiles = tl.cdiv(M, ROWS) * columns
@@ -78,8 +78,8 @@ def linear_gelu_kernel(
 
 
 def pays(M: int, N: int, K: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the kernel takes such a layer, and is faster than torch's product and GELU: many rows, on sm_90 or later.
-    Rows must begin at multiples of 16 bytes."""
+    """Whether the kernel takes such a layer and is faster than torch's product and GELU, which needs many rows and a
+    GPU with :func:`programs`. Rows must begin at multiples of 16 bytes."""
     if dtype not in (torch.float16, torch.bfloat16) or N % 8 or K % 8:
         return False
     return programs(device) > 0 and -(-M // ROWS) * -(-N // COLUMNS) >= BUSY * programs(device)
@@ -87,8 +87,8 @@ def pays(M: int, N: int, K: int, dtype: torch.dtype, device: torch.device) -> bo
 
 @cache
 def programs(device: torch.device) -> int:
-    """How many run at once: one on each multiprocessor of a device with tensor memory accelerators and 224 KiB of
-    shared memory for a program (Hopper, and Blackwell of data centres); 0 on another. By the interpreter, one."""
+    """How many programs run at once: one per multiprocessor on a device with tensor memory accelerators and 224 KiB of
+    shared memory per program (Hopper and data-centre Blackwell), 0 on any other. In the interpreter, one."""
     if device.type != "cuda":
         return int(triton.knobs.runtime.interpret)
     fits = torch.cuda.get_device_properties(device).major in (9, 10) and not torch.version.hip
@@ -96,10 +96,10 @@ def programs(device: torch.device) -> int:
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """gelu(x weight^T + bias), the exact GELU up to 2e-6, in the dtype of x.
+    """gelu(x weight^T + bias), within 2e-6 of the exact GELU before rounding, in the dtype of x.
 
     Args:
-        x: [M, K]; weight: [N, K]; bias: [N] or None; float16 or bfloat16, where :func:`pays` says so.
+        x: [M, K]; weight: [N, K]; bias: [N] or None; float16 or bfloat16, of a shape for which :func:`pays` is True.
     """
     (M, K), N = x.shape, len(weight)
     out = torch.empty((M, N), dtype=x.dtype, device=x.device)

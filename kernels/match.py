@@ -1,12 +1,12 @@
-"""match: each token's most similar partner, and each image's number of candidates (Sections 3.1 to 3.3).
+"""match: finds each token's most similar partner, and each image's number of candidates (Sections 3.1 to 3.3).
 
-Keys are read in place, averaged over the heads, normalised and multiplied in one launch where both groups of an image
-fit a tile; N x N similarities are never in memory. A longer image, or one of more than 64 channels a head, takes two
-launches: one that writes unit vectors [N, d], one that runs tiles of A against tiles of B.
+If both groups of an image fit a tile, one launch reads keys in place, averages them over the heads, normalises and
+multiplies them; N x N similarities are never in memory. Longer images, or more than 64 channels per head, take two
+launches: the first writes unit vectors [N, d], the second runs tiles of A against tiles of B.
 
-Products are accurate to float32: each factor is split in two float16 halves (scaled by 64, which keeps the low half
-out of the subnormals) and three of the four half products are summed. Plain tf32 or bfloat16 would flip decisions near
-the threshold.
+Products are as accurate as in float32: each factor is split into two float16 halves (scaled by 64, which keeps the low
+half out of the subnormals), and three of the four half products are summed. Plain tf32 or bfloat16 would flip decisions
+near the threshold.
 """
 
 from typing import Any
@@ -23,15 +23,15 @@ EPS_SQUARED = tl.constexpr(1e-24)
 NOT_ALIKE = tl.constexpr(-2.0)
 SCALE = tl.constexpr(64.0)
 LAST = tl.constexpr(2**31 - 1)
-ALTERNATE, BY_SIZE, HALVES = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # HALVES: by size where all are equal
-PREFIX = tl.constexpr(16)  # a tile that holds the protected tokens
+ALTERNATE, BY_SIZE, HALVES = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # HALVES: by size, all sizes equal
+PREFIX = tl.constexpr(16)  # side of the tile for protected tokens
 
-WHOLE_IMAGE = 256  # tokens that may merge: up to here, with up to 64 channels, the groups of an image fit one tile
+WHOLE_IMAGE = 256  # up to so many free tokens and 64 channels per head, each group of an image fits one tile
 
 
 @triton.jit
 def _group_sizes(length, P: tl.constexpr, GROUP: tl.constexpr):
-    """How many tokens are in A and in B."""
+    """The number of tokens in A and in B."""
     free = tl.maximum(length - P, 0)
     if GROUP == ALTERNATE:
         na = (free + 1 - P % 2) // 2
@@ -42,14 +42,14 @@ def _group_sizes(length, P: tl.constexpr, GROUP: tl.constexpr):
 
 @triton.jit
 def _bits(sizes, token, free):
-    """Sizes as integers of the same order, for they are positive floats; what is no token comes last."""
+    """Sizes as integers. These have the same order, because sizes are positive floats. Missing tokens sort last."""
     bits = tl.load(sizes + token, mask=token < free, other=0.0).to(tl.int32, bitcast=True)
     return tl.where(token < free, bits, LAST)
 
 
 @triton.jit
 def _rank(sizes, token, free, CHUNK: tl.constexpr):
-    """How many of the ``free`` tokens come before each in a stable sort by size."""
+    """The place of each token in a stable sort of the ``free`` tokens by size."""
     n = _bits(sizes, token, free)
     rank = tl.zeros([n.shape[0]], tl.int32)
     for first in tl.range(0, free, CHUNK):
@@ -62,7 +62,7 @@ def _rank(sizes, token, free, CHUNK: tl.constexpr):
 
 @triton.jit
 def _sorted(sizes, free, TOKENS: tl.constexpr):
-    """The tokens of an image in a stable sort by size [TOKENS], then what is none."""
+    """The tokens of an image, stably sorted by size [TOKENS]; missing ones last."""
     token = tl.arange(0, TOKENS)
     key = _bits(sizes, token, free).to(tl.int64) * TOKENS + token
     return (tl.sort(key) & (TOKENS - 1)).to(tl.int32)
@@ -70,8 +70,8 @@ def _sorted(sizes, free, TOKENS: tl.constexpr):
 
 @triton.jit
 def _positions(order, na, first, IN_B: tl.constexpr, P: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr):
-    """The positions of the members ``first`` .. of A or of B [BLOCK], whatever past the end. By size a group stands in
-    ``order``."""
+    """The positions [BLOCK] of the members of A or of B from number ``first`` on; undefined past the end of the group.
+    ``order``: the tokens sorted by size, if groups go by size."""
     member = first + tl.arange(0, BLOCK)
     if GROUP == ALTERNATE:
         return P + (P + IN_B) % 2 + 2 * member
@@ -84,8 +84,8 @@ def _positions(order, na, first, IN_B: tl.constexpr, P: tl.constexpr, GROUP: tl.
 
 @triton.jit
 def _head(at, h, stride_h, inside, d: tl.constexpr):
-    """The keys of one head [BLOCK, D]. ``stride_h``: None where heads lie together."""
-    if stride_h is None:  # a stride that the compiler knows: wide loads also for odd d
+    """Load the keys of one head [BLOCK, D]. ``stride_h``: None if heads are contiguous."""
+    if stride_h is None:  # the compiler knows this stride, so loads are wide even for odd d
         offset = h * d
     else:
         offset = h * tl.cast(stride_h, tl.int64)
@@ -96,8 +96,8 @@ def _head(at, h, stride_h, inside, d: tl.constexpr):
 def _mean_keys(
     keys, position, valid, stride_h, stride_n, H: tl.constexpr, d: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr
 ):
-    """Keys averaged over the heads [BLOCK, D]. The loads of up to ``HEADS`` heads stand in one basic block, so that
-    none waits for another. Those of more would take too many registers: then half as many stand together."""
+    """Keys averaged over the heads [BLOCK, D]. The loads of up to ``HEADS`` heads are in one basic block, so that none
+    waits for another. More heads would take too many registers; they are loaded ``HEADS // 2`` at a time."""
     TOGETHER: tl.constexpr = H if H <= HEADS else HEADS // 2
     REST: tl.constexpr = H % TOGETHER
     c = tl.arange(0, D)
@@ -114,7 +114,7 @@ def _mean_keys(
 
 @triton.jit
 def _unit_vectors(mean):
-    """Rows [BLOCK, D] at length 1, 0 where they have no direction, and whether they do."""
+    """Rows [BLOCK, D] scaled to length 1, or 0 if they have no direction; and whether they have one."""
     squared = tl.sum(mean * mean, axis=1)
     has_direction = (squared > EPS_SQUARED) & (squared < float("inf"))
     norm = tl.sqrt_rn(tl.maximum(squared, EPS_SQUARED))
@@ -123,7 +123,7 @@ def _unit_vectors(mean):
 
 @triton.jit
 def _halves(unit):
-    """A unit vector as the sum of two float16 vectors, scaled."""
+    """Split a scaled unit vector into the sum of two float16 vectors."""
     scaled = unit * SCALE
     high = scaled.to(tl.float16)
     return high, (scaled - high.to(tl.float32)).to(tl.float16)
@@ -131,7 +131,7 @@ def _halves(unit):
 
 @triton.jit
 def _cosines(a_high, a_low, b_high, b_low):
-    """float32-accurate products of rows of A and rows of B, smallest terms first."""
+    """Products of rows of A and rows of B, as accurate as in float32; the smallest terms are added first."""
     b_high, b_low = tl.trans(b_high), tl.trans(b_low)
     s = tl.dot(a_low, b_high)
     s = tl.dot(a_high, b_low, s)
@@ -141,8 +141,8 @@ def _cosines(a_high, a_low, b_high, b_low):
 
 @triton.jit
 def _best(s, a_has, b_has, position, valid):
-    """The largest similarity of each row, and the lowest position that has it. Only ``valid`` columns have a direction;
-    what has none is 0 so far."""
+    """The largest similarity of each row, and the lowest position that has it. Vectors without a direction
+    (``a_has``, ``b_has``) have products of 0 and become similar to nothing; only ``valid`` columns count."""
     s = tl.minimum(s, tl.where(b_has, float("inf"), tl.where(valid, NOT_ALIKE, float("-inf")))[None, :])
     best = tl.max(s, axis=1)
     found = tl.min(tl.where(s == best[:, None], position[None, :], LAST), axis=1)
@@ -152,7 +152,7 @@ def _best(s, a_has, b_has, position, valid):
 
 @triton.jit
 def _store_outside(similarity, partner, position, valid):
-    """Tokens outside A have no partner."""
+    """Store that tokens outside A have no partner."""
     tl.store(similarity + position, tl.full(position.shape, float("-inf"), tl.float32), mask=valid)
     tl.store(partner + position, tl.full(position.shape, -1, tl.int32), mask=valid)
 
@@ -179,8 +179,8 @@ def match_image_kernel(
     BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """``PER`` tiles of ``ROWS`` members of A a program, against all of B. Where several programs share an image, counts
-    begin as 0."""
+    """Each program compares ``PER`` tiles of ``ROWS`` members of A with all of B. If several programs share an image,
+    ``counts`` must hold 0 at the start."""
     PROGRAMS: tl.constexpr = BLOCK // (ROWS * PER)
     image, first = tl.program_id(0) // PROGRAMS, tl.program_id(0) % PROGRAMS * (ROWS * PER)
     start, length = image_bounds(cu_seqlens, image)
@@ -211,7 +211,7 @@ def match_image_kernel(
         a_high, a_low = _halves(a_unit)
         s = _cosines(a_high, a_low, b_high, b_low)
         best, found = _best(s, a_has, b_has, b, in_b)
-        tl.store(similarity + a, best, mask=in_a)  # -inf where B is empty
+        tl.store(similarity + a, best, mask=in_a)  # -inf if B is empty
         tl.store(partner + a, tl.where(nb > 0, found, -1), mask=in_a)
         candidates += tl.sum((in_a & (best >= theta)).to(tl.int32))
     if PROGRAMS == 1:
@@ -241,8 +241,8 @@ def unit_rows_kernel(
     CHUNK: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """One program for some tokens of a long image: their unit vectors go to rows of ``unit`` [rows, 2, d] float16,
-    first A's, then B's, and their positions to ``order``, as -1 - position where a key has no direction."""
+    """Each program takes some tokens of a long image and writes their unit vectors to ``unit`` [rows, 2, d] float16,
+    A's rows before B's, and their positions to ``order``; -1 - position if a key has no direction."""
     image, tile = tl.program_id(0), tl.program_id(1)
     start, length = image_bounds(cu_seqlens, image)
     stride_n *= STEP
@@ -277,7 +277,7 @@ def unit_rows_kernel(
 
 @triton.jit
 def _load_rows(unit, order, row, valid, d: tl.constexpr, D: tl.constexpr):
-    """Both halves of some unit vectors, their positions, and whether they have a direction."""
+    """Load both halves of some unit vectors, their positions, and whether they have a direction."""
     c = tl.arange(0, D)
     at = unit + row[:, None] * (2 * d) + c[None, :]
     inside = valid[:, None] & (c < d)[None, :]
@@ -303,7 +303,7 @@ def match_tiles_kernel(
     COLUMNS: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """One program for some rows of A: all tiles of B pass by."""
+    """Each program compares some rows of A with all tiles of B."""
     image, tile = tl.program_id(0), tl.program_id(1)
     start, length = image_bounds(cu_seqlens, image)
     na, nb = _group_sizes(length, P, GROUP)
@@ -319,7 +319,7 @@ def match_tiles_kernel(
         b_high, b_low, b, b_has = _load_rows(unit, order, start + na + j, j < nb, d, D)
         s = _cosines(a_high, a_low, b_high, b_low)
         here, position = _best(s, a_has, b_has, b, j < nb)
-        better = (here > best) | ((here == best) & (position < found))  # by size, B is not in the order of positions
+        better = (here > best) | ((here == best) & (position < found))  # if B goes by size, positions are not sorted
         best = tl.where(better, here, best)
         found = tl.where(better, position, found)
     tl.store(similarity + start + a, best, mask=in_a)
@@ -328,25 +328,25 @@ def match_tiles_kernel(
 
 
 def match_image_table(block: int, d: int, by_size: bool, dtype: torch.dtype, H: int) -> dict[str, int]:
-    """``block``: tokens of a group, rounded up to a power of two; ``by_size``: groups by sizes that differ. What is
-    larger spills on one chip or another.
+    """``block``: tokens of a group, rounded up to a power of two; ``by_size``: groups go by sizes that may differ.
+    Larger values spill on some chip.
 
     Measured on an H200, triton 3.6.0, bfloat16: 197 and 101 tokens, 6 heads of 64 channels, in batches of 1, 8, 64 and
-    256; 197 tokens, 3 heads of 32, in batches of 1 and 64. At 256 images of 197 tokens tiles of 64 with 4 warps were as
-    fast or a microsecond faster. Not measured: by size four tiles a program; more than 6 heads.
+    256; 197 tokens, 3 heads of 32, in batches of 1 and 64. At 256 images of 197 tokens, tiles of 64 with 4 warps were
+    as fast or a microsecond faster. Not measured: four tiles per program with groups by size; more than 6 heads.
     """
     if block > 16 and (dtype == torch.float32 or d % 16):  # keys, or addresses of small pieces, take more registers
         return {"ROWS": 16, "HEADS": 6 if block == 64 else 2, "num_warps": 8}
-    warps = 8 if block > 64 and d > 32 and attention.BACKEND == "cuda" else 4  # AMD's are twice as wide
+    warps = 8 if block > 64 and d > 32 and attention.BACKEND == "cuda" else 4  # AMD's warps are twice as wide
     heads = 2 if block == 64 and d <= 32 else 4 if by_size and H > 6 else 6
     return {"ROWS": 16 if block <= 32 else 32, "HEADS": heads, "num_warps": warps}
 
 
 def tiles_each(B: int, tiles: int, warps: int, multiprocessors: int) -> int:
-    """How many of the ``tiles`` of an image a program takes: one where few images would leave multiprocessors idle, all
-    where one program an image fills them with 16 warps each or nearly so; nothing between, so that batches share two
-    compiled kernels. No result depends on it."""
-    share = multiprocessors * 16 // (B * warps)  # programs of an image that fit
+    """How many of an image's ``tiles`` a program takes. It is one if few images would leave multiprocessors idle, and
+    all if one program per image gives every multiprocessor about 16 warps. There is nothing in between, so that all
+    batches share two compiled kernels. No result depends on it."""
+    share = multiprocessors * 16 // (B * warps)  # how many programs per image fit
     return 1 if 2 * share >= tiles else tiles
 
 
@@ -354,7 +354,7 @@ UNIT_ROWS = {"TOKENS": 32, "CHUNK": 128, "num_warps": 8}
 
 
 def match_tiles_table(d: int) -> dict[str, int]:
-    """What is larger spills on one chip or another."""
+    """Tiles for d channels per head. Larger ones spill on some chip."""
     rows, columns = (128, 64) if d <= 64 else (64, 32)
     return {"ROWS": rows, "COLUMNS": columns, "num_warps": 8, "num_stages": 1}
 
@@ -369,20 +369,20 @@ def match(
     N: int,
     config: dict[str, int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Partners and similarities as :func:`atm_triton.reference.match` defines them, and the counts.
+    """Find partners and similarities as :func:`atm_triton.reference.match` defines them, and count candidates.
 
     Args:
-        keys: [H, T, d]; any strides but 1 for the last.
+        keys: [H, T, d]; channels contiguous (last stride 1), other strides arbitrary.
         sizes: float32 [T]; None for all ones.
         cu_seqlens: int32 [B + 1], where each image begins; N: upper bound on the tokens of an image.
-        config: instead of the table's, of the kernel that finds partners.
+        config: replaces the table's, for the kernel that finds partners.
 
     Returns:
-        similarity float32, partner int32, both [T]; counts int64 [B]: the similarities from ``theta`` on.
+        similarity float32, partner int32, both [T]; counts int64 [B]: how many similarities are at or above ``theta``.
 
     Raises:
-        ValueError: keys whose channels do not lie together, or whose tokens lie too far apart; or more protected tokens
-            than a tile holds.
+        ValueError: the channels of keys are not contiguous or their tokens too far apart; or there are more protected
+            tokens than a tile holds.
     """
     H, T, d = keys.shape
     if num_prefix > PREFIX.value:
@@ -417,9 +417,9 @@ def match(
 
 
 def _in_steps(stride: int) -> tuple[int, int]:
-    """A stride as a number of steps and their length, which is compiled in. Of a stride Triton knows only whether it is
-    a multiple of 16: one of 1,080, as 6 heads of 60 channels have, would be loaded channel by channel, each with an
-    address of its own."""
+    """Write a stride as a number of steps times their length, which is compiled in. All that Triton knows of a stride
+    is whether it is a multiple of 16. With 1,080 (6 heads of 60 channels) it would load channel by channel, each with
+    its own address."""
     step = stride & -stride
     return (stride // step, step) if 0 < step < 16 else (stride, 1)
 

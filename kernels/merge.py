@@ -1,8 +1,8 @@
-"""merge: every slot gathers its tokens, in their order, and sums them in float32.
+"""merge: gathers the tokens of every slot, in their order, and sums them in float32.
 
-The fused form does what a block does around a merge in the same pass over memory: residual sum before, LayerNorm after;
-``add_norm`` is that for rows that stay as they are. Each input row is read once and each output row written once; no
-atomics, so every run gives the same bits.
+The fused form also does what a block does around a merge, in the same pass over memory: the residual sum before and the
+LayerNorm after it. ``add_norm`` does this for rows that do not merge. Each input row is read once and each output row
+written once. There are no atomics, so every run gives the same bits.
 """
 
 import torch
@@ -17,7 +17,7 @@ Norm = tuple[Tensor | None, Tensor | None, float]  # weight [C], bias [C], eps
 
 @triton.jit
 def channels(part: tl.constexpr, valid, C: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr):
-    """The channels of a part [PART], whether each is one, and whether each of some rows has it."""
+    """The channels of a part [PART], whether each exists, and the mask that this and ``valid`` rows make."""
     c = part * PART + tl.arange(0, PART)
     inside, mask = c < C, valid[:, None]
     if PARTS * PART > C:
@@ -27,7 +27,7 @@ def channels(part: tl.constexpr, valid, C: tl.constexpr, PARTS: tl.constexpr, PA
 
 @triton.jit
 def _for_each(vector, c, inside, ROWS: tl.constexpr):
-    """A vector over channels once for each row [ROWS, PART]: as it lies in registers it need not change threads."""
+    """Load a vector over channels once per row [ROWS, PART]. In this layout it need not move between threads."""
     at = c[None, :] + tl.zeros([ROWS, 1], tl.int32)
     return tl.load(vector + at, mask=inside[None, :], other=0.0).to(tl.float32)
 
@@ -36,8 +36,8 @@ def _for_each(vector, c, inside, ROWS: tl.constexpr):
 def _rows(
     x, attended, gamma, token, valid, C: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr
 ):
-    """Tokens as the merge sees them: x, or x + gamma * attended, in float32, a tuple of parts [ROWS, PART]; 0 where
-    there is none."""
+    """Load the tokens to merge, x or x + gamma * attended, in float32, as a tuple of parts [ROWS, PART]. Missing rows
+    are 0."""
     rows = ()
     for part in tl.static_range(PARTS):
         c, inside, mask = channels(part, valid, C, PARTS, PART)
@@ -83,14 +83,14 @@ def _store_with_norm(
     PARTS: tl.constexpr,
     PART: tl.constexpr,
 ):
-    """Stores rows and, where asked for, their LayerNorm."""
+    """Store rows and, if ``normed`` is given, their LayerNorm."""
     at, rounded = slot[:, None] * C, ()
     total = tl.zeros([ROWS, PART], tl.float32)
     for part in tl.static_range(PARTS):
         c, inside, mask = channels(part, valid, C, PARTS, PART)
         row = rows[part].to(out.dtype.element_ty)
         tl.store(out + at + c[None, :], row, mask=mask)
-        rounded += (row.to(tl.float32),)  # the norm is that of what is stored
+        rounded += (row.to(tl.float32),)  # take the norm of the stored values
         total += rounded[part]
     if normed is not None:
         mean = tl.sum(total, axis=1) / C
@@ -133,9 +133,9 @@ def merge_kernel(
     PARTS: tl.constexpr,
     PART: tl.constexpr,
 ):
-    """``ROWS`` slots a program; there may be more programs than slots take. A slot with fewer tokens than its
-    neighbours goes on adding 0."""
-    T = tl.load(cu_seqlens + images)  # T', of all images
+    """Each program merges ``ROWS`` slots; surplus programs return at once. A slot with fewer tokens than others of its
+    program keeps adding 0."""
+    T = tl.load(cu_seqlens + images)  # T', over all images
     if tl.program_id(0) * ROWS >= T:
         return
     slot = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -162,7 +162,7 @@ def merge_kernel(
         share = 1.0 / n
         if sizes is not None:
             size = tl.load(sizes + token, mask=there, other=0.0)
-            share = tl.div_rn(size, n)  # exactly 1 where a token is alone: it passes unchanged
+            share = tl.div_rn(size, n)  # exactly 1 for a single token, which passes unchanged
         more = _rows(x, attended, gamma, token, there, C, ROWS, PARTS, PART)
         rows = _add(rows, _weighted(more, share, PARTS), PARTS)
     _store_with_norm(rows, weight, bias, eps, merged, normed, slot, valid, C, ROWS, PARTS, PART)
@@ -184,7 +184,7 @@ def add_norm_kernel(
     PARTS: tl.constexpr,
     PART: tl.constexpr,
 ):
-    """``ROWS`` rows a program."""
+    """Each program takes ``ROWS`` rows."""
     token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     valid = token < T
     rows = _rows(x, attended, gamma, token, valid, C, ROWS, PARTS, PART)
@@ -192,16 +192,17 @@ def add_norm_kernel(
 
 
 def parts_of(C: int) -> tuple[int, int]:
-    """Into how many parts a kernel takes C channels, and the channels of a part, a power of two: 384 are three parts of
-    128. Where that would be too many parts, or small ones, one that is partly empty."""
+    """Split C channels into parts whose size is a power of two: 384 channels are three parts of 128. Returns the number
+    of parts and their size. If there would be too many parts, or small ones, it is one part that is partly empty."""
     part = C & -C
     return (C // part, part) if C // part <= 5 and part >= 16 else (1, block_for(C))
 
 
 def rows_table(dtype: torch.dtype, C: int) -> dict[str, int]:
-    """Of merge, add_norm and unmerge: 96 bytes of x a thread of two warps, in whole rows; of four where a row has five
-    parts: two spill on sm_100. In float32 48, or 24 a thread of four: more spills on sm_80; of rows of up to 16
-    channels four at a time. A row's bits depend on its dtype and C alone.
+    """Rows per program and warps of merge, add_norm and unmerge. In 16 bits a program takes whole rows of up to 6144
+    bytes of x, 96 per thread of two warps; rows of five parts take four warps, because two spill on sm_100. In float32
+    it takes up to 3072 bytes, 48 per thread of two warps or 24 of four, and at most four rows if parts have up to 16
+    channels: more spills on sm_80. The bits of a row depend only on its dtype and C.
 
     Measured on an H200, triton 3.6.0, bfloat16: merge and add_norm with the norm, 384 channels, 1,576 to 50,432 slots;
     768, 37,000 and 50,432; unmerge to 197, 12,608 and 50,432 tokens of 384 and 768.
@@ -227,21 +228,21 @@ def merge(
     norm: Norm | None = None,
     config: dict[str, int] | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """Size-weighted means over the tokens of each slot (Definition 2).
+    """Compute the size-weighted mean of the tokens in each slot (Definition 2).
 
     Args:
         x: rows [T, C]: the tokens of all images.
         sizes: float32 [T]; None for all ones.
         order: int32 [T]; spans: int32 [T', 2]; both from assign.
-        cu_seqlens: int32 [B + 1], where the merged images begin. There are cu_seqlens[B] slots; where ``spans`` has
-            more rows than that, what is returned has them too, and they mean nothing.
+        cu_seqlens: int32 [B + 1], where the merged images begin. There are cu_seqlens[B] slots. If ``spans`` has more
+            rows, so do the results, and the extra rows are undefined.
         attended: [T, C]: what attention adds to the residual stream; x + gamma * attended is merged.
         gamma: [C], the LayerScale; None for 1.
         norm: weight [C], bias [C] (each may be None) and eps of the LayerNorm that follows.
-        config: instead of the table's.
+        config: replaces the table's.
 
     Returns:
-        merged [T', C] and its LayerNorm (None without ``norm``), both in the dtype of x, whatever the others have;
+        merged [T', C] and its LayerNorm (None without ``norm``), both in the dtype of x, whatever the other dtypes;
         merged sizes float32 [T']; their log2.
     """
     C, rows = x.shape[1], len(spans)
@@ -268,8 +269,8 @@ def add_norm(
     out: Tensor | None = None,
     config: dict[str, int] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """x + gamma * attended, [T, C], written to ``out`` if that is given, and its LayerNorm, both in the dtype of x;
-    arguments as in :func:`merge`."""
+    """Compute x + gamma * attended, [T, C], and its LayerNorm, both in the dtype of x. The sum is written to ``out`` if
+    given. Other arguments as in :func:`merge`."""
     T, C = x.shape
     summed = torch.empty((T, C), dtype=x.dtype, device=x.device) if out is None else out
     normed = torch.empty_like(summed)

@@ -1,5 +1,5 @@
-"""stem: images to tokens. Patches that do not overlap are rows of a matrix: their embedding is one product, to which
-each token's position is added before it is written."""
+"""stem: turns images into tokens. Patches that do not overlap are the rows of a matrix, so embedding them is one matrix
+product. Positions are added to it before it is written."""
 
 import torch
 import triton
@@ -31,7 +31,8 @@ def stem_kernel(
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program for some patches, of whichever images, and some channels of theirs; neighbours share patches."""
+    """Each program computes some channels of some patches, which may span several images. Programs next to each other
+    share their patches."""
     K: tl.constexpr = CHANNELS * PH * PW
     patches = h * w
     columns = tl.cdiv(C, COLUMNS)
@@ -54,17 +55,17 @@ def stem_kernel(
     both = real[:, None] & inside[None, :]
     token = N - patches + patch  # the prefix tokens come first
     moved = tl.load(position + token[:, None] * C + c[None, :], mask=both, other=0.0).to(tl.float32)
-    embedded = product.to(weight.dtype.element_ty).to(tl.float32)  # rounded as a convolution's own output
+    embedded = product.to(weight.dtype.element_ty).to(tl.float32)  # rounded like the output of a convolution
     at = (image * N + token)[:, None] * C + c[None, :]
     tl.store(out + at, (embedded + moved).to(out.dtype.element_ty), mask=both)
 
 
 def stem_table(dtype: torch.dtype, wide: bool, together: bool) -> dict[str, int]:
-    """Tiles of patches, of channels and of what is summed over; ``wide``: float32 images beside 16-bit weights;
-    ``together``: a patch's row of pixels is 16 bytes or a multiple."""
+    """Tiles of patches, channels and pixels to sum over. ``wide``: images are float32 and weights have 16 bits;
+    ``together``: one row of pixels of a patch takes a multiple of 16 bytes."""
     if dtype == torch.float32:  # three products instead of one
         return {"ROWS": 64, "COLUMNS": 64, "DEPTH": 32, "STAGES": 2, "num_warps": 8}
-    if together and not wide:  # what is larger spills
+    if together and not wide:  # larger tiles spill
         return {"ROWS": 64, "COLUMNS": 128, "DEPTH": 64, "STAGES": 3, "num_warps": 4}
     return {"ROWS": 128, "COLUMNS": 128, "DEPTH": 32 if wide else 64, "STAGES": 3, "num_warps": 8}
 
@@ -77,14 +78,14 @@ def stem(
     out: Tensor | None = None,
     config: dict[str, int] | None = None,
 ) -> Tensor:
-    """The tokens of images cut into patches that do not overlap.
+    """Cut images into patches that do not overlap, and embed these.
 
     Args:
-        images: [B, channels, H, W], multiples of the patches' sides.
+        images: [B, channels, H, W]; H and W are multiples of a patch's sides.
         weight: [C, channels, height, width] of the convolution that embeds a patch; bias: [C] or None, in its dtype.
-        position: [N, C]: the prefix tokens, and what is added to each patch.
-        out: contiguous, to be written to.
-        config: instead of the table's.
+        position: [N, C]: the prefix tokens, then what is added to each patch.
+        out: a contiguous tensor to write to.
+        config: replaces the table's.
 
     Returns:
         [B, N, C] in the dtype of ``position``.

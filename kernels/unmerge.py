@@ -1,4 +1,4 @@
-"""unmerge: every token takes the row of its slot. A row is read for each of its tokens and written once."""
+"""unmerge: gives every token the row of its slot. A row is read once for each of its tokens."""
 
 import torch
 import triton
@@ -13,11 +13,11 @@ from atm_triton.kernels.merge import channels, parts_of, rows_table
 def unmerge_kernel(
     x, slots, out, rows, T, C: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr
 ):
-    """``ROWS`` tokens a program."""
+    """Each program takes ``ROWS`` tokens."""
     token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     valid = token < T
     slot = tl.load(slots + token, mask=valid, other=-1)
-    kept = (slot >= 0) & (slot < rows)  # nothing to read for a dropped token
+    kept = (slot >= 0) & (slot < rows)  # a dropped token has nothing to read
     for part in tl.static_range(PARTS):
         c, _, there = channels(part, kept, C, PARTS, PART)
         row = tl.load(x + slot.to(tl.int64)[:, None] * C + c[None, :], mask=there, other=0.0)
@@ -29,8 +29,8 @@ def unmerge(x: Tensor, slots: Tensor, config: dict[str, int] | None = None) -> T
     """x'[slots], 0 for a dropped token.
 
     Args:
-        x: [T', C]; slots: int32 [T], the row that each token takes; any other number than 0 .. T' - 1 drops it.
-        config: instead of the table's.
+        x: [T', C]; slots: int32 [T], the row that each token takes; a number outside 0 .. T' - 1 drops the token.
+        config: replaces the table's.
 
     Returns:
         [T, C] in the dtype of x.

@@ -1,8 +1,8 @@
 """calibrate(model, loader, target): the configuration that changes a model least at a cost, or costs least at a change.
 
-A model, some images without labels, and a wish: so many GFLOPs, or so little change, in the measure that fits the
-model's answers (:mod:`atm_triton.measure.comparison`). Of the images three eighths are fitted to, three choose among
-what fits, and two, which neither saw, measure what is promised.
+Takes a model, images without labels and a target: a cost in GFLOPs, or a limit on the change, in the measure that fits
+the model's answers (:mod:`atm_triton.measure.comparison`). Three eighths of the images fit the thresholds, three
+choose among the fitted plans, and the other two, which neither step has seen, measure what is promised.
 """
 
 import math
@@ -29,22 +29,22 @@ from atm_triton.patch import check_model, knows_sizes
 from atm_triton.reference import largest_r
 
 PARTS = {"fit": 3, "choose": 3, "promise": 2}  # in eighths
-MOST = {"fit": 256, "choose": 512}  # images of a part; more take time, and tell little more
+MOST = {"fit": 256, "choose": 512}  # images per part; more take time and tell little more
 LEAST_IMAGES = 64
-SCALES = (-20.0, 10.0)  # log2, from a plan that hardly merges to one that merges all
-ALIKE = 1e-4  # what rounding may do to what is compared of the answers to two equal images
-NEAR = 0.01  # of the range of all pixels: as much as a camera's noise
-WORST = 100  # images up to which their 99th percentile is the largest
+SCALES = (-20.0, 10.0)  # log2, from a plan that merges almost nothing to one that merges everything
+ALIKE = 1e-4  # rounding alone may make the compared answers to two equal images differ by this much
+NEAR = 0.01  # share of the range of all pixels; a camera's noise is about as large
+WORST = 100  # up to this many images the 99th percentile is the largest value
 
 
 @dataclass(frozen=True)
 class Target:
-    """What is wished for, exactly one of: ``max_gflops`` (1e9, in the paper's convention); of logits ``max_kl``, the
-    mean KL(unmerged || merged) in nats, or ``min_agreement``, in [0, 1]; of features ``max_distance``, the mean of
-    1 - cosine, or ``max_distance_p99``, its 99th percentile, both in [0, 2]. :class:`Measure` says what these are.
+    """What a calibration aims for. Give exactly one of: ``max_gflops`` (1e9, in the paper's convention); for logits
+    ``max_kl``, the mean KL(unmerged || merged) in nats, or ``min_agreement``, in [0, 1]; for features ``max_distance``,
+    the mean of 1 - cosine, or ``max_distance_p99``, its 99th percentile, both in [0, 2]. :class:`Measure` defines them.
 
     Raises:
-        ValueError: none of them or more than one, or a number out of its range.
+        ValueError: no target or more than one is given, or a number is out of range.
     """
 
     max_gflops: float | None = None
@@ -75,7 +75,7 @@ class Target:
         return getattr(self, self.name)
 
     def check_fits(self, measure: Measure) -> None:
-        """Raise ValueError where answers that are compared in this way have no such thing."""
+        """Raise ValueError if ``measure`` does not provide the quantity that this target limits."""
         fitting = ["max_distance", "max_distance_p99"] if measure.of_features else ["max_kl", "min_agreement"]
         if self.name not in ("max_gflops", *fitting):
             raise ValueError(
@@ -83,13 +83,13 @@ class Target:
             )
 
     def holds(self, mean: Mean) -> bool:
-        """Whether the change is small enough; for a target that limits it."""
+        """Whether the change is small enough. Only for targets that limit the change."""
         if self.min_agreement is not None:
             return mean.agreement is not None and mean.agreement >= self.min_agreement
         return (mean.p99 if self.max_distance_p99 is not None else mean.divergence) <= self.value
 
     def doubt(self, promise: "Promise") -> str | None:
-        """Why the target may not hold on other images. None: it should."""
+        """Why the target may not hold on other images; None if it should."""
         if self.max_gflops is not None:
             over = promise.gflops > (1 + FAR) * self.max_gflops
             return f"{promise.gflops:.4g} GFLOPs are above {self.max_gflops:g}" if over else None
@@ -114,14 +114,14 @@ class Target:
 
 @dataclass(frozen=True)
 class Promise:
-    """Measured on ``images`` images that the search did not see, by the ``measure`` of that name (:class:`Measure`):
-    means, each with its standard error; of logits KL and agreement, in [0, 1], of features distance, and its 99th
-    percentile (of up to 100 images their worst). With one r a batch the errors of cost and divergence are those of the
-    batches' means; None of a single batch.
+    """Cost and change, measured on ``images`` images that the search did not see. ``measure`` names how answers were
+    compared (:class:`Measure`). Means come with standard errors (``*_se``). Logits have KL and agreement, in [0, 1];
+    features have a distance and its 99th percentile (up to 100 images: the worst). With one r per batch, the errors of
+    cost and divergence come from the means of batches, and are None for a single batch.
 
-    The divergence is decided by few images, and where those are missing among so few, their spread seems small too:
-    errors of cost and divergence come from the spread of all images, those that the search saw with them, unless that
-    is less."""
+    A few images decide the divergence. A small sample may contain none of them, and its spread then looks small too.
+    So the errors of cost and divergence use the spread of all images, including those that the search saw, where that
+    is larger than the spread of these images."""
 
     images: int
     gflops: float
@@ -137,12 +137,13 @@ class Promise:
 
     @classmethod
     def of(cls, measured: Measured, measure: Measure, batch_size: int = 1, seen: Sequence[Measured] = ()) -> "Promise":
-        """``batch_size``: of the images that share what they merge; ``seen``: what was measured on other images."""
+        """Make a promise of ``measured``. ``batch_size``: how many images share one r; ``seen``: what was measured on
+        the images that the search saw."""
         n = len(measured.divergence)
         values: dict[str, Any] = dict.fromkeys(("kl", "kl_se", "agreement", "agreement_se"))
         if measured.agree is not None:
             kept = measured.agree.sum().item()
-            rate = (kept + 1) / (n + 2)  # all of some images is not all of all
+            rate = (kept + 1) / (n + 2)  # that all of these images agree does not prove that all images do
             values |= {"agreement": kept / n, "agreement_se": (rate * (1 - rate) / n) ** 0.5}
         else:
             values["distance_p99"] = percentile(measured.divergence)
@@ -166,8 +167,9 @@ def _batch_means(column: Tensor, batch_size: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Calibration:
-    """The ``config`` for a ``target``, found on ``images`` images, and its ``promise``. ``family``: "curve" where its
-    thresholds are the paper's Eq. 1, else "free". ``passes``: of an image through the model, in this run."""
+    """The ``config`` found for a ``target`` on ``images`` images, and its ``promise``. ``family`` is "curve" if the
+    thresholds follow the paper's Eq. 1, else "free". ``passes`` counts images that went through the model in this
+    run."""
 
     config: ATMConfig
     target: Target
@@ -197,31 +199,32 @@ def calibrate(
     notes: Path | None = None,
     progress: bool = True,
 ) -> Calibration:
-    """Find how a model should merge, from images without labels. Labels, where the loader has some, are not used.
+    """Find how a model should merge, from images without labels. Labels in the loader are ignored.
 
-    Under torchrun every process gives the same loader; the images are dealt out among them.
+    Under torchrun every process passes the same loader, and the processes share out the images.
 
     Args:
         model: unpatched, in eval mode, on its device; it stays so.
-        loader: batches of images [B, C, H, W], or pairs of them and anything; all are kept in memory. Of many, no more
-            than 256 are fitted to.
+        loader: batches of images [B, C, H, W], or pairs whose first item is such a batch. All images are kept in
+            memory; thresholds are fitted to at most 256 of them.
         adapt: "image", "batch" (in batches as large as the loader's), or "static".
-        proportional_attention: as in :class:`ATMConfig`; the search begins with it.
+        proportional_attention: as in :class:`ATMConfig`; the search starts with it and may change it.
         cls_only_last: as in :class:`ATMConfig`.
         backend: as in :class:`ATMConfig`.
-        max_merging_blocks: how many blocks may merge; None: any number. Each takes time to match tokens, which no
-            count of FLOPs tells: with adapt="image" four of twelve may be faster than eleven at the same GFLOPs.
-        dense: patch tokens are read (``forward_features``), so compare these; the last block then serves them all, and
-            merges as every other.
-        sigmoid: the logits are of labels that do not exclude one another. A single logit is known to be.
-        seed: of the search; the same seed on the same images gives the same configuration.
-        notes: a file that remembers what was measured, for a run that goes on where this one ends.
-        progress: show a bar; where stderr is no terminal, a line every half minute.
+        max_merging_blocks: how many blocks may merge; None: any number. Matching takes time in every merging block,
+            and FLOPs do not show it: with adapt="image" four of twelve blocks may be faster than eleven at the same
+            GFLOPs.
+        dense: compare patch tokens, because ``forward_features`` is what you read. The last block then computes all
+            tokens and merges like the others.
+        sigmoid: the labels do not exclude one another. A single logit is always treated so.
+        seed: seed of the search; the same seed on the same images gives the same configuration.
+        notes: a file that keeps measurements, so that a later run can continue an interrupted one.
+        progress: show a bar, or a line every half minute if stderr is not a terminal.
 
     Raises:
-        ValueError: a target that cannot be reached, or that does not fit what is compared; too few images, of another
-            shape than the model's, or blank; a model that answers all of them alike, or in which nothing can merge;
-            TypeError: a model that cannot be merged, or batches of anything but float images.
+        ValueError: the target cannot be reached or does not fit what is compared; the images are too few, blank, or of
+            a shape that the model does not take; the model answers all images alike, or nothing in it can merge.
+        TypeError: the model cannot be merged, or the batches are not float images.
     """
     _check_asked(model, adapt, max_merging_blocks)
     measure = measure_of(model, dense, sigmoid)
@@ -265,14 +268,14 @@ def calibrate(
 
 
 def split_images(loader: Iterable, seed: int) -> tuple[dict[str, list[Tensor]], int]:
-    """The images, in an order of chance, as batches of each part, of some no more than :data:`MOST`; and how many there
-    are."""
+    """Shuffle the images and split them into batches for each part, with at most :data:`MOST` images in some parts.
+    Also returns how many images the loader has."""
     batches = [batch[0] if isinstance(batch, (tuple, list)) else batch for batch in loader]
     for batch in batches:
         if not isinstance(batch, Tensor) or batch.dim() != 4 or not batch.is_floating_point():
             got = f"{batch.dtype} {list(batch.shape)}" if isinstance(batch, Tensor) else type(batch).__name__
             raise TypeError(f"loader: got {got}; want batches of images [B, C, H, W], normalised floats")
-    batch_size = max(map(len, batches), default=0)  # the first may be smaller, where images could not be read
+    batch_size = max(map(len, batches), default=0)  # the first may be smaller if some images could not be read
     number = sum(map(len, batches))
     if number < LEAST_IMAGES:
         raise ValueError(f"{number} images are too few to calibrate on; give {LEAST_IMAGES} or more")
@@ -354,14 +357,14 @@ def _check_reachable(max_gflops: float, costs: Costs, max_merging_blocks: int | 
 
 
 def _rounded_up(number: float) -> str:
-    """Four digits that are not below the number."""
+    """The number rounded up to four digits."""
     unit = 10 ** (math.floor(math.log10(number)) - 3)
     return f"{math.ceil(number / unit) * unit:.4g}"
 
 
 def _chosen(search: Search, target: Target) -> Fitted:
-    """The plan that is chosen. A target that limits the change first gets its cost from the plainest plan that holds
-    it; in the end the plan is scaled until it just holds."""
+    """The chosen plan. If the target limits the change, the cost to search at is that of the plainest plan which holds
+    the target, and the plan that is found is scaled until it just holds it."""
     if target.max_gflops is not None:
         return search.run(target.max_gflops)
     goal = _largest(search, target, search.plainest(), 9).mean.gflops
@@ -369,7 +372,7 @@ def _chosen(search: Search, target: Target) -> Fitted:
 
 
 def _largest(search: Search, target: Target, plan: Plan, steps: int) -> Fitted:
-    """A plan, scaled up as far as the target holds on the images that the search may see."""
+    """The plan scaled up as far as the target still holds on the images that the search may see."""
 
     def at(log2: float) -> Fitted:
         return search.fitting.run(plan.scaled(2**log2), *SEEN)

@@ -1,4 +1,4 @@
-"""What merging costs, foretold from the number of tokens that merge in each block."""
+"""Predicts what merging costs from the number of tokens that merge in each block."""
 
 from collections.abc import Sequence
 
@@ -11,15 +11,15 @@ from atm_triton.transformer import leading_tokens
 
 
 class Costs:
-    """GFLOPs of an image, in the paper's convention.
+    """GFLOPs per image, in the paper's convention.
 
     Args:
         image_shape: [C, H, W].
         cls_only_last: as in :class:`ATMConfig`.
 
-    ``N``: tokens that enter the first block; ``prefix``: those of them that never merge; ``merging``: how many blocks
-    may merge; ``leading``: how many tokens the last block serves alone (None: all); ``unmerged``: GFLOPs of the plain
-    model; ``highest``: with merging that merges nothing.
+    ``N``: tokens that enter the first block; ``prefix``: how many of them never merge; ``merging``: how many blocks
+    may merge; ``leading``: how many tokens the last block computes (None: all); ``unmerged``: GFLOPs of the unpatched
+    model; ``highest``: GFLOPs of the patched model if nothing merges.
     """
 
     def __init__(self, model: VisionTransformer, image_shape: tuple[int, ...], cls_only_last: bool) -> None:
@@ -33,11 +33,11 @@ class Costs:
         self._ends = self.highest - self.of([0.0] * self.merging)
 
     def of(self, merged: Sequence[float]) -> float:
-        """GFLOPs if each block that may merge merges so many tokens."""
+        """GFLOPs if the blocks that may merge merge this many tokens each."""
         return float(self.of_each(merged))
 
     def of_each(self, merged: Sequence[float | Tensor]) -> float | Tensor:
-        """The same where images differ: each block's number of tokens is a tensor [n], for n images."""
+        """The same for n images with different counts: each block's number of merged tokens is a tensor [n]."""
         N: float | Tensor = self.N
         rows: float | Tensor = N
         total: float | Tensor = 0.0
@@ -51,7 +51,7 @@ class Costs:
         return self._ends + (total + paper_last_norm(self.model, rows)) / 1e9
 
     def within(self, counts: Sequence[float]) -> tuple[float, ...]:
-        """The same counts, none above the candidates that then are left."""
+        """The counts, each limited to the number of candidates left in its block."""
         N, kept = float(self.N), []
         for r in counts[: self.merging]:
             kept.append(min(r, (N - self.prefix) / 2))
@@ -68,13 +68,14 @@ class Costs:
         return self.of(merged)
 
     def lowest(self, most: int | None = None) -> float:
-        """GFLOPs where the first blocks, at ``most`` so many, merge all that they can."""
+        """GFLOPs if the first ``most`` blocks (None: all) merge as many tokens as they can."""
         blocks = self.merging if most is None else min(most, self.merging)
         return self.of_schedule([self.N] * blocks + [0] * (self.merging - blocks))
 
     def scaled(self, counts: Sequence[float], goal: float) -> tuple[float, ...]:
-        """The counts times the number with which they cost ``goal``, or the least that they can."""
-        low, high = -6.0, 6.0  # of log2
+        """The counts times one factor, chosen so that they cost ``goal`` or, if that is out of reach, as little as
+        they can."""
+        low, high = -6.0, 6.0  # log2 of the factor
         for _ in range(40):
             middle = (low + high) / 2
             dearer = self.of(self.within([r * 2**middle for r in counts])) > goal

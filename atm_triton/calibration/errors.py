@@ -1,5 +1,5 @@
-"""Errors that a caller may want to tell from others."""
+"""Errors that a caller may want to handle separately."""
 
 
 class UnreachableError(ValueError):
-    """A model cannot have what is asked for: a cost, or a method that goes by what it lacks."""
+    """The model cannot reach the cost that is asked for, or lacks what the method needs."""

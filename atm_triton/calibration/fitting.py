@@ -1,8 +1,8 @@
-"""Fitting passes: thresholds that merge a wanted mean count in each block, found and measured in one pass.
+"""Fitting passes: find, in one pass, the thresholds that merge a wanted mean count in each block, and measure them.
 
-All batches go through the model block by block. Before a block merges, the similarities of its candidates, in all
-images and after what earlier blocks merged, are put together; the quantile that leaves the wanted number of candidates
-above it is the threshold. So one pass gives thresholds, exact counts, the cost and the change.
+All batches go through the model block by block. Before a block merges, the similarities of its candidates are pooled
+over all images; earlier blocks have already merged. The threshold is the quantile that leaves the wanted number of
+candidates above it. So one pass gives thresholds, exact counts, the cost and the change.
 """
 
 import math
@@ -27,13 +27,13 @@ from atm_triton.reference import count
 from atm_triton.transformer import leading_tokens
 
 T = TypeVar("T")
-MEMORY = 2**31  # bytes of hidden states that are kept, to begin again in the midst of a model
+MEMORY = 2**31  # bytes of hidden states that are kept, so that a pass can start in the middle of a model
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How much merges: ``counts``, the mean number of tokens that each block that may merge is to merge; or else
-    ``thresholds`` of these blocks. ``split_depth`` and ``proportional_attention`` as in :class:`ATMConfig`."""
+    """How much to merge: ``counts``, the mean number of tokens for each block that may merge, or the ``thresholds`` of
+    these blocks, which take precedence. ``split_depth`` and ``proportional_attention`` as in :class:`ATMConfig`."""
 
     counts: tuple[float, ...]
     thresholds: tuple[float | None, ...] | None = None
@@ -54,12 +54,12 @@ class Plan:
 
 
 def theta_at(distance: float) -> float:
-    """The threshold at this distance from 1, in digits that a file can hold."""
+    """The threshold at this distance from 1, rounded to seven decimals."""
     return max(round(1 - distance, 7), -1.0)
 
 
 class Fitted(NamedTuple):
-    """A plan, its configuration on some images, and what was measured there."""
+    """A plan, the configuration fitted to some images, and what was measured on them."""
 
     plan: Plan
     config: ATMConfig
@@ -89,8 +89,8 @@ class FittingBlock(ATMBlock):
 
 
 class State(NamedTuple):
-    """A batch before a block: its tokens, where those of the first block went (None: nobody asks), and the tokens of
-    each image [B] that entered the blocks before."""
+    """A batch before a block: its tokens; the trace from the first block's tokens (None: not needed); and, for each
+    earlier block, the number of tokens per image [B] that entered it."""
 
     tokens: Packed
     trace: Tensor | None
@@ -98,7 +98,8 @@ class State(NamedTuple):
 
 
 class Trail(NamedTuple):
-    """All batches before a block, the thresholds of the blocks before, and what rounding owes to the next count."""
+    """All batches before a block, the thresholds of the earlier blocks, and the rounding error that the next count
+    makes up for."""
 
     states: list[State]
     thresholds: tuple[float | None, ...]
@@ -111,16 +112,17 @@ class Fitting:
     def __init__(self, meter: Meter, costs: Costs, adapt: str) -> None:
         self.meter, self.costs, self.adapt = meter, costs, adapt
         self._model, self.depth = share(meter.model), len(costs.blocks)
-        self._trails: dict[Any, Trail] = {}  # of the last pass, by what merged before
+        self._trails: dict[Any, Trail] = {}  # of the last pass, keyed by what the earlier blocks merged
         self._kept: dict[Any, Trail] = {}
 
     def keep(self) -> None:
-        """Keep the states of the last pass, so that a later pass whose first blocks merge alike starts at the first
+        """Keep the states of the last pass: a later pass whose first blocks merge alike can then start at the first
         block that differs."""
         self._kept = self._trails
 
     def run(self, plan: Plan, *parts: str) -> Fitted:
-        """Fit a plan to all images of some parts, and measure it there. Thresholds are taken as they are."""
+        """Fit a plan to all images of the given parts and measure it on them. A plan's own thresholds are not
+        changed."""
         config, L = self._config(plan), self.depth
         key = f"fitted {' '.join(parts)} {plan.counts} {config.to_json()}"
         known = self.meter.notes.get(key)
@@ -184,7 +186,7 @@ class Fitting:
         return 0, Trail(states=states, thresholds=(), owed=0.0)
 
     def _every(self, images: int) -> int:
-        """Keep the states of every n-th block only, so that two passes fit :data:`MEMORY`; returns n, the same on every
+        """The n for which the states of every n-th block, over two passes, fit into :data:`MEMORY`; the same on every
         process."""
         parameter = next(self._model.parameters())
         nbytes = images * self.costs.N * self._model.embed_dim * parameter.element_size() / world_size()
@@ -193,7 +195,7 @@ class Fitting:
     def _through(self, block: FittingBlock, trail: Trail, plan: Plan, parts: tuple[str, ...]) -> Trail:
         """All batches through a block."""
         index, owed = block.block_index, trail.owed
-        last = index >= self.costs.merging  # it serves the leading tokens alone
+        last = index >= self.costs.merging  # it computes only the leading tokens
         if plan.thresholds is None and self.adapt != "static" and not last and plan.counts[index] > 0:
             block.theta, owed = self._threshold(block, trail.states, plan.counts[index] + owed, parts)
         states = [self._step(block, state, last) for state in trail.states]
@@ -202,9 +204,9 @@ class Fitting:
     def _threshold(
         self, block: FittingBlock, states: list[State], wanted: float, parts: tuple[str, ...]
     ) -> tuple[float | None, float]:
-        """The threshold with which so many tokens of an image merge on average, and what is left to the next block: an
-        r that a batch shares is a whole number."""
-        block.theta = -1.0  # so that it looks for partners
+        """The threshold at which ``wanted`` tokens per image merge on average, and the rest that the next block should
+        make up for: if a batch shares one r, that is a whole number."""
+        block.theta = -1.0  # with any threshold the block looks for partners
         own_batches = [(state.tokens.images.B, block.similarities(state.tokens)) for state in states]
         of_batches = self._of_all(own_batches, parts)
         images = sum(B for B, _ in of_batches)
@@ -237,7 +239,7 @@ class Fitting:
         return together(self._of_all(rows, parts))
 
     def _of_all(self, of_batches: list[T], parts: tuple[str, ...]) -> list[T]:
-        """What each process has for its own batches of each part, for all batches."""
+        """Gather what each process has for its own batches of each part; all batches, in order."""
         every, first = [], 0
         for part in parts:
             after = first + len(self.meter.base[part])
@@ -262,10 +264,10 @@ class Fitting:
 
 
 def check_hooks(model: VisionTransformer) -> None:
-    """Refuse hooks that a fitting pass, which goes through the model block by block, would not call.
+    """Refuse hooks that a fitting pass would not call, because it runs the model block by block.
 
     Raises:
-        ValueError: they are named.
+        ValueError: there are such hooks; the message names them.
     """
     watched = {"the model": model, "blocks": model.blocks, **{f"blocks.{i}": b for i, b in enumerate(model.blocks)}}
     for name, module in watched.items():

@@ -1,9 +1,9 @@
-"""Measures configurations beside the unmerged model on parts of some images.
+"""Measures configurations against the unmerged model on parts of the images.
 
-By their GFLOPs, their divergence (:mod:`atm_triton.measure.comparison`) and their *change*: the mean of a power of an
-image's divergence. One image in hundreds decides the mean of the divergence itself, so few images tell little of it; a
-lower power needs fewer images, but one too low does not see the hard ones at all. Nothing is measured twice, also not
-by a later run that finds the notes of this one.
+A configuration has a cost in GFLOPs, a divergence (:mod:`atm_triton.measure.comparison`) and a *change*: the mean over
+images of a power of their divergence. One image in hundreds decides the mean divergence itself, so a few images say
+little about it. A lower power needs fewer images, but if it is too low the hard images do not count. Nothing is
+measured twice, not even by a later run that finds the notes of this one.
 """
 
 from collections.abc import Callable
@@ -22,13 +22,13 @@ from atm_triton.measure.distributed import in_order, own
 from atm_triton.measure.evaluate import compare, share, unpatched_answers
 from atm_triton.patch import apply_patch
 
-POWER = 2 / 3  # of the divergence of an image
+POWER = 2 / 3  # exponent of an image's divergence
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Of a number of images, each float64 [n]: GFLOPs, divergence and agreement, None of features; and the tokens that
-    each block merged [n, L]."""
+    """What n images cost and changed, float64 [n]: GFLOPs, divergence and agreement (None for features); and how many
+    tokens each block merged [n, L]."""
 
     gflops: Tensor
     divergence: Tensor
@@ -41,8 +41,8 @@ COLUMNS = [field.name for field in fields(Measured)]
 
 @dataclass(frozen=True)
 class Mean:
-    """The same on average, agreement in [0, 1]; ``p99``: the 99th percentile of the divergence, ``change``: its mean to
-    the power :data:`POWER`."""
+    """Means of a :class:`Measured`, agreement in [0, 1]. ``p99``: the 99th percentile of the divergence; ``change``:
+    the mean of the divergence to the power :data:`POWER`."""
 
     gflops: float
     divergence: float
@@ -71,14 +71,15 @@ class Mean:
 
 
 class Meter:
-    """Measures configurations beside the unmerged model on parts of the images.
+    """Measures configurations against the unmerged model on parts of the images.
 
     Args:
         model: unpatched, in eval mode.
-        parts: by name the batches [B, C, H, W] of a part, the same on every process.
-        fields: of every configuration (``cls_only_last``, ``backend``).
+        parts: the batches [B, C, H, W] of each part by its name, the same on every process.
+        fields: fields that all configurations have in common (``cls_only_last``, ``backend``).
         by: how answers are compared; None: as fits the model.
-        saw: called after each pass with the number of images that went through the model, or their share of it.
+        saw: called after each pass with the number of images that went through the model; a pass through some of the
+            blocks counts for that share.
     """
 
     def __init__(
@@ -91,7 +92,7 @@ class Meter:
     ) -> None:
         self.model, self.parts, self.fields, self.images, self._saw = model, parts, fields, 0.0, saw
         self.by = measure_of(model) if by is None else by
-        self.warns = False  # where most tokens are gone early: a search tries that too
+        self.warns = False  # whether to warn if most tokens are gone early; a search tries such plans too
         self._patched = share(model)
         self.base: dict[str, list[Tensor]] = {}  # the unmerged model's answers to the batches of this process
         for name, batches in parts.items():
@@ -100,27 +101,27 @@ class Meter:
         self.remember(None)
 
     def count(self, images: float) -> None:
-        """So many images went through the model."""
+        """Count images that went through the model."""
         self.images += images
         self._saw(images)
 
     def remember(self, path: Path | None) -> None:
-        """Measure nothing twice: what was measured goes to the file, from which an interrupted run goes on."""
+        """Keep measurements in this file, and take those that an interrupted run has left there."""
         batch_size = max(len(batches[0]) for batches in self.parts.values())
         answers = [in_order([x.double().abs().mean().item() for x in batches]) for batches in self.base.values()]
         settings = [list(MEASURES).index(self.by.name), POWER, batch_size]
         self.notes = Notes(path, settings + [mean for means in answers for mean in means])
 
     def spread(self) -> float:
-        """By how much what is compared of the unmerged model's answers differs between two images, at most: in nats, or
-        in a unit vector's coordinate."""
+        """The largest difference between two images in one compared value of the unmerged model's answers: in nats, or
+        in a coordinate of a unit vector."""
         parts = self.base.values()
         ends = [in_order([torch.stack(self.by.coordinates(x).aminmax(dim=0)) for x in of_part]) for of_part in parts]
         low, high = torch.stack([of_batch for of_part in ends for of_batch in of_part]).unbind(1)
         return (high.amax(0) - low.amin(0)).max().item()
 
     def normalised(self) -> bool:
-        """Whether the unmerged model answers with probabilities: all from 0 to 1, of classes with a sum of 1."""
+        """Whether the unmerged model answers with probabilities: all in [0, 1], and for classes summing to 1."""
         if self.by.of_features:
             return False
         parts = self.base.values()
@@ -139,7 +140,7 @@ class Meter:
         return measured
 
     def mean(self, config: ATMConfig, parts: tuple[str, ...]) -> Mean:
-        """On all images of some parts."""
+        """Means over all images of the given parts."""
         key = f"{' '.join(parts)} {config.to_json()}"
         known = self.notes.get(key)
         if known is None:
@@ -154,7 +155,7 @@ def together(parts: list[Measured]) -> Measured:
 
 
 def measured_of(columns: dict[str, Tensor]) -> Measured:
-    """From columns by name; of features "agree" is missing."""
+    """Make a :class:`Measured` of columns by name. Features have no "agree"."""
     return Measured(
         gflops=columns["gflops"], divergence=columns["divergence"], agree=columns.get("agree"), merged=columns["merged"]
     )

@@ -1,4 +1,4 @@
-"""A progress bar, or a line now and then on what is no terminal."""
+"""A progress bar, or a line now and then if stderr is not a terminal."""
 
 import sys
 
@@ -11,7 +11,7 @@ COUNTED = "{n:.0f} of {total:.0f} image passes, {remaining} left{postfix}"
 
 
 class Progress(tqdm):
-    """tqdm's bar over about ``total`` images through the model; lines where stderr is no terminal."""
+    """tqdm's bar over about ``total`` images through the model; separate lines if stderr is not a terminal."""
 
     total: float
     n: float
@@ -24,7 +24,7 @@ class Progress(tqdm):
         super().__init__(total=total, bar_format=bar, disable=bool(silent("" if shown else None)), **every)
 
     def update(self, n: float = 1) -> bool | None:
-        self.total = max(self.total, self.n + n)  # it was an estimate
+        self.total = max(self.total, self.n + n)  # the total was an estimate
         return super().update(n)
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
@@ -36,5 +36,5 @@ class Progress(tqdm):
     def close(self) -> None:
         if self.lines and not self.disable:
             self.display()
-            self.disable = True  # tqdm would end its line once more
+            self.disable = True  # otherwise tqdm would end its line once more
         super().close()

@@ -1,4 +1,4 @@
-"""Measurements that outlive an interrupted run, in a file with a line for each."""
+"""Keeps measurements in a file, one per line, so that they survive an interrupted run."""
 
 import json
 import math
@@ -9,15 +9,15 @@ from atm_triton.measure.distributed import from_first, rank
 
 
 class Notes:
-    """By name, lists of numbers, None among them. Under torchrun only the first process reads and writes; all know what
-    it read.
+    """Lists of numbers or None, each under a name. Under torchrun only the first process reads and writes the file; all
+    processes know what it read.
 
     Args:
-        path: of the file; None: nothing outlives.
-        mark: numbers that tell what is measured; those of the file must equal them to 1e-5.
+        path: the file; None: nothing is kept.
+        mark: numbers that identify the model and the images; the file's own must equal them to 1e-5, relative.
 
     Raises:
-        ValueError: the file is of another model, or of other images, or another process writes it.
+        ValueError: the file belongs to another model or other images, or another process is writing it.
     """
 
     def __init__(self, path: Path | None, mark: list[float]) -> None:
@@ -50,7 +50,7 @@ class Notes:
 
 
 def _held(path: Path) -> TextIO:
-    """The file, to append to, which nobody else may hold as long as it is open, where a system knows locks."""
+    """Open the file to append to, and lock it if the system can: no other process may hold it while it is open."""
     file = path.open("a")
     try:
         import fcntl
@@ -60,13 +60,13 @@ def _held(path: Path) -> TextIO:
         raise ValueError(
             f"{path} is written by a calibration that still runs; wait, or choose another --out"
         ) from error
-    except (ImportError, OSError):  # Windows; file systems that lock nothing
+    except (ImportError, OSError):  # Windows; file systems without locks
         pass
     return file
 
 
 def _lines(path: Path) -> list[list]:
-    """What is readable of it: the last line may be cut short."""
+    """The complete lines of the file; the last one may be cut short."""
     try:
         lines = [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
     except ValueError as error:

@@ -1,10 +1,10 @@
 """The search of a calibration: how many tokens each block should merge, for a goal in GFLOPs.
 
 It starts from three kinds of plan: the paper's curve (Eq. 1), the same mean count in every block, and counts allotted
-by what merging in one block alone changes. What blocks change does not add up, so the best of these are then changed at
-random, at equal cost, where a whole pass says that this is better. All this is measured on the images to fit; the last
-plans are judged on images to choose by. Labels are never used. The search is seeded: a run that goes on where another
-was interrupted asks the same questions.
+by how much merging in each block alone changes. These changes do not add up, so the search then varies the best plans
+at random, at equal cost, and keeps a variation if a whole pass finds it better. All this is measured on the "fit"
+images; the last plans are judged on the "choose" images. Labels are never used. The search is seeded, so a run that
+continues an interrupted one asks for the same measurements.
 """
 
 import math
@@ -21,19 +21,19 @@ from atm_triton.calibration.fitting import Fitted, Fitting, Plan, theta_at
 from atm_triton.calibration.measuring import Mean
 from atm_triton.reference import threshold
 
-SEEN = ("fit", "choose")  # parts of the images
-LEVELS = (1 / 16, 1 / 8, 1 / 4, 1 / 2)  # of the candidates of a block: what it alone merges, to see what that changes
+SEEN = ("fit", "choose")  # the parts of the images that the search may see
+LEVELS = (1 / 16, 1 / 8, 1 / 4, 1 / 2)  # shares of a block's candidates: each block merges these alone, as a probe
 CURVES = ((0.0, 1.0), (0.5, 6.0), (1.0, 6.0), (1.0, 15.0), (1.5, 15.0))  # log10((1 - theta_min) / (1 - alpha)), blocks
-STEPS = ((3, 10), (2, 12), (1, 24))  # so many plans are changed so many times each, then the worst is left
-CLOSE = 0.002  # of the unmerged model's cost: how near a measured cost must come to the goal
-FAR = 0.01  # no farther, where costs change in steps
-STEEP = 10  # the change falls with this power of the cost, about: what compares plans of slightly different cost
-TIE = 0.03  # a plan that was fitted more must be better by more than this share of the change
+STEPS = ((3, 10), (2, 12), (1, 24))  # rounds: how many of the best plans go on, how many variations of each are tried
+CLOSE = 0.002  # how near a measured cost must come to the goal, as a share of the unmerged model's cost
+FAR = 0.01  # the same where costs change in steps
+STEEP = 10  # the change falls with about this power of the cost; used to compare plans of slightly different cost
+TIE = 0.03  # a plan that was fitted longer must beat an earlier one by more than this share of the change
 
 
 class Search:
-    """The best plan for a goal. ``most``: blocks that merge; None: any number. ``show`` is told the least mean
-    divergence."""
+    """Finds the best plan for a goal. ``most``: how many blocks may merge; None: any number. ``show`` is called with
+    the least mean divergence so far."""
 
     def __init__(
         self, fitting: Fitting, proportional: bool, most: int | None, seed: int, show: Callable[[float], None]
@@ -46,7 +46,7 @@ class Search:
         return Plan(counts, proportional_attention=self.proportional)
 
     def run(self, goal: float) -> Fitted:
-        """The plan that changes least at a cost of ``goal``, fitted to the images that the search may see."""
+        """The plan that changes least at a cost of ``goal``, fitted to all images that the search may see."""
         beam = self.starts(goal)
         last = beam[:2]
         for kept, steps in STEPS:
@@ -77,8 +77,8 @@ class Search:
         return [*(start for start in starts if start in best), *(start for start in starts if start not in best)]
 
     def settled(self, plan: Plan, goal: float, parts: tuple[str, ...] = ("fit",), tries: int = 4) -> Fitted:
-        """A plan, scaled until it costs ``goal`` on parts of the images, or as nearly as in so many tries."""
-        low, high, scale = -math.inf, math.inf, 0.0  # of log: too dear, too cheap, tried now
+        """The plan scaled until it costs ``goal`` on these parts of the images, as nearly as ``tries`` tries allow."""
+        low, high, scale = -math.inf, math.inf, 0.0  # logs: too expensive, too cheap, tried now
         tried: list[tuple[float, Fitted]] = []
         for _ in range(tries):
             fitted = self.fitting.run(plan.scaled(math.exp(scale)), *parts)
@@ -103,7 +103,7 @@ class Search:
         self._show(self._least)
 
     def plainest(self) -> Plan:
-        """One threshold for all blocks, or one r, which merge nearly nothing; where few blocks may merge, the first."""
+        """A plan that merges almost nothing: one threshold, or one r, for all blocks, or for the first ``most``."""
         few = self.most < self.costs.merging
         if self.fitting.adapt == "static" or few:
             return self.plan(tuple(float(block < self.most) for block in range(self.costs.merging)))
@@ -112,7 +112,7 @@ class Search:
     # ------------------------------------------------------------------------------------------ plans to begin with
 
     def allotted(self, goal: float) -> tuple[float, ...]:
-        """Counts by the change of each block alone: those with the least sum of changes for the cost."""
+        """The counts with the least sum of changes at the cost ``goal``, given what each block changes alone."""
         losses, grid = self.losses()
         blocks = list(range(self.costs.merging))
         while len(blocks) > self.most:  # leave out the block without which the others change least
@@ -121,8 +121,8 @@ class Search:
         return self._least_sum(losses, grid, blocks, goal)[0]
 
     def losses(self) -> tuple[Tensor, Tensor]:
-        """The change [blocks, counts] where one block alone merges so many tokens [counts]: measured at some counts, a
-        power law between and beyond."""
+        """The change [blocks, counts] if one block alone merges, and the counts [counts]: measured at some counts, and
+        a power law between and beyond these."""
         M, half = self.costs.merging, (self.costs.N - self.costs.prefix) / 2
         self.fitting.run(self.plan((0.0,) * M), "fit")
         self.fitting.keep()
@@ -142,13 +142,13 @@ class Search:
     def _least_sum(
         self, losses: Tensor, grid: Tensor, blocks: list[int], goal: float
     ) -> tuple[tuple[float, ...], float]:
-        """Of some blocks the counts of the least sum of losses for a cost, and that sum: at a price of a GFLOP, each
-        block merges as many tokens as pay."""
+        """The counts, in these blocks only, with the least sum of losses at the cost ``goal``, and that sum. A GFLOP
+        has a price, and each block merges as many tokens as pay at that price."""
         M = self.costs.merging
         alone = [[float(other == block) for other in range(M)] for block in range(M)]
         saved = torch.tensor([self.costs.highest - self.costs.of(counts) for counts in alone]).double()
         mask = torch.tensor([block in blocks for block in range(M)])
-        low, high = -40.0, 40.0  # of the log of the price
+        low, high = -40.0, 40.0  # log of the price
         for _ in range(40):
             middle = (low + high) / 2
             gain = math.exp(middle) * saved[:, None] * grid - losses
@@ -160,7 +160,7 @@ class Search:
         return counts, losses.gather(1, best[:, None]).sum().item()
 
     def curves(self, goal: float, near: Fitted) -> list[Fitted]:
-        """Eq. 1 by several spreads and rises, at the cost of the goal. ``near``: what tells where to begin."""
+        """Plans by Eq. 1 with several spreads and rises, at the cost ``goal``. ``near``: a plan to start from."""
         if self.fitting.adapt == "static":
             return []
         thetas = [theta for theta in near.config.thresholds or () if theta is not None]
@@ -175,7 +175,7 @@ class Search:
     # ---------------------------------------------------------------------------------------------- changes of a plan
 
     def climbed(self, best: Fitted, steps: int, goal: float) -> Fitted:
-        """A plan, changed where that is better."""
+        """The plan after ``steps`` random changes, of which only those are kept that improve it."""
         for _ in range(steps):
             child = self.fitting.run(self.changed(best, goal), "fit")
             self.saw(child)
@@ -185,9 +185,9 @@ class Search:
         return best
 
     def changed(self, fitted: Fitted, goal: float) -> Plan:
-        """A plan with a few or all of its counts changed, at the same cost."""
+        """The plan with some or all of its counts changed at random, at the same cost."""
         counts, rng = list(fitted.mean.merged[: self.costs.merging]), self.rng
-        missing = fitted.mean.gflops - self.costs.of(counts)  # images differ, and cost more than their mean
+        missing = fitted.mean.gflops - self.costs.of(counts)  # images differ, and cost more than one of mean counts
         merging = [block for block, r in enumerate(counts) if r > 0]
         idle = [block for block, r in enumerate(counts) if r == 0]
         if idle and len(merging) < self.most and rng.random() < 0.3:
@@ -204,7 +204,7 @@ class Search:
         return replace(fitted.plan, thresholds=None, counts=self.costs.scaled(counts, goal - missing))
 
     def grouped(self, fitted: Fitted, goal: float) -> list[Fitted]:
-        """The plan with other groups or attention, if that is better."""
+        """Variants of the plan with another split depth or the other attention, if they are better."""
         depth = self.fitting.depth
         plan, better = fitted.plan, []
         for split in (depth, self.costs.merging // 2):
@@ -215,15 +215,15 @@ class Search:
 
 
 def eq1(distance: float, spread: float, rise: float, blocks: int) -> tuple[float, ...]:
-    """The paper's Eq. 1 with alpha at this distance from 1; 1 - theta_min is 10^spread times that, and theta_min is
-    reached after ``rise`` blocks."""
+    """Thresholds by the paper's Eq. 1: alpha is 1 - ``distance``, theta_min is 1 - 10^spread * ``distance``, and the
+    curve reaches theta_min after ``rise`` blocks."""
     alpha, lowest = theta_at(distance), theta_at(10**spread * distance)
     beta = math.log1p(alpha - lowest) / rise
     return tuple(threshold(block, alpha, beta, lowest) for block in range(1, blocks + 1))
 
 
 def at_goal(mean: Mean, goal: float) -> float:
-    """The change that a plan should have at the cost of the goal."""
+    """The change that the plan would have if it cost exactly ``goal``."""
     return mean.change * (mean.gflops / goal) ** STEEP
 
 
@@ -232,7 +232,7 @@ def ranked(fits: list[Fitted], goal: float) -> list[Fitted]:
 
 
 def expected(costs: Costs, images: dict[str, int]) -> float:
-    """How many images go through the model, roughly."""
+    """Roughly how many images will go through the model."""
     fits = 5 + 0.55 * len(LEVELS) * costs.merging + 3 * (len(CURVES) + 2) + 0.8 * sum(n * steps for n, steps in STEPS)
     seen = sum(images[part] for part in SEEN)
     return fits * images["fit"] + (len(STEPS) + 4) * images["choose"] + 3 * seen + 2 * sum(images.values())

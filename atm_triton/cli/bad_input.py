@@ -1,4 +1,4 @@
-"""Bad input at the command line: one line on standard error and exit code 2. A warning of ours is a line too."""
+"""Turns bad input at the command line into one line on standard error and exit code 2, and our warnings into a line."""
 
 import argparse
 import os
@@ -17,20 +17,20 @@ PACKAGE = Path(__file__).parents[1]
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's, whose errors are one line too, of several processes from one."""
+    """argparse's parser with one-line errors; of several processes only the first prints them."""
 
     def error(self, message: str) -> NoReturn:
         line = f"{self.prog}: {message}; {self.prog} --help says what there is\n"
         self.exit(2, None if int(os.environ.get("RANK", 0)) else line)
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
-        Printed(sys.stdout).flush()  # a help that nobody reads
+        Printed(sys.stdout).flush()  # a closed pipe is no error after --help
         super().exit(status, message)
 
 
 class Printed:
-    """Standard output. Where nobody reads it any more, as with ``| head``, what is printed goes nowhere, and what is
-    still to be done is done; ``gone`` tells."""
+    """Standard output that survives a closed pipe, as with ``| head``: further output is discarded, the command goes
+    on, and ``gone`` is True."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream, self.gone = stream, False
@@ -49,13 +49,14 @@ class Printed:
             return call(*arguments)
         except BrokenPipeError:
             self.gone = True
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())  # also for what Python flushes in the end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())  # also for what Python flushes at exit
             return None
 
 
 def exit_code(program: str, run: Callable[[], Any]) -> int:
-    """0 when ``run`` is done; 2, and "``program``: what was wrong", on a ValueError, TypeError or OSError, where a
-    GPU's memory is too small, or where nobody reads the output; 130, as a shell has it, on Ctrl-C."""
+    """Call ``run`` and return an exit code: 0 if it succeeds; 2 on a ValueError, TypeError or OSError, if the GPU runs
+    out of memory or if the output pipe is closed, after printing "``program``: what was wrong"; 130 on Ctrl-C, like a
+    shell."""
     printed = Printed(sys.stdout)
     try:
         with redirect_stdout(printed), _plain_warnings(program):
@@ -77,7 +78,7 @@ def exit_code(program: str, run: Callable[[], Any]) -> int:
 
 @contextmanager
 def _plain_warnings(program: str) -> Iterator[None]:
-    """Warnings of this package, which are for whoever runs the command, come without the place in its code."""
+    """Print this package's warnings without file and line: they are meant for whoever runs the command."""
     with warnings.catch_warnings():
         usual = warnings.showwarning
 
@@ -99,7 +100,7 @@ def _plain_warnings(program: str) -> Iterator[None]:
 
 
 def _one_line(error: Exception) -> str:
-    """The message; of an error that comes with a worker's traceback, its last line."""
+    """The error's message as one line; if it holds a worker's traceback, only the last line of that."""
     text = str(error).strip() or type(error).__name__
     if "Traceback (most recent call last)" in text:
         text = text.splitlines()[-1].partition(": ")[2]

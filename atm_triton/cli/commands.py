@@ -38,14 +38,14 @@ from atm_triton.training.finetune import finetune
 from atm_triton.training.folder import AVERAGED, RESULT, WEIGHTS, RunFolder
 
 DEIT = "deit_small_patch16_224"
-RANDOM_R = 8  # of every block, where no images tell thresholds what to do
+RANDOM_R = 8  # r of every block on random images, where thresholds mean nothing
 
 Batches = list[torch.Tensor]
 
 
 class Case(NamedTuple):
-    """What to time: an unpatched model and how it merges on these batches; ``given``: the records whose counts it takes
-    instead of its own; ``beside``: another configuration that is timed with it."""
+    """What to time: an unpatched model, batches, and how to merge. ``given``: records whose counts replace the model's
+    own; ``beside``: another configuration to time as well."""
 
     title: str
     model: VisionTransformer
@@ -79,7 +79,7 @@ def bench(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _cases(args: argparse.Namespace) -> Iterator[Case]:
-    """What to time, made one after the other, so that one alone is in memory."""
+    """Make the cases to time one after the other, so that only one is in memory."""
     if args.model == DIGITS or args.data is not None:
         yield _image_case(args)
     else:
@@ -136,8 +136,8 @@ def _random_case(args: argparse.Namespace, name: str) -> Case:
 
 @torch.inference_mode()
 def _counted_case(args: argparse.Namespace) -> Case:
-    """DeiT-S, random weights, on random images that merge as many tokens as the digits do: it has as many tokens and
-    blocks."""
+    """DeiT-S with random weights on random images, merging as many tokens as the digits model does. Both models have
+    the same number of tokens and blocks."""
     digits = _image_case(args)
     batch = digits.batches[0]
     apply_patch(digits.model, digits.config)(batch)
@@ -289,19 +289,19 @@ def _model(args: argparse.Namespace, **more: Any) -> VisionTransformer:
 
 
 def _measure(args: argparse.Namespace, model: VisionTransformer) -> Measure:
-    """What is asked for, or else what the file of thresholds promised by, or what fits the model."""
+    """The measure that the options ask for, else the one of the promise in --config, else the one that fits."""
     asked = args.dense or args.sigmoid
     promised = None if asked else promised_measure(args.config, model)
     return measure_of(model, args.dense, args.sigmoid) if promised is None else promised
 
 
 def _say_source(config: ATMConfig) -> None:
-    """Who decides how much merges, and where the thresholds come from."""
+    """Print the way to adapt, and where the thresholds come from."""
     print(f'adapt="{config.adapt}"' + (f"; {config.source}" if config.source else ""))
 
 
 def _say_logits(model: VisionTransformer) -> None:
-    """Which of its answers a model gives, if it has several."""
+    """Print what the logits are, if the model can compute them in several ways."""
     if hasattr(model, "logits_are"):
         print(f"logits: {model.logits_are}")
 
@@ -318,7 +318,7 @@ def _where(args: argparse.Namespace) -> str:
 
 
 def _changed(args: argparse.Namespace) -> bool:
-    """Whether anything but the way to adapt is given of how tokens merge."""
+    """Whether any option of merging other than --adapt is given."""
     of_blocks = args.split_depth is not None or args.proportional_attention is not None or args.all_tokens_last
     return _configured(args) or of_blocks or args.backend != "auto"
 
@@ -329,7 +329,7 @@ def _configured(args: argparse.Namespace) -> bool:
 
 
 def _as_published(model: VisionTransformer) -> str:
-    """What to say before the paper's figures for the model of that name."""
+    """A caveat to print before the paper's figures if this is not the model that they were measured on."""
     try:
         settled(ATMConfig(), model)
     except ValueError:
@@ -338,14 +338,14 @@ def _as_published(model: VisionTransformer) -> str:
 
 
 def _curve(args: argparse.Namespace) -> dict[str, Any]:
-    """What is given of the paper's curve (Eq. 1)."""
+    """The given parameters of the paper's curve (Eq. 1)."""
     curve = {name: getattr(args, name) for name in ("alpha", "beta", "theta_min")}
     return {name: value for name, value in curve.items() if value is not None}
 
 
 def _config(args: argparse.Namespace, model: VisionTransformer, default: ATMConfig | None = None) -> ATMConfig:
-    """What the options say: a file, a preset of the paper, a schedule or a curve, or else ``default``, the digits' own
-    or the paper's for the model; and single fields over that."""
+    """The configuration that the options ask for: a file, a preset of the paper, a schedule or a curve; else
+    ``default``, or the digits' or the paper's thresholds. Options for single fields are applied last."""
     curve = _curve(args)
     if args.config is not None:
         config = read_config(args.config, args.model, args.model_kwargs, args.checkpoint)
@@ -373,7 +373,7 @@ def _config(args: argparse.Namespace, model: VisionTransformer, default: ATMConf
     fields = {name: value for name, value in fields.items() if value not in (None, getattr(config, name))}
     changed = [name for name in fields if name != "backend"]
     if curve:
-        fields["source"] = ""  # no longer what it says
+        fields["source"] = ""  # the thresholds no longer come from there
     elif changed and config.source:
         fields["source"] = f"with another {' and another '.join(changed)} than {config.source}"
     config = replace(config, **fields)
@@ -392,12 +392,12 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; 0 when it is done, 2 on bad input."""
+    """Run a command and return its :func:`exit_code`."""
     args = parser(COMMANDS).parse_args(argv)
     try:
         return exit_code("atm-triton", lambda: _run(args))
     finally:
-        stop()  # after the error, if there was one: the others are told of it
+        stop()  # last, so that an error still reaches the other processes
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -416,7 +416,8 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _paths(args: argparse.Namespace, *names: str) -> dict[str, Path]:
-    """The files and directories that these options name; the images of visualize are a list, of calibrate a number."""
+    """The files and directories that these options name. --images is a list of them for visualize, but a number for
+    calibrate."""
     given = {name: getattr(args, name, None) for name in names}
     several = {f"{name} {path}": path for name, paths in given.items() if isinstance(paths, list) for path in paths}
     return {f"--{name}": Path(path) for name, path in (given | several).items() if isinstance(path, str | Path)}

@@ -1,4 +1,4 @@
-"""What ``atm-triton finetune`` makes of its options."""
+"""Turns the options of ``atm-triton finetune`` into a recipe, images and settings."""
 
 import argparse
 import math
@@ -26,10 +26,10 @@ AUGMENTATION = ("auto_augment", "color_jitter", "erasing")
 
 
 def check_options(args: argparse.Namespace) -> None:
-    """Refuse options that have no effect, or whose files would replace what is read.
+    """Refuse options that have no effect, or whose output would replace an input.
 
     Raises:
-        ValueError: with the option's name.
+        ValueError: the message names the option.
     """
     of_folders = ("val_data", *AUGMENTATION)
     idle: tuple[str, ...] = of_folders if _is_digits(args) else ("images",)
@@ -82,7 +82,7 @@ def recipe_of(args: argparse.Namespace) -> Recipe:
 
 
 def drop_path(args: argparse.Namespace) -> dict[str, float]:
-    """As an argument of the model's function."""
+    """The drop path rate as an argument of the model's function."""
     if "drop_path_rate" in args.model_kwargs:
         return {}
     baseline = 0.0 if _is_digits(args) else DROP_PATH
@@ -92,10 +92,10 @@ def drop_path(args: argparse.Namespace) -> dict[str, float]:
 def training_images(
     args: argparse.Namespace, model: VisionTransformer, recipe: Recipe
 ) -> tuple[TrainImages, DataLoader | ReadableImages]:
-    """What to train on, and what to judge by.
+    """The images to train on and the images to evaluate on.
 
     Raises:
-        OSError: directories that are not there; ValueError: classes that differ.
+        OSError: a directory does not exist; ValueError: their classes differ.
     """
     reading = {"limit": args.limit, "batch_size": recipe.batch_size, "workers": args.workers, "device": args.device}
     if _is_digits(args):
@@ -111,7 +111,7 @@ def training_images(
 
 
 def folders(args: argparse.Namespace) -> tuple[Path, Path]:
-    """Of images to train on, and to judge by."""
+    """The folders of images to train on and to evaluate on."""
     data = Path(args.data)
     train, judged = (data, Path(args.val_data)) if args.val_data is not None else (data / "train", data / "val")
     for path in (train, judged):
@@ -124,13 +124,13 @@ def folders(args: argparse.Namespace) -> tuple[Path, Path]:
 
 
 def workers(args: argparse.Namespace) -> int:
-    """Processes that load images to train on; of the digits an epoch is drawn at once."""
+    """How many processes load training images. 0 for the digits: an epoch of them is drawn at once."""
     return 0 if _is_digits(args) else args.workers
 
 
 def recalibration(args: argparse.Namespace, recipe: Recipe) -> Callable[[VisionTransformer], ATMConfig] | None:
-    """What finds thresholds for --max-gflops, without labels, on the training images as they are (of the digits: on the
-    calibration split); None: they are given."""
+    """A function that finds thresholds for --max-gflops, without labels, on the training images without augmentation
+    (for the digits: on the calibration split). None without --recalibrate."""
     if args.recalibrate is None:
         return None
     target = Target(max_gflops=args.max_gflops)
@@ -151,11 +151,12 @@ def recalibration(args: argparse.Namespace, recipe: Recipe) -> Callable[[VisionT
 def settings(
     args: argparse.Namespace, recipe: Recipe, images: TrainImages, config: dict[str, Any] | None
 ) -> dict[str, Any]:
-    """What decides the result: a run goes on with the same alone. Not where it runs, nor how images are loaded."""
+    """All settings that decide the result; a run can only be resumed with the same ones. Where it runs and how images
+    are loaded are not among them."""
     of_run = ("model", "model_kwargs", "pretrained", "data", "val_data", "limit", "dtype", "max_gflops")
     names = (*of_run, "calibration_images", "all_tokens_last", "proportional_attention", "backend")
     given = {name: getattr(args, name) for name in names}
-    given["adapt"] = None if args.recalibrate is None else args.adapt or args.usual_adapt  # else merging says it
+    given["adapt"] = None if args.recalibrate is None else args.adapt or args.usual_adapt  # else "merging" holds it
     given |= {"checkpoint_sha256": checksum(args.checkpoint), **drop_path(args), "merging": config}
     return given | recipe.to_dict() | images.settings
 

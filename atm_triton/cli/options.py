@@ -20,7 +20,7 @@ USUAL_ADAPT = "image"  # predictions change least and do not depend on the rest 
 BENCH_ADAPT = "batch"  # the short run of `make bench`; "image" times a DeiT-S on large batches too, which takes minutes
 GFLOPS = "in GFLOPs per image: 1e9 multiply-accumulates"
 BACKEND_HELP = "Triton kernels or plain torch (default: auto, the kernels where they run)"
-EXAMPLES = {  # of each command
+EXAMPLES = {  # one per command
     "bench": "atm-triton bench --model deit_small_patch16_224 --batch-size 64 --schedule 8 8 8 8 8 8 8 8 8 8 8 8",
     "eval": "atm-triton eval --model deit_small_patch16_224 --pretrained --data imagenet/val --max-gflops 3.3",
     "calibrate": "atm-triton calibrate --model vit_small_patch16_224 --checkpoint mine.safetensors "
@@ -33,7 +33,7 @@ EXAMPLES = {  # of each command
 
 
 class _Arguments(ParseKwargs):
-    """timm's NAME=VALUE, with an error where there is no value."""
+    """timm's NAME=VALUE, with an error if there is no value."""
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: str | None = None) -> None:
         for value in values:
@@ -43,7 +43,7 @@ class _Arguments(ParseKwargs):
 
 
 def parser(commands: Mapping[str, Callable[[argparse.Namespace], Any]]) -> argparse.ArgumentParser:
-    """Of ``commands`` by name; a docstring is a command's help, and what it is becomes ``run``."""
+    """A parser for ``commands`` by name. A command's docstring is its help; the command itself is stored as ``run``."""
     made: argparse.ArgumentParser = Parser(
         prog="atm-triton", description="Adaptive token merging for Vision Transformers."
     )
@@ -131,8 +131,8 @@ def _measure() -> argparse.ArgumentParser:
 
 
 def _merging(usual_adapt: str, why: str = "") -> argparse.ArgumentParser:
-    """``usual_adapt``: the way to adapt where neither --adapt nor what says how much merges has one; ``why``, if it is
-    not that of the other commands."""
+    """The options of merging. ``usual_adapt``: the way to adapt if neither --adapt nor the thresholds' source decides
+    it; ``why``: the reason, if it differs from the other commands'."""
     options = argparse.ArgumentParser(add_help=False)
     options.set_defaults(usual_adapt=usual_adapt)
     group = options.add_argument_group("merging (default: thresholds of the paper's tables, or the digits' own)")

@@ -1,4 +1,4 @@
-"""Tables and bar charts of what the commands measure."""
+"""Makes tables and bar charts of what the commands measure."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,11 +10,11 @@ from atm_triton.measure.comparison import Measure
 from atm_triton.measure.evaluate import Evaluation, Quality
 from atm_triton.measure.provenance import check_file
 
-COLOURS = {"timm": "0.6", "free-merge bound": "0.8", "ToMe": "C1", "ATM": "C0"}  # of a method the same in all plots
+COLOURS = {"timm": "0.6", "free-merge bound": "0.8", "ToMe": "C1", "ATM": "C0"}  # the same in all plots
 
 
 def throughput_table(rows: list[dict[str, Any]]) -> str:
-    """The rows of :func:`atm_triton.measure.throughput.measure`."""
+    """A table of the rows of :func:`atm_triton.measure.throughput.measure`."""
     lines = [
         f"{'':24} {'images/s':>9} {'slowest':>9} {'fastest':>9} {'speed-up':>8} {'bound/it':>8} {'GFLOPs':>7} "
         f"{'peak MiB':>8}"
@@ -33,14 +33,14 @@ def throughput_table(rows: list[dict[str, Any]]) -> str:
 
 
 def slower(rows: list[dict[str, Any]]) -> str | None:
-    """Which ways to merge are slower than the unpatched model; None: none is."""
+    """A warning that names the ways to merge that are slower than the unpatched model; None if none is."""
     ours = [row for row in rows if row["name"].startswith("ATM") and row["speedup"] < 1]
     told = " and ".join(f"{row['name']} has {row['speedup']:.2f} of timm's speed" for row in ours)
     return f"merging does not pay here: {told}; it does with larger batches, models or images" if ours else None
 
 
 def evaluation_table(outcome: Evaluation) -> str:
-    """All images, then the deciles from the easiest to the hardest."""
+    """A table with a row for all images, then one per decile from the easiest to the hardest."""
     overall = outcome.overall
     change, much = ("distance", "99th %ile") if overall.kl is None else ("agree %", "KL")
     lines = [f"{'':10} {'images':>7} {'top-1':>7} {'before':>7} {change:>9} {much:>9} {'GFLOPs':>7} {'own tokens':>10}"]
@@ -74,7 +74,7 @@ def _line(name: str, quality: Quality) -> str:
 
 
 def calibration_table(calibration: Calibration) -> str:
-    """What was found, and what it promises."""
+    """A text with the configuration that was found and what it promises."""
     config, promise = calibration.config, calibration.promise
     merging = config.thresholds or config.schedule or ()
     values = " ".join("-" if value is None else f"{value:g}" for value in merging)
@@ -110,7 +110,7 @@ def _promised_change(promise: Promise) -> list[str]:
 
 
 def left_out(broken: list[str]) -> str:
-    """Which images were not read."""
+    """A sentence that names the images that could not be read."""
     what = (
         "1 image could not be read and was" if len(broken) == 1 else f"{len(broken)} images could not be read and were"
     )
@@ -118,13 +118,13 @@ def left_out(broken: list[str]) -> str:
 
 
 def need_matplotlib() -> None:
-    """Raise ValueError where plots cannot be drawn: before an hour's run rather than after it."""
+    """Raise ValueError if matplotlib is missing, so that a long run fails at its start and not at its end."""
     if find_spec("matplotlib") is None:
         raise ValueError("plots need matplotlib: pip install 'atm-triton[paper]'")
 
 
 def check_plot(path: Path | None, option: str = "--plot") -> None:
-    """Fail before an hour's run rather than after it."""
+    """Check at the start of a run that its plot can be written at the end."""
     if path is None:
         return
     need_matplotlib()
@@ -134,7 +134,7 @@ def check_plot(path: Path | None, option: str = "--plot") -> None:
 
 
 def throughput_plot(cases: list[dict[str, Any]], path: Path) -> None:
-    """Images a second of every variant, a panel for each case, the turns' range as a whisker."""
+    """Plot images per second of every variant, one panel per case; whiskers show the range over the turns."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 3.4 * len(cases)), layout="constrained")
@@ -154,7 +154,7 @@ def throughput_plot(cases: list[dict[str, Any]], path: Path) -> None:
 
 
 def training_plot(epochs: list[dict[str, Any]], path: Path) -> None:
-    """Loss and top-1 by epoch, of the rows of :func:`atm_triton.training.finetune.finetune`."""
+    """Plot loss and top-1 by epoch from the rows of :func:`atm_triton.training.finetune.finetune`."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")

@@ -1,8 +1,8 @@
-"""How answers of the merged model are compared with the unmerged one's: as classes, as labels, or as features.
+"""Compares answers of the merged model with the unmerged model's: as classes, as labels, or as features.
 
-What fits is told by the model: logits of classes are compared through their softmax; a single logit, and logits of
-labels that do not exclude one another, each through its sigmoid; without a head there are no classes, and the pooled
-feature is compared by its direction, or the patch tokens where those are read.
+The model decides which measure fits. Logits of classes are compared through their softmax. A single logit, and logits
+of labels that do not exclude one another, are compared each through its sigmoid. A model without a head has no
+classes: its pooled feature is compared by direction, or its patch tokens if those are what is read.
 """
 
 from dataclasses import dataclass
@@ -24,16 +24,16 @@ MEASURES = {
 
 @dataclass(frozen=True)
 class Measure:
-    """How answers of two models to B images are compared.
+    """How to compare the answers of two models to B images.
 
     Args:
-        name: one of :data:`MEASURES`; answers, their divergence and their agreement are, for an image,
+        name: one of :data:`MEASURES`. It defines the answers; their divergence; their agreement, per image:
 
-            "softmax": logits [B, K] of classes; KL(unmerged || merged) in nats; 1 if the largest is of one class.
-            "sigmoid": logits [B, K] of labels; the same KL of a label's two outcomes, its mean over the labels; the
-            share of the labels that are decided alike at a probability of 0.5.
-            "pooled": the pooled feature [B, C]; the distance 1 - cosine, in [0, 2]; none.
-            "dense": the patch tokens [B, N, C]; the mean of their distances; none.
+            "softmax": logits [B, K] of classes; KL(unmerged || merged) in nats; 1 if both name the same class, else 0.
+            "sigmoid": logits [B, K] of labels; the KL of a label's two outcomes, averaged over the labels; the share of
+            labels that both decide alike at a probability of 0.5.
+            "pooled": the pooled feature [B, C]; the distance 1 - cosine, in [0, 2]; no agreement.
+            "dense": the patch tokens [B, N, C]; the mean of their distances; no agreement.
 
     Raises:
         ValueError: an unknown name.
@@ -50,7 +50,7 @@ class Measure:
 
     @property
     def of_features(self) -> bool:
-        """Whether there is no agreement, and the divergence is a distance."""
+        """Whether features are compared: the divergence is then a distance, and there is no agreement."""
         return self.name in ("pooled", "dense")
 
     @property
@@ -60,7 +60,7 @@ class Measure:
 
     @property
     def divergence(self) -> str:
-        """What results call the divergence: "kl" or "distance"."""
+        """The name of the divergence in results: "kl" or "distance"."""
         return "distance" if self.of_features else "kl"
 
     def answers(self, model: VisionTransformer, images: Tensor) -> Tensor:
@@ -71,8 +71,8 @@ class Measure:
         return answers.float().cpu()
 
     def coordinates(self, answers: Tensor) -> Tensor:
-        """What of answers is compared, float64: log-probabilities [B, K], or of both outcomes [B, K, 2]; or directions
-        [B, C] or [B, N, C]."""
+        """The part of answers that is compared, float64: log-probabilities [B, K], or those of both outcomes [B, K, 2],
+        or unit vectors [B, C] or [B, N, C]."""
         answers = answers.double()
         if self.name == "softmax":
             return F.log_softmax(answers, dim=-1)
@@ -81,7 +81,7 @@ class Measure:
         return F.normalize(answers, dim=-1)
 
     def compared(self, before: Tensor, after: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The divergence and the agreement of each image, float64 [B]; of features no agreement."""
+        """The divergence and the agreement of each image, float64 [B]; the agreement is None for features."""
         b, a = self.coordinates(before), self.coordinates(after)
         of_each = ((b - a) ** 2 / 2 if self.of_features else b.exp() * (b - a)).sum(-1)  # 1 - cos = |b - a|^2 / 2
         divergence = of_each if of_each.dim() == 1 else of_each.mean(1)
@@ -92,7 +92,7 @@ class Measure:
         return divergence, ((before > 0) == (after > 0)).double().mean(1)
 
     def text(self, divergence: float, agreement: float | None, p99: float | None) -> str:
-        """Means over some images, in words; ``p99``: the 99th percentile of the divergence."""
+        """Say means over some images in words; ``p99``: the 99th percentile of the divergence."""
         if self.of_features:
             return f"distance {divergence:.2g}, 99th percentile {p99:.2g}"
         return f"KL {divergence:.2g}, agreement {agreement:.4g}"
@@ -102,13 +102,13 @@ def measure_of(model: VisionTransformer, dense: bool = False, sigmoid: bool = Fa
     """The measure that fits a model.
 
     Args:
-        dense: the caller reads patch tokens (``forward_features``), whatever the head says.
-        sigmoid: the logits are of labels that do not exclude one another. A single logit is known to be.
+        dense: the caller reads patch tokens (``forward_features``), whatever the head is.
+        sigmoid: the labels do not exclude one another. A single logit is always treated so.
 
     Raises:
         TypeError: a head that cannot be looked into.
-        ValueError: both of them, ``sigmoid`` of a model without a head, or a model that pools nothing and is not
-            ``dense``.
+        ValueError: both are given, ``sigmoid`` is given for a model without a head, or the model pools nothing and
+            ``dense`` is not given.
     """
     if dense and sigmoid:
         raise ValueError("dense compares patch tokens and sigmoid the labels of a head; give one of the two")
@@ -130,5 +130,5 @@ def measure_of(model: VisionTransformer, dense: bool = False, sigmoid: bool = Fa
 
 
 def percentile(divergence: Tensor) -> float:
-    """The 99th percentile of the divergence of n images [n]: that of one of them, of up to 100 the largest."""
+    """The 99th percentile of the divergence of n images [n]: always one image's value, up to 100 images the largest."""
     return divergence.quantile(0.99, interpolation="higher").item()

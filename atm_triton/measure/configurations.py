@@ -1,4 +1,4 @@
-"""Configurations from files, and whether they are of the model at hand."""
+"""Reads configurations from files, and checks that they belong to the model at hand."""
 
 import hashlib
 import json
@@ -19,11 +19,12 @@ def digits_config(adapt: str = "batch") -> ATMConfig:
 
 
 def read_config(path: Path, model: str, model_kwargs: dict[str, Any], checkpoint: Path | None) -> ATMConfig:
-    """The configuration in a JSON file of :class:`ATMConfig`'s, or of a result that holds one, for a model by name with
-    the weights of a file, or with its own.
+    """Read a configuration from a JSON file, :class:`ATMConfig`'s own or a result that holds one, and check that it
+    belongs to this model and these weights (``checkpoint``; None: the model's own).
 
     Raises:
-        OSError: no such file; ValueError: it holds none, or one that was calibrated for another model.
+        OSError: no such file.
+        ValueError: the file holds no configuration, or one that was calibrated for another model or other weights.
     """
     if not path.is_file():
         raise FileNotFoundError(f"--config {path} is no file; atm-triton calibrate makes one")
@@ -46,10 +47,10 @@ def read_config(path: Path, model: str, model_kwargs: dict[str, Any], checkpoint
 
 
 def promised_measure(path: Path | None, model: VisionTransformer) -> Measure | None:
-    """The measure by which the file of a calibration promises; None of a file that promises nothing.
+    """The measure of the promise in a calibration's file; None if the file holds no promise.
 
     Raises:
-        ValueError: it does not fit the model.
+        ValueError: the measure does not fit the model.
     """
     document = {} if path is None else json.loads(path.read_text())
     promise = document.get("promise")
@@ -68,7 +69,7 @@ def promised_measure(path: Path | None, model: VisionTransformer) -> Measure | N
 
 
 def checksum(checkpoint: Path | None) -> str | None:
-    """What tells a file of weights from others; None for a model's own."""
+    """The SHA-256 of a file of weights; None for a model's own weights."""
     if checkpoint is None:
         return None
     if not checkpoint.is_file():

@@ -1,7 +1,7 @@
-"""Several processes, one result: under torchrun each takes every so many-th batch, and all see the rows of all.
+"""Several processes, one result: under torchrun processes take batches in turn, and each gets the rows of all.
 
-Whole batches are dealt out, so that a batch holds the same images as with one process: with one r a batch that decides
-what merges. Rows come together in the order of the batches, so that sums are those of one process, to the bit.
+Whole batches are dealt out, so that a batch holds the same images as with one process: with one r per batch, its images
+decide what merges. Rows are gathered in the order of the batches, so that sums equal those of one process, to the bit.
 """
 
 import os
@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
-WAIT = timedelta(hours=2)  # for the slowest process to come to a meeting point
-ANSWER = 2.0  # seconds in which every process that lives says so
+WAIT = timedelta(hours=2)  # how long to wait for the slowest process where processes meet
+ANSWER = 2.0  # seconds within which every live process reports
 
 
 def rank() -> int:
@@ -30,12 +30,12 @@ def world_size() -> int:
 
 
 def silent(title: str | None) -> bool | None:
-    """Whether to show no bar, as tqdm wants it: one without a title, or that of another process than the first."""
+    """tqdm's ``disable``: True for a bar without a title and on every process but the first, else None."""
     return True if title is None or rank() else None
 
 
 def start(device: str) -> None:
-    """Join the processes that torchrun started, if it did."""
+    """Join the other processes, if torchrun started this one."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         return
     if device == "cuda":
@@ -44,7 +44,7 @@ def start(device: str) -> None:
             raise ValueError(f"torchrun starts {processes} processes on a machine of {gpus} GPUs; start {gpus}")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=WAIT)
-    signal.signal(signal.SIGTERM, lambda *_: _end())  # what torchrun sends when a process has died
+    signal.signal(signal.SIGTERM, lambda *_: _end())  # torchrun sends this when a process has died
 
 
 def stop() -> None:
@@ -53,17 +53,17 @@ def stop() -> None:
 
 
 def own(batches: Sequence[T]) -> list[T]:
-    """Of all batches those of this process."""
+    """The batches of this process."""
     return list(batches[rank() :: world_size()])
 
 
 def own_images(count: int, batch_size: int) -> list[int]:
-    """Which of ``count`` images make the :func:`own` batches."""
+    """The numbers of the images, out of ``count``, in the :func:`own` batches."""
     return [i for batch in own(torch.arange(count).split(batch_size)) for i in batch.tolist()]
 
 
 def from_first(value: T) -> T:
-    """What the first process has, on every one."""
+    """Send the first process's value to every process."""
     if world_size() == 1:
         return value
     values = [value]
@@ -75,7 +75,7 @@ def from_first(value: T) -> T:
 
 
 def in_order(rows: list[T]) -> list[T]:
-    """What each process has for its :func:`own` batches, for all batches, on every process."""
+    """Gather the rows that each process has for its :func:`own` batches; every process gets those of all batches."""
     if world_size() == 1:
         return rows
     shards: list[Any] = [None] * world_size()
@@ -88,7 +88,7 @@ def in_order(rows: list[T]) -> list[T]:
 
 
 def sum_over_processes(tensors: list[Tensor]) -> None:
-    """Replace each tensor, all of one dtype and device, by its sum over the processes."""
+    """Replace each tensor by its sum over the processes. All have one dtype and device."""
     if world_size() == 1:
         return
     flat = torch.cat([tensor.flatten() for tensor in tensors])
@@ -101,8 +101,8 @@ def sum_over_processes(tensors: list[Tensor]) -> None:
 
 
 def failed(line: str) -> bool:
-    """Say to the others that this process ends with an error, and whether it is for this one to print it: where all of
-    them fail alike, one does."""
+    """Tell the other processes that this one ends with an error. Returns whether this process should print it: if all
+    fail alike, only one does."""
     if world_size() == 1:
         return int(os.environ.get("RANK", 0)) == 0
     store = _store()
@@ -112,7 +112,7 @@ def failed(line: str) -> bool:
 
 
 def _end() -> NoReturn:
-    """Find out who has died without a word, let one of the others say so, and end."""
+    """Find out which processes died silently, let one of the others report it, and exit."""
     store = _store()
     store.set(f"alive {rank()}", "")
     time.sleep(ANSWER)
@@ -128,6 +128,6 @@ def _end() -> NoReturn:
 
 
 def _store() -> dist.Store:
-    """Torchrun's own, which lives as long as any process."""
+    """Torchrun's own store, which lives as long as any process."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     return dist.PrefixStore("atm-triton", dist.TCPStore(host, port, is_master=False, wait_for_workers=False))

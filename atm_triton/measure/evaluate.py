@@ -1,4 +1,4 @@
-"""What merging changes: accuracy, agreement with the unpatched model and divergence from it, cost, by difficulty."""
+"""Evaluates merging: accuracy, agreement with the unpatched model, divergence from it, and cost, by difficulty."""
 
 import copy
 from collections.abc import Callable, Iterable
@@ -25,11 +25,13 @@ Patch = Callable[[VisionTransformer], VisionTransformer]
 
 @dataclass(frozen=True)
 class Quality:
-    """Of a number of images: top-1 in percent, merged and unpatched (None where labels are not the model's classes),
-    the percentage that agrees with the unpatched model, mean KL(unpatched || merged) in nats and its standard error,
-    mean GFLOPs in the paper's convention, the mean number of tokens an image would keep by its own count (None without
-    one), and of features, which have neither agreement nor KL, the mean distance with its standard error, and its 99th
-    percentile. :class:`Measure` says what these are."""
+    """How good and how costly merging is on a number of images.
+
+    ``top1`` and ``top1_unpatched`` are in percent (None if labels are not the model's classes), ``agreement`` is the
+    percentage that agrees with the unpatched model, ``kl`` the mean KL(unpatched || merged) in nats, ``gflops`` the
+    mean in the paper's convention, ``own_tokens`` the mean number of tokens that an image would keep by its own count
+    (None without thresholds). Features have a mean ``distance`` and its 99th percentile instead of agreement and KL.
+    ``*_se`` are standard errors. :class:`Measure` defines these."""
 
     images: int
     top1: float | None
@@ -46,11 +48,11 @@ class Quality:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """``overall``, and ``deciles`` from the images that would keep the fewest tokens to those that would keep the most
-    (empty where no threshold tells images apart); ``saved``: the share of the unpatched model's MACs, in [0, 1];
-    ``top1_drop_se``: standard error of the difference in top-1, in points, from the images where the two differ;
-    ``tokens``: mean tokens that enter each block; ``gflops_all_tokens_last``: what it costs with a last block that
-    computes all its tokens, which changes no logit; ``measure``: the name of the :class:`Measure`."""
+    """The :class:`Quality` ``overall`` and in ``deciles``, from the images that would keep the fewest tokens to those
+    that would keep the most (empty without thresholds). ``saved``: the share of the unpatched model's MACs that merging
+    saves, in [0, 1]; ``top1_drop_se``: standard error of the paired difference in top-1, in points; ``tokens``: mean
+    tokens that enter each block; ``gflops_all_tokens_last``: the cost if the last block computes all its tokens, which
+    changes no logit; ``measure``: the name of the :class:`Measure`."""
 
     overall: Quality
     deciles: tuple[Quality, ...]
@@ -66,7 +68,7 @@ class Evaluation:
 
 
 def share(model: VisionTransformer) -> VisionTransformer:
-    """A copy of a model that shares its parameters and buffers, to be patched and measured on its own.
+    """Copy a model, sharing its parameters and buffers. The copy can be patched without changing the model.
 
     Raises:
         ValueError: the model is patched, or in training mode.
@@ -86,7 +88,7 @@ def unpatched_answers(
     title: str | None = "unpatched",
     measure: Measure | None = None,
 ) -> list[Tensor]:
-    """What a model answers to every batch, for several evaluations against it. ``measure``: None: what fits it."""
+    """A model's answers to every batch, to be used by several evaluations. ``measure``: None: as fits the model."""
     measure = measure_of(model) if measure is None else measure
     bar = tqdm(batches, desc=title, unit="batch", disable=silent(title))
     return [_unpatched(model, images, number, measure) for number, (images, _) in enumerate(bar)]
@@ -111,15 +113,15 @@ def evaluate(
 ) -> Evaluation:
     """Run an unpatched model with and without ``config`` over the same batches.
 
-    Of several processes (:mod:`atm_triton.measure.distributed`) each gives the batches of its own shard, and all get
-    the result over the batches of all.
+    With several processes (:mod:`atm_triton.measure.distributed`) each passes the batches of its own shard, and all
+    get the result over all batches.
 
     Args:
         model: unpatched, in eval mode; it stays so.
         batches: (images, labels), sized and re-iterable (a DataLoader without shuffling, or a list).
         config: how tokens merge, or a function that patches a model in place in another way and returns it.
-        base: :func:`unpatched_answers` to the same batches by the same measure, if they are at hand.
-        labelled: whether the labels are the model's classes; where it has none, they are not read.
+        base: :func:`unpatched_answers` to the same batches by the same measure, if you have them.
+        labelled: whether the labels are the model's classes; ignored if the model has no classes.
         title: of the progress bar; None for no bar.
         measure: how answers are compared; None: as fits the model.
 
@@ -147,10 +149,10 @@ def evaluate(
 def compare(
     patched: VisionTransformer, images: Tensor, before: Tensor, number: int, measure: Measure
 ) -> dict[str, Tensor]:
-    """A patched model on a batch, compared with the unpatched one's answers ``before``. For each image: the
-    ``divergence``, of logits whether they ``agree``, of classes which ``class``, ``macs``, ``gflops`` (``all_last``:
-    with a last block that serves all its tokens), ``tokens`` that enter each block, those ``merged`` in it and, where a
-    threshold is at work, ``own_tokens``; on the host."""
+    """Run a patched model on a batch and compare it with the unpatched model's answers ``before``. Returns columns with
+    a row per image, on the host: ``divergence``; for logits ``agree``; for classes the predicted ``class``; ``macs``
+    and ``gflops`` (``all_last``: GFLOPs if the last block computes all its tokens); ``tokens`` that enter each block;
+    tokens ``merged`` in it; and, with thresholds, ``own_tokens``."""
     after = measure.answers(patched, images)
     check_finite(after, "the merged model's answers", number)
     record, B = patched.blocks.last, len(images)
@@ -222,7 +224,7 @@ def _of_images(number: Number | float, B: int) -> Tensor:
 
 
 def _own_tokens(record: Record) -> Tensor | None:
-    """The tokens that each image would keep by its own count, on average over the blocks that compare with a theta."""
+    """The tokens that each image would keep by its own count, averaged over the blocks with a threshold."""
     kept = [n - counts.cpu() for n, counts in zip(record.tokens, record.counts, strict=True) if counts is not None]
     return torch.stack(kept).double().mean(0) if kept else None
 

@@ -20,12 +20,12 @@ from atm_triton.digits.render import render
 from atm_triton.measure.distributed import own_images
 from atm_triton.measure.models import DIGITS, data_config
 
-TRANSFORM = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")  # of an image for a model
-TEST_IMAGES = 4000  # of the digits' test split, where no limit is given
+TRANSFORM = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")  # of timm's data config
+TEST_IMAGES = 4000  # how many images of the digits' test split to take if no limit is given
 
 
 class DigitImages(Dataset):
-    """Rendered digits as the digits model takes them: normalised float32 [1, 112, 112], and the label."""
+    """Rendered digits with their labels, as the digits model takes them: normalised float32 [1, 112, 112]."""
 
     def __init__(self, split: str, count: int, seed: int = 0) -> None:
         self.digits = render(split, count, seed)
@@ -41,10 +41,10 @@ class DigitImages(Dataset):
 
 
 def _picture(path: str | Path, mode: str) -> Image.Image:
-    """An image file upright and in 8 bits, of mode "L" or "RGB". Pillow would cut wider values off at 255.
+    """Read an image file, upright and in 8 bits, in mode "L" or "RGB". Pillow alone would clip wider values at 255.
 
     Raises:
-        ValueError: its values are of no known range.
+        ValueError: the range of its values is unknown.
     """
     opened = Image.open(path)
     upright = ImageOps.exif_transpose(opened)
@@ -56,8 +56,9 @@ def _picture(path: str | Path, mode: str) -> Image.Image:
 
 
 class NamedImages(ImageFolder):
-    """torchvision's ImageFolder, whose errors say which file is to blame; grey for a model of one channel. ``lenient``:
-    an image that cannot be read is its path instead. ``spare``: samples to take others from."""
+    """torchvision's ImageFolder with errors that name the bad file; images are grey if the model has one channel.
+    ``lenient``: return the path of an image that cannot be read instead of raising. ``spare``: samples that may replace
+    unreadable ones."""
 
     def __init__(self, root: str, channels: int) -> None:
         self.mode, self.lenient = "L" if channels == 1 else "RGB", False
@@ -79,7 +80,7 @@ class NamedImages(ImageFolder):
             raise
 
     def readable(self, path: str, label: int) -> tuple[Tensor, int]:
-        """Raise ValueError where it cannot be read, also where ``lenient``."""
+        """Read an image; raise ValueError if it cannot be read, even if ``lenient``."""
         try:
             return self.transform(self.open(path)), label
         except Exception as error:
@@ -99,8 +100,8 @@ class AnyImages(NamedImages):
 
 
 class ReadableImages:
-    """Batches of a :class:`NamedImages` loader without the images that cannot be read, then as many others, as far as
-    there are spare ones. ``broken``: the paths of those that cannot be read, as far as they have been met."""
+    """Batches of a :class:`NamedImages` loader without the images that cannot be read, followed by as many spare ones
+    as there are. ``broken``: the paths of the unreadable images met so far."""
 
     def __init__(self, loader: DataLoader, dataset: NamedImages, batch_size: int) -> None:
         self.loader, self.dataset, self.batch_size = loader, dataset, batch_size
@@ -152,19 +153,19 @@ def open_images(
     dealt: bool = False,
     lenient: bool = False,
 ) -> DataLoader | ReadableImages:
-    """Batches of (images [B, C, H, W], labels [B]), in the order of the folder, as the model wants them.
+    """Batches of (images [B, C, H, W], labels [B]) in the order of the folder, prepared for the model.
 
     Args:
-        data: "digits", or a directory with one folder of images a class (as ImageNet's validation set).
-        split: of the digits: "train", "calibration" or "test".
-        limit: as many images as this, of a directory spread over all of it.
-        labelled: False: a directory may hold its images in any way, and what stands for labels means nothing.
-        dealt: of several processes each gets its own batches.
-        lenient: leave out what cannot be read, as :class:`ReadableImages`, where it would else be an error; where a
-            limit and no label is asked for, others of the directory take its place.
+        data: "digits", or a directory with one folder of images per class (like ImageNet's validation set).
+        split: the split of the digits: "train", "calibration" or "test".
+        limit: how many images to take; from a directory they are spread evenly over all of it.
+        labelled: False: the directory may have any layout, and the labels mean nothing.
+        dealt: give each process only its own batches.
+        lenient: leave unreadable images out (:class:`ReadableImages`) instead of raising. With a limit, without labels
+            and not ``dealt``, other images of the directory replace them.
 
     Raises:
-        ValueError: bad numbers, or digits for a model of another shape; OSError: a directory without images.
+        ValueError: a number is too small, or digits for a model of another shape; OSError: no images in the directory.
     """
     for name, number, least in (("batch size", batch_size, 1), ("limit", limit, 1), ("workers", workers, 0)):
         if number is not None and number < least:
@@ -206,7 +207,7 @@ def open_images(
 
 
 def open_image(model: VisionTransformer, path: Path) -> Tensor:
-    """One image file as the model takes it, [C, H, W].
+    """Open an image file and prepare it for the model, [C, H, W].
 
     Raises:
         OSError: no such file; ValueError: no readable image.
@@ -237,6 +238,6 @@ def _anywhere(data: str, channels: int) -> "AnyImages":
 
 
 def labels_fit(loader: DataLoader | ReadableImages, model: VisionTransformer) -> bool:
-    """Whether the labels are the model's classes: a folder for each of them, or the digits."""
+    """Whether the labels can be the model's classes: there are as many folders, or digits, as classes."""
     classes = getattr(loader.dataset, "classes", range(10))
     return len(classes) == model.num_classes

@@ -1,4 +1,4 @@
-"""Models by name: the digits' that comes with the package, or timm's."""
+"""Opens models by name: the digits model that comes with the package, or timm's."""
 
 from difflib import get_close_matches
 from pathlib import Path
@@ -20,17 +20,18 @@ DIGITS = "digits"
 def open_model(
     name: str = DIGITS, checkpoint: Path | None = None, pretrained: bool = False, **model_kwargs: Any
 ) -> VisionTransformer:
-    """A model in eval mode.
+    """Make a model, in eval mode.
 
     Args:
-        name: "digits", or any name of timm's or of :mod:`atm_triton.models`.
-        checkpoint: weights to load into it (safetensors, or a .pth file of tensors alone).
-        pretrained: download timm's published weights. With neither of the two, weights are random but the digits'.
-        model_kwargs: of the model's function, as ``global_pool="avg"``.
+        name: "digits", or any name that timm or :mod:`atm_triton.models` knows.
+        checkpoint: weights to load into it (safetensors, or a .pth file that holds only tensors).
+        pretrained: download timm's published weights. Without this and ``checkpoint`` weights are random, except the
+            digits model's.
+        model_kwargs: arguments of the model's function, such as ``global_pool="avg"``.
 
     Raises:
-        ValueError: an unknown name, or weights that do not fit; OSError: a file that cannot be read; TypeError: a model
-            that cannot be merged.
+        ValueError: the name is unknown or the weights do not fit; OSError: the file cannot be read; TypeError: tokens
+            of this model cannot be merged.
     """
     own = {"pretrained", "checkpoint_path", "features_only"} & model_kwargs.keys()
     if own:
@@ -51,13 +52,13 @@ def open_model(
 def _made(name: str, **arguments: Any) -> nn.Module:
     try:
         return timm.create_model(name, **arguments)
-    except Exception as error:  # an unknown tag, no network, no such file; an argument that some layer takes amiss
+    except Exception as error:  # an unknown tag, no network, no such file; an argument that some layer rejects
         reason = str(error) or f"{type(error).__name__}, with {arguments}"
         raise ValueError(f"model {name!r} cannot be made: {reason}") from error
 
 
 def check_weights(name: str, checkpoint: Path | None, pretrained: bool) -> None:
-    """Refuse a model by name that is unknown, or whose weights would be random."""
+    """Refuse a model whose name is unknown or whose weights would be random."""
     _check_name(name)
     if name != DIGITS and checkpoint is None and not pretrained:
         raise ValueError(f"{name} would have random weights: give --checkpoint FILE or --pretrained")
@@ -70,13 +71,13 @@ def _check_name(name: str) -> None:
 
 
 def data_config(model: VisionTransformer) -> dict[str, Any]:
-    """How timm makes images for a model: of the size that it was made for, else as its weights were trained."""
+    """timm's settings for preparing images: the size is the model's own if it has one, the rest its weights'."""
     config = resolve_model_data_config(model)
     size = getattr(model.patch_embed, "img_size", None)
     return config if size is None else {**config, "input_size": (config["input_size"][0], *size)}
 
 
 def check_device(device: str) -> None:
-    """Refuse a device that is not there."""
+    """Refuse "cuda" if torch sees no GPU."""
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no CUDA device here; give cpu")

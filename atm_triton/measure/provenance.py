@@ -1,4 +1,4 @@
-"""Where a number came from: the versions, the machine and the command that every result file carries."""
+"""Records where a number came from: the versions, the machine and the command, in every result file."""
 
 import json
 import os
@@ -33,26 +33,26 @@ def environment() -> dict[str, Any]:
 
 
 def check_file(option: str, path: Path) -> None:
-    """Refuse a path that nothing can be written to."""
+    """Refuse a path that cannot be written to."""
     if not path.absolute().parent.is_dir():
         raise FileNotFoundError(f"{option} {path}: its directory does not exist; make it, or choose another")
     if path.is_dir():
         raise IsADirectoryError(f"{option} {path} is a directory; name a file in it")
-    if path.exists() and not path.is_file():  # /dev/null would be replaced
+    if path.exists() and not path.is_file():  # writing would replace /dev/null itself
         raise ValueError(f"{option} {path} is no regular file; choose another")
-    if not all(os.access(p, os.W_OK) for p in (path.absolute().parent, path) if p.exists()):  # it is written beside it
+    if not all(os.access(p, os.W_OK) for p in (path.absolute().parent, path) if p.exists()):  # written beside it first
         raise PermissionError(f"{option} {path} cannot be written; choose another")
     try:
         NamedTemporaryFile(prefix=f"{path.name}.try", dir=path.absolute().parent).close()
-    except OSError as error:  # a directory that takes no files, as /proc; a name that is too long
+    except OSError as error:  # a directory that takes no files, like /proc; a name that is too long
         raise OSError(f"{option} {path} cannot be written ({error.strerror}); choose another") from error
 
 
 def check_outputs(outputs: dict[str, Path], inputs: list[Path]) -> None:
-    """Refuse outputs, by their options, that would replace an input or one another.
+    """Refuse outputs that would replace an input or one another.
 
     Args:
-        inputs: files that are read, and directories whose files are.
+        outputs: paths to be written, by option; inputs: files, and directories of files, that are read.
     """
     taken: dict[Path, str] = {}
     for option, path in outputs.items():
@@ -67,8 +67,8 @@ def check_outputs(outputs: dict[str, Path], inputs: list[Path]) -> None:
 
 
 def write_result(path: Path, result: dict[str, Any]) -> None:
-    """Write ``result`` and its :func:`environment` as JSON. Who reads the file meanwhile, or stops this, finds what it
-    held before."""
+    """Write ``result`` and its :func:`environment` as JSON. Until all is written, the file keeps what it held
+    before."""
     unfinished = path.with_name(f"{path.name}.unfinished")
     unfinished.write_text(json.dumps({"environment": environment(), **result}, indent=1) + "\n")
     unfinished.replace(path)
@@ -101,7 +101,7 @@ def _gpu() -> dict[str, Any]:
 
 
 def _commit() -> dict[str, Any]:
-    """The commit of the checkout this package lies in; None where it is installed elsewhere."""
+    """The commit of the checkout that this package is run from; None if it is not run from a checkout."""
     git = ["git", "-C", str(Path(__file__).parent)]
     if _output([*git, "ls-files", "--error-unmatch", str(Path(__file__))]) is None:
         return {"commit": None, "dirty": None}

@@ -1,7 +1,8 @@
-"""How fast merging is: the same weights unpatched, with free merging, with a constant r and with ATM, timed in turn.
+"""Measures how fast merging is: unpatched, with free merging, with a constant r and with ATM, timed in turn.
 
-The free-merge bound is what merging would give if it cost nothing: the same tokens in every block, left over by a slice
-instead of a merge, with timm's own attention. Its time over ours is the share of the possible gain that is reached.
+All use the same weights. The free-merge bound is what merging would give if it cost nothing: every block has the same
+number of tokens, but a slice removes them instead of a merge, and attention is timm's own. Its time divided by ours is
+the share of the possible gain that is reached.
 """
 
 import ctypes
@@ -42,8 +43,8 @@ UNPATCHED, BOUND, TOME, ATM, ONE_R = "timm", "free-merge bound", "ToMe", "ATM", 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to run a model: ``run`` makes one pass over all batches, each by one of ``models``; ``gflops`` and
-    ``tokens`` (mean tokens that enter each block) are an image's."""
+    """One way to run a model: ``run`` makes one pass over all batches, each with its own entry of ``models``.
+    ``gflops`` and ``tokens`` (mean tokens that enter each block) are per image."""
 
     name: str
     models: list[VisionTransformer]
@@ -54,8 +55,9 @@ class Variant:
 
 
 class FreeMergeBlock(ATMBlock):
-    """A block whose merge is a slice: as many tokens go on as ``left`` says, whichever come first. Of images that
-    differ the first rows of all: what they hold means nothing, but an image has as many."""
+    """A block whose merge is a slice: it keeps as many tokens as ``left`` says, whichever come first. If images differ
+    in length, it keeps the first ``rows`` rows of the whole batch: their values mean nothing, but every image has the
+    right number of them."""
 
     left: Images
     rows: int
@@ -73,8 +75,8 @@ class FreeMergeBlock(ATMBlock):
 
 
 class CountedBlock(ATMBlock):
-    """A block whose images have as many candidates as ``counts`` says, int64 [B]: their first tokens of A, whatever the
-    similarities that it computes."""
+    """A block in which ``counts``, int64 [B], says how many tokens of each image may merge: the first of A, whatever
+    their similarities, which are computed all the same."""
 
     counts: Tensor
 
@@ -90,7 +92,8 @@ class CountedBlock(ATMBlock):
 
 
 def free_merge_bound(model: VisionTransformer, record: Record, config: ATMConfig) -> VisionTransformer:
-    """A copy of an unpatched ``model``, sharing its weights, that keeps the tokens of ``record`` for free."""
+    """Copy an unpatched ``model``, sharing its weights; the copy keeps as many tokens as ``record`` says, at no
+    cost."""
 
     def slicing(block: Any, index: int) -> FreeMergeBlock:
         bound = FreeMergeBlock.of(block, config, index, len(record.rows), model.num_prefix_tokens)
@@ -105,7 +108,7 @@ def free_merge_bound(model: VisionTransformer, record: Record, config: ATMConfig
 
 
 def constant_r(model: VisionTransformer, image_shape: tuple[int, ...], macs: float, cls_only_last: bool) -> int:
-    """The constant r whose MACs an image come closest to ``macs``."""
+    """The constant r whose MACs per image come closest to ``macs``."""
     depth, N = len(model.blocks), unmerged(model, image_shape).N
 
     def distance(r: int) -> float:
@@ -115,8 +118,8 @@ def constant_r(model: VisionTransformer, image_shape: tuple[int, ...], macs: flo
 
 
 def counted(model: VisionTransformer, record: Record, config: ATMConfig) -> VisionTransformer:
-    """A copy of an unpatched ``model``, sharing its weights, that merges as if its images had the counts of ``record``,
-    which a model of the same depth and as many tokens left."""
+    """Copy an unpatched ``model``, sharing its weights; the copy merges as if its images had the counts of ``record``.
+    The record may come from another model with the same depth and number of tokens."""
 
     def counting(block: Any, index: int) -> ATMBlock:
         counts, place = record.counts[index], (index, len(record.rows), model.num_prefix_tokens)
@@ -136,9 +139,9 @@ def variants(
     given: list[Record] | None = None,
     beside: ATMConfig | None = None,
 ) -> list[Variant]:
-    """The ways to run an unpatched ``model`` in eval mode over ``batches`` [B, C, H, W] on its device. ``given``: merge
-    by the counts of these records, one a batch. With ``adapt="image"`` one r for the batch stands beside it; so does
-    another configuration, ``beside``."""
+    """The ways to run ``model``, unpatched and in eval mode, over ``batches`` [B, C, H, W] on its device. ``given``:
+    merge by the counts of these records, one per batch. With ``adapt="image"`` there is also a variant with one r per
+    batch; ``beside`` adds another configuration."""
     shape = tuple(batches[0].shape[1:])
     whole, depth = unmerged(model, shape), len(model.blocks)
     for number, batch in enumerate(batches):
@@ -166,7 +169,7 @@ def variants(
 
 
 def _one_r(model: VisionTransformer, batches: list[Tensor], config: ATMConfig, records: list[Record]) -> Variant:
-    """All images of a batch merge as many tokens as they do on average in ``records``, where each merges its own."""
+    """Merge the same number of tokens in all images of a batch: their mean in ``records``, where images differ."""
     models, merged = [], []
     for record, batch in zip(records, batches, strict=True):
         r = tuple(0 if counts is None else int(batch_r(counts)[0]) for counts in record.counts)
@@ -179,7 +182,7 @@ def _one_r(model: VisionTransformer, batches: list[Tensor], config: ATMConfig, r
 def _merging(
     name: str, model: VisionTransformer, batches: list[Tensor], config: ATMConfig, given: list[Record] | None
 ) -> tuple[Variant, list[Record]]:
-    """ATM on every batch, and what it did there."""
+    """Run ATM on every batch; returns the variant and the records of its passes."""
     if given is None:
         models = [apply_patch(share(model), config)] * len(batches)
     else:
@@ -215,8 +218,8 @@ def _variant(
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep what is freed for the next call, for as long as the process lives: otherwise it returns
-    memory now to one variant's cost and now to another's, and page faults drown what is measured."""
+    """Make the C library keep freed memory for as long as the process lives. Otherwise it returns memory at random
+    moments, and the page faults distort the time of whichever variant runs next."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt is not None:  # glibc
         for parameter in (_TRIM_THRESHOLD, _MMAP_THRESHOLD):
@@ -225,8 +228,8 @@ def keep_freed_memory() -> None:
 
 @torch.inference_mode()
 def time_in_turn(runs: dict[str, Callable[[], None]], repeats: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each run, ``repeats`` times in turn after a warm-up, each turn in an order of its own: what ran before
-    leaves traces in caches, clocks and the allocator."""
+    """Seconds of each run, timed in ``repeats`` turns after a warm-up. Every turn has a new order, because the previous
+    run affects caches, clocks and the allocator."""
     names, order = list(runs), random.Random(0)
     for name in names:
         runs[name]()
@@ -253,7 +256,7 @@ def _seconds(run: Callable[[], None], device: torch.device) -> float:
 
 @torch.inference_mode()
 def peak_memory(run: Callable[[], None], device: torch.device) -> int:
-    """Bytes at the peak of one run, above what was allocated before it (weights, images)."""
+    """Peak memory of one run in bytes, above what was allocated before it (weights, images)."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -266,7 +269,7 @@ def peak_memory(run: Callable[[], None], device: torch.device) -> int:
         trace.export_chrome_trace(str(path))
         events = json.loads(path.read_text())["traceEvents"]
     live = peak = 0
-    for event in events:  # in the order of time
+    for event in events:  # sorted by time
         if event.get("name") == "[memory]":
             live += event["args"]["Bytes"]
             peak = max(peak, live)
@@ -282,7 +285,7 @@ def measure(
     given: list[Record] | None = None,
     beside: ATMConfig | None = None,
 ) -> list[dict[str, Any]]:
-    """Time :func:`variants`; a row each: images a second (median, and the least and most of the turns), ``speedup``
+    """Time :func:`variants`. Returns a row for each: images per second (median, slowest and fastest turn), ``speedup``
     over the unpatched model and ``of_bound`` = time(bound) / time, both medians over the turns, ``gflops``, ``tokens``
     and ``peak_mib``."""
     device = batches[0].device
@@ -292,7 +295,7 @@ def measure(
     rows = []
     for way in ways:
         rate = [images / s for s in seconds[way.name]]
-        held = [getattr(model.blocks, "last", None) for model in way.models]  # torch warns where the profile frees them
+        held = [getattr(model.blocks, "last", None) for model in way.models]  # torch warns if the profile frees them
         rows.append(
             {
                 "name": way.name,

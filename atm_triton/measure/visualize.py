@@ -22,18 +22,18 @@ OUTLINE = (1.0, 1.0, 0.0)
 
 @torch.inference_mode()
 def merge_map(model: VisionTransformer, image: Tensor) -> list[Tensor]:
-    """Which patches are one token, after each block of a patched model.
+    """Show which patches have become one token after each block of a patched model.
 
     Args:
         model: patched, in eval mode.
         image: [C, H, W] or [1, C, H, W], normalised as the model takes it.
 
     Returns:
-        For each block int64 [grid height, grid width] on the CPU: the number of the token that a patch belongs to, from
-        0, the same for patches that have merged; -1 for a patch whose token was dropped.
+        For each block int64 [grid height, grid width] on the CPU: the number of the token that a patch belongs to,
+        counted from 0. Merged patches have the same number; a patch whose token was dropped has -1.
 
     Raises:
-        ValueError: the model is not patched, or more than one image.
+        ValueError: the model is not patched, or there is more than one image.
     """
     _check_patched(model)
     images = image if image.dim() == 4 else image.unsqueeze(0)
@@ -57,21 +57,21 @@ def _check_patched(model: VisionTransformer) -> None:
 
 
 def attention_maps(model: VisionTransformer, images: Tensor) -> list[Tensor]:
-    """The mean attention of the heads in each block of a patched model, between the N tokens that entered the first.
+    """The attention in each block of a patched model, averaged over heads, between the N tokens that entered the first.
 
-    A token that merged attends as the one that it is part of, and what that one is given is shared out evenly among its
-    tokens, as log n means it: rows sum to 1, and where equal tokens merge, these are the maps of the unpatched model.
-    What was dropped has zeros.
+    A merged token attends like the token that it is part of. The attention that such a token receives is divided evenly
+    among its parts, which is what log n stands for. So rows sum to 1, and if only equal tokens merge, these are the
+    maps of the unpatched model. Dropped tokens have zeros.
 
     Args:
         model: patched, in eval mode; images: [B, C, H, W], as the model takes them.
 
     Returns:
-        For each block [B, N, N] in the model's dtype, queries first; with gradients where they are on. The last block
-        attends from all tokens here, also where the classifier reads one.
+        For each block [B, N, N] in the model's dtype, queries first; with gradients if they are enabled. Here the last
+        block attends from all tokens, even if the classifier reads only one.
 
     Raises:
-        ValueError: the model is not patched or is in training mode, or images of another shape.
+        ValueError: the model is not patched or is in training mode, or images have another shape.
     """
     _check_patched(model)
     if model.training:
@@ -89,7 +89,8 @@ def attention_maps(model: VisionTransformer, images: Tensor) -> list[Tensor]:
 
 @contextmanager
 def _attending(attn: Attention) -> Iterator[list[Tensor]]:
-    """The attention [H, M, M] of each image, written out: as the fused one, which reads no scale of the module's."""
+    """Collect the attention [H, M, M] of each image. It is computed unfused, but with the scale of fused attention,
+    which ignores the module's own."""
     seen, own = [], (attn.fused_attn, attn.scale)
     if attn.fused_attn:
         attn.fused_attn, attn.scale = False, attn.head_dim**-0.5
@@ -102,7 +103,7 @@ def _attending(attn: Attention) -> Iterator[list[Tensor]]:
 
 
 def _of_all(maps: list[Tensor], entered: Tensor) -> Tensor:
-    """``maps`` [H, M, M] of each image between all its tokens, [B, N, N]; ``entered`` [B, N]: which of M each is."""
+    """Expand ``maps`` [H, M, M] of each image to all its tokens, [B, N, N]. ``entered`` [B, N] maps these to the M."""
     whole = []
     for attention, token in zip(maps, entered, strict=True):
         there = token >= 0
@@ -113,7 +114,7 @@ def _of_all(maps: list[Tensor], entered: Tensor) -> Tensor:
 
 
 def pixels(model: VisionTransformer, image: Tensor) -> np.ndarray:
-    """An image [C, H, W] as the model takes it, made visible: float [H, W, 3] in 0 .. 1."""
+    """Undo the normalisation of an image [C, H, W]: float [H, W, 3] in [0, 1]."""
     config = data_config(model)
     mean, std = (torch.tensor(config[name]).view(-1, 1, 1) for name in ("mean", "std"))
     seen = (image.float().cpu() * std + mean).clamp(0, 1)
@@ -121,7 +122,7 @@ def pixels(model: VisionTransformer, image: Tensor) -> np.ndarray:
 
 
 def paint(seen: np.ndarray, tokens: Tensor) -> np.ndarray:
-    """Every token in the mean colour of its patches, with an outline where another begins; a dropped patch is black.
+    """Paint every token in the mean colour of its patches, with an outline around it; a dropped patch is black.
 
     Args:
         seen: [H, W, 3]; tokens: [rows, columns], one map of :func:`merge_map`; patches are H / rows high.
@@ -143,7 +144,7 @@ def paint(seen: np.ndarray, tokens: Tensor) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Picture:
-    """A row of panels: the image, and what it is after the ``blocks`` (from 1), with the tokens then ``left``."""
+    """A row of panels: the image, and its tokens after each of ``blocks`` (from 1), of which ``left`` remain."""
 
     title: str
     gflops: float
@@ -167,7 +168,7 @@ def picture(model: VisionTransformer, image: Tensor, blocks: tuple[int, ...], ti
 
 
 def draw(rows: list[Picture], path: Path) -> None:
-    """A file of pictures, a row each; needs matplotlib."""
+    """Draw pictures into a file, one per row; needs matplotlib."""
     from matplotlib.figure import Figure
 
     columns = max(len(row.panels) for row in rows)

@@ -1,7 +1,8 @@
 """The backbones of the paper that timm lacks, registered with timm when this package is imported.
 
-``timm.create_model("lvvit_s")``: LV-ViT T, S and M; ``timm.create_model("t2t_vit_t_14")``: T2T-ViT 14 and 19, with the
-Transformer or the Performer in its stem. :func:`load_checkpoint` reads what their authors published.
+``timm.create_model("lvvit_s")`` makes LV-ViT (T, S, M), ``timm.create_model("t2t_vit_t_14")`` makes T2T-ViT (14, 19)
+with a Transformer or a Performer in its stem. :func:`load_checkpoint` reads the checkpoints that their authors
+published.
 """
 
 from atm_triton.models.checkpoint import load_checkpoint

@@ -1,4 +1,4 @@
-"""load_checkpoint: weights from a file, as their authors wrapped them."""
+"""load_checkpoint: reads weights from a file, in any of the wrappings that authors of checkpoints use."""
 
 import warnings
 from pathlib import Path
@@ -15,21 +15,21 @@ NAMED = 3  # keys that an error names before it counts the rest
 def load_checkpoint(model: Model, path: str | Path, ema: bool | None = None) -> Model:
     """Load the weights in a file into ``model``, all of them or none.
 
-    The file is of safetensors, or a torch file of tensors alone (``weights_only``); the weights may lie under
-    "state_dict_ema", "model_ema", "state_dict" or "model", their names may begin with "module.".
+    The file is a safetensors file, or a torch file that holds only tensors (``weights_only``). The weights may be under
+    "state_dict_ema", "model_ema", "state_dict" or "model", and their names may begin with "module.".
 
     Args:
         model: any model; it keeps its dtype and device.
-        ema: take averaged weights where the file has both. None: as the authors of ``model`` evaluate it, which for
-            LV-ViT is False, else True.
+        ema: take the averaged weights if the file has both kinds. None: as the authors of ``model`` evaluate it, which
+            is False for LV-ViT and True for all others.
 
     Returns:
         ``model``.
 
     Raises:
-        FileNotFoundError: no such file; ValueError: it holds no weights, cannot be read without running its code, or
-            its keys or shapes are not the model's; they are named, and the model is left as it was. Or a model on the
-            meta device.
+        FileNotFoundError: the file does not exist; ValueError: it holds no weights, it cannot be read without running
+            code in it, its keys or shapes are not the model's (the message names them), or the model is on the meta
+            device. The model is left as it was.
     """
     path = Path(path)
     if not path.is_file():
@@ -51,12 +51,12 @@ def load_checkpoint(model: Model, path: str | Path, ema: bool | None = None) -> 
 
 
 def _read(path: Path, ema: bool) -> dict[str, Tensor]:
-    for use_ema in (ema, True):  # averaged ones also where there are no others
+    for use_ema in (ema, True):  # averaged weights also if the file has no others
         try:
             with warnings.catch_warnings(action="ignore"):
                 loaded = load_state_dict(str(path), use_ema=use_ema, weights_only=True)
             named = bool(loaded) and all(map(_plain, loaded.values()))
-        except Exception as error:  # torch, pickle, zip and safetensors each raise their own for a file not theirs
+        except Exception as error:  # torch, pickle, zip and safetensors raise different errors for a foreign file
             raise ValueError(f"checkpoint {path} holds no weights that can be read: {_reason(error)}") from error
         if named:
             return loaded
@@ -64,7 +64,7 @@ def _read(path: Path, ema: bool) -> dict[str, Tensor]:
 
 
 def _plain(value: object) -> bool:
-    """Whether this can be copied into a parameter or buffer."""
+    """Whether ``value`` can be copied into a parameter or buffer."""
     if not isinstance(value, Tensor) or value.is_meta or value.is_quantized or value.is_complex():
         return False
     return value.layout == torch.strided
@@ -88,7 +88,7 @@ def _shapes(key: str, loaded: Tensor, own: Tensor) -> str:
 
 
 def _head_remedy(loaded: dict[str, Tensor], own: dict[str, Tensor]) -> str:
-    """How to make the model with the head of the file, or without one, where they differ in nothing else."""
+    """How to make a model with the file's head, or without a head, if the two differ only in that."""
     keys = own.keys() | loaded.keys()
     heads = {key for key in keys if key.startswith(("head.", "head_dist.", "aux_head."))}
     same = all(key in own and key in loaded and not _differ(loaded[key], own[key]) for key in keys - heads)

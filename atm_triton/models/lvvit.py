@@ -17,7 +17,7 @@ STEM_WIDTH = 64
 
 
 class ConvStem(Stem):
-    """Three convolutions on half the resolution, then patches of 8 x 8 of what they make: 16 pixels of the image."""
+    """Three convolutions at half the resolution, then patches of 8 x 8: a token stands for 16 x 16 pixels."""
 
     def __init__(self, *args: Any, in_chans: int = 3, embed_dim: int = 768, **kwargs: Any) -> None:
         super().__init__(*args, in_chans=in_chans, embed_dim=embed_dim, **kwargs)
@@ -34,7 +34,7 @@ class ConvStem(Stem):
 
 
 class SkipScale(nn.Module):
-    """A residual branch [..., D] divided by ``skip_lam``; no parameter, nor in the state dict."""
+    """Divides a residual branch [..., D] by ``skip_lam``. It has no parameter and no entry in the state dict."""
 
     def __init__(self, skip_lam: float) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class SkipScale(nn.Module):
         return x / self.skip_lam
 
     def gamma_like(self, x: Tensor) -> Tensor:
-        """The same as the [D] factors of a LayerScale."""
+        """The scale as the [D] factors of a LayerScale."""
         return x.new_full(x.shape[-1:], 1 / self.skip_lam)
 
 
@@ -61,17 +61,18 @@ def scaled_block(skip_lam: float, **kwargs: Any) -> Block:
 class LVViT(VisionTransformer):
     """LV-ViT, images [B, 3, H, W] to logits [B, classes].
 
-    ``aux_eval``: whether the logits are those of the published evaluation, the class token's head and half the maximum,
-    over the patch tokens, of the auxiliary head. It reads every token, so the last block of a patched model serves them
-    all; with ``aux_eval=False`` the class token's head speaks alone, and that block may serve it alone.
+    With ``aux_eval`` the logits are those of the published evaluation: the class token's head plus half the maximum of
+    the auxiliary head over the patch tokens. That head reads every token, so the last block of a patched model must
+    compute them all. With ``aux_eval=False`` the logits come from the class token's head only, and the last block may
+    compute only this token.
 
     Args:
-        skip_lam: what the residual branches are divided by.
+        skip_lam: the divisor of the residual branches.
         aux_eval: as above; may be set later.
-        kwargs: of timm's ``VisionTransformer``.
+        kwargs: arguments of timm's ``VisionTransformer``.
 
     Raises:
-        ValueError: a pool of patch tokens, or LayerScale; TypeError: ``aux_eval`` is not a bool.
+        ValueError: patch tokens are to be pooled, or LayerScale is given; TypeError: ``aux_eval`` is not a bool.
     """
 
     evaluated_with_ema = False
@@ -102,7 +103,7 @@ class LVViT(VisionTransformer):
 
     @property
     def leading_tokens(self) -> int | None:
-        """How many leading tokens the logits hang on; None: on all."""
+        """How many leading tokens the logits depend on; None: all tokens."""
         return None if self.aux_eval and self.num_classes > 0 else 1
 
     @property
@@ -123,8 +124,8 @@ class LVViT(VisionTransformer):
         super().reset_classifier(num_classes, global_pool)
         self.aux_head = self._new_aux_head().to(self.cls_token).train(self.training)
 
-    # The paper prints what the authors' own counter finds: without heads and last norm; a bias, a residual and a scale
-    # count 1 an element, dropout 4, softmax 5, LayerNorm 5 and GELU 8.
+    # The paper prints what the counter of LV-ViT's authors finds. It omits heads and the last norm, and counts per
+    # element 1 for a bias, a residual or a scale, 4 for dropout, 5 for softmax or LayerNorm, and 8 for GELU.
 
     def paper_stem(self, image_shape: tuple[int, ...]) -> int:
         """Operations of the stem for an image [C, H, W]."""
@@ -133,7 +134,7 @@ class LVViT(VisionTransformer):
         return (height // 2) * (width // 2) * pixel
 
     def paper_block(self, N: int | Tensor, queries: int | Tensor, rows: int | Tensor) -> int | Tensor:
-        """Operations of a block, by its tokens, its queries and the rows of its MLP: numbers, or [B] of each image."""
+        """Operations of a block, given its tokens, its queries and the rows of its MLP: numbers, or [B] per image."""
         C, H = self.embed_dim, self.blocks[0].attn.num_heads
         hidden = self.blocks[0].mlp.fc1.out_features
         keys = N * (2 * C * C + 5 * C)

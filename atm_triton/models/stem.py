@@ -1,4 +1,4 @@
-"""What LV-ViT and T2T-ViT share: how images are made for them, and what their stems take."""
+"""The base class of LV-ViT's and T2T-ViT's stems, and how images are prepared for both models."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import PatchEmbed
 from torch import Tensor
 
-SIDE = 16  # pixels of the image that a token stands for
+SIDE = 16  # a token stands for so many pixels of the image in each direction
 
 
 def published_cfg(**changes: Any) -> dict[str, Any]:
@@ -18,10 +18,10 @@ def published_cfg(**changes: Any) -> dict[str, Any]:
 
 
 class Stem(PatchEmbed):
-    """timm's ``PatchEmbed`` with layers of its own: images [B, C, H, W] to tokens [B, N, D], one for 16 x 16 pixels.
+    """timm's ``PatchEmbed`` with other layers: images [B, C, H, W] to tokens [B, N, D], one per 16 x 16 pixels.
 
     Raises:
-        ValueError: patches or images of another kind.
+        ValueError: patches are not 16 x 16, sides of the image are no multiples of 16, or an option is not supported.
     """
 
     def __init__(self, img_size: int | tuple[int, int], patch_size: int, **kwargs: Any) -> None:

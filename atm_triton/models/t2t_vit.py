@@ -19,8 +19,8 @@ STEM_WIDTH = 64
 
 
 class Attention(nn.Module):
-    """One head of :data:`STEM_WIDTH` channels over tokens [B, N, dim], with the scale of ``dim`` channels and the
-    values for its residual."""
+    """Attention with one head of :data:`STEM_WIDTH` channels over tokens [B, N, dim]. Its scale is that of ``dim``
+    channels, and its residual branch adds to the values."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class TokenPerformer(nn.Module):
 
 
 class TokensToToken(Stem):
-    """Images [B, 3, 224, 224] to tokens [B, 196, D]: each soft split takes overlapping windows as tokens."""
+    """Turns images [B, 3, 224, 224] into tokens [B, 196, D]. Each soft split makes tokens of overlapping windows."""
 
     def __init__(
         self, *args: Any, in_chans: int = 3, embed_dim: int = 768, attention: type = TokenTransformer, **kwargs: Any
@@ -109,8 +109,8 @@ class T2TViT(VisionTransformer):
     """T2T-ViT, images [B, 3, 224, 224] to logits [B, classes]; its position embedding is fixed.
 
     Args:
-        attention: of the stem, :class:`TokenTransformer` or :class:`TokenPerformer`.
-        kwargs: of timm's ``VisionTransformer``.
+        attention: attention of the stem, :class:`TokenTransformer` or :class:`TokenPerformer`.
+        kwargs: arguments of timm's ``VisionTransformer``.
     """
 
     pos_embed: nn.Parameter
@@ -126,7 +126,7 @@ class T2TViT(VisionTransformer):
 
     @property
     def patch_embed(self) -> TokensToToken:
-        """The stem, under timm's name for it; the checkpoints have another."""
+        """The stem under timm's name; the checkpoints use another name."""
         return self._modules.get("tokens_to_token") or self._modules["patch_embed"]
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:

@@ -22,12 +22,12 @@ from atm_triton.training.images import PASS, TrainImages, passes, seed_all, step
 from atm_triton.training.method import Method
 from atm_triton.training.recipe import AMP, Recipe
 
-SAID_EVERY = 60.0  # seconds between two lines, where no terminal shows a bar
-LEAST_SCALE = 2.0**-20  # of a float16 loss whose gradients are still not finite
+SAID_EVERY = 60.0  # seconds between two lines if there is no terminal to show a bar
+LEAST_SCALE = 2.0**-20  # give up if a float16 loss scaled by less than this still has gradients that are not finite
 
 
 class StepRow(TypedDict):
-    """What the log says of a step."""
+    """A step's line in the log."""
 
     step: int
     loss: float
@@ -36,13 +36,13 @@ class StepRow(TypedDict):
 
 
 class Training:
-    """A model in training, step by step. ``model`` stays unpatched and in eval mode; :meth:`merge_by` makes the copy
-    ``merging`` that shares its weights, merges by ``config`` and is in training mode. With a ``method`` the config is
-    None, and the copy reduces its tokens by that.
+    """Trains a model step by step. ``model`` stays unpatched and in eval mode; :meth:`merge_by` makes a copy,
+    ``merging``, that shares its weights, merges by ``config`` and is in training mode. With a ``method`` the config is
+    None, and the method reduces the copy's tokens.
 
     Raises:
-        ValueError: a model in 16 bits, with nothing to train, without a head, or, in several processes, with batch
-            norms; passes that several processes cannot share out alike.
+        ValueError: the model is in 16 bits, has nothing to train or no head, or, with several processes, has batch
+            norms; or several processes cannot share out the passes of a step evenly.
     """
 
     config: ATMConfig | None
@@ -70,7 +70,7 @@ class Training:
         self.merging.set_grad_checkpointing(self.recipe.grad_checkpointing)
 
     def patch(self, model: VisionTransformer) -> VisionTransformer:
-        """Let a copy reduce its tokens as they are in training."""
+        """Make a copy of the model reduce its tokens the way training does."""
         return self.method.patch(model) if self.config is None else apply_patch(model, self.config)
 
     def advance(self, own_passes: list[tuple[Tensor, Tensor]]) -> StepRow:
@@ -100,7 +100,7 @@ class Training:
         return {"step": self.step, "loss": loss, "lr": lr, "grad_norm": norm}
 
     def _sum_gradients(self) -> None:
-        """Over the processes. A parameter that only others have used gets their gradient here too."""
+        """Sum gradients over the processes. A parameter used only by other processes gets their gradient here too."""
         if world_size() == 1:
             return
         used = torch.tensor([p.grad is not None for p in self.parameters], dtype=torch.float64)
@@ -127,7 +127,7 @@ class Training:
         return self.loss(logits.to(self.dtype), targets)
 
     def _update(self) -> float | None:
-        """Step by the gradients, which were summed; their norm."""
+        """Take a step by the summed gradients and return their norm; None if the step was left out."""
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip_grad or math.inf).item()
         lost = not math.isfinite(norm)
@@ -139,13 +139,13 @@ class Training:
 
     @torch.inference_mode()
     def check_sound(self, own_passes: list[tuple[Tensor, Tensor]]) -> None:
-        """Raise ValueError where the weights that a step has just made answer its images with NaN or infinity: so no
-        checkpoint holds such."""
+        """Raise ValueError if the weights after a step answer its images with NaN or infinity, so that no checkpoint
+        holds such weights."""
         if not self.model(own_passes[0][0].to(self.device, self.dtype)).isfinite().all():
             raise ValueError(_diverged(f"the answers after step {self.step} are not finite"))
 
     def state(self) -> dict[str, Any]:
-        """All that decides how it goes on, of tensors and numbers alone."""
+        """Everything that decides how training continues, in tensors, numbers and text."""
         return {
             "model": self.model.state_dict(),
             "model_ema": None if self.ema is None else self.ema.module.state_dict(),
@@ -159,7 +159,7 @@ class Training:
         """Go on from a :meth:`state`.
 
         Raises:
-            ValueError: it is of another model or recipe.
+            ValueError: the state belongs to another model or recipe.
         """
         try:
             self.model.load_state_dict(state["model"])
@@ -187,34 +187,33 @@ def finetune(
     save_every: int | None = None,
     method: Method | None = None,
 ) -> dict[str, Any]:
-    """Train ``model`` in place, with merging; it stays unpatched, and its weights are those of the end.
+    """Train ``model`` in place, with merging. The model stays unpatched and ends with the trained weights.
 
     Under torchrun every process calls this with the same arguments (``validation`` with its own batches), after
-    :func:`atm_triton.measure.distributed.start`; the result is that of one process up to the order of sums. The
-    generators of Python, NumPy and torch are seeded.
+    :func:`atm_triton.measure.distributed.start`; the result equals that of one process up to the order of sums. This
+    seeds the generators of Python, NumPy and torch.
 
     Args:
-        model: unpatched, in eval mode, of float32 or float64, on its device.
-        images: a :class:`~atm_triton.training.images.TrainFolder` or ``TrainDigits``: by (epoch, number) an image and
-            its label.
+        model: unpatched, in eval mode, float32 or float64, on its device.
+        images: a :class:`~atm_triton.training.images.TrainFolder` or ``TrainDigits``, indexed by (epoch, number).
         validation: (images, labels), as for :func:`atm_triton.measure.evaluate.evaluate`.
-        config: how tokens merge; None: as ``recalibrate`` finds.
+        config: how tokens merge; None: what ``recalibrate`` finds.
         recipe: how to train.
         folder: where log, checkpoints and weights go.
-        resume: go on from the folder's checkpoint, as if the run had never ended.
-        recalibrate: with ``recipe.recalibrate``: finds a configuration for the weights of the unpatched model that it
-            gets, as :func:`atm_triton.calibrate` does.
+        resume: continue from the folder's checkpoint, as if the run had not been interrupted.
+        recalibrate: needed with ``recipe.recalibrate``: a function that takes the unpatched model and finds a
+            configuration for its present weights, as :func:`atm_triton.calibrate` does.
         workers: processes that load images.
-        save_every: steps after which to save within an epoch too; at its end always.
-        method: how tokens are reduced, where not by ATM; ``config`` is None then.
+        save_every: save every so many steps within an epoch too; None: only at the end of an epoch.
+        method: another way to reduce tokens than ATM; ``config`` is then None.
 
     Returns:
-        ``config`` as it is in the end; ``before`` and ``after``, and with ``ema`` ``after_ema``: Evaluations;
-        ``epochs``: a row each; ``steps``, ``seconds``.
+        The final ``config``; ``before``, ``after`` and, with ``ema``, ``after_ema``: Evaluations as dicts; ``epochs``:
+        one row per epoch, the first before training; ``steps`` and ``seconds``.
 
     Raises:
-        ValueError: what cannot be trained, named; a loss that is not finite; a checkpoint of other settings. OSError:
-            what cannot be written. What was saved before is kept in each case.
+        ValueError: the model cannot be trained, the loss is not finite, or the checkpoint has other settings. OSError:
+            a file cannot be written. What was saved before is kept in each case.
     """
     if (recalibrate is None) != (recipe.recalibrate is None):
         raise ValueError("recalibrate wants two things: how often, in the recipe, and what finds the configuration")
@@ -240,7 +239,7 @@ def _fixed(config: ATMConfig | None, method: Method | None) -> Callable[[VisionT
 
 
 class _Run:
-    """A training with its images, its folder and what was measured after each epoch."""
+    """A training run: the model in training, its images, its folder, and what was measured after each epoch."""
 
     def __init__(
         self,
@@ -255,9 +254,9 @@ class _Run:
         self.training, self.images, self.validation, self.folder = training, images, validation, folder
         self.find, self.workers, self.save_every = find, workers, save_every
         self.steps = steps_per_epoch(images, training.recipe)
-        self.rows: list[dict[str, Any]] = []  # of epochs, the first before any
+        self.rows: list[dict[str, Any]] = []  # one per epoch, and one from before the first
         self.evaluations: dict[str, Any] = {}
-        self.losses = 0.0  # of the steps of this epoch
+        self.losses = 0.0  # summed over the steps of this epoch
         self.seconds = 0.0
 
     @property
@@ -270,7 +269,7 @@ class _Run:
         check_leaves_something(before, self.training.model)
         self.evaluations["before"] = before.to_dict()
         row = self._row(before, None, None)
-        self._save()  # before anything else is written: where that fails, nothing is left of the run
+        self._save()  # before anything else is written: if this fails, the run leaves nothing behind
         self.folder.log(row)
 
     def load(self, state: dict[str, Any]) -> None:
@@ -302,7 +301,7 @@ class _Run:
         self._save()
 
     def _shown(self, epoch: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
-        """The passes of the rest of an epoch, with a bar, or a line a minute where no terminal shows one."""
+        """The passes of the rest of an epoch, under a progress bar, or with a line per minute without a terminal."""
         training, recipe = self.training, self.training.recipe
         first = training.step - epoch * self.steps
         pinned = training.device.type == "cuda"
@@ -320,7 +319,7 @@ class _Run:
         return evaluate(model, self.validation, self.training.patch)
 
     def _row(self, now: Evaluation, averaged: Evaluation | None, loss: float | None) -> dict[str, Any]:
-        """What is known after an epoch, said too."""
+        """Make the row of an epoch, keep it, and print a line of it."""
         quality, recipe = now.overall, self.training.recipe
         row = {"epoch": self.epochs_done, "step": self.training.step, "train_loss": loss}
         row |= {"top1": quality.top1, "top1_unpatched": quality.top1_unpatched, "kl": quality.kl}
@@ -360,7 +359,7 @@ def _diverged(what: str) -> str:
 
 
 def check_leaves_something(before: Evaluation, model: VisionTransformer) -> None:
-    """Raise ValueError where hardly a patch token is left for the last block."""
+    """Raise ValueError if at most one patch token is left for the last block."""
     first, last = (N - model.num_prefix_tokens for N in (before.tokens[0], before.tokens[-1]))
     if last <= 1 < first:
         raise ValueError(

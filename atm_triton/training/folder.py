@@ -1,4 +1,4 @@
-"""The directory of a run: what is written there, never half, and what a run goes on from."""
+"""The directory of a run: writes its files, always whole, and reads what a resumed run continues from."""
 
 import io
 import json
@@ -23,14 +23,14 @@ NAMES = (CHECKPOINT, LOG, WEIGHTS, AVERAGED, RESULT)
 
 
 class RunFolder:
-    """Of a fine-tuning. Of several processes the first alone writes.
+    """The directory of a fine-tuning. Of several processes only the first writes.
 
     Args:
-        path: is made where it does not exist.
-        settings: what tells one run from another, as JSON has it.
+        path: the directory, made if it does not exist.
+        settings: all that distinguishes one run from another, as JSON values.
 
     Raises:
-        OSError: it cannot be a directory.
+        OSError: the path is a file, or the directory cannot be made.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
@@ -41,7 +41,7 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
 
     def check_new(self) -> None:
-        """Raise FileExistsError where another run has left its files."""
+        """Raise FileExistsError if another run has left files here."""
         left = [name for name in NAMES if (self.path / name).exists()]
         if left:
             raise FileExistsError(
@@ -50,10 +50,10 @@ class RunFolder:
             )
 
     def load(self) -> dict[str, Any]:
-        """What the last :meth:`save` wrote. The log is cut back to there.
+        """Read what the last :meth:`save` wrote, and cut the log back to that step.
 
         Raises:
-            FileNotFoundError: nothing was saved; ValueError: it cannot be read, or is a run of other settings.
+            FileNotFoundError: nothing was saved; ValueError: it cannot be read, or the run had other settings.
         """
         path = self.path / CHECKPOINT
         if not path.is_file():
@@ -97,7 +97,7 @@ class RunFolder:
                 raise OSError(_unwritten(self.path / LOG, error)) from error
 
     def save(self, state: dict[str, Any]) -> None:
-        """Write a checkpoint; until it is whole, the one before stays."""
+        """Write a checkpoint; the previous one stays until this one is complete."""
         if rank() == 0:
             buffer = io.BytesIO()
             torch.save({**state, "settings": json.dumps(self.settings)}, buffer)
@@ -112,10 +112,10 @@ class RunFolder:
 
 
 def replace_file(path: Path, content: bytes | memoryview) -> None:
-    """Write a file whole, or leave what it held before.
+    """Write a file completely, or leave what it held before.
 
     Raises:
-        OSError: as where the disk is full; nothing is left of what was begun.
+        OSError: for example, the disk is full; the unfinished file is removed.
     """
     unfinished = path.with_name(f"{path.name}.unfinished")
     try:
@@ -134,7 +134,7 @@ def _unwritten(path: Path, error: OSError) -> str:
 
 
 def _parts(settings: dict[str, Any]) -> dict[str, Any]:
-    """Those of settings that are dictionaries by names of their own, as in merging.split_depth."""
+    """Flatten settings: the entries of a dictionary get dotted names such as merging.split_depth."""
     parts: dict[str, Any] = {}
     for name, value in settings.items():
         parts |= {f"{name}.{key}": part for key, part in value.items()} if isinstance(value, dict) else {name: value}

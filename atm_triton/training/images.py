@@ -1,7 +1,7 @@
-"""Images to train on, dealt out to passes and processes so that nothing but the seed decides what a step sees.
+"""Provides the images to train on, dealt out so that only the seed decides what a step sees.
 
 Random numbers are drawn anew for each image of each epoch, and for each pass of each step, from the seed and these
-numbers alone. So the result does not depend on how many processes train or load, and a run can go on at any step.
+numbers only. So the result does not depend on how many processes train or load, and a run can be resumed at any step.
 """
 
 import hashlib
@@ -38,7 +38,7 @@ def seed_all(*numbers: int) -> None:
 
 
 class TrainImages(Dataset[tuple[Tensor, int]]):
-    """By (epoch, number) an image and its label. ``settings``: what tells these images from others, as JSON has it."""
+    """Images and labels, indexed by (epoch, number). ``settings``: what distinguishes them from others, as JSON."""
 
     settings: dict[str, Any]
 
@@ -47,8 +47,8 @@ class TrainImages(Dataset[tuple[Tensor, int]]):
 
 
 class TrainDigits(TrainImages):
-    """``count`` digits of the training split for each epoch, drawn anew: by (epoch, number) float32 [1, 112, 112], and
-    the label."""
+    """``count`` digits of the training split, drawn anew for each epoch: float32 [1, 112, 112] and the label, indexed
+    by (epoch, number)."""
 
     def __init__(self, count: int, seed: int) -> None:
         self.count, self.seed = count, seed
@@ -67,18 +67,18 @@ class TrainDigits(TrainImages):
 
 
 class TrainFolder(TrainImages):
-    """The images of a folder of classes, augmented by timm as DeiT's: by (epoch, number) float32 [C, H, W], and the
-    label. Files are read as for an evaluation.
+    """The images of a folder of classes, augmented by timm like DeiT's: float32 [C, H, W] and the label, indexed by
+    (epoch, number). Files are read in the same way as for an evaluation.
 
     Args:
-        model: for which they are made.
-        root: a directory with one folder of images a class.
-        auto_augment, color_jitter, erasing: of timm's ``create_transform``; "" or 0 for none.
-        seed: of the augmentation.
+        model: the model that they are prepared for.
+        root: a directory with one folder of images per class.
+        auto_augment, color_jitter, erasing: arguments of timm's ``create_transform``; "" or 0 for none.
+        seed: seed of the augmentation.
 
     Raises:
-        FileNotFoundError: no such directory, or no folders of images in it; ValueError: one class, another number of
-            classes than the model has, or an unknown augmentation.
+        FileNotFoundError: the directory does not exist or holds no folders of images; ValueError: it has only one
+            class, or not as many as the model, or the augmentation is unknown.
     """
 
     def __init__(
@@ -120,8 +120,8 @@ class TrainFolder(TrainImages):
 
 
 def _keep_some_bits(transform: Any) -> None:
-    """Let timm's posterize keep no bits, which its strongest magnitude asks for: a black image, as Pillow before 13
-    made it, where Pillow 13 raises."""
+    """Make timm's posterize return a black image if it is to keep 0 bits, which its strongest magnitude asks for.
+    Pillow before 13 did so; Pillow 13 raises."""
     for step in transform.transforms:
         ops = [*getattr(step, "ops", ()), *(op for own in getattr(step, "policy", ()) for op in own)]
         for op in ops:
@@ -157,10 +157,10 @@ def check_classes(classes: list[str], root: Path, number: int) -> None:
 
 
 def steps_per_epoch(images: TrainImages, recipe: Recipe) -> int:
-    """As many as there are whole ones; the images left over, others in each epoch, are not seen in it.
+    """The number of whole steps in an epoch. The images left over, which differ from epoch to epoch, are not used.
 
     Raises:
-        ValueError: there is not one.
+        ValueError: there are too few images for one step.
     """
     steps = len(images) // recipe.images_per_step
     if steps == 0:
@@ -174,7 +174,8 @@ def steps_per_epoch(images: TrainImages, recipe: Recipe) -> int:
 def passes(
     images: TrainImages, recipe: Recipe, epoch: int, first: int, workers: int, pin_memory: bool
 ) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """The passes of this process, (images [B, C, H, W], labels [B]), step by step of an epoch, from step ``first``."""
+    """For each step of an epoch, from step ``first`` on, the passes of this process: (images [B, C, H, W], labels
+    [B])."""
     steps = steps_per_epoch(images, recipe)
     seed = int(np.random.SeedSequence([recipe.seed, ORDER, epoch]).generate_state(1)[0])
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))

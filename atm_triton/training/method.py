@@ -1,4 +1,4 @@
-"""Method: what a way of reducing tokens brings along to be trained, where it is not ATM."""
+"""Method: the interface through which another way of reducing tokens than ATM is trained."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,36 +9,37 @@ from torch.optim import Optimizer
 
 from atm_triton.training.recipe import Recipe
 
-Criterion = Callable[[Tensor, Tensor], Tensor]  # the recipe's loss, of logits [B, classes] and targets
+Criterion = Callable[[Tensor, Tensor], Tensor]  # the recipe's loss: logits [B, classes], targets -> scalar
 
 
 class Method:
     """A way of reducing tokens in training, given to :func:`~atm_triton.training.finetune.finetune` in place of a
-    configuration. A subclass overrides :meth:`patch`, and of the rest what differs from a plain training.
+    configuration. A subclass overrides :meth:`patch`, and those of the other methods that differ from plain training.
 
-    Parameters of its own are parameters of the model: put them in (``model.blocks[3].predictor = ...``) before training
-    begins. Then they are trained, averaged, saved and resumed with all others. Whatever else decides a step must follow
-    from the arguments below and from random numbers, which are seeded for each pass: so an interrupted run goes on to
-    the bit.
+    A method's own parameters must be parameters of the model: add them (``model.blocks[3].predictor = ...``) before
+    training begins, and they are trained, averaged, saved and resumed like all others. A step may otherwise depend only
+    on the arguments below and on random numbers, which are seeded for each pass. Then a resumed run gives the same
+    bits.
     """
 
     def patch(self, model: VisionTransformer) -> VisionTransformer:
-        """Let ``model`` reduce its tokens, in place, and return it. It shares the weights that are trained; in training
-        mode it answers for :meth:`answer`, in eval mode for the evaluation after an epoch."""
+        """Make ``model`` reduce its tokens, in place, and return it. It shares the trained weights. It runs in training
+        mode for :meth:`answer`, and in eval mode for the evaluation after an epoch."""
         raise NotImplementedError
 
     def optimizer(self, model: VisionTransformer, recipe: Recipe) -> Optimizer:
-        """Of the parameters that are trained. The schedule multiplies the rate of a group by its ``lr_scale``."""
+        """The optimiser of the trained parameters. The schedule multiplies a group's rate by its ``lr_scale``."""
         return recipe.optimizer(model)
 
     def begin_step(self, merging: VisionTransformer, optimizer: Optimizer, done: float) -> None:
-        """Called before each step. ``merging``: what :meth:`patch` returned; ``done``: the share of all steps that have
-        been taken, from 0 to below 1."""
+        """Called before each step. ``merging``: what :meth:`patch` returned; ``done``: the share of all steps taken so
+        far, in [0, 1)."""
 
     def answer(self, merging: VisionTransformer, images: Tensor) -> Any:
-        """What the loss is made of, for a pass of images [B, C, H, W]; under autocast where the recipe says so."""
+        """Run a pass of images [B, C, H, W] and return what :meth:`loss` needs; under autocast if the recipe asks for
+        it."""
         return merging(images)
 
     def loss(self, answer: Any, targets: Tensor, criterion: Criterion) -> Tensor:
-        """The loss, a scalar. ``targets``: labels [B], or with mixup shares [B, classes]."""
+        """The loss, a scalar. ``targets``: labels [B], or with mixup the shares of the classes [B, classes]."""
         return criterion(answer, targets)

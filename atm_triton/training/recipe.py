@@ -1,4 +1,4 @@
-"""The recipe of a fine-tuning: the paper's numbers, and for everything else the baseline's."""
+"""The recipe of a fine-tuning: the paper's numbers, and the baseline's for everything that the paper leaves open."""
 
 import math
 from dataclasses import asdict, dataclass, replace
@@ -15,35 +15,36 @@ from torch.optim import Optimizer
 
 SCHEDULES = ("cosine", "tanh", "poly")
 AMP = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-WARMUP_LR = 1e-6  # where DeiT's warm-up begins
+WARMUP_LR = 1e-6  # the learning rate at which DeiT's warm-up begins
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a model is fine-tuned. The defaults are the paper's (Appendix: 30 epochs, no warm-up, cosine from 2e-5 to
-    3e-6, 256 images a step or more) and DeiT's (AdamW, mixup, smoothing), which the paper calls the baseline's.
+    """How to fine-tune a model. The defaults are the paper's (Appendix: 30 epochs, no warm-up, cosine from 2e-5 to
+    3e-6, at least 256 images per step) and DeiT's (AdamW, mixup, smoothing), which the paper calls the baseline's.
 
     A step averages the gradients of ``accumulate`` passes of ``batch_size`` images each. Several processes share out
     the passes of a step, so neither their number nor the way the images are loaded changes the result.
 
     Args:
         epochs: passes over the training images.
-        batch_size: images a pass; with adapt="batch" these decide together how much merges.
-        accumulate: passes a step.
-        opt: an optimiser of timm's.
+        batch_size: images per pass; with adapt="batch" they share one r.
+        accumulate: passes per step.
+        opt: name of an optimiser in timm.
         lr: learning rate at the start, not scaled by the batch; min_lr: at the end.
-        sched: how it falls in between, step by step ("poly": along a line); warmup_epochs: of a linear rise from 1e-6.
-        weight_decay: of matrices; biases, norms, class token and positions have none.
-        clip_grad: the largest norm of a gradient; None: any.
-        smoothing: of labels; mixup, cutmix: alpha of timm's ``Mixup``, 0 for none.
-        ema: decay of the average of weights that is kept beside the model; None: none is.
-        amp: "bfloat16" or "float16" for autocast (the latter with a scaled loss); None: as the weights are.
-        grad_checkpointing: compute each block a second time rather than keep what it needs for its gradients.
-        recalibrate: epochs after which thresholds are found anew for the weights as they then are; None: never.
-        seed: of the order of images, augmentation, mixup, dropout and drop path.
+        sched: how the rate falls in between, step by step ("poly": linearly); warmup_epochs: epochs in which it rises
+            linearly from 1e-6.
+        weight_decay: weight decay of matrices; biases, norms, class token and positions have none.
+        clip_grad: the largest norm of the gradient; None: no limit.
+        smoothing: label smoothing; mixup, cutmix: alpha of timm's ``Mixup``, 0 for none.
+        ema: decay of the average of weights that is kept beside the model; None: no average.
+        amp: "bfloat16" or "float16" for autocast (the latter with a scaled loss); None: no autocast.
+        grad_checkpointing: recompute each block in the backward pass instead of keeping its activations.
+        recalibrate: find new thresholds for the current weights every so many epochs; None: never.
+        seed: seed of the order of images, augmentation, mixup, dropout and drop path.
 
     Raises:
-        ValueError: a number out of its range, an unknown name, or an odd batch with mixup.
+        ValueError: a number is out of range, a name is unknown, or a batch is odd with mixup.
     """
 
     epochs: int = 30
@@ -97,7 +98,7 @@ class Recipe:
 
     @classmethod
     def for_digits(cls, **changes: Any) -> Self:
-        """As the digits model was trained: images drawn anew for each epoch, smoothing 0.05, no mixup."""
+        """The recipe that the digits model was trained with: new images in each epoch, smoothing 0.05, no mixup."""
         return replace(cls(smoothing=0.05, mixup=0.0, cutmix=0.0), **changes)
 
     @property
@@ -109,21 +110,21 @@ class Recipe:
         return self.batch_size * self.accumulate
 
     def optimizer(self, model: nn.Module | list[dict[str, Any]]) -> Optimizer:
-        """Of timm's, with its groups for a model, or with groups that are given.
+        """Make timm's optimiser for a model, with timm's parameter groups, or for the given groups.
 
         Raises:
-            ValueError: one that wants what is not installed, or second derivatives.
+            ValueError: the optimiser needs a library that is not installed, or second derivatives.
         """
         try:
             made = create_optimizer_v2(model, opt=self.opt, lr=self.lr, weight_decay=self.weight_decay)
-        except Exception as error:  # a library that it wants raises its own
+        except Exception as error:  # the libraries that optimisers need raise errors of their own
             raise ValueError(f"opt={self.opt!r} cannot be made: {error or type(error).__name__}") from error
         if getattr(made, "is_second_order", False):
             raise ValueError(f"opt={self.opt!r} wants second derivatives, which the merge does not have")
         return made
 
     def schedule(self, optimizer: Optimizer, steps_per_epoch: int) -> Scheduler:
-        """Of steps: ``step_update(n)`` sets the learning rate of step n, counted from 0, whatever came before."""
+        """A schedule by steps: ``step_update(n)`` sets the rate of step n, counted from 0, whatever came before."""
         rates = {"min_lr": self.min_lr, "warmup_lr": min(WARMUP_LR, self.lr), "warmup_epochs": self.warmup_epochs}
         rates["decay_rate"] = 1.0  # the power of "poly"
         steps = {"num_epochs": self.epochs, "step_on_epochs": False, "updates_per_epoch": steps_per_epoch}
@@ -135,7 +136,7 @@ class Recipe:
         return Mixup(self.mixup, self.cutmix, label_smoothing=self.smoothing, num_classes=classes)
 
     def loss(self) -> nn.Module:
-        """Of logits [B, classes] and labels [B], or with mixup shares [B, classes]."""
+        """The loss for logits [B, classes] and labels [B], or with mixup the shares of the classes [B, classes]."""
         return SoftTargetCrossEntropy() if self.mixes else LabelSmoothingCrossEntropy(self.smoothing)
 
     def to_dict(self) -> dict[str, Any]:
