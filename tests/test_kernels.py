@@ -140,7 +140,8 @@ def test_no_result_depends_on_how_many_programs_share_an_image(by_size, dtype, m
 
 
 def test_few_images_take_more_programs_each():
-    """Up to 132 images, one for each multiprocessor of an H100 with 16 warps, every tile has its own program."""
+    """Every tile has its own program as long as two programs per image run at once. The 132 multiprocessors of an H100
+    take 16 warps each."""
     for B, each in ((1, 1), (132, 1), (133, 4), (10**6, 4)):
         assert match_kernels.tiles_each(B, 4, 8, 132) == each
     assert match_kernels.tiles_each(10**6, 1, 4, 132) == 1
