@@ -34,7 +34,7 @@ class BAT(Baseline):
     a keep rate of 0.7: as many as EViT keeps without its fused token, so there are as many clusters as pairs. **How
     many there are, and what follows, is our reading**:
 
-    - Pairs go by the cosine of the tokens before the merge, the most similar first; a token is in one pair at most.
+    - Pairs go by the cosine of the tokens that enter the block, the most similar first; a token is in at most one pair.
     - Clusters go by density peaks, with all squared distances divided by C. The density of a token is exp(-mean squared
       distance to its ``neighbours`` nearest). Its peak is the density times the distance to the nearest denser token,
       or for the densest token to the farthest one. The tokens with the highest peaks are the centres; each other token
