@@ -1,9 +1,9 @@
 """One r a batch, or every image its own: ``python -m benchmarks.adaptivity``, on the digits.
 
-At eight costs: thresholds calibrated for either way to adapt at the nearest of four, with all distances from 1 scaled
-until the calibration split costs as much, and a static copy, the r of each block that images of their own counts have
-on average. Judged on the test split, also on the tenth of the images that keep the fewest tokens and on the tenth that
-keeps the most.
+It compares three configurations at each of eight costs. Two take the thresholds calibrated for "image" and for "batch"
+at the nearest of four costs, with their distances from 1 scaled until the calibration split costs as much. The third is
+a static copy: each block's r is the mean that it has with ``adapt="image"``. All are judged on the test split, and also
+on the tenth of its images that keeps the fewest tokens and on the tenth that keeps the most.
 """
 
 import argparse
@@ -26,7 +26,7 @@ SHARES = (0.30, 0.40, 0.45, 0.50, 0.55, 0.60, 0.65, 0.70)
 
 
 def at_share(subject: ModelWithImages, adapt: str, share: float) -> ATMConfig:
-    """Thresholds with which the calibration images save this share."""
+    """Scale the calibrated thresholds until the calibration images save this share of the MACs."""
     goal = subject.goal(share)
     config = scaled(subject, Thresholds.of_digits().near(adapt, goal), goal)
     if config is None:
@@ -35,7 +35,7 @@ def at_share(subject: ModelWithImages, adapt: str, share: float) -> ATMConfig:
 
 
 def static_copy(subject: ModelWithImages, config: ATMConfig) -> ATMConfig:
-    """The mean r of each block."""
+    """The static configuration that merges in each block the mean r of ``config``, rounded."""
     entering = evaluate(subject.model, subject.loader, config, title=None).tokens
     left = [round(mean) for mean in entering]
     schedule = (*(before - after for before, after in pairwise(left)), 0)

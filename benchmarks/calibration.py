@@ -1,9 +1,9 @@
 """Calibrated thresholds beside what else could be done: ``python -m benchmarks.calibration``, on the digits.
 
-For each share of the MACs and each way to adapt: :func:`atm_triton.calibrate`, and the best of 200 random curves of the
-paper on the same images; and of given r's the constant one (ToMe), the best increasing and the best decreasing one. All
-are judged on the test split. What the same code has measured is not measured again, nor what --keep names; under
-torchrun the images are dealt out.
+For each share of the MACs and each way to adapt it runs :func:`atm_triton.calibrate` and takes the best of 200 random
+curves of the paper on the same images. Three static schedules stand beside them: a constant r (ToMe), the best
+increasing r and the best decreasing r. All are judged on the test split. Rows that the same code has measured, and
+those that --keep names, are not measured again. Under torchrun the processes share the images.
 """
 
 import argparse
@@ -27,13 +27,13 @@ from atm_triton.measure.provenance import check_file, environment, write_result
 from benchmarks import RESULTS
 from benchmarks.model_with_images import BATCH_SIZE, ModelWithImages
 
-SHARES = (0.62, 0.55, 0.45, 0.30)  # what is hardest to meet first
+SHARES = (0.62, 0.55, 0.45, 0.30)  # the hardest first
 ADAPT = ("image", "batch", "static")
 AGREEMENT = 0.995
 OWN_CODE = ("benchmarks/model_with_images.py", "benchmarks/calibration.py")
-SLOPES = (0.25, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10)  # with 1, r goes from 0 to twice its mean; beyond, blocks have none
+SLOPES = (0.25, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10)  # at 1, r goes from 0 to twice its mean; above 1 some blocks have r = 0
 RAMPS = {
-    "ToMe": (0,),  # constant, give or take the one token that meets the cost
+    "ToMe": (0,),  # constant, except for single tokens that meet the cost
     "increasing": SLOPES,
     "decreasing": tuple(-slope for slope in SLOPES),
 }
@@ -54,7 +54,7 @@ def calibrated(subject: ModelWithImages, adapt: str, target: Target) -> dict[str
 
 
 def given(subject: ModelWithImages, slopes: tuple[float, ...], goal: float) -> dict[str, Any]:
-    """Of given r's that rise or fall with depth the best, with alternate grouping as ToMe has it."""
+    """Judge the best of the schedules whose r changes with depth by ``slopes``, with ToMe's alternate groups."""
     search, merging = subject.search("static"), subject.costs.merging
     ramps = []
     for slope in slopes:
@@ -66,7 +66,7 @@ def given(subject: ModelWithImages, slopes: tuple[float, ...], goal: float) -> d
 
 
 def cells(shares: list[float]) -> Iterator[dict[str, Any]]:
-    """What is measured, in turn."""
+    """The keys of all rows, in the order in which they are measured."""
     yield {"method": "calibrated", "adapt": "image", "min_agreement": AGREEMENT}
     for share in shares:
         for adapt in ADAPT:
@@ -88,8 +88,8 @@ def measured(subject: ModelWithImages, cell: dict[str, Any], draws: int) -> dict
 
 
 def known(path: Path, settings: dict[str, Any], keep: list[str]) -> list[dict[str, Any]]:
-    """The rows of a file that this very code made, as far as it went; by other code those of the methods in ``keep``.
-    Each says by which commit."""
+    """Read the rows of an earlier, perhaps interrupted run: all of them if the same code made them, otherwise those of
+    the methods in ``keep``. Each row gets the commit that measured it."""
     if not path.exists():
         return []
     try:
@@ -112,7 +112,7 @@ def _same_code(commit: str) -> bool:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Accuracy and KL against GFLOPs: a colour for each method, a line for each way to adapt."""
+    """Plot accuracy and KL against GFLOPs, with a colour for each method and a line for each way to adapt."""
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     accuracy, change = figure.subplots(1, 2)
     lines = {"image": "o-", "batch": "s--", "static": "^:"}

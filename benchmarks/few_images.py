@@ -1,8 +1,9 @@
 """Calibrations from few images beside earlier ones from many: ``python -m benchmarks.few_images``, on the digits.
 
-Beside each earlier calibration of ``results/`` for ``adapt="image"`` stand several for the same goal, each from other
-images. All are judged on the test split: as they are, and, since few images tell their cost less exactly, with the
-distances of their thresholds from 1 scaled until they cost there what the earlier one does.
+Each earlier calibration of ``results/`` for ``adapt="image"`` is compared with several new ones for the same goal, each
+on a different small set of images. All are judged on the test split as they are. Few images predict the cost less
+exactly, so the new ones are also judged with the distances of their thresholds from 1 scaled until they cost as much on
+the test split as the earlier one.
 """
 
 import argparse
@@ -33,7 +34,7 @@ FIELDS = {"cls_only_last": True, "backend": "auto"}
 
 
 class Judge:
-    """The test images."""
+    """Measures configurations on the test images."""
 
     def __init__(self, number: int) -> None:
         self.model = open_model()
@@ -49,7 +50,7 @@ class Judge:
         return {"gflops": measured.gflops.mean().item(), "kl": measured.divergence.mean().item(), "kl_se": error.item()}
 
     def at(self, config: ATMConfig, gflops: float) -> dict[str, float]:
-        """With its thresholds scaled until the test images cost so much."""
+        """Measure the configuration with its thresholds scaled until the test images cost ``gflops``."""
         thresholds = config.thresholds[: self.costs.merging]
         plan = Plan(
             counts=(),
@@ -61,7 +62,7 @@ class Judge:
 
 
 def earlier(shares: list[float]) -> Iterator[tuple[str, float, dict[str, Any]]]:
-    """What was calibrated before: its images, the goal in GFLOPs, the configuration."""
+    """Yield the earlier calibrations: on how many images, for which goal in GFLOPs, with which configuration."""
     one = json.loads((RESULTS / "digits_calibrate_512.json").read_text())
     yield f"{one['images']} images", one["target"]["max_gflops"], one["config"]
     several = json.loads((RESULTS / "digits_calibration.json").read_text())
@@ -89,7 +90,7 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Each goal: the earlier calibration, and those from few images beside it."""
+    """A Markdown table with the earlier calibration for each goal and, below it, those on few images."""
     lines = [
         f"| goal, GFLOPs | calibrated on | passes | seconds | GFLOPs of {result['test']} test images | KL there "
         "| KL at the cost of the earlier one |",

@@ -1,14 +1,16 @@
 """What a pass costs the host, without a GPU: ``python -m benchmarks.host``.
 
-The launches of our kernels are left out and counted: what is timed is Python, torch's dispatcher and ours. A pass by
-timm, by the blocks and by the engine once it has all its graphs, each way to adapt, in turn.
+Our kernels' launches are counted but left out, so that the time is that of Python, torch's dispatcher and our own code.
+It times a pass of timm's model, of the blocks, and of the engine once it has captured all its graphs, in each way to
+adapt, in turn.
 
-- *meta*: DeiT-S at batch 64 on meta tensors, every image merging eight tokens in a block. Torch works out their shapes
-  in Python, for most operations more slowly than it would dispatch them: that favours us, who leave launches out.
-- *small*: twelve blocks of 24 channels and 17 tokens on the CPU, every image merging one token in a block. An operation
-  costs little but its dispatch there, as on a GPU.
+- *meta*: DeiT-S at batch 64 on meta tensors; every image merges eight tokens per block. Torch infers shapes of meta
+  tensors in Python, for most operations more slowly than it would dispatch them. That favours us, who leave launches
+  out.
+- *small*: twelve blocks of 24 channels and 17 tokens on the CPU; every image merges one token per block. There, as on a
+  GPU, an operation costs the host little more than its dispatch.
 
-Triton's own share of a launch comes on top where the blocks launch.
+Where the blocks launch kernels, Triton's own share of each launch comes on top.
 """
 
 import argparse
@@ -33,13 +35,13 @@ from atm_triton.graphs import Mailbox, Replays
 from atm_triton.measure.provenance import check_file, write_result
 
 RESULT = Path(__file__).parent / "results" / "host.json"
-R = {"meta": 8, "small": 1}  # tokens that every image merges in a block
+R = {"meta": 8, "small": 1}  # tokens that every image merges per block
 WAYS = ("timm", "blocks", "engine")
 ADAPT = ("static", "batch", "image")
 
 
 class Launches:
-    """Counts what would be launched."""
+    """Counts the launches that it replaces."""
 
     number = 0
 
@@ -48,7 +50,7 @@ class Launches:
 
 
 class Arrived(Mailbox):
-    """Counts that are on the host already: ``r`` of each image."""
+    """A mailbox whose counts are on the host already: ``r`` for each image."""
 
     def __init__(self, B: int, r: int) -> None:
         self.counts = [r] * B
@@ -77,8 +79,8 @@ class Played(Replays):
 
 @contextmanager
 def without_launches(kind: str) -> Iterator[Launches]:
-    """Tensors are taken for those of a GPU; the host reads the same r everywhere. What is not written is 0 where it
-    can be an index."""
+    """Treat tensors as if they were on a GPU, count launches instead of running kernels, and let the host read the same
+    r everywhere. Memory that the kernels would write is 0, so that it can serve as indices."""
     launches = Launches()
     takes = {"explain": lambda *_: ("triton", "timed"), "_on_kernels": lambda _: True, "interpreting": lambda: True}
     with (
@@ -90,7 +92,7 @@ def without_launches(kind: str) -> Iterator[Launches]:
 
 
 def models(kind: str) -> tuple[dict[str, VisionTransformer], Tensor]:
-    """timm's model and the patched ones, and images for them."""
+    """Make timm's model, the patched models by name, and images for them."""
     device = "meta" if kind == "meta" else "cpu"
     shape = {} if kind == "meta" else {"img_size": 64, "embed_dim": 24, "num_heads": 3}
     B, side = (64, 224) if kind == "meta" else (1, 64)
@@ -101,7 +103,7 @@ def models(kind: str) -> tuple[dict[str, VisionTransformer], Tensor]:
 
     made = {"timm": new()}
     for adapt in ADAPT:
-        r = R[kind]  # of thresholds the host reads the same, whatever they are
+        r = R[kind]  # thresholds do not matter: the host reads this r for any of them
         merging = {"schedule": (r,) * 12} if adapt == "static" else {"thresholds": (0.9,) * 12}
         for way in ("blocks", "engine"):
             model = apply_patch(new(), ATMConfig(adapt=adapt, engine=way == "engine", backend="triton", **merging))
@@ -112,7 +114,8 @@ def models(kind: str) -> tuple[dict[str, VisionTransformer], Tensor]:
 
 @torch.inference_mode()
 def measure(kind: str, repeats: int) -> list[dict[str, Any]]:
-    """A row for each way to run a pass: microseconds (the median, and the quartiles), its share of timm's, launches."""
+    """Time each way to run a pass. A row has the median and the quartiles in microseconds, the ratio to timm's median,
+    and the number of launches."""
     made, x = models(kind)
     launched, times = {}, {name: [] for name in made}
     with without_launches(kind) as launches:
@@ -139,7 +142,7 @@ def measure(kind: str, repeats: int) -> list[dict[str, Any]]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """In Markdown."""
+    """The result as a Markdown table."""
     lines = ["| tensors | a pass by | host, us | of timm's | launches of ours |", "|---|---|---|---|---|"]
     for row in result["rows"]:
         lines.append(

@@ -1,7 +1,7 @@
 """What other libraries do to a patched model: ``python -m benchmarks.integration``.
 
-It runs every test that is marked ``works_with(library, what)``, those of ``tests/integration`` among them, and writes
-what passed, with the versions, for the table of ``docs/works-with.md``.
+It runs every test marked ``works_with(library, what)``, including those in ``tests/integration``, and writes what
+passed, with the libraries' versions, for the table in ``docs/works-with.md``.
 """
 
 import sys
@@ -18,13 +18,13 @@ TESTS = Path(__file__).parents[1] / "tests"
 
 
 class Shown:
-    """A plugin of pytest that notes what was collected, and every test that did not pass."""
+    """A pytest plugin that notes the collected tests and every test that did not pass."""
 
     def __init__(self) -> None:
         self.rows: dict[tuple[str, str], None] = {}
         self.not_passed: list[str] = []
 
-    @pytest.hookimpl(trylast=True)  # after -m has left others out
+    @pytest.hookimpl(trylast=True)  # after -m has deselected the others
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         for item in items:
             self.rows.update({mark.args: None for mark in item.iter_markers("works_with")})
@@ -35,7 +35,7 @@ class Shown:
 
 
 def table(result: dict[str, Any]) -> str:
-    """A row a library: its version, and what was shown."""
+    """A row for each library: its version, and what the tests show."""
     shown: dict[tuple[str, str], list[str]] = {}
     for row in result["rows"]:
         shown.setdefault((row["library"], row["version"]), []).append(row["what"])
@@ -44,7 +44,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def main(tests: Path = TESTS, path: Path = RESULTS / "integration.json") -> int:
-    """Run what is marked in ``tests`` and write ``path``, if every test passed and none was skipped; the exit code."""
+    """Run the marked tests in ``tests``; write ``path`` if all passed and none was skipped. Returns the exit code."""
     shown = Shown()
     everywhere = ["-o", "norecursedirs=.*", str(tests)]  # also in tests/integration
     code = pytest.main(["-q", "-m", "works_with", "--durations", "10", *everywhere], plugins=[shown])

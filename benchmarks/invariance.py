@@ -1,7 +1,7 @@
 """Does an image's result depend on its batch? ``python -m benchmarks.invariance``, on the digits.
 
-The same test images, alone and in batches of several sizes, in order and shuffled, with one r a batch and with every
-image's own. What merges (the assignments), the class and the logits are compared with those of each image alone.
+The same test images run alone and in batches of several sizes, in order and shuffled, with one r per batch and with one
+r per image. What merges (the assignments), the class and the logits are compared with those of each image alone.
 """
 
 import argparse
@@ -27,11 +27,11 @@ from atm_triton.patch import install
 
 RESULT = Path(__file__).parent / "results" / "digits_invariance.json"
 BATCH_SIZES = (7, 64, 256)
-Outcome = tuple[Tensor, list[bytes]]  # logits [n, classes]; for each image what merged, in all blocks
+Outcome = tuple[Tensor, list[bytes]]  # logits [n, classes]; the slots of each image in all blocks, as bytes
 
 
 class KeepingBlock(ATMBlock):
-    """A block that keeps the slots of each image's tokens, counted from the image's first."""
+    """A block that keeps the slots of each image's tokens, numbered from the image's first slot."""
 
     slots: list[Tensor]
 
@@ -49,7 +49,7 @@ def keeping(model: nn.Module, config: ATMConfig) -> nn.Module:
 
 @torch.inference_mode()
 def outcome(model: nn.Module, images: Tensor, order: Tensor, batch_size: int) -> Outcome:
-    """Of images in batches of this size and order, given back in the images' own order."""
+    """Run the images in batches of this size and order. Returns the outcome in the original order of the images."""
     logits, merged = [], []
     for chosen in tqdm(order.split(batch_size), desc=f"batches of {batch_size}", unit="batch", disable=None):
         logits.append(model(images[chosen]).float().cpu())

@@ -1,4 +1,4 @@
-"""What tells whether a row of ``offline_compile`` still holds: the code of its kernel and what is launched."""
+"""Decide whether a row of ``offline_compile`` still holds: by the code of its kernel and by what is launched."""
 
 import ast
 import hashlib
@@ -18,12 +18,12 @@ def digest(text: str) -> str:
 
 @cache
 def code_of(path: str) -> str:
-    """A digest of what the kernels of a module compile: functions and constants, without comments and docstrings."""
+    """A digest of the code of a module's kernels: functions and constants, without comments and docstrings."""
     return digest(covered(Path(path)))
 
 
 def covered(path: Path) -> str:
-    """The tokens of its kernels and constants, and of those of the modules that it takes some from."""
+    """The tokens of a file's kernels and constants, and of those in the kernel modules that it imports from."""
     files = [path]
     for file in files:
         taken = re.findall(r"^from atm_triton\.kernels\.(\w+) import", file.read_text(), re.MULTILINE)
@@ -54,12 +54,16 @@ def compiled(text: str) -> str:
 
 
 def named(row: dict[str, Any]) -> tuple[str, ...]:
-    """What must be the same for a row to be the same."""
+    """The fields that identify a row: it still holds if all of them are the same."""
     return tuple(row[name] for name in ("case", "kernel", "chip", "configuration", "launch", "code"))
 
 
 def known_rows(path: Path) -> dict[tuple[str, ...], dict[str, Any]]:
-    """The rows of a file of this version of Triton."""
+    """The rows of a result file by their identity.
+
+    Raises:
+        FileNotFoundError: no such file; ValueError: another version of Triton made it.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"--keep: {path} is not there; compile everything, without --keep")
     document = json.loads(path.read_text())

@@ -1,5 +1,6 @@
-"""Launches of the kernels on tensors without memory, each with a name: what ``offline_compile`` compiles of what the
-tests launch. ``tests/test_kernels.py`` takes its shapes from here, and fails where it launches anything else.
+"""Named launches of the kernels on tensors without memory, those of the tests among them, for ``offline_compile``.
+
+``tests/test_kernels.py`` takes its shapes from here, and fails if it launches anything else.
 """
 
 import itertools
@@ -15,8 +16,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from atm_triton.kernels import assign, attention, attention_backward, linear_gelu, match, merge, stem, unmerge
 
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
-GROUPINGS = ("alternate", "by size", "halves")  # halves: by size, where no size is known
-DTYPES = (torch.float32, torch.float16)  # of the tests: the interpreter gets bfloat16 wrong
+GROUPINGS = ("alternate", "by size", "halves")  # halves: grouped by size while all sizes are 1
+DTYPES = (torch.float32, torch.float16)  # of the tests; without bfloat16, which the interpreter gets wrong
 SHAPES = (  # B, H, N, d, P
     (2, 3, 17, 32, 1),
     (2, 2, 63, 60, 2),
@@ -27,10 +28,10 @@ SHAPES = (  # B, H, N, d, P
     (2, 2, 3, 72, 1),
     (1, 2, 5, 80, 5),
     (1, 2, 33, 96, 1),
-    (1, 1, 300, 32, 10),  # more than a program takes
+    (1, 1, 300, 32, 10),  # more tokens than one program takes
     (1, 1, 577, 64, 1),
 )
-SINGLE = (  # H, N, d, P, dtype, heads apart in memory: what one test alone takes
+SINGLE = (  # H, N, d, P, dtype, heads apart in memory: shapes that only one test uses
     (1, 9, 32, 1, torch.float32, True),
     (2, 9, 32, 1, torch.float32, True),
     (2, 9, 72, 1, torch.float32, True),
@@ -41,16 +42,16 @@ SINGLE = (  # H, N, d, P, dtype, heads apart in memory: what one test alone take
     (2, 260, 32, 1, torch.float32, False),
     (2, 70, 60, 0, torch.float32, False),
 )
-MANY = (2, 600)  # images, of which programs of match take one tile each, or all
+MANY = (2, 600)  # numbers of images with which a program of match takes one tile, or all tiles
 CHANNELS = (3, 6, 32, 48, 384, 1280)
-STEMS = tuple(  # patch, images' sides, dtype of the convolution, that of images and positions, prefix tokens, bias
+STEMS = tuple(  # patch, image sides, dtype of the convolution, dtype of images and positions, prefix tokens, bias
     (patch, sides, *dtypes, *rest)
     for patch, sides in (((16, 16), (32, 48)), ((14, 14), (42, 14)), ((4, 8), (12, 24)))
     for dtypes in ((torch.float32,) * 2, (torch.float16,) * 2, (torch.float16, torch.float32))
     for rest in ((2, True), (0, False))
 )
 LAYERS = ((1, 16, 8), (130, 72, 264), (300, 64, 512))  # rows, channels in and out
-LONG = {  # of kernels/assign.py, for images of a few tokens to be long ones
+LONG = {  # constants of kernels/assign.py with which images of a few tokens count as long
     "ONE_PROGRAM": 16,
     "JOINED": 16,
     "LONG_CONFIG": {"CHUNK": 16, "num_warps": 1},
@@ -60,7 +61,7 @@ Launch = tuple[Any, dict[str, Any], dict[str, Any]]  # a kernel, its arguments b
 
 
 def cases_of_tests() -> Iterator[Case]:
-    """What ``tests/test_kernels.py`` launches."""
+    """Every launch of ``tests/test_kernels.py``."""
     shapes = [(*shape, dtype, False) for (_, *shape), dtype in itertools.product(SHAPES, DTYPES)]
     for H, N, d, P, dtype, apart in (*shapes, *SINGLE):
         for grouping in GROUPINGS:
@@ -105,7 +106,7 @@ IMAGES = tensor(3, dtype=torch.int32)  # where two images begin
 def match_case(
     H: int, N: int, d: int, P: int, grouping: str, dtype: torch.dtype, apart: bool = False, B: int = 2
 ) -> Case:
-    """``apart``: every head in memory of its own; ``B``: how many images share the multiprocessors."""
+    """A launch of match. ``apart``: each head has memory of its own; ``B``: images that share the multiprocessors."""
     keys = tensor(H, B * N, d, dtype=dtype) if apart else qkv(B * N, H, d, dtype)[1]
     sizes = tensor(B * N) if grouping == "by size" else None
     images = tensor(B + 1, dtype=torch.int32)
@@ -114,7 +115,7 @@ def match_case(
 
 
 def assign_cases(N: int, P: int) -> Iterator[Case]:
-    """r of each image; one for all; their mean; and each image's own count of similarities from a threshold on."""
+    """A launch of assign for each source of r: one r per image, one r for all, the mean, and a threshold."""
     pair, r = (tensor(2 * N), tensor(2 * N, dtype=torch.int32)), tensor(2, dtype=torch.int64)
     sources = {"r": (r, {}), "one r": (1, {}), "mean": (r, {"mean": True}), "threshold": (r, {"theta": 0.5})}
     for name, (r, options) in sources.items():
@@ -132,7 +133,7 @@ def merge_cases(C: int, dtype: torch.dtype) -> Iterator[Case]:
 
 
 def norm_cases(C: int, dtype: torch.dtype, of_attended: torch.dtype, affine: bool = True) -> Iterator[Case]:
-    """The dtypes: of x and of what attention adds to it."""
+    """Launches of merge and add_norm; ``dtype`` is that of x, ``of_attended`` that of attention's output."""
     x, attended = (tensor(394, C, dtype=dtype) for dtype in (dtype, of_attended))
     vector = tensor(C, dtype=dtype)
     norm = (vector, vector, 1e-6) if affine else (None, None, 1e-6)
@@ -153,7 +154,7 @@ def attention_case(H: int, N: int, d: int, dtype: torch.dtype, bias: bool, Nq: i
 
 
 def attention_backward_case(H: int, N: int, d: int, dtype: torch.dtype, bias: bool, Nq: int) -> Case:
-    """Forward with what the derivative needs, and the derivative."""
+    """A launch of the forward pass, which keeps what the backward pass needs, and of the backward pass."""
     q, k, v = qkv(2 * N, H, d, dtype)
     if Nq == 1:
         q = tensor(2, H, d, dtype=dtype).transpose(0, 1)
@@ -205,7 +206,7 @@ def by_name(kernel: Any, arguments: Iterable[Any], keywords: dict[str, Any]) -> 
 
 
 def captured(launch: Callable[[], Any]) -> list[Launch]:
-    """What a launcher would launch; nothing runs."""
+    """Record what a launcher launches, without running it."""
     seen = []
 
     def note(kernel: Any, grid: Any) -> Callable[..., None]:
@@ -217,7 +218,7 @@ def captured(launch: Callable[[], Any]) -> list[Launch]:
 
 
 def code(launch: Launch) -> tuple[Any, ...]:
-    """What tells the code of a launch from that of another, but for what lies where in memory."""
+    """What determines the compiled code of a launch, except for strides and alignment."""
     kernel, arguments, options = launch
     of_run = {
         "theta",

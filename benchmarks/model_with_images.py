@@ -27,19 +27,19 @@ from atm_triton.patch import knows_sizes
 
 BATCH_SIZE = 64
 TRIES = 12  # of scales until a cost is met
-LAST = 4  # curves judged on images that they were not fitted to
+LAST = 4  # curves that are judged on images they were not fitted to
 
 
 class ModelWithImages:
-    """A model in eval mode, batches of images (and anything) to choose settings by, and ``test``, batches of images and
-    labels to judge by."""
+    """A model in eval mode with two sets of images: ``loader``, batches whose images choose settings (labels are not
+    read), and ``test``, batches of images and labels that judge them."""
 
     def __init__(self, model: VisionTransformer, loader: list[Any], test: Iterable[tuple[Tensor, Tensor]]) -> None:
         self.model, self.loader, self.test, self.labelled = model, loader, test, True
 
     @classmethod
     def digits(cls, images: int, test: int) -> "ModelWithImages":
-        """The digits model; ``images`` of its calibration split to choose by, ``test`` of its test split to judge."""
+        """The digits model, ``images`` images of its calibration split to choose by, ``test`` of its test split."""
         model = open_model()
         loader = list(open_images(model, split="calibration", limit=images, batch_size=BATCH_SIZE))
         judged = own(list(open_images(model, split="test", limit=test, batch_size=BATCH_SIZE)))
@@ -47,7 +47,7 @@ class ModelWithImages:
 
     @cached_property
     def base(self) -> list[Tensor]:
-        """The unpatched model's answers to the images to judge by."""
+        """The unpatched model's answers on the test images."""
         return unpatched_answers(self.model, self.test, measure=self.measure)
 
     @cached_property
@@ -59,7 +59,7 @@ class ModelWithImages:
 
     @cached_property
     def parts(self) -> dict[str, list[Tensor]]:
-        """The images to choose by as :func:`atm_triton.calibrate` takes them apart."""
+        """The images to choose by, split in parts as :func:`atm_triton.calibrate` splits them."""
         return split_images(self.loader, seed=0)[0]
 
     @cached_property
@@ -76,36 +76,36 @@ class ModelWithImages:
 
     @property
     def proportional(self) -> bool:
-        """Whether attention knows sizes, where nothing else is said."""
+        """Whether attention adds log n by default."""
         return knows_sizes(self.model)
 
     def goal(self, share: float) -> float:
-        """GFLOPs that save this share of the MACs; they count norms too, which are no MACs."""
+        """The GFLOPs at which this share is saved. They include norms, which have no MACs."""
         return (1 - share) * self.costs.unmerged
 
     def outcome(self, how: ATMConfig | Patch, title: str | None = None) -> Evaluation:
-        """On the images to judge by."""
+        """Evaluate on the test images."""
         return self.outcome_of(self.model, how, title)
 
     def outcome_of(self, model: VisionTransformer, how: ATMConfig | Patch, title: str | None = None) -> Evaluation:
-        """The same of a model with other weights, against the answers of this one."""
+        """Evaluate a model with other weights on the test images, against the answers of this model."""
         return evaluate(model, self.test, how, self.base, self.labelled, title)
 
     def judged(self, config: ATMConfig, **about: Any) -> dict[str, Any]:
-        """A row of the outcome."""
+        """A result row: ``about``, the configuration and its outcome on the test images."""
         return {**about, "config": asdict(config), **self.outcome(config).to_dict()}
 
     def search(self, adapt: str) -> Search:
         return Search(Fitting(self.meter, self.costs, adapt), self.proportional, None, 0, lambda least: None)
 
     def at_cost(self, plan: Plan, adapt: str, goal: float) -> ATMConfig | None:
-        """A plan, scaled until the images to choose by cost ``goal``; None if it comes nowhere near."""
+        """Scale a plan until the images to choose by cost ``goal``. None if no scale comes near it."""
         fitted = self.search(adapt).settled(plan, goal, SEEN, TRIES)
         return fitted.config if abs(fitted.mean.gflops - goal) <= FAR * self.costs.unmerged else None
 
     def best_curve(self, adapt: str, goal: float, draws: int, split_depth: int | None = None) -> ATMConfig:
-        """Of random curves of the paper the one with the least change. ``split_depth``: of all of them; None: drawn
-        too."""
+        """Draw random curves of the paper and return the one that changes the answers least. ``split_depth`` holds for
+        all of them; None draws it too."""
         search, rng = self.search(adapt), random.Random(1)
         bar = tqdm(range(draws), desc=f"curves, {adapt}", unit="curve", disable=silent(""))
         drawn = [search.settled(self._random_curve(search, rng, split_depth), goal, tries=TRIES) for _ in bar]
@@ -120,8 +120,8 @@ class ModelWithImages:
         return search.settled(best.plan, goal, SEEN).config
 
     def _random_curve(self, search: Search, rng: random.Random, split_depth: int | None) -> Plan:
-        """Eq. 1 with its own parameters drawn, as one would without knowing what they do to this model; of a given
-        schedule the counts that it gives."""
+        """Draw the parameters of Eq. 1, as one would without knowing what they do to this model. For "static" the plan
+        has the counts that these thresholds give."""
         spread, rise = rng.uniform(0, 2), math.exp(rng.uniform(math.log(0.5), math.log(4 * self.costs.merging)))
         split = rng.choice([None, self.depth]) if split_depth is None else split_depth
         plan = Plan(

@@ -1,20 +1,20 @@
 """Compile the kernels for real chips, without one: ``python -m benchmarks.offline_compile``.
 
-The launchers are called on tensors without memory; what they would launch is compiled for every target instead, so what
-is checked is what ships, and what the tests launch. No kernel may spill registers, nor want more shared memory than a
-chip has. Registers, shared memory and how many programs fit a multiprocessor at once go to
-``benchmarks/results/offline_compile_triton_<version>.json``, a file a version of Triton; this says nothing about time.
+The launchers are called on tensors without memory, and what they would launch is compiled for every target instead. So
+this checks what ships and what the tests launch. No kernel may spill registers or need more shared memory than a chip
+has. Registers, shared memory and the number of programs that fit a multiprocessor at once go to
+``benchmarks/results/offline_compile_triton_<version>.json``, one file per version of Triton. Nothing is timed.
 
-On every chip: every entry of the tables beside the kernels, and every launch of ``tests/test_kernels.py``. What a
-kernel is compiled for beside its table's key varies too: match takes bfloat16 with the heads of a token together and,
-at 197 tokens, float32 with heads apart; merge and LayerNorm take each dtype and autocast's pairs; attention takes each
-dtype with each layout. ``--full`` adds every dtype and layout of match.
+Every chip gets every entry of the tables beside the kernels and every launch of ``tests/test_kernels.py``. Parameters
+that are compiled in but are not part of a table's key vary too: match takes bfloat16 with the heads of a token together
+and, at 197 tokens, float32 with heads apart; merge and LayerNorm take each dtype and autocast's pairs; attention takes
+each dtype with each layout. ``--full`` adds every dtype and layout of match.
 
-``--keep`` takes rows from the file that is there, each with its commit, where neither the kernel's code nor what Triton
-would make of the launch has changed.
+``--keep`` takes rows, each with its commit, from the existing file if neither the kernel's code nor Triton's
+specialisation of the launch has changed.
 
-``--triton VERSION ...`` compiles under other versions of Triton than the one installed here, one after the other: each
-is installed in an environment of its own, ``.venv-triton-<version>``, which takes all else from this one.
+``--triton VERSION ...`` compiles under other versions of Triton, one after the other. Each is installed in an
+environment of its own, ``.venv-triton-<version>``, which takes all other packages from this one.
 """
 
 import argparse
@@ -75,8 +75,8 @@ CUOBJDUMP = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
 
 @dataclass(frozen=True)
 class Chip:
-    """A target and what one of its multiprocessors has: shared memory in bytes for one program and for all, 32-bit
-    registers (of AMD's, vector registers a lane of each of its 4 SIMDs), threads for all and for one."""
+    """A target and the resources of one multiprocessor: shared memory in bytes for one program and for all, 32-bit
+    registers (on AMD: vector registers per lane of each of the 4 SIMDs), threads for all programs and for one."""
 
     target: GPUTarget
     shared_program: int
@@ -86,7 +86,7 @@ class Chip:
     workgroup: int = 1024
 
     def takes(self, shared: int, warps: int) -> bool:
-        """Whether one program can run at all."""
+        """Whether a single program can run at all."""
         return shared <= self.shared_program and warps * self.target.warp_size <= self.workgroup
 
     def programs(self, registers: int, shared: int, warps: int) -> int:
@@ -108,10 +108,10 @@ CHIPS = {
 }
 
 
-MOVES_TENSORS = ("sm_90", "sm_100")  # have tensor memory accelerators
+MOVES_TENSORS = ("sm_90", "sm_100")  # they have tensor memory accelerators
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-AUTOCAST = ((torch.float32, torch.bfloat16), (torch.float32, torch.float16))  # of x and of what attention adds
+AUTOCAST = ((torch.float32, torch.bfloat16), (torch.float32, torch.float16))  # dtypes of x and of attention's output
 DIMENSIONS = (32, 48, 60, 64, 72, 80, 96, 128)
 TILES = (
     "BLOCK",
@@ -127,7 +127,7 @@ TILES = (
     "PARTS",
     "PART",
 )
-KINDS = (  # dtype, heads apart in memory: every entry of a table with each value; --full: with all together
+KINDS = (  # dtype, heads apart in memory: each value occurs; --full takes all combinations
     (torch.bfloat16, False),
     (torch.float32, True),
 )
@@ -135,12 +135,12 @@ EVERY_KIND = tuple(itertools.product(DTYPES, (False, True)))
 
 
 def cases(full: bool = False) -> Iterator[Case]:
-    """A name and a launch for every entry of the tables beside the kernels: all their keys, and what else a kernel is
-    compiled for; ``full``: all combinations of that. Then those of the tests."""
+    """Yield a name and a launch for every entry of the tables beside the kernels, with different values of what else is
+    compiled in (``full``: all combinations), then for every launch of the tests."""
     yield from match_table_cases(EVERY_KIND if full else KINDS)
-    for grouping, B in itertools.product(GROUPINGS, MANY):  # more heads than load at once
+    for grouping, B in itertools.product(GROUPINGS, MANY):  # more heads than are loaded at once
         yield match_case(12, 197, 64, 1, grouping, torch.bfloat16, B=B)
-    for n in range(3, 14):  # every power of two that the next is rounded to
+    for n in range(3, 14):  # N that are rounded up to each power of two
         yield from assign_cases(2**n + 1, 1)
     for C, dtype in itertools.product((192, 384, 768, 1024, 1280), DTYPES):
         yield from merge_cases(C, dtype)
@@ -161,7 +161,7 @@ def cases(full: bool = False) -> Iterator[Case]:
 
 
 def match_table_cases(kinds: Iterable[tuple[torch.dtype, bool]]) -> Iterator[Case]:
-    """N: groups of up to 16, 32, 64 and 128 tokens, and two launches."""
+    """Launches of match. The values of N give groups of up to 16, 32, 64 and 128 tokens, and larger ones."""
     for N, d, grouping, kind in itertools.product((33, 65, 129, 197, 577), DIMENSIONS, GROUPINGS, kinds):
         if N < 577 and d > 64:
             continue
@@ -171,7 +171,7 @@ def match_table_cases(kinds: Iterable[tuple[torch.dtype, bool]]) -> Iterator[Cas
 
 
 def captured_for(chip: str, launch: Callable[[], Any]) -> list[Launch]:
-    """What a launcher would launch there."""
+    """Record what a launcher would launch on this chip."""
     attention.BACKEND = CHIPS[chip].target.backend
     return captured(launch)
 
@@ -179,28 +179,28 @@ def captured_for(chip: str, launch: Callable[[], Any]) -> list[Launch]:
 def specialised(
     kernel: JITFunction, arguments: dict[str, Any], options: dict[str, Any], target: GPUTarget
 ) -> tuple[dict[str, Any], list[tuple[str, Any]], dict[str, Any]]:
-    """What Triton makes of a launch: all arguments, a type and a specialisation of each, options. With the options the
-    latter are what it knows a compiled kernel by."""
+    """Let Triton bind a launch: all arguments, the type and specialisation of each, and the options. Triton looks up a
+    compiled kernel by the specialisations and the options."""
     binder = create_function_from_signature(kernel.signature, kernel.params, make_backend(target))
     return binder(**arguments, **options)
 
 
 def source(kernel: JITFunction, arguments: dict[str, Any], options: dict[str, Any], target: GPUTarget) -> ASTSource:
-    """The kernel as a launch with these arguments would have it compiled."""
+    """The source that Triton would compile for a launch with these arguments."""
     bound = specialised(kernel, arguments, options, target)
     _, signature, constants, attributes = kernel._pack_args(make_backend(target), options, *bound)
     return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
 
 
 def configuration(arguments: dict[str, Any], options: dict[str, Any], names: Iterable[str]) -> str:
-    """Those of the ``names`` that a launch has, and its options, in one line."""
+    """The arguments in ``names`` that a launch has, and its options, in one line."""
     chosen = {name: arguments[name] for name in names if name in arguments}
     return " ".join(f"{name}={value}" for name, value in (chosen | options).items())
 
 
 def jobs(full: bool = False, once: bool = False) -> list[tuple[str, str, int]]:
-    """Case, chip and number of every launch that compiles to code of its own; ``once``: to tiles, warps and stages of
-    its own."""
+    """Case, chip and index of every launch that compiles to different code; ``once``: of every launch with different
+    tiles, warps or stages."""
     kept: dict[Any, tuple[str, str, int]] = {}
     for name, launch in cases(full):
         for chip in CHIPS:
@@ -220,7 +220,7 @@ def every_case() -> dict[str, Callable[[], Any]]:
 
 
 def described(job: tuple[str, str, int]) -> dict[str, Any]:
-    """What is compiled: a row without figures."""
+    """The row of a job without its figures: what would be compiled."""
     name, chip, index = job
     kernel, arguments, options = captured_for(chip, every_case()[name])[index]
     constants = [parameter.name for parameter in kernel.params if parameter.is_constexpr]
@@ -231,7 +231,7 @@ def described(job: tuple[str, str, int]) -> dict[str, Any]:
 
 
 def compile_job(job: tuple[str, str, int]) -> dict[str, Any]:
-    """The row of one launch on one chip."""
+    """Compile one launch for one chip and return its row."""
     name, chip_name, index = job
     chip = CHIPS[chip_name]
     kernel, arguments, options = captured_for(chip_name, every_case()[name])[index]
@@ -249,7 +249,7 @@ def compile_job(job: tuple[str, str, int]) -> dict[str, Any]:
 
 
 def usage(compiled: Any) -> tuple[int, int]:
-    """Registers a thread, and what is spilled: bytes of stack (NVIDIA), vector registers (AMD)."""
+    """Registers per thread, and what is spilled: bytes of stack (NVIDIA) or vector registers (AMD)."""
     if "amdgcn" in compiled.asm:
         text = compiled.asm["amdgcn"]
         return tuple(int(re.search(rf"\.{key}:\s+(\d+)", text)[1]) for key in ("vgpr_count", "vgpr_spill_count"))
@@ -273,7 +273,7 @@ def compile_all(processes: int, full: bool, once: bool, kept: Path | None) -> li
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """A line for each kernel and case: registers / KiB of shared memory / programs a multiprocessor, chip by chip."""
+    """A line for each case and kernel: registers / KiB of shared memory / programs per multiprocessor, by chip."""
     lines = [f"{'':58}" + "".join(f"{chip:>15}" for chip in CHIPS)]
     for key in dict.fromkeys((row["case"], row["kernel"]) for row in rows):
         cells = []
@@ -286,7 +286,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def interpreter(version: str) -> Path:
-    """The Python of an environment with that version of Triton and, for all else, the packages of this one."""
+    """Make an environment with that version of Triton and all other packages of this one; return its Python."""
     directory = ROOT / f".venv-triton-{version}"
     python = directory / "bin" / "python"
     _call(sys.executable, "-m", "venv", directory)
@@ -296,7 +296,7 @@ def interpreter(version: str) -> Path:
         shutil.rmtree(directory)
         raise ValueError(f"--triton {version} cannot be installed: {error}") from error
     packages = sysconfig.get_path("purelib", "venv", {"base": str(directory)})
-    Path(packages, "running.pth").write_text(f"{Path(torch.__file__).parents[1]}\n")  # searched after its own
+    Path(packages, "running.pth").write_text(f"{Path(torch.__file__).parents[1]}\n")  # searched after its own packages
     running, file, *_ = _call(python, "-c", "import triton; print(triton.__version__, triton.__file__)").split()
     if running != version or directory not in Path(file).parents:
         raise ValueError(f"--triton {version}: its environment finds triton {running} in {file}; unset PYTHONPATH")
@@ -304,7 +304,7 @@ def interpreter(version: str) -> Path:
 
 
 def _call(*command: str | Path) -> str:
-    """What a command prints; if it fails, its last line as an error."""
+    """Run a command and return its output. If it fails, its last line becomes a ValueError."""
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise ValueError((done.stderr.strip() or f"{command[0]} ended with {done.returncode}").splitlines()[-1])
@@ -312,7 +312,7 @@ def _call(*command: str | Path) -> str:
 
 
 def run_under(versions: list[str], options: list[str]) -> None:
-    """This program under each version of Triton, all of which are installed before the first run."""
+    """Run this program under each version of Triton. All versions are installed before the first run."""
     for version in versions:
         if not re.fullmatch(r"\d+\.\d+\.\d+", version):
             raise ValueError(f"--triton {version} is no version; give one such as 3.6.0")

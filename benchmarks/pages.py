@@ -27,7 +27,7 @@ ACCURACY, BACKBONES, CALIBRATION, ENGINE, EXPERIMENTS, KERNELS, PERFORMANCE, PHO
 FAQ = ROOT / "docs/faq.md"
 WORKS_WITH = ROOT / "docs/works-with.md"
 AT = 0.5  # the share of FLOPs saved at which methods are compared
-ON_PHOTOGRAPHS = 0.2  # the same of the DINOv2
+ON_PHOTOGRAPHS = 0.2  # the same for the DINOv2
 SHOWN = (0.40, 0.50, 0.60, 0.70)  # of the costs that were measured
 
 
@@ -40,12 +40,12 @@ def load(name: str) -> dict[str, Any]:
 
 
 def named(*names: str) -> str:
-    """Where a table of README comes from: the files, which say what made them."""
+    """The line under a table of README: links to its result files, which say what made them."""
     return f"From {', '.join(f'[`{name}`](benchmarks/results/{name})' for name in names)}."
 
 
 def made_by(*names: str) -> str:
-    """Where a table in docs comes from: file, command, commit and machine."""
+    """The lines under a table in docs: each result file with its command, machine, versions and commit."""
     lines = []
     for name in names:
         e = load(name)["environment"]
@@ -99,7 +99,7 @@ def _on_photographs(photos: dict[str, Any], unmerged: float) -> str:
 
 
 def first_example(result: dict[str, Any]) -> str:
-    """What README's first example merges and saves: the images that the bench runs on too."""
+    """What README's first example merges and saves, from the bench, which runs on the same images."""
     case = result["cases"][0]
     rows = {row["name"]: row for row in case["rows"]}
     timm, atm = rows["timm"], rows["ATM"]
@@ -137,8 +137,8 @@ ON_GPU = {  # heading: what the stage calls it
 
 
 def gpu_table(result: dict[str, Any]) -> str:
-    """Milliseconds of a pass; of what merges also time(bound) / time. A session with torch.compile, which is timed
-    after all others, adds what it alone has."""
+    """Milliseconds of a pass, and time(bound) / time for variants that merge. Sessions with torch.compile are timed
+    after all others; only rows that no other session has are taken from them."""
     measured, rows = result["stages"]["engine"]["rows"], {}
     for row in measured:
         rows.setdefault((row["model"], row["batch"], row["name"]), row)
@@ -177,7 +177,7 @@ def _beside_a_graph(rows: dict[tuple, dict[str, Any]], cell: tuple[str, int]) ->
 
 
 def since_the_first(first: dict[str, Any], now: dict[str, Any]) -> str:
-    """Milliseconds of a pass on one card: by the first version, in eager mode and as one graph, and by the engine."""
+    """Milliseconds of a pass on the same card: the first version in eager mode and as one graph, and today's engine."""
     measured = {(row["model"], row["batch"], row["name"]): row for row in reversed(now["stages"]["engine"]["rows"])}
     names = {"deit_small_patch16_224": "DeiT-S", "deit_base_patch16_224": "DeiT-B"}
     lines = [
@@ -196,7 +196,7 @@ def since_the_first(first: dict[str, Any], now: dict[str, Any]) -> str:
 
 
 def pays_table(gpu: dict[str, Any], *cpu: dict[str, Any]) -> str:
-    """How many times as fast as timm, by model, size of image, batch and way to adapt; less than once in bold."""
+    """The speed-up over timm by model, image size, batch size and way to adapt. Values below 1 are in bold."""
     card, processor = gpu["environment"]["gpu"], cpu[0]["environment"]["cpu"]
     cells_of = {f"{card}, bfloat16, each in CUDA graphs": {}, f"{processor}, float32": {}}
     on_gpu, on_cpu = cells_of.values()
@@ -222,7 +222,7 @@ _WAYS = {"ATM static": "static", "ATM batch": "batch", "ATM image": "image"}
 
 
 def _model(name: str) -> tuple[str, int]:
-    """A model as pages name it, and the side of its images."""
+    """The name of a model on the pages, and the side of its images in pixels."""
     timms = {DIGITS: digits_model.NAME, **NAMES}.get(name, name)
     short = {long: short for short, long in NAMES.items()}.get(timms, name)
     return short, timm.get_pretrained_cfg(timms).input_size[-1]
@@ -233,7 +233,7 @@ def _times(ratio: float | None) -> str:
 
 
 def kernels_table(result: dict[str, Any]) -> str:
-    """Microseconds of each operation by the number of images, and what bounds it; of DeiT-S, at its first N."""
+    """Microseconds of each operation by the number of images, and its bound, at the first row's shapes (DeiT-S)."""
     section = result["stages"]["kernels"]
     first = section["rows"][0]
     same = {key: first[key] for key in ("dtype", "N", "H", "d")}
@@ -253,7 +253,7 @@ def kernels_table(result: dict[str, Any]) -> str:
 
 
 def attention_beside(result: dict[str, Any]) -> str:
-    """Microseconds of attention with log n by the kernel, beside torch's own, with and without a bias."""
+    """Microseconds of attention with log n by the kernel, and of torch's own attention with and without a bias."""
     rows, others = {}, ("SDPA, mask", "SDPA, no bias", "written out")
     for row in result["stages"]["attention"]["rows"]:
         shape = f"{row['dtype']}, d = {row['d']}, N = {row['N']}, B = {row['B']}, H = {row['H']}"
@@ -276,7 +276,7 @@ def training_table(result: dict[str, Any]) -> str:
 
 
 def slow_host_table(*results: dict[str, Any]) -> str:
-    """Milliseconds of DeiT-S in two runs on the same kind of card, whose hosts were not as fast."""
+    """Milliseconds of DeiT-S in two runs on the same kind of card, one of them on a slower host."""
     runs = [
         {
             (row["batch"], row["name"]): row["milliseconds"]
@@ -328,17 +328,17 @@ def adaptivity_table(result: dict[str, Any]) -> str:
 
 
 def accuracy_table(result: dict[str, Any]) -> str:
-    """One cost of those in Table 2; the page of results has the others."""
+    """The rows of Table 2 at one cost; the page of results has the other costs."""
     return table2.table(result | {"rows": [row for row in result["rows"] if row["share"] == AT]})
 
 
 def calibration_table(*documents: dict[str, Any]) -> str:
-    """Of the benchmark its table, of a single calibration what it took."""
+    """The table of the calibration benchmark, and for a single calibration a sentence on the effort it took."""
     return "\n\n".join(_targets(document) if "rows" in document else effort(document) for document in documents)
 
 
 def _targets(result: dict[str, Any]) -> str:
-    """Each target and way to adapt: what was calibrated, and what else costs as much."""
+    """A row for each target and way to adapt: the calibrated thresholds, and the KL of other choices at equal cost."""
     rows = {(row["method"], row.get("share"), row["adapt"]): row for row in result["rows"]}
     others = [
         ("curve", f"best of {result['settings']['draws']} curves"),
@@ -378,7 +378,7 @@ def _photographs(result: dict[str, Any]) -> str:
 
 
 def _commits(rows: list[dict[str, Any]]) -> list[str]:
-    """Of rows that were kept from another commit, which is whose; nothing where all are of one."""
+    """A line that says which commit measured which methods; nothing if one commit measured all rows."""
     by_commit: dict[str, dict[str, None]] = {}  # a set that keeps the order
     for row in rows:
         by_commit.setdefault(row["commit"][:7], {})[row["method"]] = None
@@ -387,14 +387,14 @@ def _commits(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def effort(result: dict[str, Any]) -> str:
-    """What a single calibration took."""
+    """A sentence on how many passes a single calibration took."""
     asked = f"--max-gflops {result['target']['max_gflops']:g}` with `--adapt {result['config']['adapt']}"
     many = f"On {result['images']} images `{asked}` took {result['passes']:,} passes of an image"
     return f"{many}; the digits model has as many tokens and blocks as DeiT-S."
 
 
 def beside_the_curve(result: dict[str, Any]) -> list[float]:
-    """Of each share and way to adapt the calibrated KL over that of the best random curve."""
+    """The ratio of the calibrated KL to that of the best random curve, for each share and way to adapt."""
     kl = {(row["method"], row.get("share"), row["adapt"]): row["overall"]["kl"] for row in result["rows"]}
     return [kl["calibrated", *cell] / kl["curve", *cell] for method, *cell in kl if method == "curve"]
 
@@ -413,7 +413,7 @@ def _kl(row: dict[str, Any] | None) -> str:
     return "" if row is None else f"{row['overall']['kl']:.1e} ± {row['overall']['kl_se']:.0e}"
 
 
-TABLES = {  # of each page, from files
+TABLES = {  # for each page: the name of a table, the function that makes it, and its result files
     README: {
         "headline": (
             headline,
@@ -433,7 +433,7 @@ TABLES = {  # of each page, from files
     BACKBONES: {"flops": (flops.table, ("paper_flops.json",))},
     CALIBRATION: {"calibration": (calibration_table, ("digits_calibration.json", "digits_calibrate_512.json"))},
     FAQ: {"effort": (effort, ("digits_calibrate.json",))},
-    EXPERIMENTS: {"methods": (partial(methods_table, ALL), ())},  # what the classes say
+    EXPERIMENTS: {"methods": (partial(methods_table, ALL), ())},  # from the classes' own descriptions
     ENGINE: {"host": (host.table, ("host.json",))},
     KERNELS: {
         "attention": (attention_beside, ("h200_kernels.json",)),
@@ -457,7 +457,7 @@ TABLES = {  # of each page, from files
 
 
 def fill(page: Path) -> str:
-    """A page with what stands between ``<!-- NAME -->`` and ``<!-- end -->`` made anew."""
+    """The text of a page with every table between ``<!-- NAME -->`` and ``<!-- end -->`` made anew."""
     text = page.read_text()
     for name, (table, files) in TABLES[page].items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -470,5 +470,5 @@ def fill(page: Path) -> str:
 
 
 def filled() -> dict[Path, str]:
-    """The pages that have tables, as they should be."""
+    """The up-to-date text of every page that has tables."""
     return {page: fill(page) for page in TABLES}

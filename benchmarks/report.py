@@ -1,8 +1,8 @@
 """All results on pages by subject, and the tables of README and docs: ``python -m benchmarks.report``.
 
-Every result file in ``benchmarks/results/`` stands on one page there, with its table and plot and with the command,
-machine and commit that made it; ``REPORT.md`` links them all. Nothing is measured, and nothing changes where no result
-did.
+Every result file in ``benchmarks/results/`` appears on one page there, with its table, its plot and the command,
+machine and commit that made it. ``REPORT.md`` links all pages. Nothing is measured; unchanged results give unchanged
+pages.
 """
 
 import json
@@ -17,7 +17,7 @@ from benchmarks import pages
 from benchmarks.paper.__main__ import EXPERIMENTS
 
 INDEX = "REPORT.md"
-PAGES = {  # file: title, and the results that stand there with what they are; "": as the experiment's docstring says
+PAGES = {  # file: title, and each result with its description; "": the first line of the experiment's docstring
     "cpu.md": (
         "Speed on a CPU",
         {
@@ -90,10 +90,10 @@ OTHERS = {
 
 
 def index_and_pages(directory: Path) -> dict[str, str]:
-    """Markdown by file name: the index, and every page that has a result.
+    """The Markdown of the index and of every page that has a result, by file name.
 
     Raises:
-        ValueError: a file is no result, or belongs to no page or to several.
+        ValueError: a file is not a result, or belongs to no page or to several pages.
     """
     sections: dict[str, dict[str, str]] = {}
     links: dict[str, list[str]] = {}
@@ -110,7 +110,7 @@ def index_and_pages(directory: Path) -> dict[str, str]:
 
 
 def _place(path: Path) -> tuple[str, str]:
-    """The page of a result, and what the result is."""
+    """The page of a result, and its description."""
     places = [
         (page, about)
         for page, (_, results) in PAGES.items()
@@ -126,12 +126,12 @@ def _place(path: Path) -> tuple[str, str]:
 
 
 def _anchor(heading: str) -> str:
-    """As GitHub and the page site both make it."""
+    """The anchor of a heading, as both GitHub and the page site make it."""
     return re.sub(r"[^\w-]", "", heading).lower()
 
 
 def section(path: Path, about: str) -> str:
-    """A file's name, what it is, where it comes from, its table, its plot and its pictures, as far as it has them."""
+    """The section of a result: file name, description, origin, and its table, plot and pictures if it has them."""
     try:
         document = json.loads(path.read_text())
         lines = [

@@ -1,6 +1,6 @@
 """Micro-benchmarks of the operations, a block and whole models: ``make microbench``.
 
-DeiT-S shapes, and what a first block sees: 197 tokens, class token first. On a GPU, calls are timed to completion.
+Inputs have the shapes of DeiT-S's first block: 197 tokens, class token first. On a GPU, calls are timed to completion.
 """
 
 from dataclasses import replace
@@ -34,7 +34,7 @@ def sizes():
 
 @pytest.fixture
 def qkv():
-    """As a block sees them: views of the qkv product."""
+    """q, k and v as a block has them: views of the qkv product."""
     return torch.randn(B * N, 3, H, d, device=DEVICE).permute(1, 2, 0, 3)
 
 
@@ -56,7 +56,7 @@ def test_match(benchmark, backend, qkv, sizes, by_size):
 
 
 def to_assign(keys, sizes, backend):
-    """The arguments with which R tokens of each image join."""
+    """The arguments with which ``assign`` merges R tokens of each image."""
     pairs = ops.match(keys, sizes, IMAGES, 1, False, None, backend)
     return pairs, torch.full((B,), R, device=DEVICE), IMAGES, 1, B * (N - R), True, backend
 

@@ -1,7 +1,7 @@
 """Which models of timm's VisionTransformer class can be merged: ``python -m benchmarks.zoo`` writes ``docs/models.md``.
 
-Every name is built on the meta device, without weights, patched, and run there, which tells shapes alone; that values
-are right is shown by the tests, on a small model of every kind.
+Every model is built on the meta device without weights, patched and run. That checks shapes only; the tests check the
+values, on a small model of every kind.
 """
 
 import logging
@@ -28,7 +28,7 @@ MODULES = ("vision_transformer", "deit", "vision_transformer_hybrid", "lvvit", "
 
 
 def names() -> list[str]:
-    """Of every registered model that may be of the class, in alphabetical order."""
+    """The names of all registered models that may be of the class, in alphabetical order."""
     return [name for name in timm.list_models() if is_model_in_modules(name, MODULES)]
 
 
@@ -38,7 +38,7 @@ def built(name: str) -> VisionTransformer:
 
 
 def features(model: VisionTransformer) -> str:
-    """What sets a model apart from a plain ViT with a class token."""
+    """The features that a plain ViT with a class token does not have."""
     block = model.blocks[0]
     attn, mlp = block.attn, block.mlp
     prefix = model.num_prefix_tokens - model.has_class_token
@@ -64,7 +64,7 @@ def features(model: VisionTransformer) -> str:
 
 
 def classified() -> Iterator[tuple[str, str | None, str]]:
-    """(name, why it is refused or None, its features) of every model of the class."""
+    """Yield (name, reason for a refusal or None, features) for every model of the class."""
     for name in tqdm(names(), unit="model"):
         model = built(name)
         if not isinstance(model, VisionTransformer):
@@ -79,7 +79,7 @@ def classified() -> Iterator[tuple[str, str | None, str]]:
 
 
 def run(model: VisionTransformer) -> None:
-    """Run a model that merges nothing, and one token in every block: shapes must fit, and tokens be gone."""
+    """Run a model with r = 0 and with r = 1 in every block: shapes must fit, and tokens must have merged."""
     for r in (0, 1):
         apply_patch(model, ATMConfig(adapt="static", schedule=(r,) * len(model.blocks)))
         images = torch.zeros(2, *resolve_model_data_config(model)["input_size"], device="meta")
@@ -89,7 +89,7 @@ def run(model: VisionTransformer) -> None:
 
 
 def page(rows: list[tuple[str, str | None, str]]) -> str:
-    """In Markdown: the kinds that merge with their names, then those that are refused, with the reason."""
+    """The page in Markdown: the models that can be merged, by kind, then those that are refused, with the reason."""
     merged, refused = defaultdict(list), defaultdict(list)
     for name, reason, kind in rows:
         (merged[kind] if reason is None else refused[reason]).append(f"`{name}`")
@@ -119,7 +119,7 @@ def page(rows: list[tuple[str, str | None, str]]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     Parser(prog="python -m benchmarks.zoo", description=__doc__.splitlines()[0]).parse_args(argv)
-    logging.disable(logging.WARNING)  # timm says of some names that they are old ones
+    logging.disable(logging.WARNING)  # timm warns that some names are deprecated
     PAGE.parent.mkdir(exist_ok=True)
     PAGE.write_text(page(list(classified())))
     print(f"{PAGE} written")

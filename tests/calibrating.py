@@ -1,7 +1,7 @@
-"""What one of several processes does in test_distributed.py: ``torchrun tests/calibrating.py OUT ADAPT [DIES]``.
+"""The program of each process in test_distributed.py: ``torchrun tests/calibrating.py OUT ADAPT [DIES]``.
 
-It calibrates a small model and writes what it found; with an ADAPT of "image dense" by patch tokens. The rank that DIES
-does so without a word in the midst of it.
+It calibrates a small model and writes the result. With the ADAPT "image dense" it compares patch tokens. The rank DIES
+exits silently in the middle of the calibration.
 """
 
 import os

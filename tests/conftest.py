@@ -14,7 +14,7 @@ def seed():
 
 @pytest.fixture
 def poison(monkeypatch):
-    """What a kernel leaves unwritten is NaN or a huge index."""
+    """Fill new memory with NaN or a huge index, so that values a kernel leaves unwritten are noticed."""
 
     def poisoned(make):
         def made(*arguments, **options):

@@ -1,6 +1,6 @@
-"""What one of several processes does in test_finetune.py: ``torchrun tests/finetuning.py OUT [DIES]``.
+"""The program of each process in test_finetune.py: ``torchrun tests/finetuning.py OUT [DIES]``.
 
-It fine-tunes a small model in each way to adapt. With DIES it is killed before that image of the first run is read.
+It fine-tunes a small model in each way to adapt. It is killed before it reads image number DIES of the first run.
 """
 
 import os
@@ -31,8 +31,8 @@ RECIPE = Recipe(epochs=2, batch_size=4, accumulate=2, lr=1e-3, min_lr=1e-5, ema=
 
 
 class Pictures(Dataset):
-    """20 images of 5 classes: noise, and a bright corner that says which class it is. ``dies``: the process is killed
-    when so many have been read; ``raises``: an error ends it there."""
+    """20 images of 5 classes: noise with a bright corner whose size shows the class. ``dies``: the process is killed
+    once this many images have been read; ``raises``: a KeyboardInterrupt is raised instead."""
 
     def __init__(self, dies=None, raises=None):
         torch.manual_seed(1)
@@ -58,13 +58,13 @@ class Pictures(Dataset):
 
 
 def new(dtype=torch.float64, **changes):
-    """A model with dropout and drop path, the same each time."""
+    """A model with dropout and drop path, with the same weights each time."""
     torch.manual_seed(0)
     return vit(dtype=dtype, **{"depth": 3, "embed_dim": 16, "drop_path_rate": 0.3, "proj_drop_rate": 0.1, **changes})
 
 
 def train(out, config, recipe=RECIPE, pictures=None, model=None, **options):
-    """The model after it, and what was returned."""
+    """Fine-tune a model. Returns the model and what ``finetune`` returned."""
     pictures = Pictures() if pictures is None else pictures
     model = new() if model is None else model
     folder = RunFolder(Path(out), {"recipe": recipe.to_dict()})
@@ -72,13 +72,13 @@ def train(out, config, recipe=RECIPE, pictures=None, model=None, **options):
 
 
 CASES = {name: lambda config=config: {"config": config} for name, config in CONFIGS.items()}
-PLAIN_STEPS = replace(RECIPE, opt="momentum", lr=1e-2)  # Adam's blow up what is but rounding
+PLAIN_STEPS = replace(RECIPE, opt="momentum", lr=1e-2)  # Adam's steps would amplify rounding errors
 CASES["float32"] = lambda: {"config": CONFIGS["image"], "recipe": PLAIN_STEPS, "model": new(torch.float32)}
 
 
 class Noisy(Method):
-    """A method with parameters of its own, in the model, one of which only some passes use; random draws, a rate of its
-    own that waits, and a loss."""
+    """A method with its own loss, random draws and two parameters in the model. One parameter has a learning rate of
+    its own that is 0 for the first half; the other is used by some passes only."""
 
     def __init__(self, model):
         model.blocks[1].gate = nn.Parameter(torch.zeros(5, dtype=torch.float64))

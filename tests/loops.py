@@ -1,6 +1,6 @@
-"""The method once more, in loops over images, tokens and channels, from the paper: what the reference must equal.
+"""The paper's method in loops over images, tokens and channels. The reference must equal it.
 
-Nothing of atm_triton is used here. Lists are Python floats (float64). Gradients go through :func:`logits`.
+Nothing from atm_triton is used here. Lists hold Python floats (float64). Gradients go through :func:`logits`.
 """
 
 import math
@@ -14,7 +14,7 @@ def theta(block, alpha, beta, theta_min):
 
 
 def groups(N, P, sizes=None):
-    """Positions of A and B; by size if sizes are given."""
+    """The positions of A and B; grouped by size if sizes are given."""
     if sizes is None:
         return [i for i in range(P, N) if i % 2 == 0], [i for i in range(P, N) if i % 2 == 1]
     order = sorted(range(P, N), key=lambda i: (sizes[i], i))
@@ -28,13 +28,13 @@ def cosine(u, v):
 
 
 def mean_keys(keys):
-    """[H, N, d] tensor to N lists of d floats."""
+    """The mean over heads of a tensor [H, N, d], as N lists of d floats."""
     H, N, d = keys.shape
     return [[sum(keys[h, i, c].item() for h in range(H)) / H for c in range(d)] for i in range(N)]
 
 
 def match(k, a, b):
-    """{i of A: (similarity, position in B)}, the first of equals."""
+    """{i of A: (similarity, position in B)}; of equal similarities the first in B."""
     found = {}
     for i in a:
         best = None
@@ -48,7 +48,7 @@ def match(k, a, b):
 
 
 def assign(N, P, a, b, found, r):
-    """The assignment as a list of N slots."""
+    """The assignment of r merges, as a list of N slots."""
     if r == 0:
         return list(range(N))
     joining = sorted(found, key=lambda i: (-found[i][0], i))[:r]
@@ -70,7 +70,7 @@ def merge(x, n, assignment):
 
 
 def attention(q, k, v, n):
-    """[H, Nq, d], [H, N, d], [H, N, d], n list of floats -> [H, Nq, d]."""
+    """Attention with log n: q [H, Nq, d], k and v [H, N, d], n list of floats -> [H, Nq, d]."""
     H, Nq, d = q.shape
     out = torch.zeros_like(q)
     for h in range(H):
@@ -81,10 +81,10 @@ def attention(q, k, v, n):
 
 
 def logits(model, images, r_of_block, size_from, cls_only_last, proportional=True):
-    """A whole timm ViT with plain blocks, image by image, merging ``r_of_block(block, counts_of)`` tokens a block.
+    """Run a whole timm ViT with plain blocks, image by image, merging tokens in each block.
 
-    r_of_block(block, similarities) gets the best similarities of every image (a list of dicts) and tells r; blocks are
-    counted from 1; from block ``size_from`` on tokens are grouped by size. Returns logits, sizes and traces."""
+    ``r_of_block(block, similarities)`` gets the best similarities of every image (a list of dicts) and returns r.
+    Blocks count from 1; from block ``size_from`` on tokens are grouped by size. Returns logits, sizes and traces."""
     P = model.num_prefix_tokens
     heads = 2 if getattr(model, "dist_token", None) is not None else 1
     tokens = list(model.norm_pre(model._pos_embed(model.patch_embed(images))))

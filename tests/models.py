@@ -17,13 +17,13 @@ def vit(cls=VisionTransformer, dtype=torch.float32, **changes):
 
 
 def small(name, dtype=torch.float32, **changes):
-    """A small model of a family by name, of 64 x 64 images and 16 patch tokens, with random weights, in eval mode."""
+    """A small model of the named family for 64 x 64 images, 16 patch tokens, with random weights, in eval mode."""
     shape = {"img_size": 64, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 5}
     return spread(timm.create_model(name, **{**shape, **changes})).to(dtype)
 
 
 def spread(model):
-    """The model with weights wide enough that blocks differ and biases, which timm begins at 0, in eval mode."""
+    """Draw weights wide enough that blocks differ, and biases, which timm initialises to 0. Returns it in eval mode."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("weight") and parameter.dim() == 2:

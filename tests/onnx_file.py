@@ -1,4 +1,4 @@
-"""A small untrained DINOv2 with its saliency decoder, and the ONNX file of it as the shipped one is built."""
+"""A small untrained DINOv2 with its saliency decoder, and an ONNX file of it that is built like the shipped one."""
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -7,16 +7,16 @@ from torch import nn
 from benchmarks.photos import fetch
 from benchmarks.photos.weights import Decoder
 
-SIDE, WIDTH, DEPTH, HEADS = 56, 16, 4, 2  # of the small model: 16 patches
+SIDE, WIDTH, DEPTH, HEADS = 56, 16, 4, 2  # the small model has 16 patches
 
 
 def small(seed=0):
-    """An untrained model and decoder of the shipped one's architecture."""
+    """An untrained model and decoder with the architecture of the shipped ones."""
     torch.manual_seed(seed)
     model = VisionTransformer(
         img_size=SIDE, patch_size=14, embed_dim=WIDTH, depth=DEPTH, num_heads=HEADS, num_classes=0, init_values=1.0
     )
-    for parameter in model.parameters():  # biases are zero otherwise, and would match in any order
+    for parameter in model.parameters():  # otherwise biases are zero and would match in any order
         nn.init.normal_(parameter, std=0.3)
     decoder = Decoder(WIDTH, (8, 6, 4), SIDE)
     for number in (1, 2, 3):
@@ -26,8 +26,8 @@ def small(seed=0):
 
 
 class OnnxFile:
-    """A model and a decoder as the shipped ONNX file has them: Hugging Face's names, weights of linear layers without
-    names, of which keys come first, and a position embedding that the graph makes."""
+    """A model and a decoder in the form of the shipped ONNX file: Hugging Face's names, unnamed weights of linear
+    layers (keys first), and a position embedding that the graph computes."""
 
     def __init__(self, model, decoder):
         from onnx import TensorProto, helper, numpy_helper
@@ -82,7 +82,7 @@ class OnnxFile:
         return self.op("Add", x, self.op("Concat", first, rest, axis=1, out=fetch.POSITION))
 
     def ones_of(self, x):
-        """[B, 1, 1]."""
+        """Ones [B, 1, 1]."""
         mean = self.op("ReduceMean", x, axes=[1, 2])
         return self.op("Add", self.op("Sub", mean, mean), self.value(torch.tensor(1.0), "one"))
 

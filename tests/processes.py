@@ -1,4 +1,4 @@
-"""Programs in processes of their own, forked from one that has imported torch and timm, which takes four seconds."""
+"""Run programs in processes forked from one that has imported torch and timm, since the import takes four seconds."""
 
 import multiprocessing
 import os
@@ -15,8 +15,10 @@ FORKS.set_forkserver_preload(["timm", "timm.data", "torch.distributed"])
 
 
 def python(*arguments, ranks=1, timeout=120):
-    """``python ARGUMENTS``: ``-m MODULE`` or a script, and what is given to it. With several ``ranks`` each has the
-    environment that torchrun gives it, and their output stands rank by rank; the return code is of one that fails."""
+    """Run ``python ARGUMENTS``: ``-m MODULE`` or a script, and its arguments. With several ``ranks`` each process has
+    the environment that torchrun sets, output is joined rank by rank, and the return code is that of a process that
+    failed.
+    """
     with tempfile.TemporaryDirectory() as directory:
         outputs = [[Path(directory, f"{name}{rank}") for name in ("out", "err")] for rank in range(ranks)]
         forks = [
@@ -42,7 +44,7 @@ def _environments(ranks):
 
 
 def _ended(forks, deadline):
-    """The return code of each; None of one that takes too long."""
+    """The return code of each process; None for one that takes too long."""
     for fork in forks:
         fork.start()
     for fork in forks:
@@ -55,7 +57,7 @@ def _ended(forks, deadline):
 
 
 def _run(arguments, environment, cwd, files):
-    multiprocessing.set_start_method(None, force=True)  # as in a process that nobody forked
+    multiprocessing.set_start_method(None, force=True)  # as in a process that was not forked
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)

@@ -1,4 +1,4 @@
-"""Two processes share a patched model, as ``torchrun --nproc-per-node 2 sharding.py CASE``."""
+"""Two processes share a patched model: ``torchrun --nproc-per-node 2 sharding.py CASE``."""
 
 import sys
 
@@ -72,7 +72,7 @@ def after_patching(shard, mesh, x):
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, output_dtype=torch.float32)
     for block in low.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
-    out = low(x.float())  # which asks for sizes in float32
+    out = low(x.float())  # needs sizes in float32
     assert out.isfinite().all() and sum(summary(low).r) > 0
 
 
@@ -112,7 +112,7 @@ def refusals(mesh, x):
 
 
 def distributed_data_parallel(mesh, x):
-    """Each process has images of its own; gradients are the mean of both."""
+    """DDP: each process has its own images; gradients are the mean over both."""
     mine = x.roll(dist.get_rank(), dims=2)
     for config in CONFIGS.values():
         alone = apply_patch(new(), config)
@@ -126,7 +126,7 @@ def distributed_data_parallel(mesh, x):
 
 
 def tensor_parallel(mesh, x):
-    """Each process has half of an MLP's inner channels, and of the outputs of ``qkv`` before they are gathered."""
+    """Each process has half of an MLP's inner channels and half of the outputs of ``qkv`` before they are gathered."""
     plan = {"attn.qkv": ColwiseParallel(output_layouts=Replicate())}
     plan |= {"mlp.fc1": ColwiseParallel(), "mlp.fc2": RowwiseParallel()}
     for config in CONFIGS.values():
@@ -152,7 +152,7 @@ def tensor_parallel(mesh, x):
 
 
 def fully_sharded_data_parallel(mesh, x):
-    """The older one, which puts a wrapper in the place of each block."""
+    """The older FSDP, which replaces each block by a wrapper."""
     for config in CONFIGS.values():
         alone = apply_patch(new(), config)
         options = {"auto_wrap_policy": ModuleWrapPolicy({Block}), "device_id": torch.device("cpu")}

@@ -1,4 +1,4 @@
-"""The methods of others against loops written from the description of their code, and against what they published."""
+"""Other methods against loops written from descriptions of their code, and against their published figures."""
 
 import copy
 import math
@@ -27,7 +27,7 @@ from loops import cosine
 from models import distilled, images, images_for, small, vit, with_lora
 
 # Each loop takes the tokens x of one image before and after attention, its keys and queries [H][N][d], its sizes and
-# the block, and says which old tokens, each with its weight, make up every new one.
+# the block. It returns for every new token the old tokens that form it, each with its weight.
 
 
 def dot(a, b):
@@ -87,7 +87,7 @@ def pitome(k, size, ratio, block, depth, **_):
 
 
 def mctf(x, q, k, size, r, tau_sim=1, tau_info=20, tau_size=40, **_):
-    """Also the attention each token receives, for the weights."""
+    """MCTF's groups; also returns the attention that each token receives, for the weights."""
     H, N = len(k), len(k[0])
     maps = [[attention_row(q, k, h, i, size) for i in range(N)] for h in range(H)]
     received = [sum(maps[h][i][j] for h in range(H) for i in range(N)) / (H * N) for j in range(N)]
@@ -121,7 +121,7 @@ def mctf(x, q, k, size, r, tau_sim=1, tau_info=20, tau_size=40, **_):
 
 
 def sampled(scores, M):
-    """ATS: the positions of the scores that M points pick, from the lowest score to the highest."""
+    """The positions of the scores that the M points of ATS pick, from the lowest score to the highest."""
     order = sorted(range(len(scores)), key=lambda i: scores[i])
     if not any(scores):
         return order
@@ -196,7 +196,7 @@ def tofu(k, size, P, r, merges, sizes=True, **_):
 
 
 def longest(groups, rows, combined):
-    """ToFu's MLERP: a mean of several gets the length of the longest of them."""
+    """ToFu's MLERP: a mean of several tokens gets the length of the longest of them."""
     for m, group in enumerate(groups):
         if len(group) > 1:
             length = max(math.sqrt(dot(rows[i], rows[i])) for i, _ in group)
@@ -220,7 +220,7 @@ METHODS = {"evit": evit, "pitome": pitome, "ats": ats, "zero_tprune": zero_tprun
 
 
 def by_loops(model, image, name, settings):
-    """Logits of one image, and the tokens after every block with how many patches each stands for."""
+    """Logits of one image, and the tokens after every block with their sizes."""
     x = model.norm_pre(model._pos_embed(model.patch_embed(image[None])))[0].tolist()
     size, record, depth = [1.0] * len(x), [], len(model.blocks)
     for index, block in enumerate(model.blocks):
@@ -318,7 +318,7 @@ def check_by_loops(model, name, settings, more):
 
 
 def recorded(model, name, **settings):
-    """The record and the cost of a pass over one image by a method."""
+    """The record and the cost of a pass over one image with a method."""
     apply_baseline(model, name, **settings)
     with torch.inference_mode():
         model(torch.randn(1, 3, 224, 224))
@@ -329,7 +329,7 @@ def recorded(model, name, **settings):
 
 @pytest.fixture(scope="module")
 def narrow():
-    """DeiT's tokens and blocks, cheap to run."""
+    """A model with DeiT's tokens and blocks that is cheap to run."""
     return timm.create_model("deit_tiny_patch16_224", embed_dim=48, num_heads=3).eval()
 
 
@@ -421,8 +421,8 @@ MCTF_T = {2: "1.204", 10: "0.912", 11: "0.877", 16: "0.709"}
     ],
 )
 def test_costs_of_mctf_are_the_published_ones(deit, size, settings, gflops):
-    """By its own counter, fvcore's: with the similarities, and every LayerNorm at 5 operations an element, also where
-    it sees tokens twice."""
+    """The authors count with fvcore, which includes similarities and counts 5 operations per element of every
+    LayerNorm, also for tokens that pass a norm twice."""
     record, found = recorded(deit[size], "mctf", **settings)
     norms = sum(N + M + (M if M < N else 0) for N, M in zip(record.tokens, record.rows, strict=True)) + record.rows[-1]
     counted = found.macs + found.matching + 5 * norms * deit[size].embed_dim
@@ -440,7 +440,7 @@ SETTINGS = {
     "tofu": {"r": 3},
     "dtome": {"thresholds": (0.5, 0.6, 0.7, 0.3)},
 }
-WANTS = {  # a class token, or logits that are not made of all patch tokens
+WANTS = {  # the error for models without a class token, or whose logits need all patch tokens
     "evit": "ranks tokens by the class token's attention",
     "ats": "ranks tokens by the class token's attention",
     "zero_tprune": "drops patch tokens",
@@ -486,7 +486,7 @@ def test_a_method_runs_in_every_kind_of_model_and_is_taken_away_again(name, make
 
 @pytest.mark.parametrize("name", ["evit", "mctf", "pitome", "tome", "ats", "zero_tprune", "tofu", "dtome"])
 def test_the_last_block_for_the_class_token_alone_changes_no_logit(name):
-    """Also where that block would reduce tokens after its attention, or as MCTF before it."""
+    """This also holds if that block would reduce tokens after its attention, or, as MCTF does, before it."""
     settings = SETTINGS | {"evit": {"blocks": (0, 3)}, "zero_tprune": {"blocks": (0, 3)}}
     model, x = vit(dtype=torch.float64), images(dtype=torch.float64)
     whole = apply_baseline(model, name, **settings[name])(x)
@@ -499,7 +499,7 @@ def test_the_last_block_for_the_class_token_alone_changes_no_logit(name):
 
 @pytest.mark.parametrize("name", BASELINES)
 def test_what_is_saved_is_saved_of_the_plain_model(name):
-    """Also where a block says itself what it costs."""
+    """This also holds for blocks that count their own cost."""
     model, x = vit(), images(2)
     whole = cost(model, unmerged(model, (3, 40, 40))).macs
     apply_baseline(model, name, **SETTINGS[name])(x)
@@ -513,7 +513,7 @@ def test_mctf_costs_what_torch_counts(more):
         apply_baseline(model, "mctf", r=3, cls_only_last=alone)
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
             model(x)
-        lengths = model.blocks.last.tokens[1:]  # of the blocks that fuse; the class token is in neither group
+        lengths = model.blocks.last.tokens[1:]  # N of the blocks that fuse; the class token is in neither group
         similarities = sum(len(range(2, N, 2)) * len(range(1, N, 2)) for N in lengths)
         assert summary(model).macs == counter.get_total_flops() // 2 - similarities * model.embed_dim
 
@@ -521,7 +521,7 @@ def test_mctf_costs_what_torch_counts(more):
 @pytest.mark.parametrize("more", [{}, {"qk_norm": True}, {"reg_tokens": 2}])
 @pytest.mark.parametrize("name", ["zero_tprune", "tofu", "ats"])
 def test_costs_and_matching_are_what_torch_counts(name, more):
-    """But for ATS, whose authors' code also multiplies the queries that do not stay with all keys."""
+    """ATS differs, because its authors' code also multiplies the queries of dropped tokens with all keys."""
     model, x = vit(**more), images(1)
     for alone in (False, True):
         apply_baseline(model, name, cls_only_last=alone, **SETTINGS[name])
@@ -535,8 +535,8 @@ def test_costs_and_matching_are_what_torch_counts(name, more):
 
 
 def test_ats_costs_follow_from_the_tokens_of_each_image(deit):
-    """On DeiT-S: queries, keys, values and all products of queries and keys for the N tokens that enter a block, the
-    rest for the M that leave it."""
+    """On DeiT-S the N tokens that enter a block cost queries, keys, values and all products of queries and keys; the M
+    tokens that leave it cost the rest."""
     model = apply_baseline(deit["small"], "ats")
     with torch.inference_mode():
         model(torch.randn(2, 3, 224, 224))
@@ -568,28 +568,29 @@ def test_an_image_keeps_its_own_number_whatever_is_beside_it(name):
 
 @pytest.mark.parametrize("M", [2, 3, 7, 50, 1000])
 def test_ats_samples_scores_of_any_number_and_equal_ones(M):
-    """Of 0 to 30 tokens, in one batch; of whole numbers, some of them equal, some 0, whose sums are exact."""
+    """One batch has images of 0 to 30 tokens. Scores are whole numbers, whose sums are exact; some are equal, some
+    0."""
     n = [*range(31), 12, 12]
     scores = torch.randint(0, 4, (len(n), 31), dtype=torch.float64)
-    scores[-2], scores[-1, 1:], scores[2] = 0, 0, scores[2] + 1  # none is above 0, or one; all are
+    scores[-2], scores[-1, 1:], scores[2] = 0, 0, scores[2] + 1  # no score is above 0; one is; all are
     there = torch.arange(31) < torch.tensor(n).unsqueeze(1)
     order, kept = BASELINES["ats"](M=M).sampled(scores, there)
     for image, length in enumerate(n):
         found = order[image][kept[image]].tolist()
         assert found == sampled(scores[image, :length].tolist(), M)
         assert len(found) <= max(M, length * (not scores[image, :length].any()))
-    assert kept[2].sum() == 0 and scores[2, :2].all()  # of two that differ from 0
+    assert kept[2].sum() == 0 and scores[2, :2].all()  # of two tokens with scores above 0 none stays
     assert kept[1].sum() == 1 and kept[-2].sum() == 12
 
 
 @pytest.mark.parametrize("path", ["drop_path1", "drop_path2"])
 def test_ats_drops_whole_images_from_a_residual_sum(path):
-    """In training with stochastic depth, also once images have different lengths."""
+    """Stochastic depth in training drops whole images, also when images have different lengths."""
     model = vit(dtype=torch.float64, drop_path_rate=0.5)
     tokens = Packed.of(model._pos_embed(model.patch_embed(images(40, dtype=torch.float64))))
     apply_baseline(model, "ats", M=20, blocks=(0, 1))
     tokens, block = model.blocks[0].forward_packed(tokens, Step(tokens)), model.blocks[1].train()
-    block.drop_path1.drop_prob = block.drop_path2.drop_prob = 1 - 1e-12  # nothing is left of attention and MLP
+    block.drop_path1.drop_prob = block.drop_path2.drop_prob = 1 - 1e-12  # always drops attention and MLP
     without = block.forward_packed(tokens, Step(tokens))
     getattr(block, path).drop_prob = 0.9
     some = block.forward_packed(tokens, Step(tokens))
@@ -599,7 +600,8 @@ def test_ats_drops_whole_images_from_a_residual_sum(path):
 
 
 def test_zero_tprune_costs_the_mlp_of_what_it_drops(deit):
-    """On DeiT-S with the defaults: it prunes between blocks, so that all of a block sees the tokens that enter it."""
+    """On DeiT-S with the defaults. It prunes between blocks, so a whole block, MLP included, sees all tokens that
+    enter."""
     record, found = recorded(deit["small"], "zero_tprune")
     N, C, entering = 197, 384, []
     for block in range(12):
@@ -608,12 +610,12 @@ def test_zero_tprune_costs_the_mlp_of_what_it_drops(deit):
             N = 1 + math.ceil(0.9 * (N - 1 - 10))
     assert record.tokens == tuple(entering) and record.rows[-1] == N
     assert found.macs == 196 * C * 768 + sum(12 * n * C**2 + 2 * n**2 * C for n in entering) + C * 1000
-    paper = sum(2 * n * C for n in entering) + N * C  # the norms
+    paper = sum(2 * n * C for n in entering) + N * C  # norms
     assert found.paper == found.macs + paper
 
 
 def test_tofu_of_opposite_tokens_is_zero():
-    """Two tokens whose mean is 0 leave 0, not NaN."""
+    """Two tokens whose mean is 0 become 0, not NaN."""
     model = apply_baseline(vit(dtype=torch.float64), "tofu", r=1, switch=0)
     x = torch.tensor([[1.0, 2.0], [3.0, 4.0], [-1.0, -2.0], [3.0, 4.0]], dtype=torch.float64)
     tokens = Packed.of(x[None])
@@ -622,8 +624,8 @@ def test_tofu_of_opposite_tokens_is_zero():
 
 
 def dtome(model, batch, r_of):
-    """Logits and lengths of a batch whose images merge, in each block, as many pairs as ``r_of(block, found)`` says;
-    ``found``: of each image its pairs, {i of A: (similarity, partner)}."""
+    """Logits and lengths of a batch whose images merge in each block as many pairs as ``r_of(block, found)`` returns.
+    ``found`` has the pairs of each image, {i of A: (similarity, partner)}."""
     P = model.num_prefix_tokens
     tokens = list(model._pos_embed(model.patch_embed(batch)))
     sizes, lengths = [[1.0] * len(x) for x in tokens], []
@@ -642,7 +644,7 @@ def dtome(model, batch, r_of):
 
 
 def fitted(model, batches, schedule):
-    """The thresholds of DToMe by loops over all pairs of a batch."""
+    """Fit DToMe's thresholds by loops over all pairs of a batch."""
     noted = [[] for _ in model.blocks]
 
     def best_of_batch(block, found):
@@ -659,7 +661,8 @@ def fitted(model, batches, schedule):
 @pytest.mark.parametrize(("r", "schedule"), [(4, (4, 4, 4, 4)), ([1, 9, 0, 5], (1, 9, 0, 5)), ((3, -1), (6, 4, 2, 0))])
 @torch.no_grad()
 def test_dtome_is_its_loops(r, schedule):
-    """Fitted by batches of different sizes, then on other images; also where a block has no pair left to leave."""
+    """Thresholds are fitted to batches of different sizes and run on other images. One block merges all its pairs, so
+    that no next pair is left."""
     model = vit(dtype=torch.float64, embed_dim=16)
     batches, x = [images(n, dtype=torch.float64) for n in (3, 2)], images(3, dtype=torch.float64)
     method = DToMe.fitted(model, [batches[0], (batches[1], None)], r)
@@ -679,7 +682,8 @@ def test_dtome_is_its_loops(r, schedule):
 
 
 def test_dtome_merges_above_a_threshold_and_no_pair_at_it():
-    """The pair that one batch leaves is at its threshold: in float32, the dtype of similarities, it is not merged."""
+    """The first pair that a single batch leaves has exactly the threshold as its similarity, so it does not merge in
+    float32, the dtype of similarities."""
     model, x = vit(), images(4)
     method = DToMe.fitted(model, [x], r=2)
     method.apply(model)(x)
@@ -687,12 +691,12 @@ def test_dtome_merges_above_a_threshold_and_no_pair_at_it():
     config = DToMe(thresholds=(1.0, 0.25, 1 / 3, -1.0)).config(4)
     assert config.thresholds[0] is None
     for theta, above in zip((0.25, 1 / 3, -1.0), config.thresholds[1:], strict=True):
-        assert above > theta and torch.tensor(above).item() == above  # a number of float32
+        assert above > theta and torch.tensor(above).item() == above  # a float32 number
         assert torch.tensor(above).nextafter(torch.tensor(-2.0)).item() <= theta
 
 
 def test_dtome_fits_no_threshold_below_0():
-    """Of two pairs that are less than alike it merges one, as asked, and leaves the other at -1."""
+    """Of two pairs it merges one, as asked. The other has a cosine of -1, and the threshold becomes 0."""
     model, config = vit(dtype=torch.float64), ATMConfig(adapt="image", thresholds=(0.0,) * 4)
     block = FittingBlock.of(model.blocks[0], config, 0, 4, 1)
     block.of_image, block.thresholds = 1, []
@@ -738,7 +742,7 @@ def test_a_method_runs_in_16_bits(name):
 
 
 def test_mctf_calls_a_qkv_that_is_more_than_its_matrix():
-    """With an adapter it does what it does with the adapter's product added to the weights."""
+    """The result with an adapter equals that with the adapter's product added to the weights."""
     model, x = vit(dtype=torch.float64), images(dtype=torch.float64)
     adapted = copy.deepcopy(model)
     for block, other in zip(model.blocks, adapted.blocks, strict=True):

@@ -36,7 +36,7 @@ SMALL = {"LEVELS": (1 / 8, 1 / 2), "CURVES": ((0.0, 1.0),), "STEPS": ((2, 1), (1
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Models as small as these run faster on one."""
+    """Run on one thread, which is faster for models as small as these."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -51,7 +51,7 @@ def small_search(monkeypatch):
 
 @pytest.fixture
 def loader():
-    """Batches of (images, no labels), from flat to noisy."""
+    """Batches of images from flat to noisy, without labels."""
     noise = torch.linspace(0.02, 1, 96)[torch.randperm(96), None, None, None]
     return [(x, None) for x in (0.3 + noise * images(96)).split(24)]
 
@@ -82,7 +82,7 @@ def test_the_goal_is_met_and_the_promise_is_what_an_evaluation_finds(adapt, load
     promise = calibration.promise
     assert promise.gflops == pytest.approx(outcome.overall.gflops) and promise.kl == pytest.approx(outcome.overall.kl)
     assert 100 * promise.agreement == pytest.approx(outcome.overall.agreement) and promise.images == 24
-    assert (promise.kl_se is None) == (adapt == "batch") and promise.agreement_se > 0  # they are one batch
+    assert (promise.kl_se is None) == (adapt == "batch") and promise.agreement_se > 0  # the images are one batch
     assert (f"KL {promise.kl:.3g} ±" in calibration_table(calibration)) == (adapt != "batch")
 
 
@@ -90,11 +90,11 @@ def test_no_image_is_in_two_parts(loader):
     parts, number = split_images(loader, seed=3)
     rows = torch.cat([x for batches in parts.values() for x in batches]).flatten(1)
     assert number == len(rows) == len(rows.unique(dim=0)) == 96
-    assert not torch.equal(rows, torch.cat([x for x, _ in loader]).flatten(1))  # in an order of chance
+    assert not torch.equal(rows, torch.cat([x for x, _ in loader]).flatten(1))  # in random order
 
 
 def test_the_search_is_better_than_a_plain_shape(loader, small_search):
-    """Merging in the blocks that bear it, of a model whose first block must not merge."""
+    """In a model whose first block must not merge, the search merges in the other blocks."""
     model = vit(depth=6)
     with torch.no_grad():
         model.blocks[0].attn.proj.weight *= 6
@@ -119,7 +119,7 @@ def test_a_limit_on_the_change(adapt, loader, small_search):
         assert seen.divergence <= limit if name == "max_kl" else seen.agreement >= limit
         assert seen.gflops < costs.highest - 0.02 * costs.unmerged  # it merges
         if (name, adapt) == ("max_kl", "image"):
-            assert seen.divergence > 0.8 * limit  # as much as it may
+            assert seen.divergence > 0.8 * limit  # it uses most of what is allowed
 
 
 @pytest.mark.parametrize("adapt", ["image", "static"])
@@ -132,7 +132,7 @@ def test_few_blocks_merge(adapt, loader, small_search):
 
 
 def hooked():
-    """Whose second block and its norm are changed by hooks."""
+    """A model whose second block and its norm are changed by hooks."""
     model = vit()
     model.blocks[1].register_forward_hook(lambda module, args, out: 1.5 * out)
     model.blocks[1].norm1.register_forward_hook(lambda module, args, out: 0.7 * out)
@@ -183,7 +183,7 @@ def test_a_fitting_pass_merges_what_is_wanted_and_measures_what_an_evaluation_do
     merged = found.mean.merged
     if adapt == "image":
         assert merged[:merging] == pytest.approx(wanted[:merging], abs=1 / 72)
-    else:  # whole numbers, which carry what rounding leaves
+    else:  # whole numbers; rounding carries over to the next block
         assert sum(merged) == pytest.approx(sum(wanted[:merging]), abs=1)
     assert merged[1] == 0 and merged[merging:] == (0.0,) * (4 - merging)
     if adapt != "static":
@@ -200,7 +200,7 @@ def test_a_pass_that_begins_in_the_midst_gives_the_same(loader, monkeypatch):
     costs, last = Costs(model, (3, 40, 40), True), Plan((2.0, 3.0, 4.0))
     plans = [last, replace(last, counts=(2.0, 3.0, 1.0)), replace(last, counts=(2.0, 1.0, 4.0))]
     plans += [replace(last, split_depth=1), replace(last, counts=(1.0, 3.0, 4.0))]
-    for memory in (2**31, 1):  # enough for all blocks, or for none
+    for memory in (2**31, 1):  # enough for all blocks, then for none
         monkeypatch.setattr(fitting, "MEMORY", memory)
         meter = Meter(model, split, {})
         kept = Fitting(meter, costs, "image")
@@ -240,13 +240,13 @@ def test_plans_to_begin_with_meet_the_goal(loader):
         families = [start.plan.family for start in starts]
         assert families.count("free") == 2 and families.count("curve") >= 2 * (adapt != "static")
     allotted = searching(model, loader).allotted(0.75 * whole(model))
-    assert allotted[0] < min(allotted[1:3])  # what merges in the first block changes most
+    assert allotted[0] < min(allotted[1:3])  # merging in the first block changes most
 
 
 def test_a_curve_is_the_papers():
     thetas = search.eq1(0.01, 1.0, 6.0, 11)
     assert thetas[0] == 0.99 and min(thetas) == thetas[-1] == thetas[7] == 0.9 and thetas[5] > 0.9
-    assert search.eq1(0.3, 2.0, 1.0, 3)[1] == -1.0  # not below
+    assert search.eq1(0.3, 2.0, 1.0, 3)[1] == -1.0  # never lower
 
 
 def test_a_changed_plan_costs_as_much(loader):
@@ -337,7 +337,7 @@ def test_one_image_over_and_over_is_refused():
 
 
 def test_a_cost_between_the_steps_is_refused_in_words(small_search):
-    """A few tokens merge by whole ones, in images that are much alike."""
+    """The images are so similar, and their tokens so few, that the cost changes in large steps."""
     model = vit(img_size=24, depth=2)
     alike = (images(1, side=24) + 0.02 * images(96, side=24)).split(24)
     goal = 0.635 * cost(model, unmerged(model, (3, 24, 24))).paper_gflops
@@ -382,10 +382,10 @@ def test_an_interrupted_run_goes_on(tmp_path, loader, small_search, monkeypatch)
     monkeypatch.setattr(Meter, "count", failing)
     with pytest.raises(StoppedError):
         calibrate(model, loader, target, notes=notes, progress=False)
-    notes.write_text(notes.read_text() + '["fit None')  # as a kill in the middle of a line leaves it
+    notes.write_text(notes.read_text() + '["fit None')  # as if killed in the middle of a line
     with pytest.raises(ValueError, match="of another calibration that was interrupted; delete it, or choose another"):
         calibrate(vit(), loader, target, notes=notes, progress=False)
-    done, stop_at = stop_at - 1 - 3, None  # but for those of the unmerged model
+    done, stop_at = stop_at - 1 - 3, None  # without the passes of the unmerged model
     passes.clear()
     calibration = calibrate(model, loader, target, notes=notes, progress=False)
     resumed = len(passes)
@@ -490,7 +490,7 @@ def test_the_command(tmp_path, small_search, capsys):
 
 
 def tiny(directory):
-    """Options of a command, for a small model with weights of its own."""
+    """The options of a command for a small model with its own weights."""
     changes = {"depth": 3, "embed_dim": 24, "num_heads": 2, "img_size": 64, "num_classes": 5}
     weights = directory / "tiny.safetensors"
     save_file(randomised(timm.create_model("vit_tiny_patch16_224", **changes)).state_dict(), weights)
@@ -586,7 +586,7 @@ def test_bad_input_of_the_command(arguments, message, tmp_path, capsys, monkeypa
     assert main(["calibrate", "--images", "64", "--out", "out.json", *arguments]) == 2
     error = capsys.readouterr().err.splitlines()
     assert len(error) == 1 and error[0].startswith("atm-triton: ") and message in error[0], error
-    assert not list(tmp_path.iterdir())  # nor what would stand in the way of a better try
+    assert not list(tmp_path.iterdir())  # nor anything that would block a second try
 
 
 def test_groups_and_attention_are_tried_too(loader):

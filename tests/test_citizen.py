@@ -1,4 +1,4 @@
-"""What torch and timm do to a whole model holds for a patched one: at r = 0 it equals the unpatched one."""
+"""Tools of torch and timm for whole models work on a patched one: at r = 0 it equals the unpatched model."""
 
 import copy
 import io
@@ -16,7 +16,7 @@ from atm_triton import ATMConfig, apply_patch, remove_patch, summary
 from models import images, images_for, vit
 from test_patch import EASY, IMAGE, STATIC, every_kind
 
-ABOVE_ALL = {"alpha": 1.0, "beta": 0.0, "theta_min": 1.0}  # no two tokens are that alike
+ABOVE_ALL = {"alpha": 1.0, "beta": 0.0, "theta_min": 1.0}  # no two tokens are that similar
 SAME = {
     "static": ATMConfig(adapt="static", schedule=(0,) * 4),
     "batch": ATMConfig(**ABOVE_ALL),
@@ -74,7 +74,7 @@ def test_linear_layers_that_are_more_than_their_matrix(change, config, patched_f
             if type(module) is nn.Linear:
                 change(module)
                 for parameter in module.parameters():
-                    parameter.data *= 1.3  # as an optimiser would: what a layer keeps of it beside is old now
+                    parameter.data *= 1.3  # as an optimiser would, so that what a layer has cached is outdated
         return model.eval()
 
     x, plain = images(dtype=torch.float64), changed(new())
@@ -90,7 +90,7 @@ def test_linear_layers_that_are_more_than_their_matrix(change, config, patched_f
     assert_same(remove_patch(ours)(x), expected)
 
 
-# ---- what is done with a whole model: functions of a model that give a tensor
+# ---- what users do with a whole model: functions of a model that return a tensor
 
 
 def unfused(model):
@@ -193,7 +193,7 @@ def parametrized_itself(model, x):
 
 
 def heads_pruned(model, x):
-    """One of two heads goes, as torch-pruning does it."""
+    """Remove one of two heads, as torch-pruning does."""
     for attn in (block.attn for block in model.blocks):
         of_qkv, kept = torch.arange(96).view(3, 2, 16)[:, 1].flatten(), slice(16, 32)
         attn.qkv.weight, attn.qkv.bias = (nn.Parameter(each.data[of_qkv]) for each in (attn.qkv.weight, attn.qkv.bias))
@@ -312,8 +312,8 @@ def test_sizes_are_float32_whatever_the_default_dtype(dtype, config):
 
 
 def assert_quantised_alike(out, expected, exact):
-    """Quantising changes the logits, and ours as the others, but for the values that fall on the other side of a step
-    because sums are rounded otherwise."""
+    """Quantising changes our logits as it changes timm's, except for values that land on the other side of a step
+    because sums round differently."""
     assert 1e-2 < (expected - exact).abs().max() < 1
     assert (out - expected).abs().max() < (expected - exact).abs().max() / 4
 
@@ -329,8 +329,8 @@ def dynamically_quantised(model, names):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*quantize_per_tensor:UserWarning")
 @pytest.mark.parametrize("patched_first", [True, False])
 def test_a_quantised_model(patched_first):
-    """A layer's range is that of all rows that it gets. Where the last block serves the class token alone, three layers
-    get fewer."""
+    """A layer's range is taken over all rows it gets. If the last block serves only the class token, three layers get
+    fewer rows."""
     x, names = images(), {name for name, module in new().named_modules() if type(module) is nn.Linear}
     fewer = {f"blocks.3.{name}" for name in ("attn.proj", "mlp.fc1", "mlp.fc2")}
     for last, chosen in ((False, names), (True, names - fewer)):
@@ -373,7 +373,7 @@ def set_forward(model, name):
     module.forward = lambda *args, own=module.forward, **options: 1.1 * own(*args, **options)
 
 
-CALLED_WITH_MORE = ("blocks.2.attn", "blocks.1")  # than their tokens
+CALLED_WITH_MORE = ("blocks.2.attn", "blocks.1")  # modules called with more than their tokens
 REFUSALS = {
     wrap: ("blocks.2 is a Block with Scaled: only Attention of timm", "blocks.1 is a Scaled: only Block of timm"),
     set_forward: ("blocks.2 is a Block that has on attn a forward", "blocks.1 is a Block that has on itself a forward"),
@@ -385,8 +385,8 @@ CALLED_AS_TIMM_DOES = ("pos_drop", "blocks.0.norm1", "blocks.1.mlp", "blocks.3.a
 @pytest.mark.parametrize("change", [hook, wrap, set_forward])
 @every_kind
 def test_every_kind_of_model_with_modules_changed(make, change):
-    """After patching all hold; before it they hold, but for what replaces or wraps a block or its attention, which is
-    refused by name."""
+    """All changes work after patching. Before patching they work too, except those that replace or wrap a block or its
+    attention, which are refused by name."""
     torch.manual_seed(0)
     model = make(dtype=torch.float64)
     x = images_for(model, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""The command line in the small, and bad input: one line, exit code 2."""
+"""The command line on small inputs, and bad input: one line, exit code 2."""
 
 import json
 import os
@@ -75,11 +75,12 @@ def test_eval_on_a_folder_with_a_checkpoint(tmp_path, folder, capsys):
     assert main([*arguments, "--workers", "0", "--max-gflops", "1.0"]) == 0
     said = capsys.readouterr().out
     assert "no top-1: it needs one folder for each class" in said
-    assert 'adapt="batch"; paper, Table' in said  # the paper's point is of one r per batch
+    assert 'adapt="batch"; paper, Table' in said  # the paper's point has one r per batch
 
 
 def test_eval_of_the_papers_other_backbones(tmp_path, folder, capsys):
-    """With the class head alone and with the auxiliary one, averaged tokens; arguments go to the model's function."""
+    """With the class head alone, with the auxiliary head, and with averaged tokens; arguments reach the model's
+    function."""
     shape = {"depth": 2, "embed_dim": 48, "num_heads": 2}
     options = [f"{name}={value}" for name, value in shape.items()]
     common = ["--data", str(folder), "--workers", "0", "--alpha", "0.9", "--beta", "0.04", "--theta-min", "0.5"]
@@ -187,7 +188,7 @@ def test_a_warning_is_a_line(capsys):
 
 
 def test_bench_of_packed_images(tmp_path):
-    """DeiT-S merges as many tokens as the digits do, image by image; beside it the same number, alike in all images."""
+    """DeiT-S merges in each image as many tokens as the digits do; another row merges the same number in all images."""
     out, options = tmp_path / "bench.json", ["--batches", "1", "--batch-size", "4", "--repeats", "1"]
     assert main(["bench", "--adapt", "image", *options, "--json", str(out)]) == 0
     digits, deit = json.loads(out.read_text())["cases"]
@@ -231,7 +232,7 @@ def test_env(tmp_path, capsys):
 
 
 def test_bench_says_where_merging_does_not_pay():
-    """Of what merges by ATM: not of the bound, nor of what is timed beside it."""
+    """It says so of the rows of ATM only, not of the bound or of other rows."""
 
     def rows(**speedups):
         names = {"timm": 1, "free-merge bound": 0.7, "ToMe": 0.6, "one r a batch": 0.5} | speedups
@@ -266,11 +267,11 @@ ADAPT_OF = {"calibrate": "image", "eval": "image", "finetune": "image", "visuali
 
 @pytest.mark.parametrize(("command", "adapt"), ADAPT_OF.items())
 def test_the_way_to_adapt_that_a_command_takes_is_in_its_help(command, adapt, capsys):
-    """One for all; the bench, whose run by "image" is long, says so."""
+    """All commands have the same default except bench, because its run with "image" takes long."""
     said = help_of(main, command, capsys)
     assert f"(static). Default: {adapt}" in said
     assert ("the other commands' default" in said) == (adapt != "image")
-    assert set(COMMANDS) - set(ADAPT_OF) == {"env"} and ATMConfig().adapt == "batch"  # the paper's, in Python
+    assert set(COMMANDS) - set(ADAPT_OF) == {"env"} and ATMConfig().adapt == "batch"  # Python has the paper's default
 
 
 @pytest.mark.parametrize("experiment", ["finetuned", "table4", "tableA3"])
@@ -416,7 +417,7 @@ def test_bad_files(tmp_path, folder, capsys):
     data = ["--data", str(folder), "--workers", "0"]
     error = failing([*data, "--checkpoint", small], capsys)
     assert "small.safetensors is none of this VisionTransformer: " in error and "of another shape" in error
-    torch.save({"model": print}, tmp_path / "code.pth")  # a pickle that is no weights
+    torch.save({"model": print}, tmp_path / "code.pth")  # a pickle that holds no weights
     for name in ("text.pth", "text.safetensors", "code.pth"):
         error = failing([*data, "--checkpoint", str(tmp_path / name)], capsys)
         assert f"{name} holds no weights that can be read" in error
@@ -476,7 +477,7 @@ def test_options_reach_the_bench(tmp_path):
     assert main(["bench", *TINY, *arguments, "--json", str(tmp_path / "bench.json")]) == 0
     (case,) = json.loads((tmp_path / "bench.json").read_text())["cases"]
     assert not case["config"]["cls_only_last"] and not case["config"]["proportional_attention"]
-    assert case["rows"][3]["gflops"] > 0.9 and case["rows"][2]["note"] == "r = 8"  # ToMe under the same terms
+    assert case["rows"][3]["gflops"] > 0.9 and case["rows"][2]["note"] == "r = 8"  # ToMe has the same conditions
 
 
 def test_nan_images_are_refused():
@@ -548,13 +549,13 @@ def test_no_input_is_replaced_and_no_result_lost(arguments, message, tmp_path, m
     assert {name: (tmp_path / name).read_bytes() for name in held} == held and not (tmp_path / "new.png").exists()
 
 
-# --------------------------------------------------------------- what was raw, or came after the whole of the work
+# --------------------------------------------- errors that were tracebacks, or came only after all the work was done
 
 HERE = Path(__file__).parents[1]
 
 
 def without_a_reader(buffered, *arguments):
-    """A command whose output nobody reads, as ``| head`` leaves it: its exit code and standard error."""
+    """Run a command whose output nobody reads, as after ``| head``. Returns its exit code and standard error."""
     unbuffered = {"PYTHONUNBUFFERED": "" if buffered else "1"}
     reader, writer = os.pipe()
     os.close(reader)
@@ -666,7 +667,7 @@ def shades():
     return numpy.stack([x * 254 // 319, y * 254 // 239, (x + y) * 254 // 558], axis=2).astype(numpy.uint8)
 
 
-KINDS = {  # how it is saved, and by how much its values may move
+KINDS = {  # how the image is saved, and by how much its values may change
     "palette.png": (lambda image: image.convert("P", palette=Image.Palette.ADAPTIVE), 0.15),
     "alpha.png": (lambda image: image.convert("RGBA"), 0.01),
     "cmyk.jpg": (lambda image: image.convert("CMYK"), 0.06),
@@ -696,7 +697,7 @@ def test_all_16_bits_of_an_image_are_read(channels, shades, tmp_path):
 
 def test_a_photograph_is_upright(shades, tmp_path):
     model, exif = timm.create_model("deit_tiny_patch16_224"), Image.Exif()
-    exif[0x0112] = 6  # turned clockwise to be seen
+    exif[0x0112] = 6  # viewers turn it clockwise
     Image.fromarray(shades).save(tmp_path / "turned.png", exif=exif)
     Image.fromarray(numpy.rot90(shades, -1)).save(tmp_path / "upright.png")
     assert torch.equal(*(open_image(model, tmp_path / name) for name in ("turned.png", "upright.png")))

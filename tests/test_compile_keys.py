@@ -1,7 +1,7 @@
-"""Batches that differ, in rows, images, slots or where in memory they begin, do not make Triton compile anew.
+"""Batches with other numbers of rows, images or slots, or at other addresses, do not make Triton recompile.
 
-Triton keys what it has compiled by the types and the specialisation of the arguments: 1, divisible by 16, aligned. They
-are computed here by Triton itself, for a GPU, in a process without the interpreter; nothing is launched.
+Triton looks up compiled kernels by the types of the arguments and their specialisation (1, divisible by 16, aligned).
+Here Triton itself computes these keys, for a GPU, in a process without the interpreter; nothing is launched.
 """
 
 import json
@@ -26,14 +26,14 @@ LARGE = torch.empty(2**24, dtype=torch.uint8)  # bytes that all tensors are slic
 
 
 def a_slice(*shape, dtype):
-    """Somewhere in memory: on 16 bytes half of the time."""
+    """A tensor somewhere in memory; half of the time it is aligned to 16 bytes."""
     numel, size = torch.Size(shape).numel(), dtype.itemsize
     first = 16 * random.randrange(100) + random.choice((0, size * random.randrange(16 // size)))
     return LARGE[first : first + numel * size].view(dtype).view(shape)
 
 
 def some_lengths(longest):
-    """Of 1 to 64 images: in all 1 token, a multiple of 16, or any number."""
+    """The lengths of 1 to 64 images, with 1 token in all, a multiple of 16, or any number."""
     T = random.choice((1, 16 * random.randrange(1, 60), random.randrange(2, 1000)))
     lengths = [1] * random.randint(max(1, -(-T // longest)), min(64, T))
     while T > sum(lengths):
@@ -48,7 +48,7 @@ def bounds(lengths):
 
 
 def launches(model):
-    """A name and a call of every launcher for a batch of its own."""
+    """Yield a name and a call of every launcher, each for a new random batch."""
     from atm_triton.kernels import assign, attention, attention_backward, linear_gelu, match, merge, stem, unmerge
 
     H, d, C, P, longest, by_size, dtype = model
@@ -76,13 +76,13 @@ def launches(model):
     out, lse = a_slice(T, H, d, dtype=dtype).transpose(0, 1), a_slice(T, H, **floats)
     trained = (out, q, k, v, sizes, images, images, out, lse, longest, longest, 0.125)
     yield "attention backward", attention_backward.attention_backward, trained
-    # a model's own queries begin a tensor
+    # in a model the queries start a tensor
     queries = (of_class.clone(), k, v, sizes, ones, images, 1, longest, 0.125)
     yield "attention of one query", attention.attention, queries
 
 
 def found():
-    """The number of different keys for each model, launcher and kernel."""
+    """The number of different keys that occur for each model, launcher and kernel."""
     from benchmarks.launches import captured
     from benchmarks.offline_compile import CHIPS, specialised
 

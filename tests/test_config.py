@@ -1,4 +1,4 @@
-"""ATMConfig: every field out of range, JSON and the paper's presets."""
+"""ATMConfig: fields out of range, JSON and the paper's presets."""
 
 import math
 
@@ -159,7 +159,7 @@ def test_every_model_of_the_paper_has_a_preset():
 
 def test_without_a_target_a_preset_loses_least():
     for name in PAPER_NAMES.values():
-        drop = 0.05 if name in ("MAE", "LV-ViT-M") else 0.0  # of those the paper has no point that loses nothing
+        drop = 0.05 if name in ("MAE", "LV-ViT-M") else 0.0  # the paper has no lossless point for these
         assert ATMConfig.preset(name) == ATMConfig.preset(name, top1_drop=drop)
 
 

@@ -44,8 +44,8 @@ def test_complexity_is_what_it_says():
     off_digit = torch.where(digits.ink == 0, digits.images.float(), torch.nan).flatten(1)
     spread = torch.tensor([row[~row.isnan()].std() for row in off_digit])
     easy, hard = digits.complexity < 0.15, digits.complexity > 0.85
-    assert spread[easy].max() < 4 and spread[hard].min() > 10  # a flat background, and anything but
-    assert digits.labels.bincount().min() > 150  # every digit, about as often
+    assert spread[easy].max() < 4 and spread[hard].min() > 10  # a flat background, and a busy one
+    assert digits.labels.bincount().min() > 150  # all digits are about equally frequent
 
 
 @pytest.mark.parametrize(

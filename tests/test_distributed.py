@@ -1,5 +1,5 @@
-"""Several processes find what one does, every image once; a process that dies is named: under torchrun, and with the
-places that it gives."""
+"""Several processes under torchrun, or in its environment, find what one finds and see every image once; a process that
+dies is named."""
 
 import json
 import os
@@ -31,13 +31,13 @@ def lines_of_ours(done):
 
 @pytest.mark.parametrize(("adapt", "more"), [("batch", [3]), ("image", [2]), ("image --dense", [2])])
 def test_eval_gives_the_result_of_one_process(adapt, more, tmp_path):
-    """35 images in 5 batches: no number of processes divides either."""
+    """35 images in 5 batches: the number of processes divides neither."""
     results = []
     for processes in (1, *more):
         out = tmp_path / f"{processes}.json"
         done = python(*EVAL, *adapt.split(), "--json", out, ranks=processes)
         assert done.returncode == 0, done.stderr
-        assert done.stdout.count("of the MACs saved") == 1  # one process reports
+        assert done.stdout.count("of the MACs saved") == 1  # only one process reports
         results.append(json.loads(out.read_text())["evaluation"])
     assert results[0]["overall"]["images"] == 35
     assert all(result == results[0] for result in results[1:])
@@ -64,7 +64,7 @@ def test_eval_of_a_folder(tmp_path, folder):
 
 
 def test_bad_input_of_one_process_is_one_line(folder):
-    (folder / "a" / "20.png").write_text("no image")  # in the second batch, which the second process has
+    (folder / "a" / "20.png").write_text("no image")  # in the second batch, which the second process gets
     done = torchrun(2, "-m", "atm_triton", "eval", "--data", folder, "--batch-size", "8", "--workers", "0")
     assert done.returncode != 0
     (line,) = lines_of_ours(done)

@@ -1,4 +1,4 @@
-"""The engine against the blocks, by Triton's interpreter: what it replays there are calls, and all else is the same."""
+"""The engine against the blocks, with Triton's interpreter, where it replays calls in place of graphs."""
 
 import copy
 import pickle
@@ -41,7 +41,7 @@ pytestmark = [pytest.mark.usefixtures("poison"), pytest.mark.filterwarnings("ign
 
 
 class Counting(Replays):
-    """Counts how stages were run."""
+    """Counts how often stages run eagerly, are captured and are replayed."""
 
     def __init__(self, fails=None, holds=0.0):
         super().__init__(torch.device(DEVICE, 0) if DEVICE == "cuda" else torch.device(DEVICE))
@@ -67,7 +67,7 @@ class Counting(Replays):
 
 
 def patched(model, engine=True, **config):
-    """A patched model whose engine reads after every merge, for buckets of few rows."""
+    """A patched model whose engine reads after every merge and has buckets of few rows."""
     model = apply_patch(model.to(DEVICE), ATMConfig(backend="triton", engine=engine, **config))
     model.engine.step, model.engine.read_gflop = 4, 0
     return model
@@ -79,7 +79,7 @@ def batch(model, size=2, seed=0):
 
 
 def by_blocks(model, x, **config):
-    """What the blocks make of x, and what they did."""
+    """The output of the blocks for x, and their record."""
     y = patched(model, engine=False, **config)(x)
     return y, model.blocks.last
 
@@ -100,7 +100,7 @@ def assert_same(model, x, expected, record):
 @pytest.mark.parametrize("make", KINDS.values(), ids=KINDS)
 @torch.inference_mode()
 def test_logits_and_what_merges_are_those_of_the_blocks(make, config):
-    """Also for another batch in the same buffers, whose rows beyond the last image hold what the first one left."""
+    """A second batch in the same buffers must match too: rows beyond its last image hold values of the first batch."""
     model = make()
     for seed in range(2):
         expected = by_blocks(model, batch(model, seed=seed), **config)
@@ -123,7 +123,7 @@ def test_features_of_all_tokens(config):
 
 @torch.inference_mode()
 def test_how_the_model_pools_may_change_between_passes():
-    """With it what attention knows of sizes, and what follows the blocks, which nothing else that is asked tells."""
+    """The pooling decides whether attention uses sizes and what follows the blocks; no other check would notice it."""
     model = tiny(global_pool="avg")
     x = batch(model)
     ours, expected = patched(copy.deepcopy(model), **CONFIGS["image"]), patched(model, False, **CONFIGS["image"])
@@ -134,7 +134,7 @@ def test_how_the_model_pools_may_change_between_passes():
         torch.testing.assert_close(ours(x), seen[-1], rtol=0, atol=1e-5)
         assert ours.blocks.last.way == "engine"
     assert not torch.allclose(seen[0], seen[1], atol=1e-3) and not torch.allclose(seen[1], seen[2], atol=1e-3)
-    assert len(ours.engine.passes) == 3  # each with graphs of its own
+    assert len(ours.engine.passes) == 3  # each has its own graphs
 
 
 @torch.inference_mode()
@@ -165,7 +165,7 @@ def test_what_lies_beyond_the_last_image_reaches_nothing(step):
 
 
 def counted(model, **options):
-    """The model with an engine that counts how it ran its stages."""
+    """A model whose engine counts how it runs its stages."""
     counting = Counting(**options)
     model.engine.make_replays = lambda device: counting
     return counting
@@ -191,7 +191,7 @@ def test_the_second_pass_captures_and_the_third_replays():
 
 @torch.inference_mode()
 def test_graphs_outlive_that_all_workspaces_of_cublas_are_freed():
-    """As torch.compile does it. On a GPU there are so many engines, one after the other, that they share streams."""
+    """torch.compile frees them. On a GPU so many engines follow each other that they share streams."""
     on_gpu, model = DEVICE == "cuda", tiny()
     x = batch(model)
     expected = patched(copy.deepcopy(model), **CONFIGS["static"])(x)
@@ -223,7 +223,7 @@ def test_a_given_schedule_is_one_stage():
 )
 @torch.inference_mode()
 def test_blocks_merge_within_a_stage_where_a_read_does_not_pay(make, adapt, reads):
-    """What the last stage merged is read when somebody asks for it, or by the next pass."""
+    """The counts of the last stage are read when someone asks for them, or by the next pass."""
     model, config = make(depth=5), CONFIGS[adapt]
     batches = [batch(model, seed=seed) for seed in range(3)]
     expected = [by_blocks(model, x, **config) for x in batches]
@@ -328,7 +328,7 @@ def test_under_autocast_as_the_blocks():
             counts is None or torch.equal(counts, other.cpu())
             for counts, other in zip(ours.blocks.last.counts, record.counts, strict=True)
         ] == [True] * 3
-    full = ours(x)  # a kind of its own, and none of the graphs of the other
+    full = ours(x)  # another kind of pass, which uses no graph of the first
     assert full.dtype == torch.float32 and len(ours.engine.passes) == 2
 
 
@@ -355,7 +355,7 @@ class Doubled(nn.Module):
         return 2 * x
 
 
-STEMS = {  # how images of so many rows are cut into tokens, and how often the stem's kernel runs for that
+STEMS = {  # how images of this many rows are cut into tokens, and how often the stem's kernel runs
     "positions of patches alone": (partial(tiny, no_embed_class=True), 24, 1),
     "any size": (partial(tiny, dynamic_img_size=True), 32, 1),
     "norm before the blocks": (partial(tiny, pre_norm=True), 24, 1),
@@ -380,7 +380,7 @@ def test_patches_are_rows_of_a_matrix_where_they_do_not_overlap(make, side, laun
 
 
 def with_mlp(**changes):
-    """Wide enough for two tiles of the kernel."""
+    """A model whose MLP is wide enough for two tiles of the kernel."""
     model = tiny(mlp_ratio=16)
     for block in model.blocks:
         for name, module in changes.items():
@@ -388,7 +388,7 @@ def with_mlp(**changes):
     return model
 
 
-MLPS = {  # and in how many blocks its first layer and GELU are one kernel; the last block serves its class token alone
+MLPS = {  # also the number of blocks whose first layer and GELU are one kernel; the last serves its class token alone
     "plain": (with_mlp, 2),
     "no bias": (lambda: with_mlp(fc1=nn.Linear(32, 512, bias=False)), 2),
     "tanh": (lambda: with_mlp(act=nn.GELU(approximate="tanh")), 0),
@@ -405,7 +405,7 @@ MLPS = {  # and in how many blocks its first layer and GELU are one kernel; the 
 def test_the_first_layer_of_an_mlp_and_its_gelu_are_one_kernel_in_16_bits(make, launches, monkeypatch):
     model = make()
     x = batch(model, 8)
-    config = {"adapt": "static", "schedule": (0, 0, 0)}  # in 16 bits other tokens may merge
+    config = {"adapt": "static", "schedule": (0, 0, 0)}  # in 16 bits different tokens may merge
     exact, _ = by_blocks(model, x, **config)
     seen, kernels = [], ops._kernels()
     run = kernels.linear_gelu
@@ -469,11 +469,11 @@ def test_weights_loaded_in_place_keep_the_graphs_and_replaced_ones_drop_them():
     assert (counting.eager, counting.replayed) == (
         3,
         3,
-    )  # a replay was under way, and thrown away, when it came to light
+    )  # the change was noticed during a replay, which was discarded
 
 
 class Switched(Adapter):
-    """As PEFT: what is active, and how much, are no tensors."""
+    """As in PEFT, whether it is active, and its scale, are not tensors."""
 
     def __init__(self, linear):
         super().__init__(linear)
@@ -508,13 +508,13 @@ def test_an_adapter_that_is_switched_is_captured_anew(change):
     out = ours(x)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)
     assert not torch.allclose(out, before, atol=1e-3)
-    assert (counting.eager, counting.replayed) == (2, 3)  # that replay was thrown away
+    assert (counting.eager, counting.replayed) == (2, 3)  # that replay was discarded
     ours(x), ours(x)
     assert (counting.eager, counting.captured, counting.replayed) == (2, 2, 5)
 
 
 def test_a_move_that_moves_nothing_keeps_the_graphs():
-    """Also outside inference mode, where the engine would not run."""
+    """This also holds outside inference mode, where the engine would not run."""
     ours = patched(tiny(), **CONFIGS["static"])
     counting, x = counted(ours), batch(ours)
     for _ in range(3):
@@ -535,7 +535,7 @@ def test_cast_unpatched_and_patched_anew_while_warm():
         ours(x)
     with pytest.raises(ValueError, match="the kernels take float16, bfloat16 or float32, not float64"):
         ours.double()(x.double())
-    assert not ours.engine.graphs and ours.engine.seen is None  # they would keep what the model has left
+    assert not ours.engine.graphs and ours.engine.seen is None  # they would keep memory that the model no longer uses
     torch.testing.assert_close(ours.float()(x), expected, rtol=0, atol=1e-5)
     assert torch.equal(remove_patch(ours)(x), plain)
     unmerged = patched(model, adapt="static", schedule=(0,) * 3)
@@ -564,7 +564,7 @@ def test_a_copy_has_an_engine_and_weights_of_its_own(adapt):
 
 @torch.inference_mode()
 def test_a_drop_path_that_does_something_in_inference_is_called():
-    """By the blocks, which run then, also where a block merges."""
+    """The blocks run then, and call it also in a block that merges."""
     base, found = tiny(), []
     x = batch(base)
     for backend in ("triton", "reference"):
@@ -578,7 +578,7 @@ def test_a_drop_path_that_does_something_in_inference_is_called():
 
 @torch.inference_mode()
 def test_a_norm_with_a_forward_of_its_own_is_called():
-    """By the blocks, which run then, also between the residual sum and a merge."""
+    """The blocks run then, and call it also between the residual sum and a merge."""
     base, found = tiny(), []
     x = batch(base)
     for backend in ("triton", "reference"):
@@ -592,7 +592,7 @@ def test_a_norm_with_a_forward_of_its_own_is_called():
 
 @torch.inference_mode()
 def test_no_python_of_a_changed_module_runs_in_a_pass_that_is_thrown_away():
-    """Where the second stage has no graph yet, because nothing led to its bucket before."""
+    """The second stage has no graph yet, because no pass has reached its bucket."""
     ours = patched(tiny(), **CONFIGS["image"])
     x, seen = batch(ours), []
     for _ in range(3):
@@ -648,7 +648,7 @@ def test_graphs_are_limited_in_number_and_in_memory():
     for _ in range(2):
         expected = ours(x)
     assert len(ours.engine.graphs) == 2
-    assert counting.captured == 0  # of three stages each is forgotten before it comes again
+    assert counting.captured == 0  # each of three stages is evicted before it runs again
     ours.engine.max_graphs = 9
     ours(x)
     counting.holds = ours.engine.max_mib
@@ -697,7 +697,7 @@ def another_block(model):
 
 
 class Around(nn.Module):
-    """Shows what it wraps, as torch's own wrappers do."""
+    """A wrapper that exposes what it wraps, as torch's own wrappers do."""
 
     def __init__(self, module):
         super().__init__()
@@ -800,7 +800,7 @@ def test_an_image_does_not_depend_on_its_batch():
 
 
 def test_what_a_graph_has_run_through_may_not_change_unseen():
-    """The interpreter calls stages again and would see it; a graph would not."""
+    """The interpreter reruns stages and would notice a change; a graph would not."""
     model = patched(tiny(), **CONFIGS["static"])
     with torch.inference_mode():
         now = Modules(model)
@@ -810,4 +810,4 @@ def test_what_a_graph_has_run_through_may_not_change_unseen():
         now = Modules(model)
         model.pool = lambda x, *_: x[:, 0]
         assert Modules(model) != now and not all(part.same() for part in now.parts)
-        assert Modules(model).obstacle is None  # it is captured as any other stem or head is
+        assert Modules(model).obstacle is None  # captured like any other stem or head

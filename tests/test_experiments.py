@@ -1,4 +1,4 @@
-"""The experiments behind the result files, in the small."""
+"""Small runs of the experiments behind the result files."""
 
 import json
 from itertools import pairwise
@@ -52,7 +52,7 @@ def test_calibration(tmp_path, capsys, monkeypatch):
     assert all(0.25 < row["saved"] < 0.55 for row in rows[1:])
     constant, rising, falling = (row["config"]["schedule"][:-1] for row in rows[-3:])
     assert max(constant) - min(constant) <= 1
-    for schedule in (rising, falling[::-1]):  # up to the one token that meets the cost
+    for schedule in (rising, falling[::-1]):  # except for the one token that meets the cost
         assert schedule[0] < schedule[-1] and all(after >= before - 1 for before, after in pairwise(schedule))
     assert (tmp_path / "out.png").stat().st_size > 1000
     assert len(capsys.readouterr().out.splitlines()) == len(rows)

@@ -1,5 +1,5 @@
-"""What becomes of a patched model in torch.export, torch.jit.trace, torch.compile and torch.func: it is equal to itself
-run as it is, at batches too that the exporter did not see, or refused in one line."""
+"""A patched model in torch.export, torch.jit.trace, torch.compile and torch.func equals the eager model, also for batch
+sizes that the exporter did not see, or is refused in one line."""
 
 import warnings
 from functools import partial
@@ -31,7 +31,7 @@ every_model = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 
 @pytest.fixture(autouse=True)
 def on_a_cpu(monkeypatch):
-    """The environment of most users: tests/conftest.py turns the interpreter on."""
+    """The environment of most users: without the interpreter, which tests/conftest.py turns on."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     torch.compiler.reset()
 
@@ -45,7 +45,7 @@ def assert_equal_at_every_batch(exported, model, batches=(1, 2, 3, 7)):
 
 
 class Merging(nn.Module):
-    """The reference's part of a block: keys [H, T, d] and sizes [T] of images with N tokens to slots and merged x."""
+    """The reference's part of a block: computes slots and merged x from keys [H, T, d] and sizes [T]."""
 
     def __init__(self, N, r, by_size):
         super().__init__()
@@ -59,7 +59,7 @@ class Merging(nn.Module):
         return slots, *reference.merge(keys[0], sizes, slots, B * (self.N - self.r))
 
     def example(self, B=3):
-        """Many keys and sizes are equal."""
+        """Inputs in which many keys and sizes are equal."""
         return torch.randint(1, 3, (2, B * self.N, 2)).float(), torch.randint(1, 4, (B * self.N,)).float()
 
 
@@ -77,7 +77,7 @@ def test_an_export_merges_the_same_tokens_of_equal_ones(r, by_size):
 
 
 class Calls(nn.Module):
-    """A patched model and what is asked of it."""
+    """A patched model and the function that is called on it."""
 
     def __init__(self, config, call, make=vit):
         super().__init__()

@@ -1,4 +1,4 @@
-"""A user's own method: a block with a plan of its own, checked against timm's blocks written out."""
+"""A user's own method: a block with its own plan, checked against timm's blocks written out."""
 
 import pytest
 import timm
@@ -17,7 +17,7 @@ class Free(ATMBlock):
 
 
 class PairsMerge(Free):
-    """Each second patch token joins the one before it."""
+    """Every second patch token joins the one before it."""
 
     def plan(self, q, k, tokens):
         if self.block_index != WHERE:
@@ -29,7 +29,7 @@ class PairsMerge(Free):
 
 
 class SecondsDropped(Free):
-    """Each second patch token is dropped."""
+    """Every second patch token is dropped."""
 
     def plan(self, q, k, tokens):
         if self.block_index != WHERE:
@@ -42,7 +42,7 @@ class SecondsDropped(Free):
 
 
 class LongKeysStay(Free):
-    """Each image keeps the patch tokens whose keys are longer than its mean: a number of its own."""
+    """Each image keeps the patch tokens whose keys are longer than its mean, so numbers differ between images."""
 
     def plan(self, q, k, tokens):
         if self.block_index != WHERE:
@@ -67,8 +67,8 @@ def images():
 
 
 def stepped(model, image, reduce):
-    """The logits of one image by timm's own blocks; ``reduce(x, keys)`` after attention of block :data:`WHERE`, where
-    x [1, N, C]. Later blocks attend with log n by hand."""
+    """The logits of one image from timm's own blocks. ``reduce(x, keys)`` runs after attention of block :data:`WHERE`,
+    on x [1, N, C]. Later blocks have attention with log n written out."""
     x = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(image.unsqueeze(0)))))
     sizes = torch.ones(x.shape[1], dtype=x.dtype)
     for index, block in enumerate(model.blocks):
@@ -130,7 +130,7 @@ def test_features_of_merged_tokens_are_shared_and_gradients_flow(model, images):
 
 
 def test_a_config_beside_a_plan_still_counts(model, images):
-    """Here that attention knows no sizes."""
+    """The field tested here is that attention ignores sizes."""
     outputs = []
     for proportional in (True, False):
         config = ATMConfig(adapt="static", schedule=(0, 0, 0), proportional_attention=proportional)
@@ -149,7 +149,7 @@ def test_what_is_no_block_or_costs_nobody_knows_what_is_refused(model):
         apply_patch(model, block_class=Silent)
     with pytest.raises(TypeError, match="block_class is 3; want ATMBlock or a subclass of it"):
         apply_patch(model, block_class=3)
-    with pytest.raises(ValueError, match="no thresholds"):  # without a plan of its own it needs them
+    with pytest.raises(ValueError, match="no thresholds"):  # without its own plan it needs thresholds
         apply_patch(model, block_class=Free)
     assert type(model.blocks) is torch.nn.Sequential
 

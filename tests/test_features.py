@@ -1,4 +1,4 @@
-"""Features, attention maps and Grad-CAM of a patched model; the examples of docs/features.md by what they give."""
+"""Features, attention maps and Grad-CAM of a patched model; also the results of the examples in docs/features.md."""
 
 import copy
 import re
@@ -27,7 +27,7 @@ EQUAL = {"alpha": 0.99999, "beta": 0.0, "theta_min": 0.99999}
 
 
 def striped(**changes):
-    """A model without positions, and images whose patches are alike by rows: of 25, 5 differ."""
+    """A model without positions, and images whose patches are equal within a row, so that 5 of 25 differ."""
     model = vit(**changes)
     torch.nn.init.zeros_(model.pos_embed)
     rows = torch.randn(3, 3, 5, 8, 8).repeat_interleave(5, dim=2)
@@ -35,7 +35,7 @@ def striped(**changes):
 
 
 def own_maps(model, x):
-    """What an unpatched model attends to: its softmaxes, by hooks."""
+    """The softmaxes of an unpatched model, caught by hooks."""
     model, maps = copy.deepcopy(model), []
     for block in model.blocks:
         block.attn.fused_attn = False
@@ -75,7 +75,7 @@ def test_attention_maps_leave_the_model_as_it_is(name):
     assert [tuple(each.shape) for each in maps] == [(3, 26, 26)] * 4
     for each in maps:
         torch.testing.assert_close(each.sum(-1), torch.ones(3, 26))
-    maps[-1][:, 0, 1:].square().sum().backward()  # a gradient, for who weighs by it
+    maps[-1][:, 0, 1:].square().sum().backward()  # maps have gradients, for weighting by them
     assert model.blocks[0].attn.qkv.weight.grad.abs().sum() > 0
     assert [block.attn.fused_attn for block in model.blocks] == [True, True, False, True]
     assert not any(block.attn.attn_drop._forward_hooks for block in model.blocks)
@@ -157,7 +157,7 @@ def setting(model, x):
 
 
 def cam_of(model, x):
-    """Grad-CAM of an unpatched model, at the norm that enters its last block."""
+    """Grad-CAM of an unpatched model at the first norm of its last block."""
     seen = []
     hook = model.blocks[-1].norm1.register_forward_hook(lambda _, args, out: seen.append(out))
     logits = model(x)

@@ -29,12 +29,12 @@ F64 = torch.float64
 
 
 def same(one, other):
-    """Whether two state dicts are the same to the bit."""
+    """Whether two state dicts are equal bit for bit."""
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def rows(out):
-    """The log, without what time it took."""
+    """The rows of the log without times."""
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
 
@@ -43,7 +43,7 @@ def rows(out):
 
 
 def logits_in_loops(model, x, adapt):
-    """And how many tokens merge in each block, for every batch or image that these are decided for."""
+    """Logits, and how many tokens merge in each block for each batch or image that decides its own count."""
 
     def r(block, found, most):
         if adapt == "static":
@@ -59,7 +59,7 @@ def logits_in_loops(model, x, adapt):
 
 @pytest.mark.parametrize("adapt", CONFIGS)
 def test_the_gradients_of_a_step_are_those_of_the_loops(adapt):
-    """Of two passes of four images, in float64, with smoothed labels."""
+    """The step has two passes of four images, in float64, with smoothed labels."""
     still = {"proj_drop_rate": 0.0, "drop_path_rate": 0.0}
     model, twin, own = new(**still), new(**still), Pictures().batches()[:2]
     training = Training(model, replace(PLAIN, smoothing=0.1), 1)
@@ -73,7 +73,7 @@ def test_the_gradients_of_a_step_are_those_of_the_loops(adapt):
     loss.backward()
     assert all(sum(taken[:2]) > 0 for taken in merged)
     assert len(merged) == (8 if adapt == "image" else 2)
-    assert adapt != "image" or len(set(map(tuple, merged))) > 1  # they differ
+    assert adapt != "image" or len(set(map(tuple, merged))) > 1  # images differ
     assert row["loss"] == pytest.approx(loss.item(), abs=1e-10)
     for ours, parameter in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, parameter.grad, rtol=0, atol=1e-8)
@@ -82,7 +82,7 @@ def test_the_gradients_of_a_step_are_those_of_the_loops(adapt):
 
 @pytest.mark.parametrize("kind", ["lvvit_t", "t2t_vit_t_14", "distilled", "pooled"])
 def test_every_parameter_of_other_models_is_trained(kind):
-    """And the statistics of their norms are the model's, not its copy's."""
+    """The statistics of norms must also change in the model itself, not in a copy."""
     if kind == "distilled":
         model = distilled()
     else:
@@ -99,7 +99,7 @@ def test_every_parameter_of_other_models_is_trained(kind):
 
 
 def test_two_small_passes_are_one_large_one():
-    """Where an image's merging is its own."""
+    """This holds for "image", where an image's merging does not depend on the batch."""
     results = []
     for batch_size, accumulate in ((8, 1), (4, 2)):
         recipe = replace(PLAIN, batch_size=batch_size, accumulate=accumulate)
@@ -114,7 +114,7 @@ def test_two_small_passes_are_one_large_one():
 
 
 def test_checkpointing_changes_no_gradient():
-    """With dropout: a block that is computed again draws what it drew."""
+    """With dropout, a recomputed block must draw the same random numbers."""
     results = []
     for again in (False, True):
         training = Training(model := new(), replace(RECIPE, grad_checkpointing=again), 1)
@@ -130,7 +130,7 @@ def test_16_bits_train_as_float32_does(amp, near):
     still, done = {"proj_drop_rate": 0.0, "drop_path_rate": 0.0}, {}
     for kind in (None, amp):
         training = Training(model := new(torch.float32, **still), replace(PLAIN, amp=kind), 10)
-        training.merge_by(ATMConfig(adapt="static", schedule=(0, 0, 0)))  # 16 bits would choose other tokens
+        training.merge_by(ATMConfig(adapt="static", schedule=(0, 0, 0)))  # 16 bits would merge different tokens
         training.scaler = torch.amp.GradScaler("cpu", init_scale=64.0, enabled=kind == "float16")
         done[kind] = training.advance(Pictures().batches()[:2]) | {"gradient": [p.grad for p in model.parameters()]}
         assert all(p.dtype == torch.float32 for p in model.parameters())
@@ -141,7 +141,7 @@ def test_16_bits_train_as_float32_does(amp, near):
 
 
 def test_a_loss_that_is_scaled_too_far_leaves_the_weights():
-    """A step of float16 is left out, and the scale halved; where that does not help, training ends."""
+    """A float16 step that overflows is skipped and the scale halved; if that does not help, training ends."""
     training = Training(model := new(torch.float32), replace(RECIPE, amp="float16"), 10)
     training.merge_by(CONFIGS["static"])
     training.scaler.load_state_dict({**training.scaler.state_dict(), "scale": 2.0**60})
@@ -159,7 +159,7 @@ def test_a_loss_that_is_scaled_too_far_leaves_the_weights():
 
 
 def test_the_recipe_is_the_papers():
-    """Appendix: 30 epochs, no warm-up, cosine from 2e-5 to 3e-6; the rest is DeiT's."""
+    """The paper's appendix: 30 epochs, no warm-up, cosine from 2e-5 to 3e-6; the rest is DeiT's."""
     recipe, model = Recipe(), new()
     optimizer = recipe.optimizer(model)
     schedule = recipe.schedule(optimizer, 10)
@@ -231,10 +231,11 @@ def test_digits_are_drawn_anew_for_each_epoch():
 
 
 def test_two_processes_train_as_one(tmp_path):
-    """With mixup, dropout, drop path, averaged weights and a clipped gradient; and what they refuse."""
+    """The cases have mixup, dropout, drop path, averaged weights and a clipped gradient. The processes also check what
+    they must refuse."""
     done = python(HERE / "finetuning.py", tmp_path / "two", ranks=2)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("epoch 2/2") == len(CASES)  # one process reports
+    assert done.stdout.count("epoch 2/2") == len(CASES)  # only one process reports
     for name, options in CASES.items():
         train(tmp_path / "one" / name, **options())
         one, two = (torch.load(tmp_path / which / name / "checkpoint.pt") for which in ("one", "two"))
@@ -249,7 +250,7 @@ def test_two_processes_train_as_one(tmp_path):
 
 
 def test_a_method_of_its_own_is_asked_before_each_step_and_goes_on_to_the_bit(tmp_path):
-    """Its parameter waits for half of the steps, and then is trained at the rate that it asks for."""
+    """The method's parameter stays fixed for the first half of the steps and then learns at its own rate."""
     whole, result = train(tmp_path / "whole", **of_its_own())
     assert result["config"] is None and result["after"]["tokens"] == (26, 21, 18)
     gate = whole.blocks[1].gate.detach()
@@ -285,7 +286,7 @@ def test_a_run_that_is_killed_goes_on_to_the_bit(tmp_path):
 @pytest.mark.parametrize("at", [3, 16, 21, 31])
 @pytest.mark.parametrize("adapt", ["batch", "image"])
 def test_an_interrupted_run_goes_on_to_the_bit(at, adapt, tmp_path):
-    """Within an epoch, at its end, and with more in the log than in the checkpoint."""
+    """Interruptions are within an epoch, at its end, and when the log is ahead of the checkpoint."""
     whole, _ = train(tmp_path / "whole", CONFIGS[adapt])
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "part", CONFIGS[adapt], pictures=Pictures(raises=at))
@@ -305,13 +306,13 @@ def test_a_scaled_loss_and_a_schedule_with_warm_up_go_on_to_the_bit(tmp_path):
         states[name] = model.state_dict()
     assert same(states["part"], states["whole"])
     one, other = (torch.load(tmp_path / name / "checkpoint.pt")["scaler"] for name in states)
-    assert one == other and one["scale"] < 2.0**16  # it has been lowered
+    assert one == other and one["scale"] < 2.0**16  # it has dropped
     rates = [row["lr"] for row in rows(tmp_path / "whole") if "lr" in row]
     assert rates[0] == pytest.approx(1e-6) and rates[1] > rates[0] and rates[2] > rates[3]
 
 
 def test_thresholds_are_found_anew(tmp_path):
-    """For the weights as they are, unpatched; a run that is interrupted in between finds the same."""
+    """They are found for the current weights of the unpatched model, and an interrupted run finds the same ones."""
     found, recipe = [], replace(RECIPE, recalibrate=1)
 
     def recalibrate(model):
@@ -321,7 +322,7 @@ def test_thresholds_are_found_anew(tmp_path):
         return ATMConfig(adapt="static", schedule=(int(1e6 * weight.abs().sum().item()) % 4 + 1, 2, 0))
 
     whole, result = train(tmp_path / "whole", None, recipe, recalibrate=recalibrate)
-    assert len(found) == 2 and not torch.equal(*found)  # before the first epoch, and before the second
+    assert len(found) == 2 and not torch.equal(*found)  # before each of the two epochs
     r = int(1e6 * found[1].abs().sum().item()) % 4 + 1
     assert result["config"]["schedule"] == (r, 2, 0)
     assert result["after"]["tokens"] == (26, 26 - r, 24 - r)
@@ -342,7 +343,7 @@ FEW_DIGITS = ["--images", "16", "--limit", "8", "--batch-size", "4", "--accumula
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """A directory with weights, and a folder of images of three colours, to train on and to judge by."""
+    """A directory with weights and with folders of images in three colours, to train on and to evaluate on."""
     for part, count in (("train", 22), ("val", 4)):
         for colour, name in enumerate(("cat", "dog", "eel")):
             (tmp_path / "data" / part / name).mkdir(parents=True)
@@ -356,12 +357,12 @@ def place(tmp_path, monkeypatch):
 
 
 def finetuning(*options):
-    """With a folder."""
+    """The arguments of ``finetune`` on the folder of images."""
     return ["finetune", *MODEL, "--checkpoint", "w.safetensors", "--data", "data", *SMALL, *options]
 
 
 def the_line(arguments, capsys):
-    """The one line of an error."""
+    """Run the command, which must fail, and return the single line of its error."""
     capsys.readouterr()
     assert main(arguments) == 2
     (line,) = (line for line in capsys.readouterr().err.split("\n") if line and "\r" not in line)
@@ -436,7 +437,7 @@ def test_augmentation_does_not_depend_on_who_loads(place):
 
 @pytest.mark.parametrize("auto_augment", ["rand-m10-n6-inc1", "original-mstd0.5"])
 def test_the_strongest_augmentation_reads_every_image(place, auto_augment):
-    """Also where it keeps no bits of an image, which Pillow 13 refuses."""
+    """This includes posterising to 0 bits, which Pillow 13 refuses."""
     model = timm.create_model("deit_tiny_patch16_224", **SHAPE)
     images = TrainFolder(model, Path("data/train"), seed=0, auto_augment=auto_augment)
     for epoch in range(2):
@@ -447,7 +448,7 @@ def test_the_command_goes_on_with_its_own_run(place, capsys):
     assert main(finetuning(*SCHEDULE, "--out", "run", "--save-every", "1")) == 0
     weights = Path("run/model.safetensors").read_bytes()
     Path("run/model.safetensors").unlink()
-    assert main(finetuning(*SCHEDULE, "--out", "run", "--resume", "--workers", "1")) == 0  # nothing is left to do
+    assert main(finetuning(*SCHEDULE, "--out", "run", "--resume", "--workers", "1")) == 0  # the run is complete already
     assert Path("run/model.safetensors").read_bytes() == weights
     kept = Path("run/checkpoint.pt").read_bytes()
     for options, message in (
@@ -466,7 +467,7 @@ def test_the_command_goes_on_with_its_own_run(place, capsys):
 
 
 def test_a_run_that_finds_thresholds_goes_on_with_its_way_to_adapt(place, capsys):
-    """Named or not: what the command takes is what the run has."""
+    """The command's default matches the run, and naming another way to adapt is refused."""
     options = ["--epochs", "1", "--recalibrate", "1", "--max-gflops", "1.1e-4", "--calibration-images", "64"]
     assert main(finetuning(*options, "--out", "run")) == 0
     assert main(finetuning(*options, "--out", "run", "--resume", "--adapt", "image")) == 0
@@ -475,7 +476,7 @@ def test_a_run_that_finds_thresholds_goes_on_with_its_way_to_adapt(place, capsys
 
 
 def test_thresholds_are_found_for_a_cost(place, capsys):
-    """By calibrate, before the first epoch."""
+    """``calibrate`` finds them before the first epoch."""
     options = ["--epochs", "1", "--recalibrate", "1", "--max-gflops", "1.1e-4", "--calibration-images", "64"]
     assert main(finetuning(*options, "--out", "run")) == 0
     result = json.loads(Path("run/result.json").read_text())
@@ -496,7 +497,7 @@ def test_thresholds_are_found_for_a_cost(place, capsys):
 
 
 def test_a_loss_that_is_not_finite_ends_it(place, capsys):
-    """And the checkpoint that is left is of weights that work."""
+    """The checkpoint that remains has finite weights."""
     options = [*SCHEDULE, "--opt", "sgd", "--lr", "1e30", "--min-lr", "1e30", "--mixup", "0", "--cutmix", "0"]
     kept = "training ends, and the last checkpoint is kept; begin anew in another --out with a lower lr, or with clip"
     line = the_line(finetuning(*options, "--out", "run"), capsys)
@@ -510,7 +511,7 @@ def test_a_loss_that_is_not_finite_ends_it(place, capsys):
 
 
 def test_a_full_disk_leaves_what_was_saved(tmp_path):
-    """Where it fills up between two checkpoints; once there is room the run goes on."""
+    """The disk fills up between two checkpoints; once there is room the run can be resumed."""
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path, CONFIGS["static"], pictures=Pictures(raises=20), save_every=1)
     held = (tmp_path / "checkpoint.pt").read_bytes()
@@ -530,7 +531,7 @@ def test_a_full_disk_is_one_line(place, capsys):
     Path("run/checkpoint.pt.unfinished").symlink_to("/dev/full")
     line = the_line(finetuning(*SCHEDULE, "--epochs", "1", "--out", "run"), capsys)
     assert line.startswith("run/checkpoint.pt cannot be written (No space left on device)")
-    assert not list(Path("run").iterdir())  # so it can begin again
+    assert not list(Path("run").iterdir())  # so that it can start again
     Path("run/model.safetensors.unfinished").symlink_to("/dev/full")
     line = the_line(finetuning(*SCHEDULE, "--epochs", "1", "--out", "run"), capsys)
     assert line.startswith("run/model.safetensors cannot be written (No space left on device); what was saved before")
@@ -614,7 +615,7 @@ def test_bad_input_is_one_line_and_nothing_is_lost(options, message, place, caps
     Path("old/model.safetensors").write_bytes(Path("w.safetensors").read_bytes())
     Path("run").mkdir()
     held = {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
-    if "--model-kwargs" in options:  # the shape, with what is asked for in its place
+    if "--model-kwargs" in options:  # the shape, with these values replaced
         options = [*options, *(f"{name}={value}" for name, value in SHAPE.items() if not options[-1].startswith(name))]
     assert the_line(finetuning(*SCHEDULE, "--out", "run", *options), capsys).startswith(message)
     assert {path: path.read_bytes() for path in place.rglob("*") if path.is_file()} == held

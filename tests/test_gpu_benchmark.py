@@ -1,4 +1,4 @@
-"""``make gpu`` at tiny sizes by the interpreter: every stage runs, and a wrong kernel does not get through."""
+"""``make gpu`` at tiny sizes with the interpreter: every stage runs, and wrong kernels are caught."""
 
 import copy
 import json
@@ -87,7 +87,7 @@ def test_the_table_has_every_stage(out):
 
 
 def wrong_merge(*arguments, run, **options):
-    """The last channel is one step of float16 off."""
+    """The last channel is off by one float16 step."""
     merged, *rest = run(*arguments, **options)
     merged[:, -1] *= 1 + 2**-10
     return merged, *rest
@@ -99,17 +99,17 @@ def wrong_match(*arguments, run, **options):
 
 
 def wrong_attention(*arguments, run, **options):
-    """Without log n."""
+    """Attention without log n."""
     return run(*arguments[:3], None, *arguments[4:], **options)
 
 
 def wrong_among_others(*arguments, run, **options):
-    """A last bit that hangs on whether there are other images."""
+    """The last bit depends on whether there are other images."""
     return run(*arguments, **options) * (1 + 2**-23 * (len(arguments[5]) > 2))
 
 
 def wrong_norm(*arguments, run, **options):
-    """Of another epsilon."""
+    """The norm has another epsilon."""
     x, attended, gamma, (weight, bias, _), *out = arguments
     return run(x, attended, gamma, (weight, bias, 0.1), *out)
 
@@ -215,7 +215,7 @@ def test_a_wrong_engine_fails_the_stage_and_the_rest_is_measured(tmp_path, monke
 
 @pytest.mark.parametrize("wanted", [1, 7, 24, 100])
 def test_thresholds_that_fit(wanted):
-    """Of 24 tokens in A, in all images together, as many are candidates as wanted, in every block but the last."""
+    """All images together have 24 tokens in A; in every block but the last the wanted number of them are candidates."""
     model, x = vit(), images(2)
     config = models.fitted(model, x, "image", wanted)
     patched = models.patched(model, config, engine=False)
@@ -260,7 +260,7 @@ def test_whether_the_library_takes_the_fastest_attention(fastest, right):
 
 
 def test_gaps_of_a_gpu_trace():
-    """Two counts are read: the GPU waits 30 us after the kernel beside the first copy, 5 us after the second."""
+    """Two counts are read. The GPU idles 30 us after the kernel that overlaps the first copy, 5 us after the second."""
     raw = [
         {"ph": "X", "cat": "kernel", "ts": 0, "dur": 10, "name": "match"},
         {"ph": "X", "cat": "gpu_memcpy", "ts": 10, "dur": 2, "name": "Memcpy DtoH (Device -> Pinned)"},
@@ -322,7 +322,7 @@ def test_the_tests_of_the_kernels_must_pass(tmp_path):
 
 
 class FakeEvent:
-    """An event of a GPU that does its work at once."""
+    """A CUDA event on a GPU that finishes its work at once."""
 
     def __init__(self, enable_timing):
         assert enable_timing

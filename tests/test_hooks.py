@@ -1,4 +1,4 @@
-"""What replaces, wraps or watches a module of a model works as on the unpatched one, or is refused by name."""
+"""Replacing, wrapping or hooking a module works as on the unpatched model, or is refused by name."""
 
 import copy
 import pickle
@@ -43,7 +43,7 @@ def shapes(values):
 
 
 class Watch:
-    """Hooks of every kind on every module, which write down what they see. Keywords may differ."""
+    """Puts hooks of every kind on every module and records what they see. Keyword arguments may differ."""
 
     def __init__(self, model):
         self.events, self.handles = [], []
@@ -80,8 +80,8 @@ class Watch:
 @pytest.mark.parametrize("config", SAME.values(), ids=SAME)
 @pytest.mark.parametrize("fused", [True, False])
 def test_hooks_of_all_kinds_on_all_modules_fire_as_on_the_unpatched_model(fused, config):
-    """Put on before or after patching, and once the patch is gone; taken off by the handle that put them on."""
-    model, x = model_of(fused, global_pool="avg", fc_norm=False), images()  # whose norm sees all tokens
+    """They are registered before or after patching, or after removing the patch, and their handles remove them."""
+    model, x = model_of(fused, global_pool="avg", fc_norm=False), images()  # its norm sees all tokens
     watch = Watch(model)
     expected = watch.of_a_pass(model, x)
     named = {name for name, _, _ in expected}
@@ -113,7 +113,7 @@ def test_backward_hooks_of_the_old_kind_fire_too(name):
 
 @pytest.mark.parametrize("name", MERGING)
 def test_hooks_see_the_tokens_that_are_there(name):
-    """Those of "image" are rows of all images, once they differ."""
+    """With "image" they see rows of all images once lengths differ."""
     model, seen = apply_patch(vit(), MERGING[name]), {}
     for module in ("blocks", "blocks.1", "blocks.1.attn", "blocks.1.mlp", "blocks.3", "blocks.3.attn"):
         model.get_submodule(module).register_full_backward_hook(
@@ -235,7 +235,7 @@ class Foreign(nn.Module):
 
 
 class Deaf(nn.Module):
-    """Hands no keyword on."""
+    """A wrapper that passes no keyword on."""
 
     def __init__(self, module):
         super().__init__()
@@ -292,7 +292,7 @@ def test_a_forward_set_while_patched_is_in_the_way_of_remove_patch(name):
 
 @pytest.mark.parametrize("name", ["", "blocks", "blocks.2", "blocks.2.attn", "blocks.2.mlp"])
 def test_a_forward_that_is_the_classs_own_is_none(name):
-    """accelerate leaves it on a module when it takes its hooks off."""
+    """accelerate leaves such a forward on a module when it removes its hooks."""
     model, x = vit(), images()
     expected = model(x)
     for call in (lambda: apply_patch(model, NOTHING), lambda: apply_patch(model, STATIC), lambda: remove_patch(model)):
@@ -314,7 +314,7 @@ def test_remove_patch_leaves_nothing_behind():
 
 
 class Kept:
-    """What must not be copied, nor called, to count costs."""
+    """An object with a hook that counting costs must neither copy nor call."""
 
     def hook(self, module, args, out):
         self.out = out
@@ -459,14 +459,14 @@ SHARED = dict.fromkeys(["blocks", "parts", "model first", "refusals"], FSDP2) | 
 
 @pytest.mark.parametrize("case", [pytest.param(case, marks=mark) for case, mark in SHARED.items()])
 def test_two_processes_share_a_model(case):
-    """One process with the same images gives the same logits and gradients."""
+    """The logits and gradients equal those of one process with the same images."""
     done = python(HERE / "sharding.py", case, ranks=2, timeout=240)
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.count("the same") == 2
 
 
 def test_blocks_that_another_patched_model_has_are_refused():
-    """In place, they would take the other one's thresholds."""
+    """Patched in place, they would take the other model's thresholds."""
     big, small = vit(depth=4), vit(depth=2)
     small.blocks = torch.nn.Sequential(*big.blocks[:2])
     apply_patch(big, ATMConfig(thresholds=(None,) * 4))

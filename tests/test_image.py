@@ -1,4 +1,4 @@
-"""adapt="image": an image's tokens and logits are those of its own batch of one, whatever else is in the batch."""
+"""adapt="image": an image has the tokens and logits of a batch of one, whatever else is in its batch."""
 
 from dataclasses import replace
 
@@ -23,7 +23,7 @@ KINDS = {
 
 
 def varied(batch=5):
-    """Images that merge little or much: noise on fewer and fewer patches, the others flat."""
+    """Images that merge from little to much: noise on fewer and fewer patches, and the rest flat."""
     x = images(batch, dtype=F64)
     for number, image in enumerate(x):
         image[:, : 8 * number] = 0.1 * number
@@ -34,7 +34,7 @@ def varied(batch=5):
 @pytest.mark.parametrize("make", [vit, distilled], ids=["plain", "distilled"])
 @torch.inference_mode()
 def test_an_image_is_as_if_alone(make, changes):
-    """Section 3.2: with a batch of one, the mean count is the image's own."""
+    """Section 3.2: in a batch of one the mean count is the image's own count."""
     model, x, config = make(dtype=F64, embed_dim=12), varied(), replace(CONFIG, **changes)
     alone, records = [], []
     for image in x.split(1):
@@ -79,7 +79,7 @@ def test_the_order_of_a_batch_is_the_order_of_its_logits():
 
 @torch.inference_mode()
 def test_from_nothing_to_the_minimum():
-    """A flat image merges to one patch token and stays there; beside it one that merges nothing."""
+    """A flat image merges to one patch token and stays there; the image beside it merges nothing."""
     model = vit(dtype=F64, depth=10, class_token=False, global_pool="avg", pos_embed="none")
     x = images(2, dtype=F64)
     x[0] = 0.5
@@ -146,7 +146,7 @@ def test_summary_tells_the_fewest_and_the_most():
 
 @torch.inference_mode()
 def test_one_graph_for_every_batch(monkeypatch):
-    """Without a break, and compiled anew only for the first other batch size."""
+    """It has no graph break and is recompiled only for the first change of batch size."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # the reference
     model = apply_patch(vit(), CONFIG)
     graphs = []
@@ -178,7 +178,7 @@ def test_training_compiles_in_one_graph(monkeypatch):
 
 
 class Masks(TorchDispatchMode):
-    """Notes where the masks begin that torch's attention gets, forward and backward."""
+    """Notes the addresses of the masks that torch's attention gets, forward and backward."""
 
     def __init__(self):
         super().__init__()
@@ -197,9 +197,9 @@ dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.b
 @dtypes
 @pytest.mark.parametrize("equal", [True, False], ids=["equal", "differ"])
 def test_every_mask_begins_on_16_bytes(equal, dtype):
-    """CUDA's kernels read a mask in wide words, and fault where it begins within one."""
+    """CUDA's kernels read a mask in wide words and fault if it does not start on one."""
     images = Images.of(3, 7) if equal else Images.of_lengths(torch.tensor([5, 3, 7, 1, 5]))
-    sizes = torch.rand(22)[1:]  # begins within another tensor's memory
+    sizes = torch.rand(22)[1:]  # starts inside another tensor's memory
     q, k, v = torch.randn(3, 2, 21, 8, dtype=dtype)
     with Masks() as masks:
         reference.attention(q, k, v, sizes, images)

@@ -1,6 +1,6 @@
-"""The Triton kernels against the reference; on a machine without a GPU by Triton's interpreter.
+"""The Triton kernels against the reference; without a GPU they run in Triton's interpreter.
 
-Indices are compared up to ties: a partner is right if its cosine is the largest within rounding.
+Indices are compared up to ties: a partner is correct if its cosine is the largest within rounding.
 """
 
 import ast
@@ -41,7 +41,7 @@ from benchmarks.launches import (
 )
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-COSINE = 2e-6  # the similarities are float32's
+COSINE = 2e-6  # similarities are float32
 VALUE = {torch.float32: 2e-6, torch.float16: 2e-3}  # relative to 1
 
 shapes = pytest.mark.parametrize(("B", "H", "N", "d", "P"), SHAPES, ids=lambda value: str(value))
@@ -58,7 +58,7 @@ def compiled_offline():
 
 @pytest.fixture(autouse=True)
 def checked(monkeypatch):
-    """What is launched here is what ``offline_compile`` compiles for the tests."""
+    """Check that ``offline_compile`` compiles every launch of these tests."""
     compiled_offline()
     launch = KERNEL.__getitem__
 
@@ -98,7 +98,7 @@ def with_ties(keys, images):
 
 
 def cosine_with(keys, partner, images):
-    """The cosine of every token with its partner, in float64; rows without a partner are nonsense."""
+    """The cosine of every token with its partner, in float64; meaningless for rows without a partner."""
     k = F.normalize(keys.double().mean(0), dim=1)
     start = reference.of_tokens(images.cu_seqlens[:-1].long(), images, len(partner))
     return (k * k[start + partner.clamp(min=0)]).sum(1)
@@ -124,11 +124,11 @@ def test_match(B, H, N, d, P, dtype, by_size):
 @groupings
 @dtypes
 def test_no_result_depends_on_how_many_programs_share_an_image(by_size, dtype, monkeypatch):
-    """To the bit; the programs of a small batch take a tile each, those of a large one all tiles."""
+    """Results are equal bit for bit. In a small batch a program takes one tile, in a large one all tiles."""
     images = of_lengths(197, 1, 33, 130)
     keys, sizes = qkv(361, 2, 32, dtype)[1], some_sizes(361)
     made, tiles_each = [], match_kernels.tiles_each
-    for many in MANY:  # as if there were so many images
+    for many in MANY:  # as if there were this many images
 
         def each(B, tiles, warps, multiprocessors, many=many):
             return tiles_each(many, tiles, warps, 132)
@@ -140,7 +140,8 @@ def test_no_result_depends_on_how_many_programs_share_an_image(by_size, dtype, m
 
 
 def test_few_images_take_more_programs_each():
-    """One a tile, as long as two fit an image: an H100's 132 multiprocessors take 16 warps each."""
+    """Every tile has its own program as long as two programs per image run at once. The 132 multiprocessors of an H100
+    take 16 warps each."""
     for B, each in ((1, 1), (132, 1), (133, 4), (10**6, 4)):
         assert match_kernels.tiles_each(B, 4, 8, 132) == each
     assert match_kernels.tiles_each(10**6, 1, 4, 132) == 1
@@ -148,7 +149,7 @@ def test_few_images_take_more_programs_each():
 
 
 def match_one(keys, sizes=None, by_size=False):
-    """Of one image with one protected token."""
+    """Match one image with one protected token."""
     N = keys.shape[1]
     return match(keys, sizes, Images.of(1, N, DEVICE).cu_seqlens, 1, by_size, 0.5, N)
 
@@ -161,7 +162,7 @@ def test_match_takes_the_first_of_equal_partners():
 
 
 def test_match_takes_the_first_of_equal_partners_of_several_tiles():
-    """By size, the first of the other group may lie in any of them."""
+    """When grouped by size, the first token of the other group may lie in any tile."""
     N, P = 300, 10
     keys, cu_seqlens = qkv(N, 1, 32, torch.float32)[1].fill_(1), Images.of(1, N, DEVICE).cu_seqlens
     rising = torch.arange(1.0, N + 1, device=DEVICE)
@@ -187,9 +188,9 @@ def test_keys_without_direction_are_similar_to_nothing(d):
 
 @pytest.mark.parametrize("apart", [80, 2**30 + 7], ids=["near", "far"])
 def test_heads_may_lie_far_apart(apart):
-    """Within rounding: where the heads lie is compiled in."""
+    """Results agree within rounding, because the layout of heads is compiled in."""
     keys = torch.empty_strided((3, 5, 16), (apart, 16, 1), dtype=torch.float16, device=DEVICE)
-    keys.copy_(torch.randn(3, 5, 16))  # memory that is not touched costs nothing
+    keys.copy_(torch.randn(3, 5, 16))  # untouched memory costs nothing
     cu_seqlens = Images.of(1, 5, DEVICE).cu_seqlens
     both = (keys, keys.contiguous())
     far, near = (match(x, None, cu_seqlens, 0, False, 0.5, 5)[0] for x in both)
@@ -212,7 +213,7 @@ class Allocated(TorchFunctionMode):
 
 @pytest.mark.parametrize("d", [64, 128])
 def test_match_takes_memory_of_order_n(d, monkeypatch):
-    """What is allocated for 16384 tokens is twice what it is for 8192; no kernel runs here."""
+    """It allocates twice as much for 16384 tokens as for 8192; no kernel runs here."""
     monkeypatch.setattr(KERNEL, "__getitem__", lambda self, grid: lambda *arguments, **options: None)
     taken = []
     for N in (8192, 16384):
@@ -226,7 +227,7 @@ def test_match_takes_memory_of_order_n(d, monkeypatch):
 
 @groupings
 def test_match_of_packed_images_is_that_of_each_alone(by_size):
-    """To the bit: the configuration depends on nothing but ``longest``."""
+    """Results are equal bit for bit, because the configuration depends on ``longest`` alone."""
     images = of_lengths(17, 1, 33, 2, 260)
     keys, sizes = qkv(313, 2, 32)[1], some_sizes(313)
     for longest in (260, 400):
@@ -248,7 +249,7 @@ def lists_of(slots, T):
 
 
 def check_assign(similarity, partner, r, images, P, slots=None, longest=None, given=None, **options):
-    """``given``: how the kernel is told r."""
+    """Compare assign with the reference. ``given``: the source of r that the kernel gets."""
     given = r if given is None else given
     want, want_cu_seqlens = reference.assign(similarity, partner, r, P, images)
     T = int(want_cu_seqlens[-1])
@@ -274,7 +275,7 @@ def test_assign(B, H, N, d, P, by_size):
 
 @pytest.fixture
 def long(monkeypatch):
-    """Images that one program sorts have 16 tokens at most."""
+    """Let one program sort at most 16 tokens, so that longer images count as long."""
     for name, value in LONG.items():
         monkeypatch.setattr(assign_kernels, name, value)
 
@@ -290,8 +291,8 @@ def test_assign_to_a_long_image(by_size, long):
 
 
 def some_pairs(images, P, kinds):
-    """similarity and partner of as many tokens of A in each image as there may be, here and there, and their number;
-    ``kinds``: of each image what makes its similarities."""
+    """Random similarity and partner, with the largest possible A at random positions in each image, and the size of
+    each A. ``kinds``: for each image the function that makes its similarities."""
     similarity = torch.full((int(images.cu_seqlens[-1]),), -torch.inf)
     partner = torch.full(similarity.shape, -1, dtype=torch.int32)
     most = []
@@ -300,7 +301,7 @@ def some_pairs(images, P, kinds):
         a, b = free[: len(free) // 2], free[len(free) // 2 :]
         similarity[start + a] = values(len(a))
         if len(a):
-            partner[start + a] = b[torch.randint(1 + len(b) // 3, (len(a),))].int()  # many join the same ones
+            partner[start + a] = b[torch.randint(1 + len(b) // 3, (len(a),))].int()  # many join the same tokens
         most.append(len(a))
     return similarity.to(DEVICE), partner.to(DEVICE), torch.tensor(most, device=DEVICE)
 
@@ -317,7 +318,7 @@ VALUES = {
 
 @pytest.mark.parametrize("P", range(6))
 def test_assign_takes_r_from_four_sources(P):
-    """All of them give what the reference gives for the same r, in images of every kind, short and long."""
+    """Each source gives the reference's assignment for the same r, in images of every kind, short and long."""
     kinds = [*VALUES.values()] * 2
     images = of_lengths(*torch.randint(1, 200, (5,)).tolist(), 256, 1, 2, *torch.randint(1, 9, (4,)).tolist())
     similarity, partner, most = some_pairs(images, P, kinds)
@@ -384,7 +385,7 @@ def test_rows_beyond_the_last_image_are_of_no_slot(long):
 
 
 def some_assignment(images, r, P=1):
-    """slots, T', the tokens and spans of slots, and where merged images begin, by the reference."""
+    """An assignment by the reference: slots, T', tokens and spans of the slots, and cu_seqlens of the merged images."""
     keys = qkv(int(images.cu_seqlens[-1]), 1, 32)[1]
     similarity, partner = reference.match(keys, None, P, False, images)
     slots, cu_seqlens = reference.assign(similarity, partner, whole(r, images), P, images)
@@ -405,18 +406,18 @@ def test_merge(C, dtype):
         torch.testing.assert_close(log2_sizes, merged_sizes.log2())
         tokens, spans = lists
         alone = spans.diff(dim=1).flatten() == 1
-        assert torch.equal(merged[alone], x[tokens[spans[alone, 0]]])  # unchanged, to the bit
+        assert torch.equal(merged[alone], x[tokens[spans[alone, 0]]])  # unchanged bit for bit
 
 
 @pytest.mark.parametrize(
     ("N", "P"), [*itertools.product((1, 2, 3), (0, 1, 2, 5)), (17, 0), (17, 5), (63, 2), (197, 1), (577, 1)]
 )
 def test_merge_and_unmerge(N, P):
-    """Images of every size, from no merge to the largest, and with sizes or none."""
+    """Images of many lengths, with r from 0 to the largest, with and without sizes."""
     B, C = (2, 6) if N < 63 else (1, 3)
     most = reference.largest_r(N, P)
     chosen = list(itertools.product(DTYPES, sorted({0, min(1, most), most})))
-    if N >= 63:  # the interpreter takes its time
+    if N >= 63:  # the interpreter is slow
         chosen = [(torch.float32, 0), (torch.float16, 1), (torch.float32, most)][-1 if N > 197 else -3 :]
     for dtype, r in chosen:
         slots, T, lists, cu_seqlens = some_assignment(Images.of(B, N, DEVICE), r, P)
@@ -441,7 +442,7 @@ def test_dropped_tokens():
 
 
 def test_slots_beyond_the_last_are_not_made():
-    """Their spans, poisoned here, point nowhere."""
+    """The spans of such slots, which are poisoned here, point nowhere."""
     images = of_lengths(17, 5)
     similarity, partner, _ = match(qkv(22, 1, 32)[1], None, images.cu_seqlens, 1, False, 0.1, 17)
     r = torch.tensor([4, 2], device=DEVICE)
@@ -455,7 +456,7 @@ def test_slots_beyond_the_last_are_not_made():
 
 @pytest.mark.parametrize("C", [48, 384, 1280])
 def test_a_merged_row_does_not_depend_on_its_neighbours(C):
-    """To the bit: an image alone, whose slots are other rows of their programs."""
+    """Results are equal bit for bit for an image alone, whose slots are other rows of their programs."""
     images = Images.of(2, 17, DEVICE)
     _, T, (tokens, spans), cu_seqlens = some_assignment(images, 6)
     x, sizes = torch.randn(34, C, device=DEVICE), some_sizes(34)
@@ -476,7 +477,7 @@ layerscale = pytest.mark.parametrize("scaled", [False, True], ids=["plain", "lay
 
 
 def residual_and_norm(kinds, scaled, T=34, C=48):
-    """x, attended, gamma, the norm, and x + gamma * attended."""
+    """Random x, attended, gamma and norm, and the sum x + gamma * attended."""
     x, attended = (torch.randn(T, C, device=DEVICE).to(dtype) for dtype in kinds)
     gamma, weight, bias = (torch.randn(C, device=DEVICE).to(kinds[0]) for _ in range(3))
     gamma = gamma if scaled else None
@@ -513,7 +514,7 @@ def test_add_norm(kinds, scaled):
 
 @pytest.mark.parametrize(("patch", "sides", "dtype", "wide", "prefix", "biased"), STEMS, ids=str)
 def test_stem(patch, sides, dtype, wide, prefix, biased):
-    """Rounded as often as a convolution and a sum; images and positions of another dtype are autocast's."""
+    """It rounds as often as a convolution and a sum. With autocast, images and positions have another dtype."""
     images = torch.randn(3, 3, *sides, dtype=wide, device=DEVICE)
     weight = torch.randn(40, 3, *patch, device=DEVICE).to(dtype) / 16
     bias = torch.randn(40, device=DEVICE).to(dtype) if biased else None
@@ -532,7 +533,7 @@ def test_stem(patch, sides, dtype, wide, prefix, biased):
 @pytest.mark.parametrize(("M", "K", "N"), LAYERS)
 @pytest.mark.parametrize("biased", [True, False])
 def test_linear_gelu(M, K, N, biased):
-    """Rounded once. By the interpreter one program takes all tiles."""
+    """It rounds once. In the interpreter one program takes all tiles."""
     x = torch.randn(M, K, device=DEVICE).half()
     weight = (2 * torch.randn(N, K, device=DEVICE) / K**0.5).half()
     bias = torch.randn(N, device=DEVICE).half() if biased else None
@@ -576,7 +577,7 @@ def test_attention_of_packed_images_is_that_of_each_alone(lengths, H, d):
 
 
 def test_attention_of_other_queries():
-    """Each image as many as it likes, and not its own tokens."""
+    """Queries may differ in number from image to image and need not be the image's own tokens."""
     images, queries = of_lengths(17, 1, 33), of_lengths(2, 5, 20)
     q, (_, k, v) = qkv(27, 2, 32)[0], qkv(51, 2, 32)
     sizes = some_sizes(51)
@@ -586,12 +587,12 @@ def test_attention_of_other_queries():
 
 
 def gradients(q, k, v, sizes, queries, images, grad):
-    """Of q, k and v: by the kernels, and by the reference in float64."""
+    """The gradients of q, k and v by the kernels, and by the reference in float64."""
     log2_sizes, lse = None if sizes is None else sizes.log2(), torch.empty(q.shape[1], q.shape[0], device=DEVICE)
     arguments = (q, k, v, log2_sizes, queries.cu_seqlens, images.cu_seqlens)
     numbers = (queries.N, images.N, q.shape[-1] ** -0.5)
     out = attention(*arguments, *numbers, lse)
-    assert torch.equal(out, attention(*arguments, *numbers))  # the same with what the derivative needs
+    assert torch.equal(out, attention(*arguments, *numbers))  # saving lse changes nothing
     got = attention_backward(grad, *arguments, out, lse, *numbers)
     exact = [x.double().requires_grad_() for x in (q, k, v)]
     reference.attention(*exact, sizes, images, queries, fused=False).backward(grad.double())
@@ -599,7 +600,7 @@ def gradients(q, k, v, sizes, queries, images, grad):
 
 
 def assert_gradients(got, want, dtype):
-    """Relative to the largest, or to 1: a gradient is a sum whose terms, about as large as that, cancel."""
+    """Compare relative to the largest gradient, or to 1, because a gradient sums terms of that size that cancel."""
     for one, exact in zip(got, want, strict=True):
         assert one.dtype == dtype and one.transpose(0, 1).is_contiguous()
         error = (one.double() - exact).abs().max() / exact.abs().max().clamp(min=1)
@@ -680,7 +681,7 @@ def test_what_no_kernel_can_take_is_refused():
 
 
 def jit_functions():
-    """Every function that Triton compiles, as it is written."""
+    """The source of every function that Triton compiles."""
     found = {}
     for path in Path(match_kernels.__file__).parent.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -690,14 +691,14 @@ def jit_functions():
 
 
 def test_no_kernel_has_a_while():
-    """Triton up to 3.8 fails to compile some of them."""
+    """Triton up to 3.8 fails to compile some while loops."""
     functions = jit_functions()
     assert "match_image_kernel" in functions
     assert [name for name, node in functions.items() if any(isinstance(x, ast.While) for x in ast.walk(node))] == []
 
 
 def test_no_kernel_sums_floats_in_an_order_of_its_own():
-    """Nothing is atomic but the counts, which are integers."""
+    """Only the counts, which are integers, use atomics."""
     calls = [x for node in jit_functions().values() for x in ast.walk(node) if isinstance(x, ast.Call)]
     targets = [ast.unparse(x.args[0]) for x in calls if "atomic" in ast.unparse(x.func)]
     assert set(targets) == {"counts + image"}

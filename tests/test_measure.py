@@ -1,4 +1,4 @@
-"""What is compared: classes, labels, one logit, features, patch tokens; and that all who compare agree on it."""
+"""What is compared for a model (classes, labels, one logit, features or patch tokens), and that all commands agree."""
 
 import json
 import math
@@ -24,7 +24,7 @@ from atm_triton.measure.evaluate import evaluate, unpatched_answers
 from models import distilled, images, small, vit
 from test_calibrate import found, loader, one_thread, small_search, whole  # noqa: F401 (fixtures)
 
-MODELS = {  # a model, what is asked for, and the name of what fits
+MODELS = {  # a model, the request, and the name of the measure that fits
     "classes": (vit, {}, "softmax"),
     "labels": (vit, {"sigmoid": True}, "sigmoid"),
     "one logit": (lambda: vit(num_classes=1), {}, "sigmoid"),
@@ -38,14 +38,14 @@ MERGING = ATMConfig(adapt="image", thresholds=(0.5, 0.3, 0.2, None))
 
 
 def answers(model, asked, x):
-    """Of an image at a time, as a caller reads them."""
+    """The model's answers for one image at a time, as a caller reads them."""
     with torch.inference_mode():
         outs = [model.forward_features(i[None])[0] if "dense" in asked else model(i[None])[0] for i in x]
     return [out[model.num_prefix_tokens :] if "dense" in asked else out for out in outs]
 
 
 def by_hand(name, before, after):
-    """Divergence and agreement of an image, written out."""
+    """Divergence and agreement of one image, written out."""
     if name == "softmax":
         p, q = (torch.softmax(logits.double(), 0).tolist() for logits in (before, after))
         kl = sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
@@ -100,7 +100,7 @@ def test_merging_nothing_changes_nothing(make, asked, name):
 
 
 def test_one_logit_is_no_class():
-    """A softmax over one logit finds every image kept and a KL of 0, whatever merges."""
+    """A softmax over one logit would give full agreement and a KL of 0, whatever merges."""
     model = vit(num_classes=1)
     everything = ATMConfig(adapt="image", thresholds=(-1.0,) * 3 + (None,))
     quality = evaluate(model, [(images(40), None)], everything, labelled=False, title=None).overall
@@ -200,7 +200,7 @@ def test_what_fits_no_measure_is_refused():
 
 
 def test_the_head_decides_and_not_what_the_model_says_of_it():
-    """Heads are replaced after a model is made."""
+    """Users replace heads after a model is made."""
     model = vit(num_classes=1000)
     model.head = torch.nn.Linear(32, 1)
     assert measure_of(model).name == "sigmoid"
@@ -231,9 +231,9 @@ def test_answers_at_hand_give_the_same_as_answers_on_the_way():
 
 
 def test_patch_tokens_are_paid_for(loader, small_search):  # noqa: F811
-    """The last block of a dense model serves all its tokens, in what is foretold, measured and promised."""
+    """The last block of a dense model serves all tokens; predicted, measured and promised costs all count that."""
     model = vit(num_classes=0)
-    target = Target(max_gflops=0.97 * whole(model))  # more than the last block's class token alone leaves
+    target = Target(max_gflops=0.97 * whole(model))  # above the cost if the last block served the class token alone
     calibration = calibrate(model, loader, target, progress=False, dense=True)
     patched = apply_patch(vit(num_classes=0), calibration.config)
     patched.load_state_dict(model.state_dict())
@@ -269,7 +269,7 @@ def test_a_limit_on_distances_is_doubted():
 
 
 def test_notes_of_another_measure_are_not_gone_on_with(tmp_path, loader):  # noqa: F811
-    """The same logits by softmax and by sigmoid."""
+    """The notes are of the same logits, once by softmax and once by sigmoid."""
     model, parts = vit(), split_images(loader, 0)[0]
     Meter(model, parts, {}).remember(tmp_path / "x.partial")
     with pytest.raises(ValueError, match="is of another calibration that was interrupted"):
@@ -295,7 +295,7 @@ def photos(tmp_path):
 
 
 def given(tmp_path, photos, **changes):
-    """What names a small model, its weights and images."""
+    """The options that name a small model, its weights and its images."""
     shape, path = {**TINY, **changes}, tmp_path / "mine.safetensors"
     save_file(small(NAME, **shape).state_dict(), path)
     kwargs = ["--model-kwargs", *(f"{key}={value}" for key, value in shape.items())]
@@ -329,7 +329,7 @@ def test_calibrate_and_eval_speak_of_one_measure(head, flag, limit, name, tmp_pa
 
 
 def test_an_older_file_promises_by_softmax(tmp_path, photos, capsys):
-    """Its promise has no measure; what it says of one logit or of features is of no worth."""
+    """Its promise names no measure, so its figures for one logit or for features are worthless."""
     promise = {"images": 16, "gflops": 0.002, "kl": 0.0, "agreement": 1.0}
     old = {"config": {"adapt": "image", "thresholds": [-1.0, -1.0, None]}, "promise": promise}
     path = tmp_path / "old.json"
@@ -367,7 +367,7 @@ def test_the_command_refuses_a_target_before_it_looks_for_images(tmp_path, capsy
 
 @pytest.mark.parametrize(("classes", "last"), [(1, torch.nn.Sigmoid()), (5, torch.nn.Softmax(dim=1))], ids=["1", "5"])
 def test_probabilities_are_no_logits(classes, last, loader, small_search):  # noqa: F811
-    """All of them would lie on one side of a logit's 0."""
+    """As logits, all probabilities would lie on the same side of 0."""
     model = vit(num_classes=classes)
     model.head = torch.nn.Sequential(model.head, last)
     with pytest.raises(ValueError, match="lie in 0 .. 1, as probabilities do; want logits"):

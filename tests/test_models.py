@@ -1,4 +1,4 @@
-"""LV-ViT, T2T-ViT and MAE: shapes, keys and values of the published models, merging in them, and their checkpoints."""
+"""LV-ViT, T2T-ViT and MAE: shapes, keys and values of the published models, their checkpoints, and merging."""
 
 import copy
 import math
@@ -29,7 +29,7 @@ def meta(name, **options):
         return timm.create_model(name, **options).eval()
 
 
-PUBLISHED = [  # name, class, entries of the state dict, parameters, those trained, MACs, the paper's GFLOPs
+PUBLISHED = [  # name, class, state dict entries, parameters, trained parameters, MACs, the paper's GFLOPs
     ("lvvit_t", LVViT, 160, 8_534_720, 8_534_720, 2_868_017_664, "2.87"),
     ("lvvit_s", LVViT, 204, 26_151_824, 26_151_824, 6_551_485_440, "6.57"),
     ("lvvit_m", LVViT, 248, 55_830_544, 55_830_544, 12_678_045_696, "12.74"),
@@ -76,7 +76,7 @@ PERFORMER = {
 
 
 def published_keys(D, depth, stem):
-    """Names and shapes of an official state dict."""
+    """The names and shapes of an official state dict."""
     keys = {**TRUNK, **HEADS, **{f"blocks.{i}.{key}": shape for i in range(depth) for key, shape in BLOCK.items()}}
     if stem is None:
         keys |= {f"patch_embed.{key}": shape for key, shape in CONV_STEM.items()}
@@ -113,7 +113,7 @@ def linear(x, state, name):
 
 
 def trunk(x, state, depth, heads, skip_lam):
-    """Class token, positions, blocks and norm, from the description of the architecture."""
+    """Class token, positions, blocks and norm, written from the description of the architecture."""
     x = torch.cat([state["cls_token"].expand(len(x), 1, -1), x], dim=1) + state["pos_embed"]
     B, N, D = x.shape
     for i in range(depth):
@@ -129,7 +129,7 @@ def trunk(x, state, depth, heads, skip_lam):
 @pytest.mark.parametrize(("name", "skip_lam"), [("lvvit_t", 1), ("lvvit_s", 2)])
 def test_lvvit_is_as_described(name, skip_lam):
     model = small(name, torch.float64)
-    for number in (1, 2, 3):  # as if trained
+    for number in (1, 2, 3):  # as in a trained model
         bn = getattr(model.patch_embed, f"bn{number}")
         bn.running_mean.normal_(), bn.running_var.uniform_(0.5, 2), bn.bias.data.normal_()
     x, state = images_for(model, dtype=torch.float64), model.state_dict()
@@ -166,7 +166,7 @@ def token_performer(x, state, name):
     def phi(t):
         return torch.exp(t @ state[f"{name}.w"].T - (t * t).sum(-1, keepdim=True) / 2) / math.sqrt(32)
 
-    scores = phi(q) @ phi(k).transpose(1, 2)  # what the linear form never writes out
+    scores = phi(q) @ phi(k).transpose(1, 2)  # the linear form never writes these out
     attended = scores @ v / (scores.sum(-1, keepdim=True) + 1e-8)
     x = v + linear(attended, state, f"{name}.proj")
     y = F.gelu(linear(layer_norm(x, state, f"{name}.norm2"), state, f"{name}.mlp.0"))
@@ -212,7 +212,7 @@ DUPLICATED = {
 @pytest.mark.parametrize("adapt", ["batch", "image"])
 @pytest.mark.parametrize("make", DUPLICATED.values(), ids=DUPLICATED)
 def test_merging_exact_duplicates_is_lossless(make, adapt):
-    """With log n in the attention; whatever the stem makes of neighbours, its tokens come in pairs here."""
+    """Attention adds log n. Tokens come in pairs here, whatever the stem makes of neighbours."""
     model = make(dtype=torch.float32)
     x = images_for(model)
     patches = model.patch_embed.num_patches // 2 * 2
@@ -231,7 +231,7 @@ def test_merging_exact_duplicates_is_lossless(make, adapt):
 
 
 def test_pools_weigh_merged_tokens_by_their_size():
-    """An average over merged tokens, each as often as its size says; a map pool with the log of it."""
+    """An average weighs merged tokens by size; an attention pool adds the log of the size."""
     config = ATMConfig(adapt="static", schedule=(3, 5, 2, 4), proportional_attention=True)
     model = apply_patch(small("vit_base_patch16_224", torch.float64, global_pool="avg", fc_norm=False), config)
     x = images_for(model, dtype=torch.float64)
@@ -266,7 +266,7 @@ def test_macs_equal_torchs_counter(name, aux_eval, merged):
 
 
 def test_the_papers_count_of_lvvit_splits_where_tokens_merge():
-    """A block of s tokens: s (10 h^2 + 2 h s + 10 s H + 49 h), attention before and MLP after the merge."""
+    """A block of s tokens costs s (10 h^2 + 2 h s + 10 s H + 49 h): attention before the merge, MLP after it."""
     model = meta("lvvit_s", aux_eval=False)
     h, H = 384, 6
     stem = 112**2 * (147 * 64 + 2 * 9 * 64 * 64 + 64 * h)
@@ -356,12 +356,12 @@ class Evil:
 
 
 def weights(model):
-    """A copy of its state dict, to be spoilt."""
+    """A copy of the model's state dict, to be damaged."""
     return {key: value.clone() for key, value in model.state_dict().items()}
 
 
 def spoilt(state):
-    """Weights that do not fit, by what is wrong with them."""
+    """Weights that do not fit, by what is wrong."""
     cls = state["cls_token"]
     without = {key: value for key, value in state.items() if key != "aux_head.weight"}
     return {
@@ -419,7 +419,7 @@ def test_broken_files_are_refused(tmp_path, suffix):
     refused(path, "holds no weights that can be read")
     path.write_text("weights")
     refused(path, "holds no weights that can be read")
-    path.write_bytes(pickle.dumps({"state_dict": Evil()}))  # not even torch's own format
+    path.write_bytes(pickle.dumps({"state_dict": Evil()}))  # not torch's own format
     refused(path, "holds no weights that can be read" if suffix == "safetensors" else "it holds more than tensors")
 
 

@@ -1,4 +1,4 @@
-"""Every kernel configuration compiles for the chips it is meant for, without spills. Needs no GPU."""
+"""Every kernel configuration compiles for its target chips without spills. Needs no GPU."""
 
 import json
 import os
@@ -17,7 +17,7 @@ VERSIONS = ("3.6.0", "3.9.0")  # the oldest and the newest triton
 
 
 def python(*arguments):
-    """In a process of its own: here the kernels are the interpreter's."""
+    """Run Python in another process, because in this one the kernels belong to the interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
 
@@ -45,7 +45,7 @@ def test_no_choice_of_tiles_warps_and_stages_spills_on_any_chip(tmp_path):
     now = document["rows"]
     assert all(row["fits"] and row["programs"] >= 1 for row in now)
     kept = [row | {"registers": 999} for row in now]
-    kept[0]["code"] = "of another kernel"  # that one is compiled anew
+    kept[0]["code"] = "of another kernel"  # that row is compiled anew
     (tmp_path / "now.json").write_text(json.dumps(document | {"rows": kept}))
     assert compile_all("--once", "--keep", "--json", str(tmp_path / "now.json")).returncode == 0
     then = json.loads((tmp_path / "now.json").read_text())["rows"]
@@ -54,7 +54,7 @@ def test_no_choice_of_tiles_warps_and_stages_spills_on_any_chip(tmp_path):
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_what_was_compiled_is_what_the_tables_say(version):
-    """Also where only tiles, warps or stages have changed; every entry was compiled, and none spilled."""
+    """This notices a change of tiles, warps or stages alone. Every entry was compiled, and none spilled."""
     kept = json.loads((RESULTS / f"offline_compile_triton_{version}.json").read_text())
     assert kept["environment"]["triton"] == version
     told, now = (
@@ -65,7 +65,7 @@ def test_what_was_compiled_is_what_the_tables_say(version):
 
 
 def test_the_digest_of_a_kernel_s_code_covers_all_that_it_calls():
-    """A module's kernels call functions, and read constants, of modules whose code the digest covers."""
+    """Kernels call functions and read constants only from modules that the digest covers."""
     code = """
 import importlib
 from pathlib import Path
@@ -88,7 +88,7 @@ for path in Path(kernels.__file__).parent.glob("*.py"):
 
 
 def test_what_is_compiled_is_what_triton_would_compile():
-    """Numbers of rows and images stay numbers, also 1 and 16; None and strides that divide by 16 are compiled in."""
+    """Numbers of rows and images stay arguments, even 1 and 16; None and strides divisible by 16 are compiled in."""
     code = """
 from benchmarks.launches import *
 from benchmarks.offline_compile import CHIPS, source
@@ -131,7 +131,7 @@ BAD = [
 
 
 def test_bad_input():
-    """In one process, which takes seconds to begin."""
+    """All cases share one process, which takes seconds to start."""
     code = f"""
 import contextlib, io, json
 from benchmarks.offline_compile import main

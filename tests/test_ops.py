@@ -1,4 +1,4 @@
-"""The operations check what they are given, in one line, and say which backend computes."""
+"""The operations check their arguments, fail with one line, and say which backend computes."""
 
 import pytest
 import torch
@@ -132,7 +132,7 @@ def test_the_largest_r_takes_every_token_of_a(by_size, P, most):
 
 
 def test_images_of_different_lengths_keep_their_n():
-    """A kernel's configuration hangs on N, which no other image of the batch may change."""
+    """A kernel's configuration depends on N, which other images of the batch must not change."""
     differ = Images.of_lengths(torch.tensor([9, 5]))
     for images, r, one_r, left in ((IMAGES, [1, 3], False, [6, 4]), (differ, [2, 2], True, [7, 3])):
         assignment = ops.assign(found(images=images), torch.tensor(r), images, 1, 10, one_r)

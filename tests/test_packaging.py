@@ -1,4 +1,4 @@
-"""A wheel built from this checkout, installed elsewhere: it works and brings one top-level name."""
+"""A wheel built from this checkout works when installed elsewhere and brings one top-level name."""
 
 import ast
 import os
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """Built from a copy: building leaves folders behind."""
+    """Build the wheel from a copy, because building leaves folders behind."""
     folder = tmp_path_factory.mktemp("build")
     skipped = shutil.ignore_patterns(".git", ".venv*", "build", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis")
     shutil.copytree(ROOT, folder / "source", ignore=skipped)
@@ -71,7 +71,7 @@ def test_it_works_where_it_is_installed(site, tmp_path):
 
 
 def test_a_checkout_holds_no_more_modules_than_a_wheel():
-    """A folder beside the package is not found in it by accident: that import would fail where it is installed."""
+    """A folder beside the package must not be importable from it: such an import would fail once it is installed."""
     code = "from importlib.util import find_spec as f; print(*(f(f'atm_triton.{n}') for n in %r))"
     names = ["report", "photos", "gpu", "tests", "benchmarks"]
     done = subprocess.run([sys.executable, "-c", code % names], cwd=ROOT, capture_output=True, text=True)
@@ -79,7 +79,7 @@ def test_a_checkout_holds_no_more_modules_than_a_wheel():
 
 
 def test_a_checkout_runs_its_own_kernels(tmp_path):
-    """Also where another one is installed."""
+    """This holds even if another version is installed."""
     for folder in ("atm_triton", "kernels", "benchmarks/digits"):
         shutil.copytree(ROOT / folder, tmp_path / folder)
     code = "from atm_triton import digits, kernels; print(digits.__file__, kernels.__file__)"
@@ -106,7 +106,7 @@ except ModuleNotFoundError as error:
 
 
 def asked_for(version, *path):
-    """Run in the checkout, with more places to look in."""
+    """Run ``ASKED_FOR`` in the checkout with these folders on the path."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))}
     code = ASKED_FOR.replace("VERSION", repr(version))
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -114,7 +114,7 @@ def asked_for(version, *path):
 
 
 def test_the_kernels_give_way_to_a_distribution_of_their_name(tmp_path):
-    """Also past another checkout, and where places stand on the path twice."""
+    """It is found behind another checkout, and when folders are on the path twice."""
     shutil.copytree(ROOT / "kernels", tmp_path / "checkout" / "kernels")
     (tmp_path / "site" / "kernels").mkdir(parents=True)
     (tmp_path / "site" / "kernels" / "__init__.py").write_text("__version__, match = '0.17.3', \"another's\"\n")
@@ -130,7 +130,7 @@ def test_without_one_there_is_nothing_under_their_name(tmp_path):
 
 
 def test_no_import_runs_upward():
-    """The layers of CONTRIBUTING: a file imports from its own or a lower one only."""
+    """The layers of CONTRIBUTING: a file imports only from its own or a lower layer."""
     layers = [
         {"packed", "graphs", "operating_points", "measure.provenance", "measure.distributed", "calibration.errors"},
         {"reference", "record"},
@@ -173,8 +173,8 @@ def test_the_models_know_timm_alone():
 
 
 def _imported(path):
-    """Of the package: "measure.images" for ``from atm_triton.measure.images import x`` and for ``from
-    atm_triton.measure import images``."""
+    """The modules of the package that a file imports: "measure.images" for ``from atm_triton.measure.images import x``
+    and for ``from atm_triton.measure import images``."""
     nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
     whole = [f"{node.module}.{part}" for node in nodes for part in ("", *(alias.name for alias in node.names))]
     return {name.rstrip(".").removeprefix("atm_triton.") for name in whole if name.startswith("atm_triton.")}

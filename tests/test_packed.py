@@ -1,4 +1,4 @@
-"""Packed images, each of its own length, against each image alone; and operations on them by both backends."""
+"""Packed images of different lengths against each image alone, and operations on them by both backends."""
 
 from itertools import pairwise
 
@@ -21,7 +21,7 @@ def images_of(*lengths):
 
 
 def exact_keys(T):
-    """Keys whose cosines are multiples of a quarter, whatever the order of a sum: many are equal, and some are zero."""
+    """Keys whose cosines are exact multiples of a quarter in any order of summation; many are equal, some zero."""
     keys = torch.zeros(T, d, dtype=torch.float64)
     for row in keys:
         row[4 * torch.arange(4) + torch.randint(2, (4,))] = torch.randint(2, (4,)).double() * 2 - 1
@@ -115,7 +115,7 @@ def test_images_merge_to_lengths_of_their_own_and_back():
 
 @backends
 def test_merge_and_unmerge_are_products_with_a_matrix(backend):
-    """Values and gradients; a slot stays empty and a token is dropped."""
+    """Values and gradients, with an empty slot and a dropped token."""
     slots = torch.tensor([0, 1, 2, 3, 0, 1, 2, 3, 0, 4, 5, 7, -1, 4], dtype=torch.int32, device=DEVICE)
     x, merged = torch.randn(14, C, device=DEVICE), torch.randn(8, C, device=DEVICE)
     where = torch.zeros(14, 8, device=DEVICE)
@@ -152,7 +152,7 @@ def test_no_image(images, backend):
 @pytest.mark.parametrize("by_size", [False, True], ids=["alternate", "size"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_kernels_as_the_reference(dtype, by_size):
-    """Matching and assigning of images short and long, with keys that are equal or zero."""
+    """Matching and assigning in short and long images, with keys that are equal or zero."""
     images, T = images_of(17, 1, 577, 2, 33), 630
     keys, sizes = torch.randn(H, T, d, device=DEVICE).to(dtype), some_sizes(T)
     keys[:, 2::5] = keys[:, : len(range(2, T, 5))]

@@ -29,7 +29,7 @@ BLOCKS = [
         re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
     )
 ]
-PYTHON = {  # tests/integration/test_onnx.py runs what wants onnx
+PYTHON = {  # tests/integration/test_onnx.py runs blocks that need onnx
     name: code for name, language, code in BLOCKS if language == "python" and "onnx" not in code
 }
 LINES = dict.fromkeys(line for _, language, code in BLOCKS if language == "sh" for line in code.splitlines())
@@ -46,7 +46,7 @@ def test_readme_is_read_in_two_minutes():
 
 @pytest.mark.parametrize("page", dict.fromkeys(name.rpartition("-")[0] for name in PYTHON))
 def test_python_blocks_run(page):
-    """One after the other, as they are read."""
+    """Blocks of a page run one after the other."""
     names = {}
     for name, code in PYTHON.items():
         if name.rpartition("-")[0] == page:
@@ -76,7 +76,7 @@ def test_the_first_example_saves_what_stands_below_it(capsys):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A user's directory: weights of a model, a folder of photos in three classes, and one of more."""
+    """A user's directory with a model's weights, a folder of photos in three classes, and a folder of more photos."""
     place = tmp_path_factory.mktemp("place")
     save_file(timm.create_model("deit_tiny_patch16_224", num_classes=3).state_dict(), place / "mine.safetensors")
     for number in range(66):
@@ -91,14 +91,14 @@ def place(tmp_path_factory):
 def test_shell_lines_run(line, place, capsys, monkeypatch):
     monkeypatch.chdir(place)
     for name, value in {"LEVELS": (1 / 8, 1 / 2), "CURVES": ((0.5, 6.0),), "STEPS": ((1, 1),)}.items():
-        monkeypatch.setattr(search, name, value)  # a calibration in the small
+        monkeypatch.setattr(search, name, value)  # a small calibration
     program, *arguments = shlex.split(line, comments=True)
     if program == "atm-triton":
         assert main(arguments) == 0
         assert capsys.readouterr().out
     elif program == "python":
         assert arguments[:2] == ["-m", "benchmarks.paper"]  # test_paper.py runs it
-    elif program == "make":  # only that the target is there: it would run this very test
+    elif program == "make":  # only check that the target exists: it would run this very test
         subprocess.run(["make", "--dry-run", *arguments], cwd=ROOT, check=True, capture_output=True)
     else:
         assert program == "pip"
@@ -125,7 +125,7 @@ def test_every_link_leads_somewhere(page):
 
 
 def test_the_walk_names_what_is_there():
-    """Each `file` `name` in it, and no step without one."""
+    """Each `file` `name` in the walk exists, and no step lacks one."""
     text = (ROOT / "docs/walk.md").read_text()
     named = re.findall(r"`([\w/]+\.py)`\s`([\w.]+)`", text)
     assert len(named) >= 25 and text.count("\n| 1") + text.count("\n| 2") >= 7

@@ -1,4 +1,4 @@
-"""The paper's tables and figures, and the page of models, in the small."""
+"""Small runs of the paper's tables and figures, and of the page of models."""
 
 import argparse
 import copy
@@ -65,7 +65,7 @@ def few_images_to_choose_by(monkeypatch):
 
 
 def run(name, out, *options):
-    """What an experiment makes of the digits, anew if it is not to resume."""
+    """Run an experiment on the digits and return its result. Without --resume it starts anew."""
     if "--resume" not in options:
         (out / f"digits_{name}.json").unlink(missing_ok=True)
     assert paper.main([name, "--workers", "0", "--out", str(out), *options]) == 0
@@ -85,7 +85,7 @@ def test_figure4_measures_every_method_at_one_cost(tmp_path, monkeypatch, capsys
     path = tmp_path / "digits_figure4.json"
     partial = tmp_path / "digits_figure4.json.partial"
     assert not partial.exists()
-    partial.write_text(json.dumps(found | {"rows": found["rows"][:-1]}))  # as an interrupted run leaves it
+    partial.write_text(json.dumps(found | {"rows": found["rows"][:-1]}))  # as if interrupted
     measured_at, asked = figure4.measured_at, []
     monkeypatch.setattr(figure4, "measured_at", lambda *about: asked.append(about[1]) or measured_at(*about))
     assert run("figure4", tmp_path, *options, "--resume")["rows"] == found["rows"] and asked == ["atm, image"]
@@ -138,7 +138,7 @@ def test_an_interrupted_run_leaves_the_last_result_as_it_was(tmp_path, monkeypat
 
 
 def test_fine_tuned_beside_training_free(tmp_path, monkeypatch, capsys):
-    """All compared with the model as it was; a run that is interrupted trains nothing twice."""
+    """All are compared with the model before training, and a resumed run trains nothing twice."""
     options = ["--limit", "8", "--shares", "0.5", "--images", "16", "--epochs", "1", "--batch-size", "4"]
     options += ["--workers", "0", "--out", str(tmp_path)]
     trained, finetune = [], finetuned.finetune
@@ -158,7 +158,7 @@ def test_fine_tuned_beside_training_free(tmp_path, monkeypatch, capsys):
     unmerged, free, tuned = (row["overall"] for row in rows)
     assert unmerged["gflops"] == rows[0]["gflops_unpatched"] > 1.5 * free["gflops"]
     assert tuned["gflops"] == pytest.approx(free["gflops"], rel=0.05) and tuned["kl"] != free["kl"]
-    assert unmerged["kl"] > 1e-6  # of the same weights it would be 0
+    assert unmerged["kl"] > 1e-6  # with the same weights it would be 0
     assert len({row["overall"]["top1_unpatched"] for row in rows}) == 1
     assert "| -50 % | ATM, fine-tuned | batch | 0 |" in capsys.readouterr().out
     for wrong, message in (
@@ -170,7 +170,7 @@ def test_fine_tuned_beside_training_free(tmp_path, monkeypatch, capsys):
 
 
 def test_no_training_of_another_model_is_gone_on_with(tmp_path, monkeypatch):
-    """What an interrupted table left behind is refused by name, not taken for the model at hand."""
+    """Files that an interrupted table left behind are refused by name, not taken for this model's."""
     found = []
     thresholds = tmp_path / "thresholds.json"
     thresholds.write_text(ATMConfig(alpha=0.98, beta=0.7, theta_min=0.6).to_json())
@@ -195,7 +195,7 @@ TINY = ["--limit", "8", "--images", "16", "--epochs", "1", "--batch-size", "4", 
 
 
 def test_table_4_trains_every_method_and_none_twice(tmp_path, monkeypatch, capsys):
-    """From the same weights, by its own recipe; beside the paper's figures."""
+    """Each method starts from the same weights and has its own recipe; the paper's figures are beside its own."""
     options = [*TINY, "--seeds", "0", "1", "--out", str(tmp_path)]
     options += ["--methods", "unmerged", "dynamicvit", "atm, training-free", "atm"]
     seen, finetune = [], finetuned.finetune
@@ -238,7 +238,7 @@ def test_table_4_trains_every_method_and_none_twice(tmp_path, monkeypatch, capsy
 
 
 def test_every_method_of_table_4_can_be_made_for_a_model():
-    """As published where the model has DeiT's twelve blocks; each at its share of the FLOPs that it can tell."""
+    """With DeiT's twelve blocks every method reduces in its published blocks, and it runs in the model."""
     model = open_model()
     of = SimpleNamespace(model=model, depth=12, loader=[torch.randn(4, 1, 112, 112)])
     made = {name: make() for name, make in table4.of_model(of).items()}
@@ -340,7 +340,7 @@ def test_a_cost_that_a_method_cannot_have_is_said(tmp_path, capsys):
 
 
 def test_the_stress_test_ends_where_top1_falls(tmp_path, monkeypatch, capsys):
-    """With a method that loses nothing up to -40 % and a point beyond."""
+    """The method here loses nothing up to -40 % and one point beyond."""
     monkeypatch.setattr(table1, "METHODS", ("tome", "evit"))
 
     def measured(of, method, goal, find):
@@ -473,8 +473,8 @@ def test_figure7_shows_easy_and_hard_images_by_both_methods(tmp_path):
 
 @pytest.fixture(scope="module")
 def imagenet(tmp_path_factory):
-    """Directories as ImageNet's, with a folder for each of 1000 classes and an image in every one, one of them broken;
-    weights and thresholds for them."""
+    """Directories like ImageNet's, with one image in each of 1000 class folders, one of them broken, and weights and
+    thresholds of a model."""
     place = tmp_path_factory.mktemp("place")
     for split in ("val", "train"):
         for number in range(1000):
@@ -491,7 +491,7 @@ def imagenet(tmp_path_factory):
 
 
 def test_the_line_for_imagenet_in_docs(imagenet, monkeypatch, capsys):
-    """Word for word; what is added makes it short, as what is left out does: methods that take long to be set."""
+    """The line runs word for word. Added options and leaving out the slowest methods make it short."""
     compared = tuple(name for name in methods.METHODS if name not in ("ats", "dtome"))
     monkeypatch.setattr(figure4, "METHODS", compared)
     text = EXPERIMENTS.read_text()
@@ -512,7 +512,7 @@ def test_the_line_for_imagenet_in_docs(imagenet, monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def narrow(imagenet):
-    """A model of as many tokens, blocks and classes, soon run: what names it, and its weights, on a command line."""
+    """The options that name a fast model with as many tokens, blocks and classes, and its weights."""
     torch.manual_seed(0)
     model = timm.create_model("deit_tiny_patch16_224", embed_dim=24, num_heads=1)
     save_file(model.state_dict(), imagenet / "narrow.safetensors")
@@ -554,7 +554,7 @@ def test_an_experiment_runs_on_directories(name, imagenet, narrow, monkeypatch, 
 
 
 def headless(directory, classes):
-    """Options of a model with so many classes, and of images."""
+    """The options that name a model with this many classes, and images."""
     shape = {"embed_dim": 24, "num_heads": 1, "num_classes": classes}
     save_file(timm.create_model("deit_tiny_patch16_224", **shape).state_dict(), directory / "other.safetensors")
     named = ["--model", "deit_tiny_patch16_224", "--model-kwargs", *(f"{key}={value}" for key, value in shape.items())]
@@ -585,7 +585,7 @@ def test_a_table_of_classes_refuses_a_head_of_labels(imagenet, monkeypatch, tmp_
 
 
 def test_the_other_line_for_imagenet_in_docs(imagenet, monkeypatch, capsys):
-    """Word for word but for the path; weights are not downloaded here."""
+    """The line runs word for word except for a path; weights are not downloaded here."""
     (line,) = re.findall(
         r"`atm-triton (eval --model deit_small_patch16_224 --pretrained .*?)`", EXPERIMENTS.read_text()
     )

@@ -1,4 +1,4 @@
-"""A patched model against the whole method in loops, in float64."""
+"""A patched model against the complete method in loops, in float64."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ F64 = torch.float64
 
 
 def assert_equal(model, x, config, r_of_block, size_from, **options):
-    """Logits within 1e-9; tokens, sizes and order through the dense features and the record. Returns the r's."""
+    """Check logits within 1e-9, and tokens, sizes and order by dense features and the record. Returns each r."""
     with torch.no_grad():
         expected, sizes, expected_traces, taken = loops.logits(
             model, x, r_of_block, size_from, config.cls_only_last, config.proportional_attention is not False, **options
@@ -71,7 +71,7 @@ def mean_count(config, depth):
 @pytest.mark.parametrize("cls_only", [True, False], ids=["cls-only-last", "merge-in-last"])
 @pytest.mark.parametrize(("make", "P"), [(vit, 1), (distilled, 2)], ids=["plain", "distilled"])
 def test_batch_is_the_whole_method(make, P, cls_only, proportional):
-    """Both groupings, the batch's r, the class-token-only last block."""
+    """Covers both groupings, the batch's r and a last block for the class token alone."""
     depth = 6
     config = ATMConfig(
         alpha=0.8,
@@ -96,7 +96,7 @@ def test_thresholds_override_eq_1():
 
 
 def test_a_batch_of_one_is_the_per_image_method():
-    """Section 3.2: with one image the mean count is its own."""
+    """Section 3.2: with one image the mean count is the image's own count."""
     config = ATMConfig(alpha=0.7, beta=0.02, theta_min=0.5, split_depth=2)
     model = vit(dtype=F64, embed_dim=12)
     assert_equal(model, images(1, dtype=F64), config, mean_count(config, 4), size_from=3)

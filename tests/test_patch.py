@@ -1,4 +1,4 @@
-"""apply_patch on every kind of timm VisionTransformer: nothing changes at r = 0, and what merges still fits."""
+"""apply_patch on every kind of timm VisionTransformer: nothing changes at r = 0, and merging keeps shapes right."""
 
 import copy
 import pickle
@@ -147,7 +147,7 @@ def shapes(result):
 
 @pytest.mark.parametrize("kind", ["no_prefix", "avg", "avg_norm", "avg_prefix", "max", "avgmax", "map", "prr"])
 def test_pools_see_every_original_token(kind):
-    """With exact duplicates merged, and log n in the attention, no logit changes."""
+    """If only exact duplicates merge and attention adds log n, no logit changes."""
     model = KINDS[kind](dtype=torch.float64)
     with torch.no_grad():
         model.pos_embed.zero_()
@@ -201,7 +201,7 @@ def test_16_bits_stay_near_float32(dtype, kind):
     exact = model(x)
     half = model.to(dtype)(x.to(dtype))
     assert half.dtype == dtype
-    reference = remove_patch(model)(x.to(dtype))  # what 16 bits cost without merging
+    reference = remove_patch(model)(x.to(dtype))  # the error of 16 bits without merging
     slack = (reference.float() - exact).abs().max()
     assert (half.float() - exact).abs().max() <= 1.5 * slack
     apply_patch(model, STATIC)
@@ -330,12 +330,12 @@ def test_a_new_classifier_on_a_patched_model():
     assert model(images()).shape == (3, 7)
     model.reset_classifier(3, "avg")
     assert model(images()).shape == (3, 3)
-    assert summary(model).record.rows[-1] == 26 - 3 - 5 - 2 - 4  # patch tokens are read now: the last block merges
+    assert summary(model).record.rows[-1] == 26 - 3 - 5 - 2 - 4  # patch tokens are read: the last block merges
 
 
 @pytest.mark.parametrize("adapt", ["static", "batch", "image"])
 def test_log_n_is_settled_by_how_the_model_pools_when_it_runs(adapt):
-    """As if it had been patched with the classifier that it has then; what was said outright stays."""
+    """The model behaves as if it had been patched with its present classifier; an explicit setting stays."""
     config, x = STATIC if adapt == "static" else replace(EASY, adapt=adapt), images()
     own = vit()
     patched = [
@@ -358,7 +358,7 @@ def test_log_n_is_settled_by_how_the_model_pools_when_it_runs(adapt):
 
 
 def outcome(call, *arguments, **options):
-    """What a call returns, or its kind of error."""
+    """What a call returns, or the type of its error."""
     try:
         return call(*arguments, **options)
     except Exception as error:
@@ -372,7 +372,7 @@ def outcome(call, *arguments, **options):
 )
 @torch.no_grad()
 def test_images_of_any_size_and_none_at_all_are_taken_where_timm_takes_them(options, adapt, batch):
-    """timm refuses an empty batch where it resamples positions, or shapes features as images."""
+    """timm refuses an empty batch if it resamples positions or reshapes features to images."""
     own = vit(**options)
     config = STATIC if adapt == "static" else replace(EASY, adapt=adapt)
     nothing = replace(STATIC, schedule=(0,) * 4) if adapt == "static" else ATMConfig(thresholds=(1.0,) * 4, adapt=adapt)
@@ -490,7 +490,7 @@ def normed(qkv):
 
 
 def offloaded(qkv):
-    """As accelerate: the weight comes when the module is called."""
+    """Offload as accelerate does: the weight arrives when the module is called."""
     weight, run = nn.Parameter(qkv.weight.detach().clone()), qkv.forward
     qkv.weight = nn.Parameter(weight.to("meta"))
 
@@ -548,7 +548,7 @@ def test_what_was_replaced_in_a_patched_block_stays_when_the_patch_goes():
     model, x = apply_patch(vit(), NOTHING), images()
     model.blocks[1].mlp = nn.Sequential(model.blocks[1].mlp, nn.Linear(32, 32)).eval()
     model.blocks[2].norm2 = nn.Identity()
-    model.blocks[3].ls1 = model.blocks[3].ls2 = Doubled()  # two names of one module
+    model.blocks[3].ls1 = model.blocks[3].ls2 = Doubled()  # two names for one module
     expected, names = model(x), list(model.state_dict())
     for again in (apply_patch, remove_patch):
         again(model, NOTHING) if again is apply_patch else again(model)
@@ -608,7 +608,7 @@ def test_a_pass_that_stops_early_is_not_summed_up():
 
 
 class OwnHead(VisionTransformer):
-    """Classifies from a patch token too."""
+    """A model that also classifies from a patch token."""
 
     def forward_head(self, x, pre_logits=False):
         return self.head(x[:, 0] + x[:, -1])

@@ -1,4 +1,4 @@
-"""Trained weights from an ONNX file, crops of photographs, and what merging changes of what is read of them."""
+"""Trained weights from an ONNX file, crops of photographs, and the effect of merging on features and saliency."""
 
 import json
 import sys
@@ -33,7 +33,7 @@ def onnx_file(tmp_path_factory):
 
 
 def test_the_weights_of_an_onnx_file(onnx_file):
-    """All of them, also those without a name, into a model that had others."""
+    """All weights, also unnamed ones, are loaded into a model that had others."""
     (model, decoder), (original, its_decoder) = small(seed=1), small()
     off = fetch.convert(onnx_file, model, decoder)
     assert 0 < off["features"] < 1e-5 and 0 <= off["saliency"] < 1e-5
@@ -42,7 +42,7 @@ def test_the_weights_of_an_onnx_file(onnx_file):
 
 
 def test_a_conversion_that_computes_something_else_is_found_out(tmp_path):
-    """All weights fit, and yet the features differ."""
+    """All weights fit, but the features differ."""
     original, decoder = small()
     original.norm.eps = 0.5
     path = OnnxFile(original, decoder).save(tmp_path / "other.onnx")
@@ -60,7 +60,7 @@ def test_a_file_of_another_model(onnx_file):
 
 
 def test_kept_as_a_whole(tmp_path):
-    """Nothing but the two files, under the name that they are looked for."""
+    """The directory has only the two files, at the place where they are looked for."""
     target = tmp_path / "a" / "b"
     fetch.keep(*small(), target)
     assert sorted(path.name for path in target.iterdir()) == ["backbone.safetensors", "decoder.safetensors"]
@@ -110,7 +110,7 @@ def test_a_damaged_cache_is_not_taken(tmp_path, monkeypatch, capsys):
 
 
 def test_without_onnx(tmp_path, monkeypatch, capsys):
-    """Before anything is downloaded."""
+    """It fails before anything is downloaded."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setitem(sys.modules, "onnx", None)
     assert fetch.main([]) == 2
@@ -130,7 +130,7 @@ def test_crops_come_from_seeds_and_from_other_photographs():
     test, first = images.crops(model, "test", 6), images.crops(model, "test", 4)
     assert test.shape == (6, 3, SIDE, SIDE) and torch.equal(test[:4], first)
     assert not torch.equal(test[:4], images.crops(model, "test", 4, seed=1))
-    assert not torch.equal(test[0], test[4])  # of one photograph
+    assert not torch.equal(test[0], test[4])  # both of one photograph
     used = [{images.photo(split, name) for name in names} for split, names in images.PHOTOS.items()]
     assert len(used[0] | used[1]) == 8
 
@@ -156,7 +156,7 @@ def test_a_photograph_that_is_not_installed(monkeypatch):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Images of five modes, one that cannot be read, and another file."""
+    """A folder with images of five modes, one unreadable image, and another file."""
     noise = np.random.default_rng(0).integers(0, 256, (60, 80, 4), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "alpha.png")
     Image.fromarray(noise).convert("RGB").quantize(16).save(tmp_path / "palette.png")
@@ -200,7 +200,7 @@ def test_bad_input_is_one_line(arguments, message, tmp_path, monkeypatch, capsys
 
 
 def test_weights_that_are_no_weights(tmp_path, monkeypatch, capsys):
-    """As where something else was put into the cache."""
+    """The cache holds something else."""
     monkeypatch.chdir(tmp_path)
     for name in ("backbone", "decoder"):
         save_file({"x": torch.zeros(1)}, tmp_path / f"{name}.safetensors")
@@ -225,7 +225,7 @@ def test_nothing_merged_is_nothing_changed(some):
 
 
 def test_what_is_compared(some):
-    """Against a second way, image by image."""
+    """Outcomes equal a second computation, image by image."""
     way = of_baseline("tome", cls_only_last=False, r=3)
     found = some.outcome(way)
     model = way.patch(small()[0])
@@ -290,8 +290,8 @@ def test_every_method_is_measured_and_an_interrupted_run_goes_on(some, tmp_path)
 
 
 def test_unmerging_with_the_residual(some):
-    """To the nearest it is what the model does itself; with the residual it gives back what merged, where no block
-    comes after."""
+    """The way "nearest" is what the model itself does; "residual" restores the original tokens if no block follows the
+    merge."""
     last = ATMConfig(adapt="static", schedule=(0, 0, 0, 6), cls_only_last=False)
     idle = share(some.model)
     idle.blocks[3].ls2.gamma = nn.Parameter(torch.zeros(WIDTH))
@@ -332,7 +332,7 @@ def test_ideas_differ_in_the_matching_alone(some, tmp_path):
 
 
 def test_crops_in_files_are_the_crops(tmp_path, capsys):
-    """Also as ``open_images`` reads them."""
+    """``open_images`` reads the same pixels."""
     arguments = ["--images", "6", "--side", str(SIDE), "--out", str(tmp_path / "crops")]
     assert images.main(arguments) == 0
     model = small()[0]
@@ -345,7 +345,7 @@ def test_crops_in_files_are_the_crops(tmp_path, capsys):
 
 
 def test_calibrated_thresholds_are_chosen_by_other_images(some):
-    """By the public ``calibrate``, for patch tokens and the cost asked for."""
+    """The public ``calibrate`` chooses them, for patch tokens and the given cost."""
     chosen_by = images.crops(some.model, "calibration", 64)
     photos = Photos(some.model, some.decoder, chosen_by, some.test, some.photos, batch=32)
     way = at_cost(photos, "atm, calibrated, image", photos.goal(0.2))
@@ -354,7 +354,7 @@ def test_calibrated_thresholds_are_chosen_by_other_images(some):
 
 
 def test_how_many_times_less_than_tome():
-    """Between its costs, by the logarithm; nothing is said beyond them."""
+    """The ratio is interpolated between ToMe's costs by the logarithm; beyond them there is none."""
 
     def row(method, gflops, change):
         told = {"mean": change, "se": None, "worst": change}

@@ -1,4 +1,4 @@
-"""Plots of the committed results: no text is cut off or under another, and a method has one colour in all of them."""
+"""Plots of the committed results: no text is cut off or overlaps another, and a method has one colour in all plots."""
 
 import json
 from itertools import combinations
@@ -28,7 +28,7 @@ PLOTS = {
 
 
 def ticks_out_of_sight(panel):
-    """Labels that matplotlib makes and does not draw."""
+    """Labels that matplotlib creates but does not draw."""
     for axis in (panel.xaxis, panel.yaxis):
         low, high = sorted(axis.get_view_interval())
         for tick in (*axis.get_major_ticks(), *axis.get_minor_ticks()):

@@ -1,4 +1,4 @@
-"""The reference against loops, image by image, and against the properties that the method promises."""
+"""The reference against loops, image by image, and against the properties of the method."""
 
 import math
 from itertools import pairwise, product
@@ -46,13 +46,13 @@ def sizes_of(images, most=3):
 
 
 def matched(images, P, by_size=False, sizes=None):
-    """Keys and their similarity and partner."""
+    """Random keys with their similarity and partner."""
     keys = keys_with_ties(2, int(images.cu_seqlens[-1]), 4)
     return keys, *reference.match(keys, sizes, P, by_size, images)
 
 
 def found_by(similarity, partner):
-    """One image's {i of A: (similarity, position in B)}, as the loops have it."""
+    """The match of one image in the form of the loops, {i of A: (similarity, position in B)}."""
     pairs = enumerate(zip(similarity.tolist(), partner.tolist(), strict=True))
     return {i: pair for i, pair in pairs if pair[1] >= 0}
 
@@ -163,7 +163,7 @@ def test_the_tokens_in_a_are_those_that_find_a_partner(by_size):
 @groupings
 @batches
 def test_assign_for_every_r(lengths, equal, P, by_size):
-    """Of all images the same, up to one more than any has in A, and of each its own."""
+    """One r for all images, up to one more than any has in A, and then one r per image."""
     images = images_of(lengths, equal)
     sizes = sizes_of(images)
     _, similarity, partner = matched(images, P, by_size, sizes)
@@ -213,12 +213,12 @@ def test_properties_of_an_assignment(patches, P, by_size, data):
     merged, merged_sizes = reference.merge(x, sizes, slots, T)
     for image, own in zip(each(images), each(left), strict=True):
         row = slots[image].tolist()
-        assert row[:P] == list(range(own.start, own.start + P))  # protected tokens stay themselves, first
+        assert row[:P] == list(range(own.start, own.start + P))  # protected tokens stay unchanged and first
         assert sorted(set(row)) == list(range(own.start, own.stop))  # every token once, no slot empty
         assert all(row.count(slot) == 1 for slot in row[:P])
         assert merged_sizes[own].sum() == sizes[image].sum()
         longest = x[image].norm(dim=1).max()
-        assert (merged[own].norm(dim=1) <= longest + 1e-12).all()  # a mean is no longer than what it is the mean of
+        assert (merged[own].norm(dim=1) <= longest + 1e-12).all()  # a mean is no longer than the longest of its vectors
     alone = slots.long().bincount(minlength=T)[slots.long()] == 1
     assert torch.equal(x[alone], reference.unmerge(merged, slots)[alone])  # bitwise
 
@@ -290,7 +290,7 @@ def test_compose_follows_a_token_through_two_steps():
 @ways
 @pytest.mark.parametrize(("lengths", "equal"), [([7, 7], True), ([5, 1, 8], False), ([7, 7], False), ([], False)])
 def test_attention(lengths, equal, fused):
-    """From all tokens, and from the first of each image alone."""
+    """Queries are all tokens, then only the first token of each image."""
     images = images_of(lengths, equal)
     sizes = sizes_of(images, 8)
     q, k, v = torch.randn(3, 2, len(sizes), 4, dtype=F64)
@@ -317,7 +317,7 @@ def test_a_token_of_size_n_counts_as_n_equal_tokens(fused):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_log_sizes_are_not_rounded_to_16_bits(dtype):
-    q = torch.zeros(1, 1, 8, dtype=dtype)  # the weights are then the sizes' shares alone
+    q = torch.zeros(1, 1, 8, dtype=dtype)  # the weights are then the shares of the sizes
     v = torch.eye(8)[None].to(dtype)
     sizes = torch.tensor([131.0, 137, 139, 149, 151, 157, 163, 167])
     keys = torch.zeros(1, 8, 8, dtype=dtype)
@@ -328,7 +328,7 @@ def test_log_sizes_are_not_rounded_to_16_bits(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_off_the_cpu_no_kernel_of_torch_gets_a_mask_of_another_dtype(dtype, monkeypatch):
-    """CUDA's read a float32 mask beside 16-bit queries as something else, without a word."""
+    """CUDA's kernels silently misread a float32 mask with 16-bit queries."""
     masks, run = [], torch.nn.functional.scaled_dot_product_attention
     watched = lambda *tensors, attn_mask, **options: masks.append(attn_mask) or run(*tensors, **options)  # noqa: E731
     monkeypatch.setattr(reference.F, "scaled_dot_product_attention", watched)
@@ -342,7 +342,7 @@ def test_off_the_cpu_no_kernel_of_torch_gets_a_mask_of_another_dtype(dtype, monk
 def test_theorem_1(seed, n_i, n_j):
     torch.manual_seed(seed)
     x = torch.nn.functional.normalize(torch.randn(2, 16, dtype=torch.float64), dim=1)
-    x[1] *= torch.sign(x[0] @ x[1])  # the theorem asks for x_i . x_j >= 0
+    x[1] *= torch.sign(x[0] @ x[1])  # the theorem requires x_i . x_j >= 0
     n_i, n_j = torch.tensor(float(n_i)).double(), torch.tensor(float(n_j)).double()
     error = reference.merging_error(x[0], x[1], n_i, n_j)
     bound = n_i * n_j / (n_i + n_j) * (1 - x[0] @ x[1])

@@ -39,7 +39,7 @@ def test_the_index_links_headings_that_are_there():
 
 @pytest.fixture
 def results(tmp_path, monkeypatch):
-    """The result files, copied, and pages with places for their tables."""
+    """Copies of the result files, and pages with places for their tables."""
     copied = tmp_path / "results"
     copied.mkdir()
     for path in pages.RESULTS.glob("*.json"):

@@ -11,7 +11,7 @@ from benchmarks.pages import RESULTS, beside_the_curve
 from benchmarks.paper import table1
 from benchmarks.paper.methods import METHODS
 
-MEASURED = set(METHODS) - {"ats", "zero_tprune", "tofu", "dtome"}  # these came after the results
+MEASURED = set(METHODS) - {"ats", "zero_tprune", "tofu", "dtome"}  # these were added after the results
 
 
 def result(name):
@@ -124,7 +124,7 @@ def test_calibrations_keep_their_promises():
 
 
 def seen_agreement(row):
-    """Of the test images, and two standard errors more."""
+    """The agreement on the test images plus two standard errors."""
     share, images = row["overall"]["agreement"] / 100, row["overall"]["images"]
     return share + 2 * (share * (1 - share) / images) ** 0.5
 

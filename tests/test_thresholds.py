@@ -1,4 +1,4 @@
-"""No thresholds, no merging: where they come from when nobody gives them, who is refused, and what is warned of."""
+"""Without thresholds nothing merges: where default ones come from, which models are refused, what is warned of."""
 
 import json
 import warnings
@@ -192,7 +192,7 @@ def test_it_is_said_once_where_most_tokens_are_gone_early(config):
 
 
 def test_the_first_pass_of_the_engine_says_it_too():
-    """On a GPU nobody may ever ask what merged."""
+    """On a GPU the user may never ask what merged."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = apply_patch(vit(depth=8).to(device), ATMConfig(**MOST, backend="triton"))
     with torch.inference_mode(), pytest.warns(UserWarning, match=GONE) as said:
@@ -205,7 +205,7 @@ def test_the_first_pass_of_the_engine_says_it_too():
 
 @pytest.mark.parametrize("r", [0, 7])
 def test_what_is_left_elsewhere_is_not_warned_of(r):
-    """7 of 26 tokens, then 7 of 19: 46 % are left after two blocks, and fewer later."""
+    """7 of 26 tokens merge, then 7 of 19: 46 % are left after two blocks, and fewer later."""
     model = apply_patch(vit(depth=8), ATMConfig(adapt="static", schedule=(r,) * 8))
     with warnings.catch_warnings(action="error"):
         model(images())
@@ -233,7 +233,7 @@ def test_a_calibration_says_it_of_what_it_found_alone(loader, monkeypatch):
 
     for name, value in SMALL.items():
         monkeypatch.setattr("atm_triton.calibration.search." + name, value)
-    with warnings.catch_warnings(action="error"):  # on the way it tries to merge everything
+    with warnings.catch_warnings(action="error"):  # calibration tries to merge everything on the way
         calibrate(vit(depth=8), loader, Target(max_kl=1e-4), progress=False)
     with pytest.warns(UserWarning, match=GONE) as said:
         calibrate(vit(depth=8), loader, Target(max_kl=1e3), progress=False)

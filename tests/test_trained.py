@@ -1,4 +1,4 @@
-"""Methods that are trained: a step in float64 against loops, what runs afterwards, costs, and interrupted runs."""
+"""Trained methods: a step in float64 against loops, inference after training, costs, and interrupted runs."""
 
 import copy
 import math
@@ -42,7 +42,7 @@ SETTINGS = {
 
 
 def new(dtype=F64, **changes):
-    """A small model, the same each time."""
+    """A small model with the same weights each time."""
     torch.manual_seed(0)
     return vit(dtype=dtype, **{"embed_dim": 16, "img_size": 32, **changes})
 
@@ -52,7 +52,7 @@ def learned(name, model, **settings):
 
 
 class Small(Pictures):
-    """Of 16 patches."""
+    """Images of 16 patches."""
 
     def __init__(self, **options):
         super().__init__(**options)
@@ -67,8 +67,8 @@ def seen(n=2):
 
 
 def attention(block, x, weigh):
-    """What attention adds to the tokens x [N, C] of an image, with weights[i] = weigh(scores of query i [N]) of every
-    head; and keys [N, H, d], and the weights [H, N, N]."""
+    """What attention adds to the tokens x [N, C] of an image, its keys [N, H, d] and its weights [H, N, N]. In every
+    head weights[i] = weigh(scores of query i [N])."""
     attn, N = block.attn, len(x)
     q, k, v = attn.qkv(block.norm1(x)).view(N, 3, attn.num_heads, attn.head_dim).unbind(1)
     heads = []
@@ -216,7 +216,7 @@ def avit_loss(model, x, labels, scale=GATE[0], center=GATE[1]):
         N = len(rows)
         c, rest, mask, out = [0.0] * N, [1.0] * N, [1.0] * N, [0.0] * N
         for index, block in enumerate(model.blocks):
-            # a masked token's value is 0, and its gradient passes
+            # a masked token has the value 0 but passes its gradient on
             rows = [row if m else row - row.detach() for row, m in zip(rows, mask, strict=True)]
             attn, H = block.attn, block.attn.num_heads
             y = torch.stack([block.norm1(row * m) * m for row, m in zip(rows, mask, strict=True)])
@@ -256,7 +256,7 @@ def avit_loss(model, x, labels, scale=GATE[0], center=GATE[1]):
 
 
 def class_row(weights):
-    """The class token's attention to each patch token, summed over heads: floats."""
+    """The class token's attention to each patch token, summed over heads, as floats."""
     return [sum(weights[h, 0, j].item() for h in range(len(weights))) for j in range(1, weights.shape[2])]
 
 
@@ -283,7 +283,7 @@ def evovit_run(model, image, keep_rate=0.6, where=(1, 2), every=False):
 
 
 def evovit_loss(model, x, labels):
-    """At first every block chooses."""
+    """The loss early in training, when every block chooses."""
     logits = [evovit_run(model, image, every=True)[0] for image in x]
     return sum(cross_entropy(row, label) for row, label in zip(logits, labels, strict=True)) / len(x)
 
@@ -312,7 +312,7 @@ def iared2_loss(model, x, labels, where=(0, 2), rates=(0.9, 0.5), heads=2):
 
 
 def interpreted(block, rows, heads):
-    """Scores of all tokens [N, C]."""
+    """The interpreter's scores of all tokens [N, C]."""
     C = rows.shape[1]
     qkv = [block.predictor.qkv((row - row.mean()) / (row.var(correction=0) + 1e-5).sqrt()) for row in rows]
     parts, d = [slice(h * C // heads, (h + 1) * C // heads) for h in range(heads)], C // heads
@@ -333,7 +333,7 @@ def mctf_loss(model, x, labels, r=6):
 
 
 def run(model, x, name, **settings):
-    """Logits and class tokens by a method that tests/test_baselines.py holds against its loops."""
+    """Logits and class tokens by a method that tests/test_baselines.py checks against its loops."""
     made = apply_baseline(model, name, **settings)
     tokens = made._run(x, None, dense=False).tokens
     token = made.norm(tokens.images.first(tokens.x, 1))[:, 0]
@@ -351,7 +351,7 @@ def plain_loss(name):
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_the_gradients_of_a_step_are_those_of_the_loops(name):
-    """Of two passes of four images, in float64, with the random numbers that each pass draws."""
+    """The step has two passes of four images, in float64, each with the random numbers it draws."""
     model = new()
     method = learned(name, model)
     moved(name, model)
@@ -501,7 +501,7 @@ PLANS = {
 
 
 def moved(name, model):
-    """The method's own weights put where they drop some tokens."""
+    """Change the method's own weights so that they drop some tokens."""
     torch.manual_seed(3)
     for key, parameter in model.named_parameters():
         if "predictor" in key and parameter.dim() > 1:
@@ -514,7 +514,7 @@ def moved(name, model):
 
 
 def prepared(name, model, **settings):
-    """A model with the method's own weights, and the method."""
+    """A model with the method's own weights, and the method itself."""
     method = baseline(name, **SETTINGS[name] | settings)
     method.prepare(model)
     return moved(name, model), method
@@ -542,7 +542,7 @@ def test_what_runs_after_training_is_its_loops(name):
 
 
 def test_a_mask_of_dynamicvit_is_the_tokens_left_out():
-    """What it trains and what it runs differ in which tokens stay, and in nothing else (but its epsilon, 0 here)."""
+    """Training and inference differ only in which tokens stay (and in epsilon, which is 0 here)."""
     block, x = new().blocks[0], torch.randn(2, 9, 16, dtype=F64)
     kept = [0, 2, 3, 7]
     mask = torch.zeros(2, 9, dtype=F64)
@@ -578,7 +578,7 @@ def counted(model, name, **settings):
 
 
 def test_dynamicvit_costs_what_it_published(deit):
-    """2.9: 2.88 without the predictors, whose cost ours has too; 137, 96 and 67 patches; 241,250 weights each."""
+    """2.9 GMACs: 2.88 without the predictors, which ours counts too; 137, 96 and 67 patches; 241,250 weights each."""
     model, found = counted(deit, "dynamicvit")
     assert found.record.rows == (197,) * 3 + (138,) * 3 + (97,) * 3 + (68,) * 3
     own = sum(model.blocks[i].predictor_macs(n) for i, n in ((3, 197), (6, 138), (9, 97)))
@@ -592,7 +592,7 @@ def test_dynamicvit_costs_what_it_published(deit):
 
 
 def train(out, name, recipe, pictures=None, resume=False, dtype=F64, **settings):
-    """The model after it, and what was returned."""
+    """Train a model. Returns the model and what ``finetune`` returned."""
     model = new(dtype)
     method = learned(name, model, **settings)
     folder = RunFolder(Path(out), {"recipe": recipe.to_dict()})
@@ -607,7 +607,7 @@ def weights(out):
 
 @pytest.mark.parametrize("name", ["dynamicvit", "iared2", "ltmp", "evovit", "mctf"])
 def test_an_interrupted_run_goes_on_to_the_bit(name, tmp_path):
-    """With its predictors, its random draws, its teacher, and rates that change on the way."""
+    """This includes predictors, random draws, a teacher, and rates that change during training."""
     torch.set_num_threads(1)
     recipe = replace(STEP, epochs=2, smoothing=0.0, ema=0.8)
     whole, _ = train(tmp_path / "whole", name, recipe)
@@ -624,7 +624,7 @@ def test_an_interrupted_run_goes_on_to_the_bit(name, tmp_path):
     assert all(torch.equal(one[key], two[key]) for key in one)
     again = new()
     baseline(name, **SETTINGS[name]).prepare(again)
-    again.load_state_dict(weights(tmp_path / "part"))  # what a run leaves is a prepared model's
+    again.load_state_dict(weights(tmp_path / "part"))  # the saved weights fit a prepared model
 
 
 def loss_of(training, row):
@@ -632,7 +632,7 @@ def loss_of(training, row):
 
 
 def off_target(training, row):
-    """How far the share of tokens that the masks keep is from its target."""
+    """The distance of the share of tokens that the masks keep from its target."""
     answer = training.method.answer(training.merging, Small().x.float())
     method = training.method.baseline
     targets = (method.share(1), method.share(2)) if method.about.title.startswith("Dynamic") else method.keep_rates
@@ -644,7 +644,7 @@ def off_flops(training, row):
     return abs(training.method.flops(there).item() - training.method.baseline.target)
 
 
-GOALS = {  # what is to fall, with which settings and learning rate
+GOALS = {  # the quantity that must fall, settings and learning rate
     "evit": (loss_of, {}, 3e-3),
     "tome": (loss_of, {}, 3e-3),
     "mctf": (loss_of, {}, 3e-3),
@@ -671,8 +671,8 @@ def test_a_few_steps_lower_what_they_are_to(name):
 
 
 def test_the_rates_of_dynamicvit_are_its_authors():
-    """Predictors rise to 1e-3 in a sixth of the training; the rest waits for that long, and then has a hundredth;
-    class token and positions are never trained."""
+    """The predictors' rate rises to 1e-3 in a sixth of the training. The other weights stay fixed for that time and
+    then have a hundredth of it. Class token and positions are never trained."""
     model = new()
     method = learned("dynamicvit", model)
     recipe = method.recipe(replace(STEP, epochs=30))
@@ -697,7 +697,7 @@ def test_the_rates_of_dynamicvit_are_its_authors():
 
 
 def test_the_keep_rate_of_evit_falls_as_its_authors_have_it():
-    """1 for 10 of 300 epochs, then along a cosine for 100; in fine-tuning as it is from the start."""
+    """It is 1 for 10 of 300 epochs, then falls along a cosine for 100; in fine-tuning it is constant."""
     model = new()
     method = baseline("evit", keep_rate=0.5, blocks=(1,), falls=True).learning(model)
     rates = [method.rate(epoch / 300) for epoch in range(300)]
@@ -738,7 +738,7 @@ def test_a_method_of_its_own_takes_no_configuration(tmp_path):
 @pytest.mark.parametrize("name", ["avit", "ltmp", "iared2"])
 @torch.no_grad()
 def test_the_result_of_an_image_is_that_of_its_batch_of_one(name):
-    """To the bit, whatever is beside it; with its costs."""
+    """Result and cost are equal bit for bit, whatever else is in the batch."""
     model, method = prepared(name, new())
     x = images(6, side=32, dtype=F64)
     method.apply(model)
@@ -751,7 +751,7 @@ def test_the_result_of_an_image_is_that_of_its_batch_of_one(name):
 
 
 def test_a_mask_of_avit_is_the_tokens_left_out():
-    """Training masks halted tokens, use leaves them out: one answer."""
+    """Training masks halted tokens and inference removes them; the answers are equal."""
     model, method = prepared("avit", new())
     x = images(6, side=32, dtype=F64)
     learning = method.learning(model)
@@ -770,7 +770,7 @@ def test_drop_path_is_off_where_the_authors_train_without():
 
 
 def test_interpreters_keep_most_tokens_at_first():
-    """Of IA-RED²: with scores that differ, whatever the seed."""
+    """The interpreters of IA-RED² do so with scores that differ, whatever the seed."""
     x = torch.randn(2, 197, 192, dtype=F64)
     for seed in range(3):
         torch.manual_seed(seed)
@@ -781,7 +781,7 @@ def test_interpreters_keep_most_tokens_at_first():
 
 
 def test_ltmp_learns_what_it_runs(monkeypatch):
-    """Without the epsilon of its masked softmax."""
+    """Training and inference agree without the epsilon of the masked softmax."""
     monkeypatch.setattr(ltmp_learning, "EPS", 0.0)
     model, method = prepared("ltmp", new())
     x = images(6, side=32, dtype=F64)
@@ -798,7 +798,7 @@ def test_ltmp_learns_what_it_runs(monkeypatch):
 
 
 def test_evo_vit_costs_what_it_published(deit):
-    """3.0: 99 tokens in the last eight blocks, 3.033 GMACs; and where all go through, it is the plain model."""
+    """3.0 GMACs: 99 tokens in the last eight blocks, 3.033. With all tokens chosen it is the plain model."""
     _, found = counted(deit, "evovit")
     assert f"{found.macs / 1e9:.3f}" == "3.033" and f"{found.macs / 1e9:.1f}" == "3.0"
     assert found.unmerged.macs == cost(deit, unmerged(deit, (3, 224, 224))).macs
@@ -810,14 +810,14 @@ def test_evo_vit_costs_what_it_published(deit):
 
 
 def test_bat_costs_what_its_log_says(deit):
-    """3.0047916 G by a counter of its own for 139, 98 and 69 tokens; no weights are added to 22,050,664."""
+    """Its own counter gives 3.0047916 G for 139, 98 and 69 tokens; it adds no weights to the 22,050,664."""
     model, found = counted(deit, "bat")
     assert found.record.rows == (197,) * 3 + (139,) * 3 + (98,) * 3 + (69,) * 3
     assert f"{found.macs / 1e9:.1f}" == "3.0" and sum(p.numel() for p in model.parameters()) == 22_050_664
 
 
 def test_ia_red2_costs_what_it_published(deit):
-    """3.2, with its targets met and without the interpreters; these have 3 (C^2 + C) weights each."""
+    """3.2 GMACs, if targets are met and without the interpreters, which have 3 (C^2 + C) weights each."""
     method = baseline("iared2")
     model = copy.deepcopy(deit)
     method.prepare(model)
@@ -830,8 +830,8 @@ def test_ia_red2_costs_what_it_published(deit):
 @pytest.mark.parametrize("alone", [False, True])
 @pytest.mark.parametrize("name", [*TRAINED, "evit"])
 def test_costs_are_what_torch_counts(name, alone):
-    """Of one image; of class rows and products that it counts otherwise, beside. Where lengths differ on a CPU, images
-    are filled up, which torch counts too: there the costs follow from the tokens of each block."""
+    """Counted on one image. Class rows and products that torch counts differently are added. For methods with different
+    lengths torch also counts padding on a CPU; there the expected cost follows from the tokens of each block."""
     model, method = prepared(name, new(torch.float32), cls_only_last=alone)
     method.apply(model)
     x = images(1, side=32)
@@ -855,7 +855,7 @@ def test_costs_are_what_torch_counts(name, alone):
 
 
 def class_rows(model):
-    """The products of the class token's query with all keys, where blocks ask for them once more."""
+    """MACs of the class token's query with all keys, in blocks that compute these products again."""
     first, last = min(model.blocks[0].baseline.blocks), max(model.blocks[0].baseline.blocks)
     name = type(model.blocks[0].baseline).__name__
     if name == "EvoViT":
@@ -865,7 +865,7 @@ def class_rows(model):
 
 
 def products(model):
-    """Of queries and keys by the interpreters, which torch counts as no matrix products."""
+    """MACs of the interpreters' products of queries and keys, which torch does not count as matrix products."""
     return -sum(16 * int(model.blocks.last.tokens[i]) for i in (0, 2))
 
 

@@ -1,4 +1,4 @@
-"""backend="triton" in blocks and models equals backend="reference"; its operations as torch sees them."""
+"""backend="triton" equals backend="reference" in blocks and models, and its operations work as torch operations."""
 
 import inspect
 import sys
@@ -42,7 +42,7 @@ CONFIGS = {
 
 
 def both(model, **config):
-    """The output of a model by each backend, and whether they merged the same."""
+    """The output of a model by each backend; both must merge the same numbers."""
     x = images_for(model).to(DEVICE)
     out, records = [], []
     for backend in ("reference", "triton"):
@@ -56,7 +56,7 @@ def both(model, **config):
     return out
 
 
-EACH = ("batch", "image_by_size", "no_log_n")  # all that kinds of model may do differently
+EACH = ("batch", "image_by_size", "no_log_n")  # covers all that differs between kinds of model
 CELLS = [(kind, config) for kind in KINDS for config in (CONFIGS if kind == "plain" else EACH)]
 
 
@@ -93,7 +93,7 @@ def test_dense_features_by_the_kernels(config):
 
 
 def launches(monkeypatch, call):
-    """The names of the launchers that a call reaches, in order."""
+    """The names of the launchers that a call reaches, in their order."""
     seen, launchers = [], ops._kernels()
     for name, launcher in vars(launchers).items():
 
@@ -181,7 +181,7 @@ every_batch = pytest.mark.parametrize("images", IMAGES.values(), ids=IMAGES)
 
 
 def operands(images, dtype=torch.float32):
-    """Arguments for every operation, of 27 tokens."""
+    """Arguments for every operation, with 27 tokens."""
     cu_seqlens, N, T = images.cu_seqlens, images.N, 27
     q, k, v = torch.randn(T, 3, 2, 16, device=DEVICE).to(dtype).permute(1, 2, 0, 3)
     x, attended = torch.randn(2, T, 16, device=DEVICE).to(dtype)
@@ -216,7 +216,7 @@ def operands(images, dtype=torch.float32):
 @pytest.mark.parametrize("backend", ["triton", "reference"])
 @pytest.mark.parametrize(("r", "same"), [(3, [3] * 3), ("batch", None), ("image", None)], ids=str)
 def test_what_says_r_is_the_same_to_both_backends(r, same, backend, traced, monkeypatch):
-    """As if r of each image had been given; ``traced``: through torch's dispatcher."""
+    """Each source of r gives the same as r of each image. ``traced``: through torch's dispatcher."""
     images = Images.of(3, 19, DEVICE)
     keys = torch.randn(2, 57, 16, device=DEVICE)
     found = ops.match(keys, None, images, 1, False, 0.3, backend)
@@ -264,7 +264,7 @@ def test_opcheck_of_attention_with_a_derivative(images):
 
 
 def test_attention_has_no_second_derivative():
-    """Torch's answer would be 0, with a warning."""
+    """Otherwise torch would return 0 with a warning."""
     q, k, v = (torch.randn(2, 5, 16, device=DEVICE, requires_grad=True) for _ in range(3))
     out = ops.attention(q, k, v, torch.ones(5, device=DEVICE), Images.of(1, 5, DEVICE), backend="triton")
     (grad,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
@@ -317,8 +317,8 @@ def test_the_count_is_the_only_break_of_a_batch_model(backend):
 
 
 def strangers(value):
-    """What a compiler need not know how to make anew after a break: our objects and torch's, but tensors, tuples and
-    steps, whose class stands where they are made."""
+    """The objects that a compiler may be unable to rebuild after a graph break: ours and torch's, except tensors,
+    modules and tuples, and except steps, whose class is known where they are made."""
     if isinstance(value, tuple):
         return [other for member in value for other in strangers(member)]
     known = isinstance(value, torch.Tensor | torch.nn.Module | Step)
@@ -343,11 +343,12 @@ def test_what_lives_over_the_break_of_a_batch_model_are_tensors_and_tuples(compi
 
     monkeypatch.setattr(ops, "read", watched)
     torch.testing.assert_close(torch.compile(model, backend=compiler)(x), expected)
-    assert alive == {name: [[]] * 2 for name in alive}  # of each block that merges
+    assert alive == {name: [[]] * 2 for name in alive}  # for each block that merges
 
 
 def test_a_compiled_graph_hands_counts_on_as_they_are():
-    """Not their copy on the host and an event, which live in no graph; the tensor is CUDA's, as far as torch knows."""
+    """It does not pass on a host copy and an event, which no graph can hold. Torch takes the tensor for a CUDA
+    tensor."""
     with FakeTensorMode():
         r = torch.ones(3, dtype=torch.int64, device="cuda")
         on_host, copied = torch.compile(ops.to_host, backend="eager", fullgraph=True)(r)
@@ -382,7 +383,7 @@ def forward_derivative(model, x):
     ids=["trace", "grad", "vmap", "jvp"],
 )
 def test_what_follows_every_operation_cannot_follow_kernels(follow, who):
-    """A trace would keep the sizes of a launch, and a derivative would be lost without a word."""
+    """A trace would freeze the sizes of a launch, and a derivative would be lost silently."""
     model, x = vit().to(DEVICE), images().to(DEVICE)
     apply_patch(model, ATMConfig(backend="triton", **CONFIGS["static"]))
     with pytest.raises(ValueError, match=f'backend="triton" cannot run: {who} cannot follow kernels; use "auto"'):

@@ -1,4 +1,4 @@
-"""The search for a kernel's fastest configuration, and that results are the same with another one."""
+"""The search for a kernel's fastest configuration; results are the same with any configuration."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Which patches are one token, and the pictures of it."""
+"""Which patches belong to one token, and pictures of it."""
 
 import json
 from itertools import pairwise
@@ -31,7 +31,7 @@ def test_the_map_counts_the_tokens_that_are_left(make, config):
     assert [len(tokens.unique()) for tokens in maps] == [n - model.num_prefix_tokens for n in rows]
     for before, after in pairwise(maps):
         for token in before.unique():
-            assert len(after[before == token].unique()) == 1  # what has merged stays together
+            assert len(after[before == token].unique()) == 1  # merged patches stay together
     features = model.forward_features(x)[0, model.num_prefix_tokens :]
     for token in maps[-1].unique():
         alike = features[(maps[-1] == token).flatten()]

@@ -1,8 +1,8 @@
 """Other methods of token reduction, on the engine of this package: ``apply_baseline(model, "evit")``.
 
-Each follows what its authors' code executes, not what a paper says of it, and where no code was found what is known of
-the method; each docstring states where it departs. Same weights, same attention, same counter and same clock for all.
-``baseline("dynamicvit").learning(model)`` trains one, by ``atm_triton.training`` (docs/experiments.md).
+Each follows what its authors' code executes, not what their paper says. Where no code was found it follows what is
+known of the method. Each docstring states the departures. All share weights, attention, FLOP counter and clock.
+``baseline("dynamicvit").learning(model)`` prepares one for ``atm_triton.training`` (docs/experiments.md).
 """
 
 from collections import ChainMap
@@ -40,7 +40,7 @@ BASELINES: dict[str, type[Baseline]] = {
     "tofu": ToFu,
     "dtome": DToMe,
 }
-TRAINED: dict[str, type[Baseline]] = {  # not meant to run without training, or not able to
+TRAINED: dict[str, type[Baseline]] = {  # methods that need training
     "dynamicvit": DynamicViT,
     "iared2": IARED2,
     "evovit": EvoViT,
@@ -48,13 +48,13 @@ TRAINED: dict[str, type[Baseline]] = {  # not meant to run without training, or 
     "bat": BAT,
     "ltmp": LTMP,
 }
-ALL = ChainMap(TRAINED, BASELINES)  # in the order of both, the latter first
+ALL = ChainMap(TRAINED, BASELINES)  # in order: BASELINES, then TRAINED
 
 __all__ = ["ALL", "BASELINES", "TRAINED", "Baseline", "Plan", "ReducingBlock", "apply_baseline", "baseline"]
 
 
 def baseline(name: str, **settings: Any) -> Baseline:
-    """A method with its settings, to be applied to any number of models.
+    """Make a method from its name and settings. It can be applied to any number of models.
 
     Raises:
         ValueError: an unknown method or setting, or a value out of its range.
@@ -75,15 +75,15 @@ def apply_baseline(model: VisionTransformer, name: str, **settings: Any) -> Visi
 
     Args:
         model: as for :func:`atm_triton.apply_patch`.
-        name: of :data:`BASELINES`; or of :data:`TRAINED`, which want a model that ``baseline(name).prepare(model)`` and
-            then trained weights have made ready.
-        settings: of the method; ``python -m benchmarks.baselines`` lists them. Blocks count from 0.
+        name: a name in :data:`BASELINES`, or in :data:`TRAINED`. A method of the latter needs a model on which
+            ``baseline(name).prepare(model)`` was called and into which trained weights were then loaded.
+        settings: settings of the method; ``python -m benchmarks.baselines`` lists them. Blocks count from 0.
 
     Returns:
         ``model``.
 
     Raises:
-        ValueError: an unknown method or setting, or a model that it cannot reduce; TypeError: a model that cannot be
-            patched.
+        ValueError: an unknown method or setting, or a model that the method cannot reduce; TypeError: a model that
+            cannot be patched.
     """
     return baseline(name, **settings).apply(model)

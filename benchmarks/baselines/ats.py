@@ -17,23 +17,26 @@ from benchmarks.baselines.base import About, Baseline, ReducingBlock, check_bloc
 
 @dataclass(frozen=True)
 class ATS(Baseline):
-    """Samples tokens by their scores, M of them with repeats, so that each image keeps its own number.
+    """Samples tokens M times by their scores, with repeats, so that each image keeps its own number of tokens.
 
     The score of a token is the class token's attention to it, summed over the heads, times the norm of its value over
-    all heads. The scores, sorted and summed up, rise from 0 to 1; each of M evenly spaced points between picks the
-    token with the nearest sum. Only the tokens that were picked ask in this block, but all of them answer. They leave
-    in rising order of their scores, after the leading tokens.
+    all heads. The cumulative sum of the sorted scores rises from 0 to 1, and each of M evenly spaced points picks the
+    token with the nearest sum. Only picked tokens have queries in this block, but all tokens have keys and values. The
+    picked tokens leave the block in rising order of their scores, after the leading tokens.
 
-    As in its authors' code the grid is fixed, not random, the token of the lowest score is never picked, and of two
-    patch tokens neither stays (a comparison with the constant 1). Their code always has M = 196 and crashes below; here
-    M is free, as in the paper. Their code fills images up to the longest of the batch, which moves the grid, so that a
-    result depends on the other images; here each image is sampled from its own tokens alone, with a plain softmax.
-    Their code keeps the class token alone, here all leading tokens stay. Where no score but the lowest is above 0,
-    their code divides by 0, and here all tokens stay. Costs are those of their code, which computes the queries of all
-    tokens and their products with all keys.
+    As in the authors' code, the grid is fixed, not random, the token with the lowest score is never picked, and of two
+    patch tokens neither stays (because of a comparison with the constant 1). This differs from their code:
+
+    - M is free, as in the paper; theirs always has M = 196 and crashes below.
+    - Each image is sampled from its own tokens alone, with a plain softmax; theirs pads images to the longest of the
+      batch, which moves the grid, so that a result depends on the other images.
+    - All leading tokens stay; theirs keeps only the class token.
+    - If no score except the lowest is above 0, all tokens stay; theirs divides by 0.
+
+    Costs are those of their code, which computes the queries of all tokens and their products with all keys.
 
     Args:
-        M: points of the grid, 2 or more; blocks: which sample.
+        M: points of the grid, 2 or more; blocks: the blocks that sample.
     """
 
     M: int = 196
@@ -54,9 +57,10 @@ class ATS(Baseline):
         return ATSBlock
 
     def sampled(self, scores: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
-        """The order [B, n] in which the scores [B, n] rise, absent tokens (not ``there``) last; which of them stay."""
+        """Sample by the scores [B, n]; ``there`` [B, n]: the tokens that exist. Returns the order [B, n] of rising
+        scores, with absent tokens last, and which of the ordered tokens stay."""
         order = scores.masked_fill(~there, torch.inf).argsort(dim=1, stable=True)
-        rising = scores.gather(1, order).masked_fill(~there, 0)  # the absent stand last in both
+        rising = scores.gather(1, order).masked_fill(~there, 0)  # absent tokens are last in both
         cdf = (rising / rising.sum(dim=1, keepdim=True)).cumsum(dim=1)
         low, high = cdf[:, :1], cdf[:, -1:]
         cdf = (cdf - low) / (high - low)
@@ -65,12 +69,12 @@ class ATS(Baseline):
         pick = _nearest(cdf.masked_fill(~there, torch.inf), points)
         kept = torch.zeros_like(there).scatter(1, pick, True)
         largest = pick.amax(dim=1, keepdim=True)
-        kept = kept & ~((largest == 1) & (torch.arange(kept.shape[1], device=kept.device) == 1))  # as in its code
+        kept = kept & ~((largest == 1) & (torch.arange(kept.shape[1], device=kept.device) == 1))  # as their code does
         return order, torch.where(high > low, kept, there)
 
 
 class ATSBlock(ReducingBlock):
-    """timm's block in which only the queries of sampled tokens attend, so that only those leave."""
+    """timm's block in which only the queries of sampled tokens attend, so that only sampled tokens leave it."""
 
     baseline: ATS
 
@@ -86,7 +90,7 @@ class ATSBlock(ReducingBlock):
         return self.fed_forward(Packed(x=x, sizes=None, images=left))
 
     def plan(self, *_: object) -> None:
-        """After attention nothing is left to do."""
+        """Nothing to reduce after attention."""
 
     def _sampled_attention(self, y: Tensor, tokens: Packed) -> tuple[Tensor, Assignment]:
         attn, images = self.attention, tokens.images
@@ -98,7 +102,8 @@ class ATSBlock(ReducingBlock):
         return self.attended(y, q.index_select(1, asking), k, v, tokens, assignment.images), assignment
 
     def assignment(self, scores: Tensor, images: Images) -> Assignment:
-        """Of scores [T]: the leading tokens, then the sampled ones by rising score; the rest is dropped."""
+        """The assignment for scores [T]: leading tokens first, then sampled ones by rising score; others are
+        dropped."""
         P = self.num_prefix_tokens
         by_image = padded(scores, images, 0)[:, P:]
         there = torch.arange(by_image.shape[1], device=scores.device) < (images.lengths - P).unsqueeze(1)
@@ -111,23 +116,23 @@ class ATSBlock(ReducingBlock):
         return Assignment(slots=packed(slots.int(), images, len(scores)), T=int(left.cu_seqlens[-1]), images=left)
 
     def macs(self, N: Number, queries: Number, rows: Number) -> Number:
-        """Beside what the tokens that leave cost, the queries of the others and their products with the keys."""
-        if queries is not N:  # the leading tokens alone
+        """The cost of the tokens that leave, plus the queries of the other tokens and their products with all keys."""
+        if queries is not N:  # only the leading tokens have queries
             return block_macs(self, N, queries, rows)
         attn = self.attention
-        query = linear_macs(attn.qkv) // 3 if is_matrix(attn.qkv) else 0  # else all of them are counted already
+        query = linear_macs(attn.qkv) // 3 if is_matrix(attn.qkv) else 0  # otherwise all queries are counted already
         return block_macs(self, N, rows, rows) + (N - rows) * (query + N * attn.attn_dim)
 
 
 def _order(assignment: Assignment) -> Tensor:
-    """The rows of the tokens that stay, in the order of their slots."""
+    """Row indices of the tokens that stay, in the order of their slots."""
     return lists(assignment.slots, assignment.T)[0][: assignment.T]
 
 
 @torch.no_grad()
 def _scores(q: Tensor, k: Tensor, v: Tensor, images: Images) -> Tensor:
-    """[T] float32 or above, of heads [H, T, d]: the class token's attention to each token, times the norm of its
-    value."""
+    """The class token's attention to each token, times the norm of the token's value. Heads [H, T, d] give scores [T],
+    float32 or above."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     q, k, v = (heads.to(dtype).transpose(0, 1) for heads in (q, k, v))
     asking = of_tokens(images.first(q, 1).squeeze(1), images, len(k))
@@ -137,7 +142,7 @@ def _scores(q: Tensor, k: Tensor, v: Tensor, images: Images) -> Tensor:
 
 
 def _nearest(rising: Tensor, points: Tensor) -> Tensor:
-    """Where in each row [B, n], which rises, the values nearest to ``points`` [B, M] stand; the lower of equals."""
+    """Indices [B, M] of the values nearest to ``points`` [B, M] in each rising row [B, n]; ties take the lower one."""
     above = torch.searchsorted(rising, points.contiguous()).clamp(max=rising.shape[1] - 1)
     below = (above - 1).clamp(min=0)
     low, high = rising.gather(1, below), rising.gather(1, above)

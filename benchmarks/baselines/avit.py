@@ -18,22 +18,23 @@ from benchmarks.baselines.training import Learning
 
 @dataclass(frozen=True)
 class AViT(Baseline):
-    """A token halts once its scores, sigmoid(gate_scale x - gate_center) of the first channel x after each block, sum
-    up to 1; each image keeps its own number. The class token that is classified is the mean of its values after all
-    blocks, weighted by its scores. Nothing is added to the model.
+    """Each token gets a score after each block, sigmoid(gate_scale x - gate_center) of its first channel x, and halts
+    once its scores sum to 1; each image keeps its own number of tokens. The head reads the mean of the class token over
+    all blocks, weighted by its scores. Nothing is added to the model.
 
-    In training halted tokens are masked. Losses: that of the labels, the mean depth of the tokens (its gradient is that
-    of the remainder), and the KL of how scores spread over the blocks from a bell around two thirds of the depth.
+    In training halted tokens are masked. The loss is the sum of three: that of the labels, the mean depth of the tokens
+    (its gradient is that of the remainder), and the KL between the distribution of scores over the blocks and a bell
+    around two thirds of the depth.
 
-    Its authors' code takes the scores of all images of a batch but the first, class token included, for that KL; here
-    the patch tokens of all images count, those that have halted too, as there. Their code never leaves out a token,
-    here halted ones are: the answers are the same. An image whose class token has halted keeps nothing else, for no
-    other token changes its answer then; the authors' count of FLOPs goes on with its patches. After the last block the
-    score is 1, but the KL takes it as computed.
+    The authors' code computes that KL from all images of a batch except the first, class token included; here it takes
+    the patch tokens of all images, also halted ones, as their code does. Their code never removes a token; here halted
+    tokens are removed, which gives the same answers. An image whose class token has halted keeps no other token,
+    because none can change its answer any more; the authors still count the FLOPs of its patches. After the last block
+    the score is set to 1, but the KL takes the computed score.
 
     Args:
-        gate_scale, gate_center: of the score; the published ones are for DeiT-S, and :meth:`fitted` finds the centre of
-            another model.
+        gate_scale, gate_center: parameters of the score. The published ones are for DeiT-S; :meth:`fitted` finds the
+            centre for another model.
     """
 
     gate_scale: float = 10.0
@@ -62,15 +63,15 @@ class AViT(Baseline):
         return AViTLearning(self, model, seed)
 
     def score(self, x: Tensor, last: bool) -> Tensor:
-        """Of tokens [..., C]; after the last block it is 1."""
+        """The scores [...] of tokens [..., C]; 1 after the last block."""
         h = (self.gate_scale * x[..., 0] - self.gate_center).sigmoid()
         return torch.ones_like(h) if last else h
 
     @classmethod
     @torch.inference_mode()
     def fitted(cls, model: VisionTransformer, batches: Iterable[Any], gate_scale: float = 10.0, **more: Any) -> Self:
-        """The gate with whose centre one token in a hundred, over all blocks of the unpatched model, has a score of 1/2
-        or more: so nearly none halts before training. Batches as of ``DToMe.fitted``."""
+        """Choose the centre such that, over all blocks of the unpatched model, one token in a hundred scores 1/2 or
+        more. So hardly any token halts before training. ``batches`` as for ``DToMe.fitted``."""
         first: list[Tensor] = []
         handles = [
             block.register_forward_hook(lambda _, args, out: first.append(out[..., 0].flatten()))
@@ -90,8 +91,8 @@ class AViT(Baseline):
 
 
 class Halting(Packed):
-    """Tokens on their way: ``c`` [T], the sum of each one's scores; of the class tokens ``rest`` [B], what is left of
-    1, and ``out`` [B, C], the weighted sum so far; ``runs`` [B]: which have not halted."""
+    """Tokens between blocks. ``c`` [T]: the sum of each token's scores so far. For the class tokens ``rest`` [B]: 1
+    minus that sum; ``out`` [B, C]: the weighted sum so far; ``runs`` [B]: those that have not halted."""
 
     @classmethod
     def on(cls, tokens: Packed, c: Tensor, rest: Tensor, out: Tensor, runs: Tensor) -> Self:
@@ -135,4 +136,4 @@ class AViTBlock(ReducingBlock):
         return Halting.on(rest, sums[stays], now.rest - torch.where(runs, h, 0), out, runs)
 
     def plan(self, *_: object) -> None:
-        """After attention nothing is left to do."""
+        """Nothing to reduce after attention."""

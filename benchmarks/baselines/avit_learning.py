@@ -11,14 +11,14 @@ from torch import Tensor
 from atm_triton.training.method import Criterion
 from benchmarks.baselines.training import Learning, attended, fed
 
-EPS = 0.01  # a token halts above 1 - EPS
+EPS = 0.01  # a token halts once its scores sum to 1 - EPS
 PONDER, DEPTHS = 5e-4, 1e-3  # weights of the losses
 MASKED = -1000.0  # added to the scores of keys that have halted
 
 
 class Answer(NamedTuple):
-    """``depths`` [B, N]: blocks that each token went through, and the remainder; ``scores`` [depth]: the means of the
-    patch tokens after each block."""
+    """``depths`` [B, N]: the number of blocks that each token went through, plus its remainder; ``scores`` [depth]: the
+    mean score of the patch tokens after each block."""
 
     logits: Tensor
     depths: Tensor
@@ -26,7 +26,7 @@ class Answer(NamedTuple):
 
 
 class AViTLearning(Learning):
-    """All weights learn, from the trained model on."""
+    """Fine-tunes all weights of a trained model."""
 
     lr, warmup, epochs, loops = 3e-4, 5 / 100, 100, True
 
@@ -58,7 +58,7 @@ class AViTLearning(Learning):
 
 
 def bell(depth: int) -> Tensor:
-    """[depth] float64: a normal density around two thirds of the depth, scaled until what is before sums to 0.98."""
+    """[depth] float64: a normal density around two thirds of the depth, scaled so that the part before sums to 0.98."""
     middle = round(8 / 12 * depth)
     density = [math.exp(-((block - middle) ** 2) / 2) for block in range(depth)]
     return torch.tensor(density, dtype=torch.float64) * 0.98 / sum(density[:middle])

@@ -20,9 +20,9 @@ from benchmarks.baselines.training import Learning
 
 
 class About(NamedTuple):
-    """A row of the table of methods. ``title``: its name and where it was published; ``licence``: of the authors' code;
-    ``training``: whether the model must be trained for it, and what else it takes; ``own_count``: whether each image
-    keeps its own number of tokens; ``fused``: whether attention can stay fused, with no N x N map written out."""
+    """A row of the table of methods. ``title``: name and venue; ``licence``: the licence of the authors' code;
+    ``training``: whether the model must be trained, and what else is needed; ``own_count``: whether each image keeps
+    its own number of tokens; ``fused``: whether attention can stay fused, with no N x N map written out."""
 
     title: str
     licence: str
@@ -32,45 +32,47 @@ class About(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """``slots`` [B, N]: where each token of an image goes, -1: it is dropped; ``M``: the slots of an image; ``weights``
-    [B, N]: a slot becomes the sum of its tokens, each times its weight; None: their mean, weighted by size."""
+    """What becomes of the tokens. ``slots`` [B, N]: the slot of each token in its image, -1 if it is dropped; ``M``:
+    slots per image; ``weights`` [B, N]: a slot is the sum of its tokens times their weights; None: their mean, weighted
+    by size."""
 
     slots: Tensor
     M: int
     weights: Tensor | None = None
 
     def assignment(self) -> Assignment:
-        """The same with the slots of all images numbered through."""
+        """The same plan with slots numbered consecutively over all images."""
         return Assignment.of(self.slots, self.M)
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """A method; the fields of a subclass are its settings, with their published defaults.
+    """A method of token reduction. The fields of a subclass are its settings, with their published defaults.
 
-    A subclass fills an assignment in :meth:`plan`; :meth:`apply` puts it into a model. ``about`` is its row in the
-    table of methods; ``after_mlp``: it reduces after the MLP of a block, not between attention and MLP.
+    A subclass fills an assignment in :meth:`plan`; :meth:`apply` puts the method into a model. ``about`` is its row in
+    the table of methods. ``after_mlp``: it reduces tokens after the MLP of a block, not between attention and MLP.
     """
 
-    cls_only_last: bool = False  # as in ATMConfig; no method here has it of its own
+    cls_only_last: bool = False  # as in ATMConfig; no method here publishes it
     proportional_attention: ClassVar[bool | None] = False
     after_mlp: ClassVar[bool] = False
     about: ClassVar[About]
 
     def plan(self, block: "ReducingBlock", q: Tensor, k: Tensor, tokens: Packed) -> Plan | Assignment | None:
-        """Which tokens go where, from queries and keys [B, H, N, d]; None: all stay. An assignment where each image
-        keeps its own number."""
+        """Decide from queries and keys [B, H, N, d] which token goes to which slot. None: all tokens stay. Methods with
+        which each image keeps its own number of tokens return an Assignment, others a Plan."""
         raise NotImplementedError
 
     def check(self, model: VisionTransformer) -> None:
         """Raise ValueError for a model that the method cannot reduce."""
 
     def prepare(self, model: VisionTransformer) -> None:
-        """Add to an unpatched model what the method trains beside the model's own weights."""
+        """Add to an unpatched model the modules and parameters that the method trains beside the model's own
+        weights."""
 
     def learning(self, model: VisionTransformer, seed: int = 0) -> Learning:
-        """How the method is trained, for ``atm_triton.training``; :meth:`prepare` has then been called. ``seed``: of
-        the weights that it adds.
+        """Call :meth:`prepare` and return how the method is trained, for ``atm_triton.training``. ``seed`` initialises
+        the weights that are added.
 
         Raises:
             ValueError: a model that the method cannot reduce.
@@ -108,7 +110,7 @@ class Baseline:
 
     @classmethod
     def settings(cls) -> str:
-        """Names and defaults, for people to read."""
+        """The settings with their defaults, in one readable line."""
         own = [field for field in fields(cls) if field.name != "cls_only_last"]
         return ", ".join(f"{field.name}={field.default!r}" for field in [*own, *fields(Baseline)])
 
@@ -119,12 +121,12 @@ class ReducingBlock(ATMBlock):
     baseline: Baseline
     index: int
     depth: int
-    patches: int  # of an image
+    patches: int  # per image
 
-    needs: ClassVar[str] = ""  # the name of what the method has added to a block that is prepared
+    needs: ClassVar[str] = ""  # the attribute that prepare adds to a block
 
     def check_prepared(self) -> None:
-        """Raise ValueError where what the method trains of its own is missing."""
+        """Raise ValueError if a module or parameter that ``prepare`` adds is missing."""
         if not self.needs or hasattr(self, self.needs):
             return
         if self.index in getattr(self.baseline, "blocks", [self.index]):
@@ -154,7 +156,7 @@ class ReducingBlock(ATMBlock):
         return tokens.with_x(x.flatten(0, -2))
 
     def reduced(self, tokens: Packed, plan: Plan | Assignment | None) -> tuple[Packed, Tensor | None]:
-        """The tokens of the slots, with their sizes; the slots numbered through all images."""
+        """Merge by the plan. Returns the new tokens with their sizes, and the slots numbered over all images."""
         if plan is None:
             return tokens, None
         assignment = plan.assignment() if isinstance(plan, Plan) else plan
@@ -169,8 +171,8 @@ class ReducingBlock(ATMBlock):
         return self.baseline.matching_macs(self, N)
 
     def computed(self, N: Number, queries: Number, rows: Number) -> tuple[Number, Number, Number]:
-        """Tokens, queries and MLP rows that a block computes, of those in the record, which has the tokens that leave
-        as rows."""
+        """The numbers of tokens, queries and MLP rows that the block computes. In the arguments, from the record,
+        ``rows`` are the tokens that leave the block."""
         return N, queries, N if self.baseline.after_mlp and queries is N else rows
 
 
@@ -180,7 +182,7 @@ class EntryBlock(ReducingBlock):
     needs = "predictor"
 
     def staying(self, tokens: Packed) -> tuple[Tensor, int | None]:
-        """Which of the rows stay, bool [T]; how many of each image, None: its own number."""
+        """Which rows stay, bool [T], and how many per image; None if each image keeps its own number."""
         raise NotImplementedError
 
     def forward_packed(self, tokens: Packed, step: Step) -> Packed:
@@ -192,11 +194,11 @@ class EntryBlock(ReducingBlock):
         return tokens
 
     def plan(self, *_: object) -> None:
-        """After attention nothing is left to do."""
+        """Nothing to reduce after attention."""
 
     def macs(self, N: Number, queries: Number, rows: Number) -> Number:
-        """Of the tokens that are left, and of the predictor, which sees those that enter. (The paper's count has one
-        norm of each number of tokens, as for any block.)"""
+        """MACs of the tokens that stay and of the predictor, which sees all tokens that enter. (The paper's count has
+        one norm at each number of tokens, as for any block.)"""
         if self.index not in self.baseline.blocks:
             return block_macs(self, N, queries, rows)
         return block_macs(self, rows, rows, rows) + self.predictor_macs(N)
@@ -206,8 +208,8 @@ class EntryBlock(ReducingBlock):
 
 
 def left(tokens: Packed, stays: Tensor, M: int | None = None) -> tuple[Packed, Tensor]:
-    """The rows that stay, bool [T], in their order, and where each row went, -1: it is gone. ``M``: how many stay of
-    each image; None: its own number."""
+    """Keep the rows marked in ``stays``, bool [T], in their order. ``M``: how many stay per image; None: each image
+    keeps its own number. Returns the tokens and each row's slot, -1 if it is dropped."""
     x, _, images, _ = tokens
     before = torch.cat([stays.new_zeros(1, dtype=torch.long), stays.cumsum(dim=0)])
     slots = torch.where(stays, before[1:] - 1, -1).int()
@@ -216,32 +218,31 @@ def left(tokens: Packed, stays: Tensor, M: int | None = None) -> tuple[Packed, T
 
 
 def is_number(value: object) -> bool:
-    """Whether it is a finite number, and no truth value."""
+    """Whether the value is a finite number and not a bool."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def check_blocks(name: str, blocks: object) -> None:
-    """Refuse what is no list of different blocks, counted from 0."""
+    """Raise ValueError unless ``blocks`` lists different blocks, counted from 0."""
     good = isinstance(blocks, (tuple, list)) and all(type(block) is int and block >= 0 for block in blocks)
     if not good or len(set(blocks)) < len(blocks):
         raise ValueError(f"{name}: blocks={blocks!r}; want different blocks, counted from 0")
 
 
 def check_share(method: str, name: str, value: object) -> None:
-    """Refuse what is no share above 0, at most 1."""
+    """Raise ValueError unless the value is above 0 and at most 1."""
     if not (is_number(value) and 0 < value <= 1):
         raise ValueError(f"{method}: {name}={value!r}; want a share above 0, at most 1")
 
 
 def check_flag(method: str, name: str, value: object) -> None:
-    """Refuse what is neither True nor False."""
+    """Raise ValueError unless the value is a bool."""
     if not isinstance(value, bool):
         raise ValueError(f"{method}: {name}={value!r}; want True or False")
 
 
 def check_class_token(name: str, model: VisionTransformer) -> None:
-    """Refuse a model that does not classify from its class token: the tokens that a method drops would be in its
-    logits."""
+    """Refuse a model that does not classify from its class token: its logits would need the dropped tokens."""
     if not model.has_class_token:
         raise UnreachableError(
             f"{name} ranks tokens by the class token's attention; this {type(model).__name__} has none"
@@ -250,7 +251,7 @@ def check_class_token(name: str, model: VisionTransformer) -> None:
 
 
 def check_drops(name: str, model: VisionTransformer) -> None:
-    """Refuse a model whose logits are made of all patch tokens."""
+    """Refuse a model whose logits need all patch tokens."""
     if leading_tokens(model) is None:
         raise UnreachableError(
             f"{name} drops patch tokens; this {type(model).__name__} makes its logits of all of them"
@@ -258,8 +259,8 @@ def check_drops(name: str, model: VisionTransformer) -> None:
 
 
 def check_entry(name: str, model: VisionTransformer, blocks: tuple[int, ...]) -> None:
-    """Refuse the last block, of whose entry the record does not tell; images of any size, for which a share of the
-    patches is no fixed number."""
+    """Refuse the last block, because the record does not say what enters it, and models for images of any size, because
+    a share of the patches is no fixed number there."""
     if len(model.blocks) - 1 in blocks:
         raise ValueError(f"{name}: blocks={blocks} has the last block; give blocks before it")
     if model.dynamic_img_size:
@@ -274,23 +275,23 @@ def groups(N: int, num_prefix: int) -> tuple[slice, slice]:
 
 
 def by_image(heads: Tensor, x: Tensor) -> Tensor:
-    """[H, T, d] to [B, H, N, d], of the images x [B, N, C]."""
+    """Reshape heads [H, T, d] of the images x [B, N, C] to [B, H, N, d]."""
     return heads.unflatten(1, x.shape[:2]).transpose(0, 1)
 
 
 def sums(x: Tensor, plan: Plan) -> Tensor:
-    """The sum of the tokens [B, N, ...] of each slot, [B, M, ...]."""
+    """Sum the tokens [B, N, ...] of each slot: [B, M, ...]."""
     slot = torch.where(plan.slots < 0, plan.M, plan.slots).long()
     index = slot.view(*slot.shape, *[1] * (x.dim() - 2)).expand_as(x)
     return x.new_zeros(len(x), plan.M + 1, *x.shape[2:]).scatter_add(1, index, x)[:, : plan.M]
 
 
 def places(order: Tensor) -> Tensor:
-    """[B, N] int64: where each token stands in ``order``, which lists tokens."""
+    """The position of each token in ``order``, which lists tokens: [B, N] int64, the inverse permutation."""
     position = torch.arange(order.shape[1], device=order.device).expand_as(order)
     return torch.empty_like(order).scatter_(1, order, position)
 
 
 def by_value(values: Tensor) -> Tensor:
-    """[B, N] int64: the tokens from the largest value to the smallest, of equal ones the first first."""
+    """The tokens from the largest value to the smallest, ties in their order: [B, N] int64."""
     return values.argsort(dim=1, descending=True, stable=True)

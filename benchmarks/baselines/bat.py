@@ -27,21 +27,25 @@ from benchmarks.baselines.training import Learning
 
 @dataclass(frozen=True)
 class BAT(Baseline):
-    """Between attention and MLP the patch tokens that the class token attends to most are matched in pairs, and the
-    others clustered; a pair and a cluster become one token each, the mean weighted by that attention.
+    """Merges patch tokens between attention and MLP: pairs of those that the class token attends to most, and clusters
+    of the others. Each pair and each cluster becomes one token, the mean weighted by the class token's attention.
 
-    No code was found, only figures, logs and descriptions. The counts follow from the costs in the logs for a keep rate
-    of 0.7: as many tokens as EViT keeps without its fused one, so as many clusters as pairs. **How many these are, and
-    what follows, is our reading**: pairs by the cosine of the tokens that enter the block, the most similar first, each
-    token in one pair at most; clusters by density peaks: the density of a token is exp(-mean squared distance to its
-    ``neighbours`` nearest), its peak that times the distance to the nearest token that is denser, or for the densest to
-    the farthest, all squared distances divided by C; those with the highest peaks are centres, the others go to the
-    nearest. The class token leads, attentive tokens follow by attention
-    (a pair with its more attentive one), then clusters. Attention knows no sizes.
+    No code was found, only figures, logs and descriptions. The number of tokens follows from the costs in the logs for
+    a keep rate of 0.7: as many as EViT keeps without its fused token, so there are as many clusters as pairs. **How
+    many there are, and what follows, is our reading**:
+
+    - Pairs go by the cosine of the tokens that enter the block, the most similar first; a token is in at most one pair.
+    - Clusters go by density peaks, with all squared distances divided by C. The density of a token is exp(-mean squared
+      distance to its ``neighbours`` nearest). Its peak is the density times the distance to the nearest denser token,
+      or for the densest token to the farthest one. The tokens with the highest peaks are the centres; each other token
+      goes to the nearest centre.
+    - The class token leads, attentive tokens follow by attention (a pair at its more attentive token), then clusters.
+      Attention does not use sizes.
 
     Args:
-        keep_rate: the share of the patch tokens that leave a block, rounded up; blocks: which reduce; share: clusters,
-            of the tokens that are not attentive, rounded down (at least one); neighbours: of a density.
+        keep_rate: the share of the patch tokens that leave a block, rounded up; blocks: the blocks that reduce; share:
+            the number of clusters, as a share of the tokens that are not attentive, rounded down (at least one);
+            neighbours: the neighbours in a density.
     """
 
     keep_rate: float = 0.7
@@ -66,7 +70,7 @@ class BAT(Baseline):
         return BATLearning(self, model, seed)
 
     def counts(self, N: int) -> tuple[int, int]:
-        """Of N patch tokens: how many are attentive, and how many pairs, and clusters, there are."""
+        """How many of N patch tokens are attentive, and how many pairs there are (and as many clusters)."""
         left = math.ceil(self.keep_rate * N)
         return left, min(max(int(self.share * (N - left)), 1), left // 2)
 
@@ -78,7 +82,7 @@ class BAT(Baseline):
             return None
         scores = (q[:, :, :1] @ k.transpose(-2, -1)).squeeze(2) * k.shape[-1] ** -0.5
         attention = scores.softmax(dim=-1).mean(dim=1)[:, P:]
-        attention = attention.clamp_min(torch.finfo(attention.dtype).tiny)  # a slot divides by the sum of its own
+        attention = attention.clamp_min(torch.finfo(attention.dtype).tiny)  # slots divide by sums of it
         order = by_value(attention)
         x = x.gather(1, order.unsqueeze(2).expand_as(x))
         of_attentive = pairs(x[:, :left], m)
@@ -96,8 +100,8 @@ class BAT(Baseline):
 
 
 def pairs(x: Tensor, m: int) -> Tensor:
-    """Slots [B, n] of tokens [B, n, C], of which the m most similar disjoint pairs share one: that of their first, all
-    in the order of the tokens."""
+    """Slots [B, n] of tokens [B, n, C]. Each of the m most similar disjoint pairs shares the slot of its first token;
+    slots are in the order of the tokens."""
     unit = F.normalize(x, dim=-1)
     B, n, _ = x.shape
     similar = (unit @ unit.transpose(1, 2)).masked_fill(
@@ -116,7 +120,7 @@ def pairs(x: Tensor, m: int) -> Tensor:
 
 
 def clusters(x: Tensor, m: int, neighbours: int) -> Tensor:
-    """Slots [B, n], 0 to m - 1, of tokens [B, n, C] by density peaks; the clusters in falling order of their peaks."""
+    """Cluster tokens [B, n, C] by density peaks. Slots [B, n] from 0 to m - 1 are in falling order of the peaks."""
     far = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist").square() / x.shape[2]
     nearest = far.topk(min(neighbours + 1, x.shape[1]), dim=2, largest=False).values[:, :, 1:]
     density = (-nearest.mean(dim=2)).exp() if nearest.shape[2] else x.new_ones(x.shape[:2])
@@ -129,6 +133,6 @@ def clusters(x: Tensor, m: int, neighbours: int) -> Tensor:
 
 
 class BATLearning(Learning):
-    """As its authors fine-tune for keep rates below 0.7, by their logs; for 0.7 they trained from scratch."""
+    """The authors' fine-tuning for keep rates below 0.7, by their logs; for 0.7 they trained from scratch."""
 
     lr, min_lr, warmup, epochs = 2e-5, 2e-6, 0.0, 30

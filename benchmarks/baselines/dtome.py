@@ -21,15 +21,16 @@ from benchmarks.baselines.tome import ToMe
 
 @dataclass(frozen=True)
 class DToMe(Baseline):
-    """Merges every token of A that is more similar to its partner than the threshold of its block, which images without
-    labels have fitted; each image its own number. It is the engine's ``adapt="image"`` with alternate groups
-    throughout.
+    """Merges every token of A that is more similar to its partner than the block's threshold, so that each image merges
+    its own number. Thresholds are fitted to images without labels. In this engine it is ``adapt="image"`` with
+    alternate groups throughout.
 
-    Its authors' code merges at most half of the tokens that may, rounded down; here A may hold one more, in models with
-    an even number of leading tokens, or none. Their thresholds are those of a language model's vision encoder.
+    The authors' code merges at most half of the tokens that may merge, rounded down; here A may hold one more, in
+    models with an even number of leading tokens, or none. Their published thresholds are for a language model's vision
+    encoder.
 
     Args:
-        thresholds: one for each block, cosine similarities, as :meth:`fitted` finds them.
+        thresholds: a cosine similarity for each block, as :meth:`fitted` finds them.
     """
 
     thresholds: tuple[float, ...] = ()
@@ -49,7 +50,7 @@ class DToMe(Baseline):
         return apply_patch(model, self.config(len(check_model(model))))
 
     def config(self, depth: int) -> ATMConfig:
-        """The engine's, for a model of so many blocks."""
+        """The engine's configuration for a model of ``depth`` blocks."""
         if not self.thresholds:
             raise ValueError("dtome: no thresholds; DToMe.fitted(model, batches, r) finds those of a model")
         options = {"split_depth": depth, "cls_only_last": self.cls_only_last, "source": repr(self)}
@@ -58,17 +59,17 @@ class DToMe(Baseline):
     @classmethod
     @torch.inference_mode()
     def fitted(cls, model: VisionTransformer, batches: Iterable[Any], r: Any = 8, **settings: Any) -> Self:
-        """The thresholds above which the images of a batch merge r tokens on average in each block.
+        """Fit the thresholds above which the images of a batch merge r tokens on average in each block.
 
         In every block a batch of B images merges its B r most similar pairs. The similarity of the next pair is the
         threshold of that batch, at least 0, and 0 where no pair is left; the mean over the batches is the block's.
 
         Args:
             model: unpatched, in eval mode; it stays so.
-            batches: images [B, channels, H, W], or tuples that begin with them. Their size matters: larger ones are
-                closer to the quantile over all images.
-            r: as of ToMe.
-            settings: others of the method.
+            batches: images [B, channels, H, W], or tuples that begin with them. Larger batches come closer to the
+                quantile over all images.
+            r: as for ToMe.
+            settings: other settings of the method.
 
         Raises:
             ValueError: no images, r out of its range, or a model that is patched or in training mode; TypeError: a
@@ -84,7 +85,7 @@ class DToMe(Baseline):
             return made
 
         patched, like = install(share(model), fitting, config), next(model.parameters())
-        patched.blocks.warns = False  # where most tokens are gone early: that is asked for here
+        patched.blocks.warns = False  # no warning that most tokens are gone early: r asks for it
         for batch in batches:
             patched((batch if isinstance(batch, Tensor) else batch[0]).to(like))
         if not patched.blocks[0].thresholds:
@@ -94,8 +95,8 @@ class DToMe(Baseline):
 
 
 class FittingBlock(ATMBlock):
-    """timm's block that merges a batch by its most similar pairs and notes the similarity of the first that it leaves.
-    ``of_image``: how many it merges of each image, on average; ``thresholds``: of each batch."""
+    """timm's block that merges the most similar pairs of a batch and notes the similarity of the next pair.
+    ``of_image``: pairs per image that it merges on average; ``thresholds``: the noted similarity of each batch."""
 
     of_image: int
     thresholds: list[float]
@@ -113,8 +114,9 @@ class FittingBlock(ATMBlock):
 
 
 def _above(theta: float) -> float | None:
-    """The engine merges at or above a threshold, DToMe above it: the next number in float32, the dtype of similarities
-    (in float64 what lies between the two does not merge). None: nothing is more alike than 1."""
+    """The next float32 number above a threshold, because the engine merges at or above a threshold and DToMe only above
+    it. Similarities are float32; in float64, values between the two numbers do not merge. None for a threshold of 1 or
+    more, which no similarity exceeds."""
     if theta >= 1:
         return None
     near = np.float32(theta)

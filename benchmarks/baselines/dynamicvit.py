@@ -28,19 +28,20 @@ from benchmarks.baselines.training import Learning, frozen, scaled_groups, softm
 
 EPS = 1e-6
 RATIO, DISTILLED, TOKENS = 2.0, 0.5, 0.5  # weights of the losses
-FROZEN = 5 / 30  # of the training, before the model's own weights move too
+FROZEN = 5 / 30  # share of the training in which only the predictors learn
 
 
 @dataclass(frozen=True)
 class DynamicViT(Baseline):
-    """Small networks, trained with the model, say at the entry of some blocks which patch tokens stay.
+    """Small networks at the entry of some blocks, trained with the model, decide which patch tokens stay.
 
-    In training they draw for each token (Gumbel, with a straight-through gradient); a token that is dropped is masked
-    as a key for all others and never comes back. Losses: that of the labels, the squared distance of each image's share
-    of kept tokens from its target, KL to a frozen copy of the model, and the distance of the kept tokens from its.
-    Later a fixed number of tokens stays, those with the highest scores. As in the authors' current code the networks
-    learn 100 times as fast as the model, whose class token and positions are not trained and whose other weights wait
-    for a sixth of the training. Tokens that stay keep their order, which changes nothing.
+    In training they sample for each token (Gumbel-softmax with a straight-through gradient). A dropped token is masked
+    as a key for all others and never comes back. The loss is the sum of four: that of the labels, the squared distance
+    of each image's share of kept tokens from its target, the KL to a frozen copy of the model, and the distance of the
+    kept tokens from those of the copy. After training a fixed number of tokens stays, those with the highest scores. As
+    in the authors' current code, the networks learn 100 times as fast as the model. Its class token and positions are
+    not trained, and its other weights stay fixed for the first sixth of the training. Tokens that stay keep their
+    order, which changes nothing.
 
     Args:
         keep_rate: rho; after s of ``blocks`` int(rho^s x patches) patch tokens are left.
@@ -71,13 +72,13 @@ class DynamicViT(Baseline):
         return DynamicViTLearning(self, model, seed)
 
     def share(self, stage: int) -> float:
-        """Of the patches, those that are left from a stage on, counted from 1."""
+        """The share of the patches that is left after a stage; stages count from 1."""
         return self.keep_rate**stage
 
 
 class Predictor(nn.Module):
-    """[B, N, C] patch tokens and the policy [B, N, 1], 1 for those still there, to log probabilities [B, N, 2] to keep
-    and to drop."""
+    """Predicts from patch tokens [B, N, C] and the policy [B, N, 1] (1: the token is still there) the log probabilities
+    [B, N, 2] of keeping and of dropping each token."""
 
     def __init__(self, C: int) -> None:
         super().__init__()
@@ -108,8 +109,8 @@ class DynamicViTBlock(EntryBlock):
 
 
 class Answer(NamedTuple):
-    """``features``: normalised patch tokens [B, N, C], also the teacher's; ``masks`` [B, N] of each stage, the patch
-    tokens that stay."""
+    """``features`` and ``teacher_features``: normalised patch tokens [B, N, C]; ``masks``: for each stage the patch
+    tokens that stay, [B, N]."""
 
     logits: Tensor
     features: Tensor

@@ -27,16 +27,16 @@ from benchmarks.baselines.training import Learning
 
 @dataclass(frozen=True)
 class EViT(Baseline):
-    """Keeps the tokens that the class token attends to most; the others become one token or none.
+    """Keeps the tokens that the class token attends to most. The others are fused into one token, or dropped.
 
-    The kept ones are ordered by attention. The fused token stands last, a sum weighted by attention that is not
-    normalised; later blocks see an ordinary token. Attention knows no sizes. With distillation or register tokens its
-    authors' code counts them among the patches; here they are kept.
+    Kept tokens are ordered by attention. The fused token comes last: a sum weighted by attention, not normalised, which
+    later blocks treat as an ordinary token. Attention does not use sizes. The authors' code counts distillation and
+    register tokens among the patches; here they are always kept.
 
     Args:
-        keep_rate: the share of the patch tokens that a block keeps, rounded up; blocks: which do; fuse_token: whether
-            the others become one token. falls: in training the rate falls from 1, as when its authors train from
-            scratch; else, as when they fine-tune, it is what it is from the first step.
+        keep_rate: the share of the patch tokens that a block keeps, rounded up; blocks: the blocks that reduce;
+            fuse_token: whether the other tokens become one token; falls: whether the rate falls from 1 in training, as
+            when its authors train from scratch; otherwise it is constant, as when they fine-tune.
     """
 
     keep_rate: float = 0.7
@@ -79,8 +79,8 @@ class EViT(Baseline):
 
 
 class EViTLearning(Learning):
-    """By the authors' fine-tuning, without drop path. A keep rate that falls does so along a cosine in the 100 epochs
-    after the 10th of 300."""
+    """The authors' fine-tuning, without drop path. A falling keep rate follows a cosine over the 100 epochs after the
+    10th of 300."""
 
     lr, min_lr, warmup, weight_decay, epochs, drop_path = 2e-5, 2e-6, 0.0, 1e-6, 30, False
     begins, lasts = 10 / 300, 100 / 300  # shares of the training

@@ -24,22 +24,22 @@ from benchmarks.baselines.base import (
 )
 from benchmarks.baselines.training import Learning
 
-LAYER_WISE = 200 / 300  # of the training
+LAYER_WISE = 200 / 300  # share of the training
 
 
 @dataclass(frozen=True)
 class EvoViT(Baseline):
-    """Only the patch tokens with the highest global class attention go through a block, the others pass it by unchanged
+    """Only the patch tokens with the highest global class attention go through a block. The others skip it unchanged
     and may be chosen again later.
 
-    Global class attention is the class token's, summed over heads: before ``blocks[0]`` that of each block, from there
-    the mean of the old and the new one for the tokens that went through, and the old one for the others. At each of
-    ``blocks`` the tokens are chosen that go through until the next; in the first two thirds of the training at every
-    block from the first of them. As in its authors' code for DeiT, nothing updates the tokens that pass by.
+    Global class attention is the class token's attention, summed over heads. Before ``blocks[0]`` each block replaces
+    it; from there on tokens that went through take the mean of the old and the new value, and the others keep the old
+    one. Each of ``blocks`` chooses the tokens that go through until the next; in the first two thirds of the training
+    every block from the first of them does. As in the authors' code for DeiT, nothing updates the tokens that skip.
 
-    Its authors train from scratch and classify from the mean of all patch tokens, with a second loss for the class
-    token. Here a model keeps the head that it has, so that all methods begin with the same weights, and the second loss
-    is left out. All tokens count as rows of every block; what it costs is that of the chosen ones.
+    The authors train from scratch and classify from the mean of all patch tokens, with a second loss for the class
+    token. Here a model keeps its own head, so that all methods begin with the same weights, and the second loss is left
+    out. In the record all tokens are rows of every block, but only the chosen ones are in the cost.
 
     Args:
         keep_rate: the share of the patch tokens that is chosen, rounded down.
@@ -72,14 +72,14 @@ class EvoViT(Baseline):
         return EvoViTLearning(self, model, seed)
 
     def plan(self, block: ReducingBlock, q: Tensor, k: Tensor, tokens: Packed) -> Tensor:
-        """The class token's attention [B, n] to the patch tokens that are there, summed over heads."""
+        """The class token's attention to the given patch tokens, summed over heads: [B, n]."""
         scores = (q[:, :, :1] @ k.transpose(-2, -1)).squeeze(2) * k.shape[-1] ** -0.5
         return scores.softmax(dim=-1).sum(dim=1)[:, block.num_prefix_tokens :].detach()
 
 
 class Ranked(Packed):
-    """Tokens on their way: ``attention`` [B, N - P], global; ``chosen`` [B, n], the positions of the tokens that go
-    through blocks now, the leading ones first."""
+    """Tokens between blocks. ``attention`` [B, N - P]: global class attention; ``chosen`` [B, n]: positions of the
+    tokens that go through blocks at present, leading tokens first."""
 
     @classmethod
     def on(cls, tokens: Packed, attention: Tensor, chosen: Tensor | None) -> Self:
@@ -92,7 +92,7 @@ class Ranked(Packed):
 
 
 class EvoBlock(ReducingBlock):
-    """timm's block for the chosen tokens."""
+    """timm's block, applied to the chosen tokens."""
 
     baseline: EvoViT
 
@@ -118,7 +118,7 @@ class EvoBlock(ReducingBlock):
         return Ranked.on(tokens.with_x(x.flatten(0, 1)), attention, chosen)
 
     def _whole(self, tokens: Packed) -> tuple[Packed, Tensor]:
-        """The block on all tokens that it is given, and the class token's attention."""
+        """Run the block on all given tokens; also returns the class token's attention."""
         x = tokens.images.shaped(tokens.x)
         attended, attention = self.called_attn(self.norm1(x), self.attend, tokens, True)
         x = x + self.drop_path1(self.ls1(attended))
@@ -135,7 +135,7 @@ class EvoBlock(ReducingBlock):
 
 
 class EvoViTLearning(Learning):
-    """As its authors train, whose rates are for training from scratch."""
+    """The authors' training; their rates are for training from scratch."""
 
     def begin_step(self, merging: VisionTransformer, optimizer: Optimizer, done: float) -> None:
         self.set(merging, layer_wise=done < LAYER_WISE)

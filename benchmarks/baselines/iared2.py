@@ -31,25 +31,26 @@ from benchmarks.baselines.training import (
     through,
 )
 
-RATIO = 2.0  # weight of the loss
+RATIO = 2.0  # weight of the loss on the share of tokens
 EPS = 1e-6
 
 
 @dataclass(frozen=True)
 class IARED2(Baseline):
-    """Before each group of blocks an interpreter scores the patch tokens, and those above 1 / 2 stay: each image keeps
-    its own number. The score is the mean over heads of the sigmoid of the class token's query times a token's key, of
-    one linear layer on a norm without weights.
+    """An interpreter before each group of blocks scores the patch tokens. Those that score above 1 / 2 stay, so that
+    each image keeps its own number. The score is the sigmoid of the class token's query times a token's key, averaged
+    over heads. Queries and keys come from one linear layer on a norm without weights.
 
-    The interpreter and what it does afterwards follow the model file that its authors published. **The training is
-    ours, not theirs**, which is not public (a reward for accuracy and few tokens, by REINFORCE, group by group in 90
-    epochs): here the decisions have the gradient of their scores, and the loss is that of the labels and the squared
-    distance of each image's share of tokens from a target, weighted as in DynamicViT. How it begins is ours too: with
-    scores that differ and lie near 0.7 on average, so that most tokens stay. As in their file, values that nothing
-    reads are computed.
+    The interpreter and what it does after training follow the model file that its authors published. **The training is
+    ours.** Theirs is not public: a reward for accuracy and few tokens, by REINFORCE, group by group in 90 epochs. Here
+    the decisions have the gradient of their scores, and the loss adds to that of the labels the squared distance of
+    each image's share of tokens from a target, weighted as in DynamicViT. The initialisation is ours too: scores differ
+    and average about 0.7, so that most tokens stay at first. As in their file, values are computed although nothing
+    reads them.
 
     Args:
-        blocks: before which an interpreter stands; keep_rates: the targets of each, of the patches of the image (ours).
+        blocks: the blocks that have an interpreter before them; keep_rates: for each of these the target share of the
+            image's patches (ours).
     """
 
     blocks: tuple[int, ...] = (0, 4, 8)
@@ -89,12 +90,12 @@ class IARED2(Baseline):
 
 
 class Interpreter(nn.Module):
-    """Scores of tokens, 0 to 1, from their products with the class token."""
+    """Scores tokens from 0 to 1 by their products with the class token."""
 
     def __init__(self, C: int, heads: int) -> None:
         super().__init__()
         self.heads, self.qkv = heads, nn.Linear(C, 3 * C)
-        nn.init.normal_(self.qkv.weight, std=C**-0.5)  # scores that differ: alike, all tokens would go at once
+        nn.init.normal_(self.qkv.weight, std=C**-0.5)  # scores must differ: if alike, all tokens would go at once
         with torch.no_grad():
             self.qkv.bias.zero_()[: 2 * C] = (C // heads) ** -0.25  # q k d^-0.5 = 1
 
@@ -104,7 +105,7 @@ class Interpreter(nn.Module):
         return q.unflatten(-1, (self.heads, -1)), k.unflatten(-1, (self.heads, -1))
 
     def forward(self, q: Tensor, k: Tensor) -> Tensor:
-        """Scores [...] of keys by queries that go with them, both [..., heads, d]."""
+        """Scores [...] of keys with their queries, both [..., heads, d]."""
         return ((q * k).sum(dim=-1) * k.shape[-1] ** -0.5).sigmoid().mean(dim=-1)
 
 
@@ -120,21 +121,21 @@ class IARED2Block(EntryBlock):
         return stays, None
 
     def predictor_macs(self, N: Number) -> Number:
-        """Queries, keys and values, and the products of keys and the class token's query."""
+        """MACs of queries, keys and values, and of the products of keys with the class token's query."""
         C = self.predictor.qkv.in_features
         return N * (3 * C**2 + C)
 
 
 class Answer(NamedTuple):
-    """``masks`` [B, N] of each group: the patch tokens that stay."""
+    """``masks``: for each group the patch tokens that stay, [B, N]."""
 
     logits: Tensor
     masks: list[Tensor]
 
 
 class IARED2Learning(Learning):
-    """Ours: the interpreters and the model learn together, the former at 1e-4 and the latter at a tenth of that. (Of
-    1e-3 and a hundredth, as DynamicViT has it, all tokens may be dropped at once, for their scores are alike.)"""
+    """Our training: interpreters learn at 1e-4, the model at a tenth of that, together. (With DynamicViT's 1e-3 and a
+    hundredth all tokens may be dropped at once, because their scores are alike.)"""
 
     lr, min_lr, scaled, warmup, epochs, loops = 1e-4, 1e-6, False, 0.0, 90, True
 

@@ -17,21 +17,21 @@ from benchmarks.baselines.training import Learning
 
 @dataclass(frozen=True)
 class LTMP(Baseline):
-    """Merges tokens more similar than a threshold, then drops those that receive less attention than another; the two
-    thresholds of each block are learned, no weight is. Each image keeps its own number of tokens.
+    """Merges tokens that are more similar than one threshold, then drops those that receive less attention than
+    another. The two thresholds of each block are learned; weights are not. Each image keeps its own number of tokens.
 
-    A token of A joins its partner in B, the size-weighted mean. Importance is the attention that a token receives,
-    averaged over heads and queries; a merged token has that of its most important part. In training both decisions are
-    masks with the gradient of a sigmoid; the loss pulls the FLOPs of a batch to ``target``, of the unmerged model's.
+    A token of A joins its partner in B, which becomes the size-weighted mean. Importance is the attention that a token
+    receives, averaged over heads and queries; a merged token has the importance of its most important part. In training
+    both decisions are masks with the gradient of a sigmoid, and the loss pulls the FLOPs of a batch to ``target``.
 
-    Its authors' training counts masked tokens where it splits tokens into A and B and where it averages importance, and
-    so differs from what they run later. Here both count the tokens that are there, in their order, and training and use
-    are one process. Their code leaves one thing open: here the merging mask also gets a gradient through the sizes. A
-    loss that is not a number ends training here; there the step is left out. Images are augmented as for the other
-    methods, where its authors use no RandAugment.
+    The authors' training also counts masked tokens when it splits tokens into A and B and when it averages importance,
+    and so differs from what they run later. Here both count only the tokens that are left, in their order, so that
+    training and inference compute the same. Their code leaves one thing open: here the merging mask also gets a
+    gradient through the sizes. A loss that is not a number ends training here; there that step is skipped. Images are
+    augmented as for the other methods, whereas the authors use no RandAugment.
 
     Args:
-        target: share of the FLOPs, as the authors count them.
+        target: the share of the unmerged model's FLOPs, as the authors count them.
     """
 
     target: float = 0.75
@@ -88,7 +88,7 @@ class LTMPBlock(ReducingBlock):
         return Assignment(slots=packed(slots.int(), images, T), T=int(left.cu_seqlens[-1]), images=left)
 
     def matching_macs(self, N: Number) -> Number:
-        """The map, which fused attention does not leave behind, and the similarities."""
+        """MACs of the attention map, which fused attention does not return, and of the similarities."""
         P, attn = self.num_prefix_tokens, self.attention
         even = (N + 1) // 2 - (P + 1) // 2
         return N**2 * attn.attn_dim + even * (N - P - even) * attn.head_dim

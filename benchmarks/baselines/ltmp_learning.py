@@ -25,8 +25,9 @@ TAU, EPS, WEIGHT = 0.5, 1e-5, 10.0
 
 
 def alike(keys: Tensor, live: Tensor, P: int) -> tuple[Tensor, Tensor]:
-    """[B, N]: how similar each token of A is to its partner (all others, and without one: -inf), and where that
-    stands. keys [B, N, d]; live [B, N] bool, those of an image first."""
+    """Match each token of A to the most similar token of B. ``keys`` [B, N, d]; ``live`` [B, N] bool: the tokens that
+    are left, first in each image. Returns the similarity [B, N] (-inf for other tokens and without a partner) and the
+    position of the partner [B, N]."""
     a, b = groups(keys.shape[1], P)
     k = F.normalize(keys, dim=-1)
     similar = k[:, a] @ k[:, b].transpose(1, 2)
@@ -39,26 +40,26 @@ def alike(keys: Tensor, live: Tensor, P: int) -> tuple[Tensor, Tensor]:
 
 
 def importance(weights: Tensor, live: Tensor) -> Tensor:
-    """[B, N]: what each token receives of the attention [B, H, N, N] of the queries that are there."""
+    """The attention that each token receives, averaged over heads and live queries: [B, H, N, N] to [B, N]."""
     of_head = (weights * live[:, None, :, None]).sum(dim=2) / live.sum(dim=1)[:, None, None]
     return of_head.mean(dim=1)
 
 
 def of_parts(important: Tensor, partner: Tensor, joins: Tensor) -> Tensor:
-    """The importance of a merged token: the largest of its parts'."""
+    """Give each merged token the largest importance of its parts."""
     return important.scatter_reduce(1, partner, important.masked_fill(~joins, -torch.inf), "amax")
 
 
 class Answer(NamedTuple):
-    """``there``: the share of the tokens that enters each block, and at last leaves, as means over the batch."""
+    """``there``: the mean share of tokens that enter each block, then of those that leave the last one."""
 
     logits: Tensor
     there: list[Tensor]
 
 
 class LTMPLearning(Learning):
-    """Plain gradient descent on the thresholds, 5e-3 for those that merge and 5e-6 for those that drop, constant. Its
-    authors take one epoch of ImageNet, 9809 steps; in fewer, those that drop hardly move from 0."""
+    """Plain gradient descent on the thresholds, at a constant rate of 5e-3 for merging and 5e-6 for dropping. The
+    authors train for one epoch of ImageNet, 9809 steps; in fewer, the thresholds for dropping hardly move from 0."""
 
     lr, min_lr, scaled, warmup, weight_decay, epochs, loops = 5e-3, 5e-3, False, 0.0, 0.0, 1, True
     more: ClassVar = {"mixup": 0.0, "cutmix": 0.0, "opt": "sgd"}
@@ -120,8 +121,8 @@ class LTMPLearning(Learning):
 
 
 def merged(x: Tensor, sizes: Tensor, joins: Tensor, partner: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens [B, N, C] and sizes [B, N] where those of ``joins``, 1 or 0, are part of their partners; their own places
-    are left as they are."""
+    """Merge tokens [B, N, C] and sizes [B, N] into their partners where ``joins`` is 1. The places of the tokens that
+    joined keep their values."""
     share = joins * sizes
     total = sizes.scatter_add(1, partner, share)
     moved = torch.zeros_like(x).scatter_add(1, partner.unsqueeze(2).expand_as(x), share.unsqueeze(2) * x)

@@ -27,20 +27,21 @@ from benchmarks.baselines.base import (
 from benchmarks.baselines.mctf_learning import MCTFLearning
 from benchmarks.baselines.training import Learning
 
-LEAST = 10  # tokens that are always left
+LEAST = 10  # tokens that always remain
 
 
 @dataclass(frozen=True)
 class MCTF(Baseline):
-    """Fuses tokens that are alike, small and little attended to, at the start of a block: queries and keys are those of
-    all tokens, their attention map is fused with them, and values, projection and MLP see the fused tokens alone.
+    """Fuses tokens at the start of a block that are similar, small and little attended to. Queries and keys are
+    computed for all tokens and their attention map is fused too; values, projection and MLP see only the fused tokens.
 
-    Its authors' code protects the first and the third token of a distilled model; here the leading tokens are.
+    The authors' code protects the first and the third token of a distilled model; here all leading tokens are
+    protected.
 
     Args:
-        r: tokens that a block fuses, or below 1 their share; blocks: which do, None: all but the first. Published:
-            r=16 in all but the first, and "Fast", r=0.35 in (3, 6, 9). tau_sim, tau_info, tau_size: temperatures of
-            the three criteria; 0 leaves one out.
+        r: tokens that a block fuses, or below 1 their share; blocks: the blocks that fuse, None: all but the first.
+            Published: r=16 in all but the first, and "Fast", r=0.35 in (3, 6, 9). tau_sim, tau_info, tau_size:
+            temperatures of the three criteria; 0 leaves a criterion out.
     """
 
     r: float = 16
@@ -73,7 +74,7 @@ class MCTF(Baseline):
         return MCTFLearning(self, model, seed)
 
     def plan(self, *_: object) -> None:
-        """After attention nothing is left to do."""
+        """Nothing to reduce after attention."""
 
     def count(self, block: ReducingBlock, N: int) -> int:
         """How many of N tokens a block fuses."""
@@ -85,8 +86,8 @@ class MCTF(Baseline):
         return max(min(r, N - LEAST, may // 2), 0)
 
     def scores(self, x: Tensor, attention: Tensor, sizes: Tensor | None, num_prefix: int) -> Tensor:
-        """[B, |A|, |B|]: how much tokens at even positions want to fuse with those at odd ones. ``attention`` [B, N]:
-        how much each receives."""
+        """Score each pair of a token of A (even positions) and one of B (odd): [B, |A|, |B|], higher fuses first.
+        ``attention`` [B, N]: the attention that each token receives."""
         a, b = groups(x.shape[1], num_prefix)
         metric = x / x.norm(dim=-1, keepdim=True)
         similar = (metric[:, a] @ metric[:, b].transpose(1, 2) + 1) / 2
@@ -98,8 +99,8 @@ class MCTF(Baseline):
         return scores
 
     def fused(self, scores: Tensor, N: int, r: int, num_prefix: int) -> Plan:
-        """Half of r from A to B, by the best score of each token of A; then the other half from B to what is left of A,
-        by the same scores. What is left of A stands first, then what is left of B by its score."""
+        """Fuse half of r from A into B, by the best score of each token of A, then the other half from B into what is
+        left of A, by the same scores. The rest of A comes first, then the rest of B by its score."""
         a, b = groups(N, num_prefix)
         best, partner = scores.max(dim=2)
         gone = places(by_value(best)) < r // 2
@@ -117,8 +118,8 @@ class MCTF(Baseline):
 
 
 class MCTFBlock(ReducingBlock):
-    """timm's block with tokens fused before the values are made; also in a last block that serves the leading tokens
-    alone, or is not to merge: what those attend to is fused."""
+    """timm's block that fuses tokens before the values are computed. It does so too in a last block that serves only
+    the leading tokens or should not merge, because the tokens that these attend to are fused there."""
 
     baseline: MCTF
 
@@ -127,7 +128,7 @@ class MCTFBlock(ReducingBlock):
         return self._fuse(tokens, r, step) if r else super().forward_packed(tokens, step)
 
     def _fuse(self, tokens: Packed, r: int, step: Step) -> Packed:
-        """r tokens are fused; the leading ones of those that are left leave, or all."""
+        """Run the block with r tokens fused. All remaining tokens leave it, or only the leading ones."""
         n = step.leading
         images = tokens.images
         x, sizes = images.shaped(tokens.x), None if tokens.sizes is None else images.shaped(tokens.sizes)
@@ -155,8 +156,8 @@ class MCTFBlock(ReducingBlock):
         return scores.softmax(dim=-1)
 
     def _attend_by(self, y: Tensor, attention: Tensor) -> tuple[Tensor, None]:
-        """The rest of timm's ``Attention`` on fused tokens of norm ``y`` [B, M, C], given the first rows of their
-        map."""
+        """The rest of timm's ``Attention`` on fused tokens with norm ``y`` [B, M, C], given the first rows of the fused
+        attention map."""
         attn = self.attn
         (v,) = self.heads(_part(attn.qkv, slice(2 * attn.attn_dim, None), y))
         v = by_image(v, y)
@@ -166,8 +167,8 @@ class MCTFBlock(ReducingBlock):
         return attn.proj_drop(attn.proj(attended)), None
 
     def macs(self, N: int, queries: int, rows: int) -> int:
-        """Queries, keys and their products of the tokens that enter, values of the M that are left, everything else of
-        those that leave: the M, or the leading ones."""
+        """MACs: queries, keys and their products for the tokens that enter; values for the M fused tokens; everything
+        else for the tokens that leave, all M or only the leading ones."""
         M = N - self.baseline.count(self, N)
         if M == N:
             return block_macs(self, N, queries, rows)
@@ -177,14 +178,14 @@ class MCTFBlock(ReducingBlock):
 
 
 def _part(qkv: nn.Linear, rows: slice, y: Tensor) -> Tensor:
-    """``qkv`` for some of its outputs."""
+    """Compute some of the outputs of ``qkv``."""
     if not is_matrix(qkv):  # an adapter, hooks
         return qkv(y)[..., rows]
     return F.linear(y, qkv.weight[rows], None if qkv.bias is None else qkv.bias[rows])
 
 
 def _fused_map(attention: Tensor, plan: Plan) -> Tensor:
-    """[B, H, M, M]: summed over the keys of a slot, averaged over its queries with the weights of its tokens."""
+    """The attention map of the slots [B, H, M, M]: sums over the keys of a slot, weighted means over its queries."""
     by_key = sums(attention.movedim(3, 1), plan)  # [B, M, H, N]
     by_query = sums((by_key * plan.weights[:, None, None]).movedim(3, 1), plan)  # [B, M query, M key, H]
     return by_query.movedim(3, 1)

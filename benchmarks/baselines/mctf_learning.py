@@ -10,9 +10,9 @@ from torch import Tensor
 from atm_triton.training.method import Criterion
 from benchmarks.baselines.training import Learning, read
 
-TEACHERS = 8  # r of the teacher is drawn below it, for each pass
-SURE = 0.4  # probability of the right class from which on an image is to be consistent
-CONSISTENT = 3.0  # weight of that
+TEACHERS = 8  # the teacher's r is drawn below this for each pass
+SURE = 0.4  # the consistency loss applies above this probability of the right class
+CONSISTENT = 3.0  # weight of the consistency loss
 
 
 class Answer(NamedTuple):
@@ -25,13 +25,13 @@ class Answer(NamedTuple):
 
 
 class MCTFLearning(Learning):
-    """Both passes learn from the labels; the class token of the student learns from the teacher's, which does not learn
-    from it, for images that the student is sure enough of. No mixup. The authors' scheduler adds ten epochs at the
-    lowest rate to 30; they are left out, so that all methods train as long. With mixup the probability of both classes
-    of an image counts."""
+    """Both passes learn from the labels. In addition the student's class token learns from the teacher's (not the other
+    way round) on images whose class the student finds probable enough. No mixup by default; with mixup the
+    probabilities of both classes of an image add up. The authors' scheduler adds ten epochs at the lowest rate to 30;
+    they are left out, so that all methods train equally long."""
 
     lr, min_lr, warmup, epochs, more = 1.5e-5, 1e-6, 0.0, 30, {"mixup": 0.0, "cutmix": 0.0}
-    loops = True  # a block that is computed again would fuse as many tokens as the other pass
+    loops = True  # checkpointing would recompute a block with the r of the other pass
 
     def answer(self, merging: VisionTransformer, images: Tensor) -> Answer:
         logits, token = read(merging, images)

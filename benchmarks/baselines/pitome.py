@@ -14,11 +14,12 @@ from benchmarks.baselines.base import About, Baseline, Plan, ReducingBlock, by_v
 
 @dataclass(frozen=True)
 class PiToMe(Baseline):
-    """Merges the tokens that are like most others, as its authors' code does on DeiT.
+    """Merges the tokens that are similar to the most others, as the authors' code does on DeiT.
 
-    The first half of the blocks takes all tokens by energy, alternately, and merges the most similar pairs; the second
-    merges half of the 2 r tokens of highest energy into the other half. Attention knows no sizes, although a flag says
-    that it does. All leading tokens are kept, where its authors' code keeps the class token alone.
+    The first half of the blocks sorts all tokens by energy, splits them alternately and merges the most similar pairs.
+    The second half of the blocks merges half of the 2 r tokens of highest energy into the other half. As in their code,
+    attention does not use sizes, although a flag there says that it does. All leading tokens are kept; the authors'
+    code keeps only the class token.
 
     Args:
         ratio: the share of the patch tokens that every block keeps, 0.5 to 1.
@@ -48,8 +49,8 @@ class PiToMe(Baseline):
 
     @staticmethod
     def _alternate(similarity: Tensor, order: Tensor, r: int) -> Tensor:
-        """Every second token by energy, ``a``, may join one of the others, ``b``; the r most similar do. What stays of
-        ``a`` stands first, from the most similar, then ``b`` by energy."""
+        """Take every second token by energy as ``a``, the others as ``b``, and merge the r most similar of ``a`` into
+        ``b``. The rest of ``a`` comes first, the most similar first, then ``b`` by energy."""
         a, b = order[:, ::2], order[:, 1::2]
         best, partner = _between(similarity, a, b).max(dim=-1)
         rank = places(by_value(best))
@@ -58,8 +59,8 @@ class PiToMe(Baseline):
 
     @staticmethod
     def _highest(similarity: Tensor, order: Tensor, r: int) -> Tensor:
-        """Of the 2 r tokens of highest energy every second one joins one of the others. The rest stands first, then
-        they, all by energy."""
+        """Merge every second one of the 2 r tokens of highest energy into one of the others. The rest of the tokens
+        comes first, then these others, each by energy."""
         rest, a, b = order[:, 2 * r :], order[:, : 2 * r : 2], order[:, 1 : 2 * r : 2]
         partner = _between(similarity, a, b).argmax(dim=-1)
         kept = rest.shape[1]
@@ -77,7 +78,7 @@ def _between(similarity: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def _slots(tokens: Tensor, slots: Tensor, b: Tensor, kept: int) -> Tensor:
-    """The slot of every token: ``slots`` for ``tokens``, those from ``kept`` on for ``b``, in its order."""
+    """The slot of every token: ``tokens`` get ``slots``, and ``b`` the slots from ``kept`` on, in its order."""
     own = kept + torch.arange(b.shape[1], device=b.device).expand_as(b)
     every, where = torch.cat([tokens, b], dim=1), torch.cat([slots, own], dim=1)
     return torch.empty_like(every).scatter_(1, every, where)

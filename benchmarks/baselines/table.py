@@ -7,7 +7,7 @@ from benchmarks.baselines.base import About, Baseline
 ATM = About(
     title="**ATM** (ECAI 2025)", licence="no code found", training="no, thresholds", own_count='with adapt="image"'
 )
-LEFT_OUT = {  # what is known of them does not say what they compute
+LEFT_OUT = {  # too little is known of what they compute
     "MaMe (CVPR 2026 Findings)": "whose repository (MIT) held no code when it was read: how its matrices are built, "
     "and how one threshold gives all images of a batch the same shape, was not found",
 }
@@ -23,7 +23,7 @@ HEAD = (
 
 
 def table(methods: Mapping[str, type[Baseline]]) -> str:
-    """Of methods by their names; and of those left out, why."""
+    """A row for ATM and for each method by name, then a sentence on each method that is left out."""
     body = [(ATM, "`atm_triton`", "atm_triton/block.py")]
     for name, method in methods.items():
         body.append((method.about, f"`{name}`", f"{method.__module__.replace('.', '/')}.py"))

@@ -15,16 +15,18 @@ from benchmarks.baselines.base import About, Baseline, ReducingBlock, check_drop
 
 @dataclass(frozen=True)
 class ToFu(Baseline):
-    """Drops r tokens of each early block and merges r of each later one: those that ToMe would merge, the most similar.
+    """Drops r tokens in each early block and merges r in each later one: the most similar tokens, which ToMe would
+    merge.
 
-    A merged token (MLERP) has the direction of the mean, weighted by size, and the largest norm of its tokens; where
-    the mean is 0, by whose norm the formula divides, it stays 0. Sizes count in the means and in attention from the
-    first merge on. No authors' code was found; this follows code of others, which agrees on the order of the two, on
-    ToMe's matching and on the largest norm. Some of it never sets sizes (``sizes``).
+    A merged token (MLERP) has the direction of the mean, weighted by size, and the largest norm of its tokens. A mean
+    of 0, by whose norm the formula would divide, stays 0. From the first merge on sizes count in the means and in
+    attention. No code of the authors was found. This follows other people's code, which agrees that dropping comes
+    first, on ToMe's matching and on the largest norm. Some of it never sets sizes (``sizes``).
 
     Args:
-        r: of every block. switch: the first block that merges, None: the one after half of the depth, as others have it
-            (7 of 12; the paper's own was not found). sizes: whether tokens count by the patches that they stand for.
+        r: tokens per block. switch: the first block that merges, None: the one after half of the depth, as in other
+            people's code (7 of 12; the paper's was not found). sizes: whether tokens count by the patches they stand
+            for.
     """
 
     r: int = 8
@@ -73,7 +75,7 @@ class ToFu(Baseline):
 
 
 class ToFuBlock(ReducingBlock):
-    """timm's block that drops the tokens that are to merge, or merges them with the largest of their norms."""
+    """timm's block that drops the chosen tokens, or merges them and gives the mean the largest norm."""
 
     baseline: ToFu
 

@@ -11,16 +11,16 @@ from benchmarks.baselines.base import About, Baseline, is_number
 
 @dataclass(frozen=True)
 class ToMe(Baseline):
-    """r tokens of every block: the engine's static mode with alternate groups throughout.
+    """Merges r tokens in every block: the engine's static mode with alternate groups throughout.
 
-    Trained with merging it follows DeiT's recipe, as its authors report; they published no code for that.
+    Training with merging follows DeiT's recipe, as its authors report; they published no code for it.
 
-    Its authors' code leaves register tokens unprotected, and without a class token it orders what is left of A by
-    similarity; neither is done here.
+    Unlike the authors' code, register tokens are protected, and the rest of A is never ordered by similarity; their
+    code does that in models without a class token.
 
     Args:
-        r: of every block; a list of one each, zeros where it ends; or (r, inflect) with inflect from -1 (falling from
-            2 r to 0) to 1 (rising), at the cost of about r in every block.
+        r: tokens per block: one number; a list with one for each block, 0 beyond its end; or (r, inflect) with inflect
+            from -1 (falling from 2 r to 0) to 1 (rising), at about the cost of a constant r.
     """
 
     r: int | list[int] | tuple[int, float] = 8
@@ -36,7 +36,7 @@ class ToMe(Baseline):
             raise ValueError(f"tome: r={self.r!r}; want {kind}")
 
     def schedule(self, depth: int) -> tuple[int, ...]:
-        """r of each block, as ToMe's own code reads the setting."""
+        """The r of each block, read from the setting as ToMe's own code does."""
         if isinstance(self.r, list):
             return tuple((self.r + [0] * depth)[:depth])
         if isinstance(self.r, int):

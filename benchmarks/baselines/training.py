@@ -1,4 +1,4 @@
-"""What the methods share where they are trained: Learning, a method in ``atm_triton.training``, and a block by hand."""
+"""What the trained methods share: Learning, a method for ``atm_triton.training``, and timm's block written out."""
 
 import copy
 from collections.abc import Callable
@@ -18,18 +18,18 @@ from atm_triton.training.recipe import Recipe
 if TYPE_CHECKING:
     from benchmarks.baselines.base import Baseline
 
-BATCH = 512  # images a step for which DeiT's rates, and those after it, are given
+BATCH = 512  # images per step for which DeiT and its followers give their learning rates
 
 
 class Learning(Method):
-    """A baseline that is trained: ``finetune(model, ..., method=baseline.learning(model))``. It prepares the model: it
-    adds the method's own modules, which are trained and saved with the weights, and freezes what is not trained.
+    """Training of a baseline: ``finetune(model, ..., method=baseline.learning(model))``. It prepares the model: it adds
+    the method's own modules, which are trained and saved with the weights, and freezes what is not trained.
 
-    Without more a method is trained as it runs afterwards, by the recipe's loss, and the constants below are DeiT's.
-    Its recipe is that of its authors in fewer epochs: ``lr`` at 512 images a step, scaled by the batch where
-    ``scaled``; ``warmup``: the share of the epochs in which it rises, rounded; ``more``: other fields of Recipe.
-    ``epochs``: as published. ``loops``: in training it computes its blocks in a way of its own, so that none can be
-    checkpointed. ``drop_path``: False: its authors train without.
+    By default a method is trained as it runs afterwards, by the recipe's loss, and the constants below are DeiT's. The
+    recipe is that of the authors in fewer epochs. ``lr``: the rate at 512 images per step, scaled by the batch size if
+    ``scaled``; ``warmup``: the share of the epochs in which the rate rises, rounded; ``more``: other fields of Recipe;
+    ``epochs``: as published; ``loops``: training computes the blocks in its own way, so that none can be checkpointed;
+    ``drop_path``: False if the authors train without it.
     """
 
     lr: ClassVar[float] = 5e-4
@@ -52,7 +52,7 @@ class Learning(Method):
                 part.drop_prob = 0.0
 
     def recipe(self, like: Recipe) -> Recipe:
-        """The authors' in as many epochs, of as many images a step, as ``like``."""
+        """The authors' recipe, with the epochs and images per step of ``like``."""
         scale = like.images_per_step / BATCH if self.scaled else 1
         rates = {"lr": self.lr * scale, "min_lr": min(self.min_lr, self.lr * scale), "weight_decay": self.weight_decay}
         return replace(like, **rates, warmup_epochs=round(self.warmup * like.epochs), **self.more)
@@ -61,7 +61,7 @@ class Learning(Method):
         return self.baseline.apply(model)
 
     def check_recipe(self, recipe: Recipe) -> None:
-        """Raise ValueError for a recipe by which the method cannot be trained."""
+        """Raise ValueError if the method cannot be trained by this recipe."""
         if self.loops and recipe.grad_checkpointing:
             name = type(self.baseline).__name__
             raise ValueError(f"{name} computes its blocks in its own way in training: leave grad_checkpointing out")
@@ -71,19 +71,19 @@ class Learning(Method):
         return super().optimizer(model, recipe)
 
     def set(self, merging: VisionTransformer, **settings: Any) -> None:
-        """Give the blocks of a copy other settings."""
+        """Change the method's settings in the blocks of ``merging``."""
         changed = replace(self.baseline, **settings)
         for block in merging.blocks:
             block.baseline = changed
 
 
 def frozen(model: VisionTransformer) -> VisionTransformer:
-    """A teacher: the model as it is now."""
+    """A frozen copy of the model, in eval mode, as a teacher."""
     return copy.deepcopy(model).eval().requires_grad_(False)
 
 
 def read(merging: VisionTransformer, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits, and the class token [B, C] that they are made of, after the last norm."""
+    """The logits, and the class token [B, C] after the last norm, from which they are computed."""
     normed: list[Tensor] = []
     handle = merging.norm.register_forward_hook(lambda _, args, out: normed.append(out))
     try:
@@ -94,8 +94,8 @@ def read(merging: VisionTransformer, images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def scaled_groups(model: VisionTransformer, weight_decay: float, scale: Callable[[str], float]) -> list[dict[str, Any]]:
-    """Groups of an optimiser whose rate is multiplied by ``scale(name)`` for each parameter; no weight decay for
-    biases, norms, class token and positions."""
+    """Parameter groups of an optimiser. ``scale(name)`` multiplies the learning rate of each parameter; biases, norms,
+    class token and positions have no weight decay."""
     groups: dict[tuple[float, bool], list[Tensor]] = {}
     plain = {"cls_token", "dist_token", "reg_token", "pos_embed"}
     for name, parameter in model.named_parameters():
@@ -110,8 +110,9 @@ def scaled_groups(model: VisionTransformer, weight_decay: float, scale: Callable
 def attended(
     block: Block, x: Tensor, weigh: Callable[[Tensor], Tensor], mask: Tensor | float = 1.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """timm's block up to its attention, on x [B, N, C], with the weights [B, H, N, N] that ``weigh`` makes of scaled
-    scores: what attention adds to x; keys [B, H, N, d]; the weights. ``mask``: multiplies the norm of x."""
+    """Run timm's block up to its attention on x [B, N, C]. ``weigh`` turns the scaled scores into weights
+    [B, H, N, N]; ``mask`` multiplies the norm of x. Returns what attention adds to x, the keys [B, H, N, d] and the
+    weights."""
     attn, y = block.attn, block.norm1(x) * mask
     q, k, v = attn.qkv(y).unflatten(-1, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4)
     q, k = attn.q_norm(q), attn.k_norm(k)
@@ -123,12 +124,12 @@ def attended(
 
 
 def fed(block: Block, x: Tensor, mask: Tensor | float = 1.0) -> Tensor:
-    """What the MLP adds to x, whose norm the mask multiplies."""
+    """What the MLP adds to x; ``mask`` multiplies the norm of x."""
     return block.drop_path2(block.ls2(block.mlp(block.norm2(x) * mask)))
 
 
 def through(block: Block, x: Tensor, weigh: Callable[[Tensor], Tensor]) -> Tensor:
-    """timm's block with attention weighed in another way."""
+    """Run timm's block with attention weights from ``weigh``."""
     x = x + attended(block, x, weigh)[0]
     return x + fed(block, x)
 
@@ -139,9 +140,9 @@ def straight_through(soft: Tensor, hard: Tensor) -> Tensor:
 
 
 def softmax_of_kept(scores: Tensor, mask: Tensor, eps: float, own: bool) -> Tensor:
-    """A softmax over the keys of ``mask`` [B, N], 1 or 0, with a gradient to the mask. ``own``: each token sees itself
-    as well. As DynamicViT's: (e + eps / N) / (sum of e + eps); the largest score, which is taken off first, has no
-    gradient (of the order of eps it would have one)."""
+    """A softmax over the keys whose ``mask`` [B, N] is 1, not 0, with a gradient to the mask. ``own``: each token also
+    sees itself. As in DynamicViT it is (e + eps / N) / (sum of e + eps). The largest score, which is subtracted first,
+    has no gradient (it would be of the order of eps)."""
     N = scores.shape[-1]
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     seen = mask[:, None, None, :].to(scores.dtype)

@@ -29,25 +29,31 @@ CHOICES = {"start": ("class", "uniform"), "keys": ("mean", "concatenated"), "mas
 
 @dataclass(frozen=True)
 class ZeroTPrune(Baseline):
-    """Drops patch tokens after a block, first r that are like more important ones, then the least important ones.
+    """Drops patch tokens after a block: first r that are similar to more important ones, then the least important ones.
 
-    Importance is a PageRank on the attention map of each head (s <- A^T s): the root mean square over those heads whose
-    variance lies within bounds. First one vote ranks the tokens (I'). Each token of the less important half is compared
-    with those of the other half by the cosine of their keys, and the r most similar ones are dropped (S). Then several
-    votes among the tokens that are left say which of them stay (I).
+    Importance is a PageRank on the attention map of each head (s <- A^T s), combined as the root mean square over the
+    heads whose variance lies within bounds. First one vote ranks the tokens (I'). Each token of the less important half
+    is compared with those of the other half by the cosine of their keys, and the r most similar ones are dropped (S).
+    Then several votes among the remaining tokens decide which of them stay (I).
 
-    No authors' code was found; this follows descriptions of the paper. They leave open, and here it is so: how keys of
-    several heads are compared (``keys``); the scale of s whose variance is bounded (``mass``; with a sum of 1 no head
-    reaches the lower bound among 197 tokens); what is done where no head is within the bounds (here all count); whether
-    the variance is divided by the number of tokens (it is) and the map of the tokens left normalised anew (it is not);
-    which blocks prune how much (the blocks are recalled, the rate is ours). The iterations are the upper ends of
-    published ranges. The leading tokens stay and vote. What stays keeps its order.
+    No code of the authors was found; this follows descriptions of the paper. What they leave open is chosen here:
+
+    - how keys of several heads are compared: ``keys``;
+    - the scale of s whose variance is bounded: ``mass``; with a sum of 1 no head reaches the lower bound among 197
+      tokens;
+    - what happens if no head is within the bounds: all heads count;
+    - whether the variance is divided by the number of tokens: it is;
+    - whether the map of the remaining tokens is normalised anew: it is not;
+    - which blocks prune how much: the blocks are recalled, the rate is ours.
+
+    The iterations are the upper ends of published ranges. The leading tokens stay and vote. Tokens that stay keep their
+    order.
 
     Args:
         r: tokens that a block drops as similar; keep_rate: the share of the other patch tokens that stays, rounded up;
-        blocks: which do. iterations: votes in the first three blocks, in those between and in the last three. start:
-        "class", whose token begins with sqrt(N) times the share of others, or "uniform". keys: the "mean" of all heads
-        or "concatenated". mass: what s sums to, the number of "tokens" or "one". variance: the bounds.
+        blocks: the blocks that prune. iterations: votes in the first three blocks, in those between and in the last
+        three. start: "class", whose token begins with sqrt(N) times the share of others, or "uniform". keys: the "mean"
+        of all heads or "concatenated". mass: what s sums to, the number of "tokens" or "one". variance: the bounds.
     """
 
     r: int = 10
@@ -112,7 +118,7 @@ class ZeroTPrune(Baseline):
         return Plan(torch.where(stays, stays.cumsum(dim=1) - 1, -1), P + left)
 
     def importance(self, graph: Tensor, votes: int) -> Tensor:
-        """[B, N] of the nodes of the graphs [B, H, N, N] of all heads."""
+        """The importance [B, N] of the nodes of the graphs [B, H, N, N], one graph per head."""
         N = graph.shape[-1]
         s = graph.new_ones(*graph.shape[:2], 1, N)
         if self.start == "class":
@@ -127,7 +133,7 @@ class ZeroTPrune(Baseline):
         return ((s**2 * accepted).sum(dim=1) / accepted.sum(dim=1)).sqrt()
 
     def likeness(self, k: Tensor, cheap: Tensor, dear: Tensor) -> Tensor:
-        """The cosine of each of the tokens ``cheap`` [B, a] with the most similar of ``dear`` [B, b]."""
+        """The cosine of each token in ``cheap`` [B, a] with the most similar token in ``dear`` [B, b]."""
         keys = k.mean(dim=1) if self.keys == "mean" else k.transpose(1, 2).flatten(2)
         a, b = (
             F.normalize(keys.gather(1, of.unsqueeze(2).expand(-1, -1, keys.shape[2])), dim=-1) for of in (cheap, dear)
@@ -135,7 +141,7 @@ class ZeroTPrune(Baseline):
         return (a @ b.transpose(1, 2)).amax(dim=-1)
 
     def matching_macs(self, block: ReducingBlock, N: int) -> int:
-        """The map, which fused attention does not leave behind; the votes; the similarities."""
+        """MACs of the attention map, which fused attention does not return, of the votes and of the similarities."""
         r, attn = self.counts(block, N)[0], block.attention
         patches, H = N - block.num_prefix_tokens, attn.num_heads
         votes = H * N**2 + self.votes(block) * H * (N - r) ** 2

@@ -12,7 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 NAME = "vit_digits_patch8_112"
 CHECKPOINT = Path(__file__).parent / f"{NAME}.safetensors"
-CONFIG = Path(__file__).parent / f"{NAME}.atm.json"  # thresholds chosen for these weights, on the calibration split
+CONFIG = Path(__file__).parent / f"{NAME}.atm.json"  # thresholds calibrated for these weights on the calibration split
 IMAGE_CONFIG = Path(__file__).parent / f"{NAME}.image.atm.json"  # the same for adapt="image"
 
 default_cfgs = generate_default_cfgs(

@@ -25,8 +25,9 @@ _CHUNK = 64  # images that share a random generator: the first n images do not d
 
 @dataclass(frozen=True)
 class Digits:
-    """``images`` uint8 [n, 1, side, side], ``labels`` int64 [n] (0-9), ``complexity`` float32 [n] in [0, 1],
-    ``ink`` float32 [n, 1, side, side]: how much of a pixel the digit covers, in [0, 1] (distractors not counted)."""
+    """Drawn digits. ``images`` uint8 [n, 1, side, side]; ``labels`` int64 [n], 0-9; ``complexity`` float32 [n] in [0,
+    1]; ``ink`` float32 [n, 1, side, side]: the share of each pixel that the digit covers, in [0, 1], without
+    distractors."""
 
     images: torch.Tensor
     labels: torch.Tensor
@@ -83,7 +84,7 @@ def _uniform(generator: torch.Generator, *shape: int) -> torch.Tensor:
 
 
 def _ramp(complexity: torch.Tensor, start: float) -> torch.Tensor:
-    """0 up to ``start``, then growing to 1: [n, 1, 1, 1]."""
+    """A factor [n, 1, 1, 1] that is 0 up to ``start`` and then grows to 1."""
     return ((complexity - start) / (1 - start)).clamp(min=0).view(-1, 1, 1, 1)
 
 
@@ -104,7 +105,7 @@ def _texture(generator: torch.Generator, complexity: torch.Tensor, side: int) ->
 
 
 def _distractors(generator: torch.Generator, glyphs: torch.Tensor, complexity: torch.Tensor, side: int) -> torch.Tensor:
-    """The ink of up to six half digits an image."""
+    """The ink of up to six half digits per image."""
     ink = torch.zeros(_CHUNK, 1, side, side)
     number = (_ramp(complexity, 0.4).flatten() * (MAX_DISTRACTORS + 0.5)).round()
     for k in range(MAX_DISTRACTORS):

@@ -1,8 +1,8 @@
 """Train the digits model from nothing: ``python -m benchmarks.digits.train`` (under an hour on two CPU cores).
 
-The canvas grows from 40 over 64 to 112 px, on random windows of the 14 x 14 grid of positions, under one cosine: small
-canvases teach the strokes cheaply, the last stage the clutter. A second head that tells for each patch which digit
-covers it (or none) helps the middle blocks along and is dropped afterwards.
+The canvas grows from 40 to 64 to 112 px, on random windows of the 14 x 14 grid of positions, under one cosine schedule.
+Small canvases teach the strokes cheaply; the last stage teaches the clutter. A second head, which predicts for each
+patch the digit that covers it (or none), helps the middle blocks and is dropped afterwards.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from atm_triton.measure.provenance import check_file, write_result
 
 STAGES = ((40, 48, 2600), (64, 32, 2400), (CANVAS, 32, 1700))  # side in px, batch size, steps
 PATCH, GRID = 8, CANVAS // 8
-AUXILIARY_BLOCK = 8  # its output tokens also say which digit covers them
+AUXILIARY_BLOCK = 8  # the auxiliary head reads its output tokens
 RESULT = Path(__file__).parents[1] / "results" / "digits_training.json"
 
 
@@ -64,7 +64,7 @@ class Trainee(nn.Module):
 
 
 def normalise(images: torch.Tensor) -> torch.Tensor:
-    """uint8 images to what the model takes (mean 0.5, std 0.25)."""
+    """Convert uint8 images to the normalised floats that the model takes (mean 0.5, std 0.25)."""
     return (images.float() / 255 - 0.5) / 0.25
 
 
@@ -92,9 +92,9 @@ def accuracy(model: VisionTransformer, split: str, count: int, device: str) -> f
 
 
 def train(seed: int, device: str, scale: float) -> tuple[VisionTransformer, list[dict]]:
-    """Every stage with ``scale`` times its steps; the trained model and a log row every 50 steps."""
+    """Train all stages, each with ``scale`` times its steps. Returns the model and a log row for every 50 steps."""
     torch.manual_seed(seed)
-    # Muon orthogonalises in bfloat16 and offers nothing else, which is slow on a CPU that has no bfloat16 products
+    # Muon orthogonalises in bfloat16 only, which is slow on a CPU without bfloat16 products
     muon.zeropower_via_newtonschulz = partial(muon.zeropower_via_newtonschulz, dtype=torch.float32)
     trainee = Trainee(vit_digits_patch8_112(weight_init="jax")).to(device)
     optimizer = create_optimizer_v2(
@@ -132,7 +132,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--scale {args.scale} is no number of steps; give one above 0")
     model, log = train(args.seed, args.device, args.scale)
     halves = {name: tensor.half().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    model.load_state_dict(halves)  # what is measured is what is saved
+    model.load_state_dict(halves)  # measure the weights as they are saved
     result = {
         "seed": args.seed,
         "scale": args.scale,

@@ -1,7 +1,7 @@
-"""The kernels on one GPU, proved and then timed: ``make gpu OUT=dir``. One module a stage, in the order of ``STAGES``.
+"""Prove and then time the kernels on one GPU: ``make gpu OUT=dir``. Each stage of ``STAGES``, in order, is a module.
 
-A stage is a function ``run(setting, section, results)`` that fills ``section`` as it measures, so that what it had is
-kept when it fails; ``results`` holds the sections of the stages before it.
+A stage is a function ``run(setting, section, results)``. It fills ``section`` as it measures, so that partial results
+survive a failure; ``results`` holds the sections of earlier stages.
 """
 
 STAGES = (

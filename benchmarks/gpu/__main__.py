@@ -1,6 +1,7 @@
 """Prove and time the kernels on one GPU: ``python -m benchmarks.gpu --out dir``.
 
-Writes ``gpu.json`` after every stage, ``gpu.md`` (what is printed last) and a trace. Exit code 1: a stage failed.
+Writes ``gpu.json`` after every stage, ``gpu.md`` (the tables, which are also printed at the end) and a trace. Exit code
+1 means that a stage failed.
 """
 
 import argparse
@@ -12,7 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu import STAGES  # nothing that imports Triton, before main has said how it is to run
+from benchmarks.gpu import STAGES  # import nothing that imports Triton before main has set how Triton runs
 
 
 def chosen(names: list[str]) -> list[str]:
@@ -34,14 +35,14 @@ def check(args: argparse.Namespace) -> None:
 
 
 def run_stage(name: str, setting: Any, results: dict[str, Any]) -> str | None:
-    """Fill the section ``name`` of the results; what went wrong in one line, None where nothing did."""
+    """Run a stage and fill its section of the results. Returns one line on what went wrong, or None."""
     section: dict[str, Any] = {}
     results["stages"][name] = section
     start = time.monotonic()
     failure = None
     try:
         import_module(f"benchmarks.gpu.{name}").run(setting, section, results["stages"])
-    except Exception as error:  # also what a compiler or a driver raises: the measurements so far must be kept
+    except Exception as error:  # of any kind, a compiler's or a driver's too: earlier measurements must be kept
         text = " ".join(str(error).split())[:300]
         failure = f"{name}: {text or type(error).__name__}"
         section |= {"failed": failure, "traceback": traceback.format_exc()}
@@ -50,7 +51,7 @@ def run_stage(name: str, setting: Any, results: dict[str, Any]) -> str | None:
 
 
 def run(args: argparse.Namespace) -> str | None:
-    """Run the stages, and say which failed and why."""
+    """Run the stages. Returns which of them failed and why, or None."""
     stages = chosen(args.stages)
     check(args)
     import torch

@@ -1,6 +1,6 @@
-"""Attention with log n: the kernel beside what torch has, each with its time and its error against float64.
+"""Attention with log n: the kernel and torch's alternatives, each with its time and its error against float64.
 
-The library takes the kernel wherever log n is added; these rows say where something else would be faster.
+The library takes the kernel wherever log n is added; these rows show where an alternative would be faster.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from benchmarks.gpu.setting import Setting, one_line, qkv, short, some_sizes
 from benchmarks.gpu.timing import compiled, median_us
 
 BF16, HALF, FLOAT = torch.bfloat16, torch.float16, torch.float32
-SHAPES = (  # dtype, d, N, B, H; the first of them with flex_attention too, as long as there is time
+SHAPES = (  # dtype, d, N, B, H; the first of them also with flex_attention, as long as there is time
     (BF16, 64, 197, 256, 6),
     (FLOAT, 64, 197, 256, 6),
     (BF16, 64, 1370, 16, 16),
@@ -39,7 +39,7 @@ SHAPES = (  # dtype, d, N, B, H; the first of them with flex_attention too, as l
 TINY = ((FLOAT, 16, 17, 1, 2), (HALF, 16, 17, 1, 2))
 COMPILING = 30  # seconds of this stage after which flex_attention is left out
 KERNEL, WRITTEN_OUT = "kernel", "written out"
-CHECKED = 4  # images whose error is taken
+CHECKED = 4  # images whose error is computed
 
 
 @torch.inference_mode()
@@ -64,8 +64,8 @@ def run(setting: Setting, section: dict[str, Any], _: dict[str, Any]) -> None:
 
 
 def judge(rows: list[dict[str, Any]]) -> None:
-    """Of the candidates of one shape: which is ``taken`` by the library, and whether that was the ``fastest`` of those
-    that add log n as exactly as it does."""
+    """Mark among the candidates of one shape the one ``taken`` by the library, and whether it was the ``fastest`` of
+    those that add log n as exactly."""
     rivals = [row for row in rows if row["candidate"] in (KERNEL, WRITTEN_OUT, f"SDPA, mask in {short(FLOAT)}")]
     best = min((row["microseconds"] for row in rivals if row["microseconds"]), default=None)
     for row in rows:
@@ -76,8 +76,8 @@ def judge(rows: list[dict[str, Any]]) -> None:
 def measured(
     call: Callable[[], Tensor], operands: tuple[Tensor, Tensor, Tensor], sizes: Tensor | None, images: Images
 ) -> dict[str, Any]:
-    """``microseconds``, and ``error``: the distance from float64 over the norm, and the largest; or why not. What comes
-    out is [H, T, d] or [B, H, N, d]."""
+    """Time a call and compare its result, [H, T, d] or [B, H, N, d], with float64: ``microseconds``, ``error``
+    (distance over norm) and ``largest_error``. A call that cannot run gives ``failed``, one line that says why."""
     device, checked = operands[0].device, Images.of(min(CHECKED, images.B), images.N, operands[0].device)
     T = checked.B * checked.N
     try:
@@ -96,7 +96,7 @@ def measured(
 def candidates(
     q: Tensor, k: Tensor, v: Tensor, sizes: Tensor, images: Images, flex: bool
 ) -> dict[str, tuple[Callable[[], Tensor], bool]]:
-    """A call for each, and whether it adds log n. The logarithms are at hand, as they are in a model."""
+    """Each candidate by name: a call, and whether it adds log n. The logarithms are precomputed, as in a model."""
     log2_sizes, log_sizes = sizes.log2(), images.shaped(sizes).log()
     mask = log_sizes[:, None, None, :].to(q.dtype)
     heads = [x.unflatten(1, (images.B, images.N)).transpose(0, 1) for x in (q, k, v)]

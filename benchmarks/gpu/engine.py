@@ -1,7 +1,8 @@
-"""Engine: what CUDA graphs give timm's model, free merging and ours, and what ours pays for the counts that it reads.
+"""Engine: what CUDA graphs gain for timm's model, for free merging and for ours, and what reading counts costs ours.
 
-Two ratios lie apart: merging alone is the bound in one graph over ours, the engine alone is timm in one graph over ours
-with r = 0. Before anything is timed every variant must give the logits of the same model run without graphs.
+Two effects have ratios of their own: merging alone is the bound in one graph over ours; the engine alone is timm in one
+graph over ours with r = 0. Before anything is timed, every variant must give the logits of the same model without
+graphs.
 """
 
 import copy
@@ -35,19 +36,19 @@ from benchmarks.gpu.unfused import UnfusedBlock
 
 PLAIN = [*((name, batch) for name in ("DeiT-S", "DeiT-B") for batch in (64, 256, 8, 1)), (DIGITS, 64), (DIGITS, 256)]
 PLAIN += [("ViT-L", 64), ("DINOv2-S", 8)]
-COMPILED = [("DeiT-S", 256), ("DeiT-B", 256)]  # once more, in this order
-COMPILATION = 60  # seconds that a cell may take that compiles
-WARMING = 90  # seconds that processes have to fill the caches of compilers on disk
+COMPILED = [("DeiT-S", 256), ("DeiT-B", 256)]  # again with torch.compile, in this order
+COMPILATION = 60  # seconds that must be left for a cell that compiles
+WARMING = 90  # seconds for the processes that fill the compilers' caches on disk
 REPEATS = 15
-WARM_UP, PASSES = 3, 6  # calls before a capture; passes within which the engine must have captured all that it plays
-LOGITS = {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 3e-2}  # relative distance: a tie may fall otherwise
-ROUNDED = 2.0  # how far 16-bit logits may be from those in float32, of the distance that the blocks' own are
+WARM_UP, PASSES = 3, 6  # calls before a capture; passes within which the engine must have captured all its graphs
+LOGITS = {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 3e-2}  # relative distance: ties may resolve anew
+ROUNDED = 2.0  # 16-bit logits may be this many times as far from float32 as those of the blocks
 TIMM, BOUND, UNFUSED, ONE_GRAPH, COMPILED_TOO = "timm", "free-merge bound", "unfused", "one graph", "compiled"
 WHOLE, UNMERGED = "ATM static, one graph", "ATM static, r = 0"
 
 
 class Cell(NamedTuple):
-    """What is timed in turn: a model at a batch size, with or without torch.compile."""
+    """A model at a batch size, with or without torch.compile, whose variants are timed in turn."""
 
     name: str
     batch: int
@@ -56,8 +57,9 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True)
 class Variant:
-    """``expected`` gives the logits that ``call`` must give; ``plan``: of the bound and the whole graph to compare
-    with; ``engine``: ``call`` is a model that its engine must run; ``exact``: what ``expected`` rounds to 16 bits."""
+    """A way to run a model. ``expected``: gives the logits that ``call`` must give; ``plan``: names the plan of the
+    bound and of the whole graph to compare with; ``engine``: ``call`` is a model that its engine must run; ``exact``:
+    gives in float32 the logits that ``expected`` gives in 16 bits."""
 
     call: Callable[[Tensor], Tensor]
     expected: Callable[[Tensor], Tensor]
@@ -82,7 +84,7 @@ def run(setting: Setting, section: dict[str, Any], _: dict[str, Any]) -> None:
         section["rows"] += measure(cell, case, setting, section)
         if cell.compiles:
             torch._dynamo.reset()
-        gc.collect()  # a model and its engine refer to each other: their graphs would hold memory
+        gc.collect()  # a model and its engine refer to each other, and would keep the memory of their graphs
         if setting.on_gpu:
             torch.cuda.empty_cache()
         setting.save()
@@ -91,8 +93,8 @@ def run(setting: Setting, section: dict[str, Any], _: dict[str, Any]) -> None:
 
 
 def fill_caches(setting: Setting) -> None:
-    """Run every cell once, all of them side by side: most of what a cell takes is one compiler after another, and those
-    keep what they compiled on disk. A failure here is reported when the cell is measured."""
+    """Run every cell once, all cells in parallel. Most of a cell's time is compilation, and compilers keep their
+    results on disk. A failure here is reported when the cell is measured."""
     if not setting.on_gpu:
         return
     command = (sys.executable, "-m", "benchmarks.gpu.engine")
@@ -114,7 +116,7 @@ def run_once(name: str, batch: str, compiles: str) -> None:
 
 
 def cells(setting: Setting) -> list[Cell]:
-    """Without torch.compile first: that takes the time that is left."""
+    """The cells to measure. Those with torch.compile come last and take the time that is left."""
     if setting.tiny:
         return [Cell("DeiT-S", 2, True), Cell(DIGITS, 2, False)]
     plain = [Cell(name, batch, compiles=False) for name, batch in PLAIN]
@@ -122,8 +124,8 @@ def cells(setting: Setting) -> list[Cell]:
 
 
 class OneGraph:
-    """A call over images of one shape as one CUDA graph, captured when it is first used; off a GPU the call itself.
-    Like the engine it copies the images in and gives logits that are the caller's own."""
+    """Runs a call on images of one shape as one CUDA graph, captured at first use; without a GPU it makes the call
+    itself. Like the engine it copies the images in and returns a copy of the logits."""
 
     def __init__(self, call: Callable[[Tensor], Tensor]) -> None:
         self.call, self.replay, self.mib = call, None, 0.0
@@ -131,7 +133,7 @@ class OneGraph:
     def __call__(self, images: Tensor) -> Tensor:
         if self.replay is None:
             self.images, replays = images.clone(), replays_on(images.device)
-            for _ in range(WARM_UP):  # workspaces and modules that CUDA sets up on first use
+            for _ in range(WARM_UP):  # CUDA sets up workspaces and modules on first use
                 self.call(self.images)
             self.replay = replays.capture(partial(self.call, self.images))
             self.mib = replays.mib()
@@ -141,9 +143,9 @@ class OneGraph:
 
 @torch.inference_mode()
 def measure(cell: Cell, case: Case, setting: Setting, section: dict[str, Any]) -> list[dict[str, Any]]:
-    """A row for each variant. ``of_timm``, ``of_timm_graph``, ``of_bound``: time of timm, of timm and of the bound in
-    one graph, over this time; ``whole``: this time over that of one graph; medians over the turns. What fails or is
-    wrong is not timed."""
+    """Time the variants of a cell, a row for each. ``of_timm``, ``of_timm_graph``, ``of_bound``: the time of timm, of
+    timm in one graph and of the bound in one graph, over this time; ``whole``: this time over that of ours in one
+    graph. All are medians over the turns. Variants that fail or give wrong logits are not timed."""
     images, by_name, errors = case.images, variants(cell, case, setting), {}
     for name, variant in by_name.items():
         what = f"{name} of {cell.name} at {cell.batch}"
@@ -151,7 +153,7 @@ def measure(cell: Cell, case: Case, setting: Setting, section: dict[str, Any]) -
             errors[name] = check(variant, images)
         except torch.OutOfMemoryError:
             section["left_out"].append(f"{what}: out of memory")
-        except Exception as error:  # also what a compiler or a driver raises
+        except Exception as error:  # of any kind, a compiler's or a driver's too
             line = str(error) if isinstance(error, StageError) else one_line(error)
             section["left_out" if COMPILED_TOO in name else "wrong"].append(f"{what}: {line}")
     runs = {name: partial(by_name[name].call, images) for name in errors}
@@ -190,9 +192,9 @@ def variants(cell: Cell, case: Case, setting: Setting) -> dict[str, Variant]:
         by_name[f"{WHOLE}{mark}"] = Variant(OneGraph(blocks), blocks)
         if not mark:
             unfused, exact = (install(share(of), partial(unfused_block, of, static), static) for of in (model, whole))
-            # its sums have no order
+            # scattered sums have no fixed order
             by_name[f"{UNFUSED}, {ONE_GRAPH}"] = Variant(OneGraph(unfused), unfused, exact=exact)
-    # the engine alone: timm's last block computes all tokens, so this one does
+    # for the engine alone: its last block computes all tokens, as timm's does
     unmerged = replace(case.plans[""], schedule=(0,) * len(model.blocks), cls_only_last=False)
     ways = {f"ATM {adapt}": (config, case.plan[adapt]) for adapt, config in case.configs.items()}
     for name, (config, mark) in {**ways, UNMERGED: (unmerged, None)}.items():
@@ -211,19 +213,23 @@ def unfused_block(model: VisionTransformer, config: ATMConfig, block: Block, ind
 
 
 def graph(model: VisionTransformer, setting: Setting) -> Callable[[Tensor], Tensor]:
-    """By torch.compile, as one CUDA graph."""
+    """The model compiled by torch.compile, as one CUDA graph."""
     run = compiled(model, setting.device, mode="reduce-overhead")
 
     def call(images: Tensor) -> Tensor:
-        torch.compiler.cudagraph_mark_step_begin()  # the logits of the call before are not wanted any more
+        torch.compiler.cudagraph_mark_step_begin()  # the logits of the previous call may be overwritten
         return run(images)
 
     return call
 
 
 def check(variant: Variant, images: Tensor) -> float:
-    """The relative distance of the logits from those expected, once all that is captured is captured. They are those of
-    the images in reverse order: a graph that kept what it was captured with would be found out."""
+    """Compare the logits with those expected once all graphs are captured; returns their relative distance. The images
+    are in reverse order, so that a graph that replays its captured input would be detected.
+
+    Raises:
+        StageError: the distance is too large, or the engine did not run.
+    """
     call = variant.call
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -234,7 +240,7 @@ def check(variant: Variant, images: Tensor) -> float:
         else:
             if variant.engine:
                 raise StageError(f"after {PASSES} passes there is more to capture beside {call.engine}")
-        if images.is_cuda:  # as torch.compile does, at times that nobody knows
+        if images.is_cuda:  # torch.compile does so at unpredictable times
             torch._C._cuda_clearCublasWorkspaces()
             torch.cuda.empty_cache()
         logits, expected = (run(images.flip(0)).double() for run in (call, variant.expected))
@@ -254,12 +260,12 @@ def check(variant: Variant, images: Tensor) -> float:
 
 
 def ratio(above: list[float], below: list[float]) -> float:
-    """The median over the turns of time over time."""
+    """The median over the turns of the ratio of two times."""
     return statistics.median(a / b for a, b in zip(above, below, strict=True))
 
 
 def shuffled(runs: dict[str, Callable[[], Any]]) -> dict[str, Callable[[], Any]]:
-    """In an order of chance: what is warmed up last should not always be the same."""
+    """The runs in random order, so that the last to be warmed up is not always the same."""
     return {name: runs[name] for name in random.Random(1).sample(list(runs), len(runs))}
 
 
@@ -268,7 +274,7 @@ def distance(logits: Tensor, expected: Tensor) -> float:
 
 
 def held(variant: Variant) -> dict[str, Any]:
-    """The graphs of a variant and what they hold, in MiB; of the engine also how many tokens of an image merged."""
+    """The number of a variant's graphs and the MiB that they hold; for the engine also the tokens merged per image."""
     if isinstance(variant.call, OneGraph):
         return {"graphs": 1, "mib": variant.call.mib}
     if not variant.engine:

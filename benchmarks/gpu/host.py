@@ -1,4 +1,4 @@
-"""Host: what a call costs before the GPU has anything to do, and how many kernels a merging block launches."""
+"""Host: the host time of a call before the GPU has work, and how many kernels a merging block launches."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -26,7 +26,7 @@ OURS = (
     "unmerge_kernel",
     "attention_kernel",
 )
-CALLS = 150  # in a row: fewer than a GPU's queue holds, so that none waits
+CALLS = 150  # calls in a row: fewer than a GPU's queue holds, so that none waits
 
 
 @torch.inference_mode()
@@ -41,8 +41,8 @@ def run(setting: Setting, section: dict[str, Any], _: dict[str, Any]) -> None:
 
 
 def operations(setting: Setting) -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
-    """Each operation through ``atm_triton.ops`` and through ``torch.ops.atm_triton``, at a size that a GPU is done with
-    before the next call arrives."""
+    """Each operation as a call through ``atm_triton.ops`` and one through ``torch.ops.atm_triton``, so small that the
+    GPU finishes before the next call."""
     B, N, H, d = setting.pick((2, 197, 6, 64), (1, 9, 2, 16))
     device, C, dtype = setting.device, H * d, torch.float16
     images, T, M = Images.of(B, N, device), B * N, N - N // 8
@@ -83,8 +83,8 @@ def operations(setting: Setting) -> dict[str, tuple[Callable[[], Any], Callable[
 
 
 def block_launches(setting: Setting) -> dict[str, Any]:
-    """The kernels that a merging block of DeiT-S launches by a given r, and by counting: how many, how many of them are
-    ours, and their names."""
+    """Count the kernels that a merging block of DeiT-S launches with a given r and with counts: all of them, ours, and
+    how often each name occurs."""
     B, N, H, C = setting.pick((64, 197, 6, 384), (1, 17, 2, 32))
     x, sizes = torch.randn(B, N, C, device=setting.device), some_sizes(B * N, setting.device).view(B, N)
     rows = {}
@@ -102,7 +102,7 @@ def block_launches(setting: Setting) -> dict[str, Any]:
 
 
 def launched(call: Callable[[], Any], setting: Setting) -> list[str]:
-    """The names of what a call runs on the GPU, in order; on the CPU of torch's own operations."""
+    """The names of the kernels that a call runs on the GPU, in order; on the CPU the names of torch's operations."""
     call()
     kind = DeviceType.CUDA if setting.on_gpu else DeviceType.CPU
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if setting.on_gpu else [])]

@@ -34,7 +34,7 @@ def run(setting: Setting, section: dict[str, Any], _: dict[str, Any]) -> None:
 
 
 def shapes(setting: Setting) -> list[tuple]:
-    """(H, d), B, N, dtype."""
+    """The shapes to measure: (H, d), B, N, dtype."""
     widths, lengths = setting.pick((WIDTHS, (197, 149, 101)), (TINY_WIDTHS, (17,)))
     batches, dtype = setting.pick(((256, 64, 8, 1), torch.bfloat16), ((1,), torch.float32))
     chosen = [(width, B, N, dtype) for width in widths.values() for B in batches for N in lengths]
@@ -44,9 +44,9 @@ def shapes(setting: Setting) -> list[tuple]:
 def measure(
     setting: Setting, copy: float, product: float, B: int, N: int, H: int, d: int, dtype: torch.dtype
 ) -> list[dict[str, Any]]:
-    """A row for each operation, by the kernels as a CUDA graph, for their launch may take longer than they do;
-    ``of_copy``: the share of the copy bandwidth; ``bound_us``: what its bytes take at that bandwidth, or its products
-    at the measured rate, whichever is longer."""
+    """Time every operation, a row for each. Kernels run as a CUDA graph, because a launch may take longer than the
+    kernel. ``of_copy``: the share of the copy bandwidth; ``bound_us``: the time of its bytes at that bandwidth or of
+    its products at the measured rate, whichever is longer."""
     device, rows = setting.device, []
     for operation, (by_kernel, by_reference, nbytes, flops) in calls(setting, B, N, H, d, dtype).items():
         microseconds = median_us(replayed(by_kernel, device), device)
@@ -61,9 +61,9 @@ def measure(
 def calls(
     setting: Setting, B: int, N: int, H: int, d: int, dtype: torch.dtype
 ) -> dict[str, tuple[Callable[[], Any], Callable[[], Any], int, int]]:
-    """Of every operation: by the kernels, by the reference, the bytes that must move, and the products' operations."""
+    """Each operation: a call by kernels, a call by the reference, the bytes it must move, the FLOPs of its products."""
     device, C, e = setting.device, H * d, dtype.itemsize
-    M = N - max(1, N // 24)  # what a block merges of 197 tokens to save 3 of 10 FLOPs: 8
+    M = N - max(1, N // 24)  # a block merges 8 of 197 tokens to save 30 % of the FLOPs
     images, T, left = Images.of(B, N, device), B * N, B * M
     q, k, v = qkv(T, H, d, dtype, device)
     x, attended = (torch.randn(T, C, dtype=dtype, device=device) for _ in range(2))

@@ -10,7 +10,7 @@ from atm_triton.packed import Images
 from benchmarks.gpu import StageError
 from benchmarks.gpu.setting import Setting, qkv
 
-ROOM = 1.5  # times linear growth
+ROOM = 1.5  # the memory may grow by this many times linear growth
 
 
 def run(setting: Setting, section: dict[str, Any], _: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The models that are timed on a GPU, their images, and how they merge."""
+"""The models that are timed on a GPU, with their images and merging configurations."""
 
 import math
 from dataclasses import replace
@@ -25,13 +25,13 @@ DIGITS = "digits"
 NAMES = {"DeiT-S": "deit_small_patch16_224", "DeiT-B": "deit_base_patch16_224", "ViT-L": "vit_large_patch16_224"}
 NAMES |= {"DINOv2-S": "vit_small_patch14_dinov2"}
 TINY_DEPTH, TINY_SIDE = 2, 32
-SHARE = 1 / 24  # of its tokens at the start a model of 12 blocks merges in each: 8 of DeiT's 197
-OWN_R = ", image's r"  # marks what merges as many tokens as adapt="image" does, where the others merge another number
+SHARE = 1 / 24  # of the initial tokens merge in each of 12 blocks: 8 of DeiT's 197
+OWN_R = ", image's r"  # marks plans with the token counts of adapt="image", where those differ from the other plans'
 
 
 class Case(NamedTuple):
-    """A model and its images; ``configs``: how it merges, by adapt; ``plans``: a given r for each block that bounds and
-    whole graphs take, by what marks their names; ``plan``: the one that compares with each of ``configs``."""
+    """A model and its images. ``configs``: configurations by adapt; ``plans``: schedules for bounds and whole graphs,
+    by the mark in their names; ``plan``: for each of ``configs`` the mark of the plan to compare with."""
 
     model: VisionTransformer
     images: Tensor
@@ -58,7 +58,7 @@ def made(name: str, setting: Setting) -> VisionTransformer:
 
 
 def deit(model: VisionTransformer, batch: int, setting: Setting) -> Case:
-    """Random weights, and thresholds at which as many tokens merge as by the given r."""
+    """A case with random weights, whose thresholds merge as many tokens as the given r."""
     dtype, depth = next(model.parameters()).dtype, len(model.blocks)
     N = model.patch_embed.num_patches + model.num_prefix_tokens
     r = setting.pick(int(SHARE * N * 12 / depth), 1)
@@ -66,7 +66,7 @@ def deit(model: VisionTransformer, batch: int, setting: Setting) -> Case:
     static = ATMConfig(adapt="static", schedule=(r,) * depth, backend="triton")
     configs = {
         "static": static,
-        "batch": fitted(model, images, "batch", int((r + 0.5) * batch)),  # rounded down: r, by the widest margin
+        "batch": fitted(model, images, "batch", int((r + 0.5) * batch)),  # the mean rounds down to r
         "image": fitted(model, images, "image", r * batch),
     }
     return Case(model=model, images=images, configs=configs, plans={"": static}, plan=dict.fromkeys(configs, ""))
@@ -74,10 +74,10 @@ def deit(model: VisionTransformer, batch: int, setting: Setting) -> Case:
 
 @torch.inference_mode()
 def digits(model: VisionTransformer, batch: int, setting: Setting) -> Case:
-    """Trained weights with the thresholds that ship. By a given r as many tokens merge as with one r a batch, or as an
-    image merges on average."""
+    """The case of the trained digits model with the shipped thresholds. Its two plans merge as many tokens as "batch",
+    and as an image merges on average with "image"."""
     images, _ = next(iter(open_images(open_model(), limit=batch, batch_size=batch)))
-    height, width = model.patch_embed.img_size  # tiny: a corner
+    height, width = model.patch_embed.img_size  # a tiny model gets a corner of each image
     images = images[..., -height:, -width:].to(next(model.parameters()))
     configs = {
         adapt: setting.pick(digits_config(adapt), ATMConfig(alpha=0.9, beta=0.04, theta_min=0.8, adapt=adapt))
@@ -97,21 +97,21 @@ def digits(model: VisionTransformer, batch: int, setting: Setting) -> Case:
 
 
 class FittingBlock(ATMBlock):
-    """A block that chooses its theta by the tokens that it sees: ``wanted`` candidates in all images together."""
+    """A block that sets its theta so that all its images together have ``wanted`` candidates."""
 
     wanted: int
 
     def match(self, keys: Tensor, tokens: Packed) -> Match | None:
         similarity = super().match(keys, tokens).similarity.sort(descending=True).values
         last = min(self.wanted, int((similarity > -math.inf).sum())) - 1
-        between = similarity[last : last + 2].double().mean().item()  # midway to the first that is none
+        between = similarity[last : last + 2].double().mean().item()  # midway between the last and the next pair
         self.theta = min(max(between, -1.0), 1.0)
         return super().match(keys, tokens)
 
 
 @torch.inference_mode()
 def fitted(model: VisionTransformer, images: Tensor, adapt: str, wanted: int) -> ATMConfig:
-    """Thresholds by which each block has ``wanted`` candidates in all ``images`` together."""
+    """Fit thresholds with which each block has ``wanted`` candidates in all ``images`` together."""
     config = ATMConfig(adapt=adapt, thresholds=(1.0,) * len(model.blocks), backend="triton")
 
     def fitting(block: Block, index: int) -> FittingBlock:

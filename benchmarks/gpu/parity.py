@@ -1,7 +1,7 @@
-"""Parity: the tests of the kernels as they stand, then every operation at real sizes against the reference in float64.
+"""Parity: run the tests of the kernels, then check every operation at real sizes against the reference in float64.
 
-Matches are compared up to ties, assignments and unmerged tokens exactly, other values within what rounding allows. An
-image among others, of its length or of others, gets the bits that it gets alone.
+Matches are compared up to ties, assignments and unmerged tokens exactly, other values within rounding. An image in a
+batch, whatever the lengths of the other images, must get the same bits as alone.
 """
 
 import os
@@ -31,21 +31,21 @@ HALF, BF16, FLOAT = torch.float16, torch.bfloat16, torch.float32
 ROUNDING = {FLOAT: 0.0, HALF: 1.01 * 2**-11, BF16: 1.01 * 2**-8}  # one rounding to the dtype, relative
 ARITHMETIC = 2e-6  # float32 arithmetic, relative to the sum of the magnitudes that are added
 SMALLEST = {FLOAT: 1e-7, HALF: 1e-5, BF16: 1e-7}  # absolute; float16 has no exponents for the smallest probabilities
-GELU = 2e-6  # absolute: how far the kernel's is from the exact one
-GRADIENTS = 1e-5  # of the largest, beside rounding
-BEST, OWN = 1e-6, 2e-6  # a similarity from the largest cosine; the partner's own cosine from it
+GELU = 2e-6  # absolute distance of the kernel's GELU from the exact one
+GRADIENTS = 1e-5  # of the largest gradient, in addition to rounding
+BEST, OWN = 1e-6, 2e-6  # distance of a similarity from the largest cosine, and from the cosine with the partner
 
 TESTS = tuple(
     f"tests/test_{name}.py" for name in ("engine", "gelu", "kernels", "triton", "packed", "image", "reference")
 )
-PROCESSES = 12  # most of the time that tests take is compiling
+PROCESSES = 12  # the tests spend most of their time compiling
 TESTS_SECONDS = 300
 LOG = "tests.log"
 
 
 @dataclass(frozen=True)
 class Case:
-    """B images of N tokens (the first protected), H heads of d channels; ``differ``: of 1 to N tokens."""
+    """B images of N tokens (the first protected), H heads of d channels; ``differ``: images have 1 to N tokens."""
 
     B: int
     N: int
@@ -130,7 +130,7 @@ def start_tests(out: Path, files: Iterable[str], processes: int = PROCESSES) -> 
 
 
 def end_tests(tests: subprocess.Popen) -> list[str]:
-    """What they ended with; all of them must have passed."""
+    """Wait for the tests and return their files and last line. Raises StageError unless all passed."""
     code = tests.wait(timeout=TESTS_SECONDS)
     lines = tests.log.read_text().strip().splitlines() or ["the tests said nothing"]
     if code != 0:
@@ -141,7 +141,8 @@ def end_tests(tests: subprocess.Popen) -> list[str]:
 
 @torch.inference_mode()
 def check_case(case: Case, device: torch.device) -> dict[str, float]:
-    """How much of its tolerance each operation uses; above 1 raises :class:`StageError`."""
+    """Check all operations of a case. Returns the share of its tolerance that each uses; above 1 raises
+    :class:`StageError`."""
     images, (H, d) = case.images(device), (case.H, case.d)
     T, B = int(images.cu_seqlens[-1]), images.B
     q, k, v = qkv(T, H, d, case.dtype, device)
@@ -155,7 +156,7 @@ def check_case(case: Case, device: torch.device) -> dict[str, float]:
     one_each = [] if case.differ else [("batch", True), ((case.N - 1) // 4, True), (same_r, True)]
     for r, one_r in (("image", False), (pairs.counts, False), *one_each):
         with naming(f"assign {case}"):
-            if isinstance(r, Tensor):  # counts are of the similarities as they are
+            if isinstance(r, Tensor):  # counts belong to the unrounded similarities
                 ties = pairs._replace(similarity=pairs.similarity.mul(50).round().div(50))
                 check_assign(ties, r, images, one_r)
             assignment = check_assign(pairs, r, images, one_r)
@@ -176,8 +177,9 @@ def check_case(case: Case, device: torch.device) -> dict[str, float]:
 
 
 def check_gradients(q: Tensor, k: Tensor, v: Tensor, sizes: Tensor, images: Images) -> float:
-    """Relative to the largest of each: a gradient is a sum whose terms cancel."""
-    with torch.inference_mode(False), torch.enable_grad():  # where this runs, nothing may be kept for a derivative
+    """Check the gradients of attention, relative to the largest of each, since a gradient is a sum whose terms
+    cancel."""
+    with torch.inference_mode(False), torch.enable_grad():  # the caller is in inference mode
         grad, sizes, images = torch.randn_like(q), sizes.clone(), images._replace(cu_seqlens=images.cu_seqlens.clone())
         ours, exact = ([x.clone().to(of).requires_grad_() for x in (q, k, v)] for of in (q.dtype, torch.float64))
         with poisoned():
@@ -192,7 +194,7 @@ def check_gradients(q: Tensor, k: Tensor, v: Tensor, sizes: Tensor, images: Imag
 
 @contextmanager
 def naming(what: str) -> Iterator[None]:
-    """Say in a failure what was checked."""
+    """Prefix the message of a StageError with what was checked."""
     try:
         yield
     except StageError as failure:
@@ -201,7 +203,7 @@ def naming(what: str) -> Iterator[None]:
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """What a kernel leaves unwritten is NaN, or an index far out."""
+    """Fill new memory with NaN, or with an index out of range, so that values a kernel leaves unwritten are noticed."""
 
     def filling(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def made(*arguments: Any, **options: Any) -> Tensor:
@@ -224,7 +226,7 @@ def same(got: Tensor, want: Tensor, name: str, of: str = "of the reference") -> 
 
 
 def within(got: Tensor, want: Tensor, allowed: Tensor | float, name: str) -> float:
-    """The largest share of the distance ``allowed`` that ``got`` is away from ``want``; NaN is never within."""
+    """The largest distance of ``got`` from ``want`` as a share of ``allowed``. Above 1, or NaN, raises StageError."""
     if want.numel() == 0:
         return 0.0
     distance = (got.to(want.dtype) - want).abs()
@@ -237,14 +239,14 @@ def within(got: Tensor, want: Tensor, allowed: Tensor | float, name: str) -> flo
 
 
 def limit(want: Tensor, magnitude: Tensor, dtype: torch.dtype, steps: float = 1) -> Tensor:
-    """What rounding allows: of the result to ``dtype``, of float32 sums of terms of this ``magnitude`` (and of terms
-    that are in ``dtype`` themselves)."""
+    """The tolerance for rounding the result to ``dtype`` and for float32 sums of terms of this ``magnitude`` (with
+    ``steps`` > 1 also for terms that are rounded to ``dtype``)."""
     rounded = ROUNDING[dtype] * (want.abs() + (steps - 1) * magnitude)
     return rounded + ARITHMETIC * magnitude + SMALLEST[dtype]
 
 
 def each_alone(images: Images) -> Iterator[tuple[slice, Images]]:
-    """The rows of every image, and it as a batch of one."""
+    """Yield the rows of each image, and the image as a batch of one."""
     start = 0
     for length in images.lengths.tolist():
         yield slice(start, start + length), images._replace(cu_seqlens=images.cu_seqlens.new_tensor([0, length]))
@@ -277,7 +279,8 @@ def check_match(keys: Tensor, sizes: Tensor, images: Images, by_size: bool) -> t
 
 
 def check_stem(setting: Setting) -> float:
-    """Of the largest share of the tolerance, of every dtype, with patches that lie on 16 bytes and others."""
+    """Check the stem in every dtype, with and without patches aligned to 16 bytes; returns the largest share of the
+    tolerance."""
     shares = []
     dtypes = setting.pick((BF16, HALF, FLOAT), (HALF, FLOAT))  # the interpreter cannot multiply bfloat16
     for dtype, p in product(dtypes, setting.pick((16, 14), (4, 3))):
@@ -298,7 +301,8 @@ def check_stem(setting: Setting) -> float:
 
 
 def check_linear_gelu(setting: Setting) -> float:
-    """Of the largest share of the tolerance, with as many rows as a batch of 256 has and with an odd number."""
+    """Check linear_gelu with as many rows as a batch of 256 has and with an odd number; returns the largest share of
+    the tolerance."""
     shares = []
     for M, K, N in setting.pick(((50432, 384, 1536), (33001, 768, 3072)), ((300, 64, 512),)):
         for dtype in setting.pick((BF16, HALF), (HALF,)):
@@ -314,7 +318,7 @@ def check_linear_gelu(setting: Setting) -> float:
 
 
 def r_of_each(pairs: ops.Match, r: int | Tensor | str) -> Tensor:
-    """What ``ops.assign`` makes of its sources of r."""
+    """The r of each image that ``ops.assign`` derives from its source of r."""
     if isinstance(r, Tensor):
         return r
     if isinstance(r, int):
@@ -351,7 +355,7 @@ def check_merge(tokens: Packed, assignment: Assignment) -> tuple[float, Packed]:
 
 
 def check_norms(tokens: Packed, attended: Tensor, assignment: Assignment) -> float:
-    """Of what merges on the way to the norm, and of what does not."""
+    """Check add_merge_norm and add_norm; returns the largest share of the tolerance."""
     x, sizes, slots, T = tokens.x, tokens.sizes, assignment.slots, assignment.T
     norm = nn.LayerNorm(x.shape[1], eps=1e-6, device=x.device, dtype=x.dtype)
     gamma = torch.randn_like(norm.weight)
@@ -374,7 +378,7 @@ def check_norms(tokens: Packed, attended: Tensor, assignment: Assignment) -> flo
 
 
 def check_norm(x: Tensor, normed: Tensor, want: Tensor, magnitude: Tensor, norm: nn.LayerNorm, name: str) -> float:
-    """Of the rows x and their norm, which begins from x as it was rounded."""
+    """Check rows x, then their norm, computed from x as rounded; returns the largest share of the tolerance."""
     share = within(x, want, limit(want, magnitude, x.dtype), name)
     weight, bias = norm.weight.double(), norm.bias.double()
     plain = F.layer_norm(x.double(), norm.normalized_shape, eps=norm.eps)
@@ -383,8 +387,8 @@ def check_norm(x: Tensor, normed: Tensor, want: Tensor, magnitude: Tensor, norm:
 
 
 def check_attention(q: Tensor, k: Tensor, v: Tensor, sizes: Tensor, images: Images, n: int | None) -> float:
-    """Of all queries or the first n of each image. The probabilities are rounded to the dtype of v, so an error may be
-    as large as theirs."""
+    """Check attention of all queries, or of the first n of each image; returns the share of the tolerance.
+    Probabilities are rounded to the dtype of v, so the tolerance includes that rounding."""
     queries = images
     if n is not None:
         q = images.first(q.transpose(0, 1), n).flatten(0, 1).transpose(0, 1)
@@ -405,7 +409,7 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor, sizes: Tensor, images: Imag
 
 @torch.inference_mode()
 def check_large(setting: Setting) -> float:
-    """merge of more than 2^31 elements: the images at both ends and at the border."""
+    """Check merge and unmerge with more than 2^31 elements, on the images at both ends and at the border."""
     B, N, C = setting.pick((1400, 2048, 768), (5, 40, 32))
     device, r, share = setting.device, N // 4, 0.0
     M, images, image = N - r, Images.of(B, N, device), Images.of(1, N, device)

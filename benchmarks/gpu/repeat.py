@@ -1,4 +1,4 @@
-"""Repeat: the same input gives the same bits, every time. A value that moves is a race."""
+"""Repeat: the same input must give the same bits every time. A value that changes reveals a race."""
 
 from typing import Any
 
@@ -32,7 +32,7 @@ def run(setting: Setting, section: dict[str, Any], _: dict[str, Any]) -> None:
 
 
 def merge_step(B: int, N: int, H: int, d: int, dtype: torch.dtype, device: torch.device) -> Any:
-    """What a merging block does by our kernels: a call without arguments that returns all tensors by name."""
+    """The kernels of a merging block, as a call without arguments that returns all tensors by name."""
     T, images = B * N, Images.of(B, N, device)
     q, k, v = qkv(T, H, d, dtype, device)
     x, attended = (torch.randn(T, H * d, dtype=dtype, device=device) for _ in range(2))

@@ -1,6 +1,6 @@
 """Sanitizer: every kernel at small, odd shapes under NVIDIA's memcheck and racecheck, where they are installed.
 
-Run as a script it is what is checked: ``python -m benchmarks.gpu.sanitize cuda``.
+Run as a script it is the program under check: ``python -m benchmarks.gpu.sanitize cuda``.
 """
 
 import os
@@ -22,7 +22,7 @@ TOOLS = ("memcheck", "racecheck")
 FOUND = "found in our kernels"
 CASES = tuple(
     Case(3, *shape, dtype, by_size, differ=by_size)
-    for shape in ((33, 2, 20), (70, 2, 72), (300, 1, 64))  # N, H, d; two of them by more than one launch
+    for shape in ((33, 2, 20), (70, 2, 72), (300, 1, 64))  # N, H, d; two of them need more than one launch
     for dtype, by_size in ((torch.float32, True), (torch.float16, True), (torch.float16, False))
 )
 ROOT = Path(__file__).parents[2]
@@ -38,7 +38,7 @@ def run(setting: Setting, section: dict[str, Any], _: dict[str, Any]) -> None:
         section["tools"] = dict.fromkeys(TOOLS, "not installed")
         return
     section["program"] = program
-    launch_all(setting.device)  # compiled and kept on disk: the tools slow the host down too
+    launch_all(setting.device)  # compile and cache the kernels first: the tools slow the host down too
     torch.cuda.empty_cache()
     running = {tool: start(program, tool) for tool in TOOLS}
     section["tools"] = {tool: outcome(process, setting.left()) for tool, process in running.items()}
@@ -48,7 +48,7 @@ def run(setting: Setting, section: dict[str, Any], _: dict[str, Any]) -> None:
 
 
 def find() -> str | None:
-    """compute-sanitizer on the PATH, or in the CUDA toolkit."""
+    """The path of compute-sanitizer, from the PATH or the CUDA toolkit."""
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
     folders = [folder for home in homes if home for folder in (f"{home}/bin", f"{home}/compute-sanitizer")]
     return shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=os.pathsep.join(folders))
@@ -56,8 +56,8 @@ def find() -> str | None:
 
 def start(program: str, tool: str) -> subprocess.Popen:
     checked = [sys.executable, "-m", "benchmarks.gpu.sanitize", "cuda"]
-    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # else one allocation hides the ends of many
-    options = ["--report-api-errors", "no"] if tool == "memcheck" else []  # torch asks, and is told no, as it starts
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # a cached block hides bounds of tensors
+    options = ["--report-api-errors", "no"] if tool == "memcheck" else []  # torch starts with probes that fail
     command = [program, "--tool", tool, *options, *checked]
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -65,7 +65,7 @@ def start(program: str, tool: str) -> subprocess.Popen:
 
 
 def outcome(process: subprocess.Popen, seconds: float) -> str:
-    """What a tool said, in a line that begins with ``FOUND`` where it found something in a kernel of ours."""
+    """One line on what a tool reported. It begins with ``FOUND`` if the tool found an error in a kernel of ours."""
     try:
         text, _ = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
@@ -90,7 +90,7 @@ def verdict(text: str, code: int) -> str:
 
 
 def launch_all(device: torch.device) -> None:
-    """Every kernel in every case, on a CPU in small ones."""
+    """Launch every kernel in every case; on a CPU only in small cases."""
     for case in CASES:
         if device.type == "cuda" or (case.dtype == torch.float32 and case.N < 50):
             check_case(case, device)

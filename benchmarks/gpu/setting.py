@@ -1,4 +1,4 @@
-"""What every stage shares: the device, whether sizes are tiny, and random tensors as a block has them."""
+"""What all stages share: the device, whether sizes are tiny, and random tensors as a block has them."""
 
 import time
 from collections.abc import Callable
@@ -9,13 +9,14 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-SECONDS = 450  # of a whole run: what only compares, and the sanitizer, get what is left of them
+SECONDS = 450  # for a whole run; optional comparisons and the sanitizer get what is left
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Setting:
-    """``out``: where files go; ``save`` writes what has been measured so far; ``started``: on the monotonic clock."""
+    """The setting of a run. ``out``: the folder for files; ``save``: writes what has been measured so far; ``started``:
+    monotonic time."""
 
     device: torch.device
     tiny: bool
@@ -34,7 +35,7 @@ class Setting:
         return time.monotonic() - self.started
 
     def left(self) -> float:
-        """Seconds, 0 at least."""
+        """The seconds that are left, at least 0."""
         return max(SECONDS - self.seconds(), 0.0)
 
     def has(self, seconds: float, of: float = SECONDS) -> bool:
@@ -52,7 +53,7 @@ def qkv(T: int, H: int, d: int, dtype: torch.dtype, device: torch.device) -> tup
 
 
 def some_sizes(T: int, device: torch.device, most: int = 4) -> Tensor:
-    """[T] float32, whole numbers from 1 to ``most``."""
+    """Random sizes [T], float32 whole numbers from 1 to ``most``."""
     return torch.randint(1, most + 1, (T,), device=device).float()
 
 

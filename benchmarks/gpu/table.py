@@ -1,4 +1,4 @@
-"""What was measured, as Markdown: a table a section, those that are there."""
+"""The measurements as Markdown, with a table for each section that exists."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ def tables(sections: Sections) -> str:
             lines += [f"FAILED: {section['failed']}", ""]
         try:
             lines += MAKERS[name](section) if name in MAKERS else []
-        except KeyError as error:  # a stage that stopped before it had this
+        except KeyError as error:  # the stage stopped before it measured this
             lines.append(f"(no {error.args[0]})")
         lines += [f"left out: {text}" for text in section.get("left_out", [])]
         parts.append("\n".join(lines).rstrip())

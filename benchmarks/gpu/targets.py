@@ -1,4 +1,4 @@
-"""Targets: what was wanted, what was measured, and whether that is enough. A missed one is a result, not a failure."""
+"""Targets: the wanted value, the measured value, and whether it is met. A missed target is a result, not a failure."""
 
 import operator
 from typing import Any
@@ -15,7 +15,7 @@ def run(setting: Setting, section: dict[str, Any], results: dict[str, Any]) -> N
 
 
 def target(what: str, value: float | None, compare: str, wanted: float) -> dict[str, Any]:
-    """``met`` is None where nothing was measured."""
+    """A row for one target; ``met`` is None if nothing was measured."""
     enough = {"<=": operator.le, ">=": operator.ge}[compare]
     met = None if value is None else enough(value, wanted)
     return {"target": what, "value": value, "compare": compare, "wanted": wanted, "met": met}
@@ -27,7 +27,7 @@ def pick(rows: Rows, **wanted: Any) -> dict[str, Any] | None:
 
 
 def of_kernels(rows: Rows) -> Rows:
-    """Of the first rows (the largest batch, DeiT-S): time over that of the bytes at the measured copy bandwidth."""
+    """Targets for kernels, by the first rows (DeiT-S, largest batch): time over that of its bytes at copy bandwidth."""
     targets = []
     for operation, most in (("match", 1.5), ("add_merge_norm", 1.3)):
         row = pick(rows, operation=operation)
@@ -37,7 +37,7 @@ def of_kernels(rows: Rows) -> Rows:
 
 
 def of_engine(rows: Rows) -> Rows:
-    """Of every way to adapt, without torch.compile."""
+    """Targets for the engine in every way to adapt, from sessions without torch.compile."""
     targets = []
     for row in rows:
         if row["session"] or "whole" not in row:

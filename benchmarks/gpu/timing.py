@@ -1,4 +1,4 @@
-"""How long a call takes: the one place where stages measure time.
+"""Measure how long a call takes; all stages do it here.
 
 Whole models are timed by ``atm_triton.measure.throughput.time_in_turn``.
 """
@@ -15,14 +15,14 @@ from torch import Tensor
 
 from atm_triton.graphs import replays_on
 
-WARM_UP, LEAST, MOST = 3, 5, 60  # calls
-BUDGET = 0.04  # seconds of calls that are timed
-FLUSH = 2**27  # float32 elements that are read between calls: many times any L2
+WARM_UP, LEAST, MOST = 3, 5, 60  # numbers of calls
+BUDGET = 0.04  # seconds of timed calls
+FLUSH = 2**27  # float32 elements read between calls, many times the size of any L2 cache
 
 
 @torch.inference_mode()
 def median_us(call: Callable[[], Any], device: torch.device) -> float:
-    """Median microseconds of a call; on a GPU by events, with an L2 that holds nothing of its tensors."""
+    """Median microseconds of a call; on a GPU measured by events, with none of its tensors in the L2 cache."""
     if device.type != "cuda":
         call()
         return statistics.median(_host_seconds(call) for _ in range(3)) * 1e6
@@ -40,10 +40,11 @@ def _host_seconds(call: Callable[[], Any]) -> float:
 
 
 def _event_seconds(call: Callable[[], Any], number: int) -> list[float]:
-    """Reading the buffer also gives the host the time to queue the launches of the call."""
+    """Seconds of each call, between CUDA events. Reading the buffer first flushes the L2 cache and gives the host time
+    to queue the launches of the call."""
     pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(number)]
     for start, end in pairs:
-        _buffer().sum()  # read, not written: no dirty lines that the call would pay for
+        _buffer().sum()  # a read leaves no dirty lines, which the call would have to write back
         start.record()
         call()
         end.record()
@@ -58,8 +59,8 @@ def _buffer() -> Tensor:
 
 @torch.inference_mode()
 def host_us(call: Callable[[], Any], device: torch.device, calls: int, runs: int = 5) -> float:
-    """Microseconds of host time to queue one call, without waiting for any; the median of ``runs`` of
-    ``calls``, which must fit the queue of the GPU."""
+    """Microseconds of host time to queue one call, without waiting for its end: the median over ``runs`` rounds of
+    ``calls`` calls, which must fit the GPU's queue."""
     call()
     rounds = []
     for _ in range(runs):
@@ -73,7 +74,7 @@ def host_us(call: Callable[[], Any], device: torch.device, calls: int, runs: int
 
 
 def copy_bandwidth(device: torch.device, nbytes: int) -> float:
-    """GB/s of a copy of ``nbytes``, read and written."""
+    """GB/s of copying ``nbytes``; bytes read and bytes written both count."""
     source = torch.randint(0, 255, (nbytes,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * nbytes / median_us(lambda: target.copy_(source), device) / 1e3
@@ -91,19 +92,19 @@ def _nothing():
 
 
 def empty_us(device: torch.device) -> float:
-    """What a kernel that does nothing takes as a graph: no other can take less."""
+    """Microseconds of an empty kernel in a graph, the lower bound for any kernel."""
     return median_us(replayed(lambda: _nothing[(1,)](), device), device)
 
 
 def replayed(call: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
-    """The call as a CUDA graph, without what it costs the host; off a GPU the call itself."""
+    """The call captured as a CUDA graph, which removes its host cost; without a GPU the call itself."""
     for _ in range(WARM_UP):
         call()
     return replays_on(device).capture(call)
 
 
 def compiled(call: Callable[..., Any], device: torch.device, **options: Any) -> Callable[..., Any]:
-    """By torch.compile, for these shapes alone; on the CPU by its tracing without code of its own."""
+    """The call compiled by torch.compile for fixed shapes; on the CPU it is traced only, without generated code."""
     if device.type != "cuda":
         return torch.compile(call, backend="eager", dynamic=False)
     return torch.compile(call, dynamic=False, **options)

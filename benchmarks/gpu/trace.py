@@ -1,4 +1,4 @@
-"""Trace: what the GPU does in a pass that reads the count of each merging block, and how long it waits around it."""
+"""Trace: what the GPU does in a pass that reads the count of each merging block, and how long it idles around reads."""
 
 import gzip
 import json
@@ -18,11 +18,11 @@ from atm_triton.patch import apply_patch
 from benchmarks.gpu.setting import Setting
 
 ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")
-READS = ("DtoH", "_local_scalar_dense")  # a count on its way to the host; the second on a CPU
+READS = ("DtoH", "_local_scalar_dense")  # names of events that read a count on the host; the second on a CPU
 
 
 class Event(NamedTuple):
-    """In microseconds."""
+    """An event of the trace, in microseconds."""
 
     start: float
     end: float
@@ -52,7 +52,8 @@ def digits_pass(setting: Setting, batch: int) -> Callable[[], Any]:
 
 
 def deit_pass(setting: Setting, batch: int, adapt: str = "batch") -> Callable[[], Any]:
-    """Random weights, and thresholds below which nearly everything lies: what matters is that counts are read."""
+    """A pass of DeiT-S with random weights. Hardly any similarity reaches its thresholds; what matters is that counts
+    are read."""
     shape = {} if not setting.tiny else {"img_size": 48, "embed_dim": 32, "depth": 3, "num_heads": 2}
     model = timm.create_model("deit_small_patch16_224", **shape).eval().to(setting.device)
     config = ATMConfig(alpha=0.999, beta=0.04, theta_min=0.99, adapt=adapt)
@@ -63,7 +64,7 @@ def deit_pass(setting: Setting, batch: int, adapt: str = "batch") -> Callable[[]
 
 
 def record(call: Callable[[], Any], setting: Setting, path: Path) -> None:
-    """The trace of one pass, after two that warm up."""
+    """Write the trace of one pass to ``path``, after two passes to warm up."""
     for _ in range(2):
         call()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if setting.on_gpu else [])]
@@ -77,15 +78,15 @@ def record(call: Callable[[], Any], setting: Setting, path: Path) -> None:
 
 
 def timeline(events: list[dict[str, Any]], on_gpu: bool) -> list[Event]:
-    """What ran on the GPU (on a CPU: torch's operations), in the order in which it began."""
+    """The events on the GPU (on a CPU: torch's operations) by their start."""
     kinds = ON_GPU if on_gpu else ("cpu_op",)
     chosen = [event for event in events if event.get("ph") == "X" and event.get("cat") in kinds]
     return sorted(Event(start=event["ts"], end=event["ts"] + event["dur"], name=event["name"]) for event in chosen)
 
 
 def gaps(events: list[Event]) -> dict[str, Any]:
-    """For each read of a count the longest time without work from it to the next read, and between which two events;
-    ``busy`` is the share of the whole pass with work."""
+    """For each read of a count, the longest idle time until the next read, and the two events around it. ``busy`` is
+    the share of the pass with work."""
     reads = [index for index, event in enumerate(events) if any(name in event.name for name in READS)]
     gaps = []
     for read, following in zip(reads, [*reads, len(events)][1:], strict=True):

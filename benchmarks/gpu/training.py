@@ -1,4 +1,4 @@
-"""Training: time and memory of a step, forward and backward, by timm, by ours and by ours in plain torch."""
+"""Training: time and memory of a step, forward and backward, of timm, of ours and of ours in plain torch."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -60,7 +60,7 @@ def measure(
 
 
 def step(model: nn.Module, images: Tensor, dtype: torch.dtype | None) -> None:
-    """Forward and backward, also where the clock runs without gradients; those are dropped."""
+    """One step, forward and backward, with gradients enabled even if the timer disables them; gradients are dropped."""
     with torch.inference_mode(False), torch.enable_grad():
         with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
             loss = model(images).float().square().mean()

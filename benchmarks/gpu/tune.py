@@ -1,7 +1,7 @@
 """Which configuration of a kernel is the fastest on this chip: ``python -m benchmarks.gpu.tune attention --N 577``.
 
-Times what the table beside the kernel says and every other configuration worth trying, as CUDA graphs, and prints them,
-the fastest first: what to write into the table, with the chip that it was measured on.
+It times the configuration in the table beside the kernel and every other one worth trying, as CUDA graphs, and prints
+them, the fastest first. Write the fastest into the table, with the chip that it was measured on.
 """
 
 import argparse
@@ -32,14 +32,14 @@ from benchmarks.gpu.timing import median_us, replayed
 
 Config = dict[str, int]
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-SHOWN = 10  # configurations
+SHOWN = 10  # configurations that are printed
 NORM: Norm = (None, None, 1e-6)
-PATCH, SIDE = 16, 14  # of a patch in pixels, of an image in patches
+PATCH, SIDE = 16, 14  # side of a patch in pixels, side of an image in patches
 NUMBERS = {"B": (256, "images"), "N": (197, "tokens of an image"), "H": (6, "heads"), "d": (64, "channels of a head")}
 
 
 class Inputs(NamedTuple):
-    """B images of N tokens, whose x are rows [B N, H d]; heads of d channels; ``r``: tokens of an image that merge."""
+    """B images of N tokens with x as rows [B N, H d], heads of d channels; ``r``: tokens that each image merges."""
 
     B: int
     N: int
@@ -54,7 +54,7 @@ class Inputs(NamedTuple):
 
 
 class Tuning(NamedTuple):
-    """``launch(config=...)``; what the table says for it; what else may be tried."""
+    """``launch(config=...)``, the configuration in its table, and the others to try."""
 
     launch: Callable[..., Any]
     table: Config
@@ -62,7 +62,7 @@ class Tuning(NamedTuple):
 
 
 def every(**choices: Iterable[int]) -> list[Config]:
-    """All combinations."""
+    """All combinations of the choices, as configurations."""
     return [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
 
 
@@ -158,7 +158,7 @@ def inputs(args: argparse.Namespace) -> Inputs:
 
 
 def microseconds(launch: Callable[..., Any], config: Config, device: torch.device) -> float | None:
-    """None where the configuration does not compile or does not fit the chip; any other fault is seen."""
+    """Time a configuration. None if it does not compile or does not fit the chip; other errors are raised."""
     try:
         return median_us(replayed(partial(launch, config=config), device), device)
     except (TritonError, RuntimeError) as error:

@@ -1,7 +1,7 @@
-"""Token merging as it is commonly written, to compare with: one torch operation after another.
+"""Token merging as it is commonly written, one torch operation after another, as a baseline.
 
-Softmax of the written-out scores plus log n, the whole similarity matrix, a sort, gathers, and scattered sums with the
-sizes as weights. Merged tokens stand as in the reference: what did not join first, then those that others may join.
+It writes out the scores plus log n for a softmax and the whole similarity matrix, sorts, gathers, and scatters sums
+weighted by sizes. Merged tokens have the order of the reference: leading tokens, the rest of A, then B.
 """
 
 from functools import cache
@@ -12,11 +12,11 @@ from torch import Tensor
 from atm_triton.block import ATMBlock, Step
 from atm_triton.packed import Images, Packed
 
-images_of = cache(Images.of)  # to say where images of one length lie is no part of what is timed
+images_of = cache(Images.of)  # cached, because making the offsets of equal images is not part of what is timed
 
 
 class UnfusedBlock(ATMBlock):
-    """A block that merges as ToMe does (even tokens into odd ones), by a given r; sizes in the dtype of x."""
+    """A block that merges a given r as ToMe does (even tokens into odd ones), with sizes in the dtype of x."""
 
     def forward_packed(self, tokens: Packed, step: Step) -> Packed:
         if step.leading is not None:
@@ -33,7 +33,7 @@ class UnfusedBlock(ATMBlock):
         return Packed(x=x.flatten(0, 1), sizes=None if sizes is None else sizes.flatten(), images=images)
 
     def with_keys(self, y: Tensor, tokens: Packed) -> tuple[Tensor, Tensor]:
-        """What attention adds to the tokens of norm ``y`` [B, N, C], and their keys."""
+        """Attention on the norm ``y`` [B, N, C] of the tokens: what it adds to them, and their keys."""
         q, k, v = self.heads(self.attn.qkv(y))
         return self.attended(y, q, k, v, tokens), k
 
@@ -50,7 +50,7 @@ class UnfusedBlock(ATMBlock):
 
 
 def merged(x: Tensor, sizes: Tensor | None, keys: Tensor, r: int, num_prefix: int) -> tuple[Tensor, Tensor]:
-    """x [B, N, C] to [B, N - r, C] and its sizes, by the cosines of ``keys`` [B, N, d]."""
+    """Merge x [B, N, C] to [B, N - r, C] by the cosines of ``keys`` [B, N, d]; also returns the new sizes."""
     B, N, _ = x.shape
     sizes = x.new_ones(B, N) if sizes is None else sizes
     keys = keys / keys.norm(dim=-1, keepdim=True)
@@ -61,7 +61,7 @@ def merged(x: Tensor, sizes: Tensor | None, keys: Tensor, r: int, num_prefix: in
     target = partner.gather(1, joins)
 
     def summed(values: Tensor) -> Tensor:
-        """[B, N, channels] to sums over the slots [B, N - r, channels]."""
+        """Sum values [B, N, channels] over slots: [B, N - r, channels]."""
         channels = values.shape[-1]
         of_a, of_b = values[:, a], values[:, b]
         kept, moved = (of_a.gather(1, rows.unsqueeze(-1).expand(-1, -1, channels)) for rows in (stays, joins))

@@ -30,7 +30,7 @@ from benchmarks.paper import (
 from benchmarks.paper.rows import Rows
 from benchmarks.paper.subject import Subject
 
-EXPERIMENTS = {  # of a model and its images
+EXPERIMENTS = {  # those that run a model on images
     "table1": table1,
     "table2": table2,
     "table3": table3,
@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
         options = _add(names, name, experiment, [experiment.arguments()])
         options.set_defaults(experiment=experiment)
     args = parser.parse_args(argv)
-    warnings.filterwarnings("ignore", r"\d+ % of the tokens are gone")  # so much is tried on purpose
+    warnings.filterwarnings("ignore", r"\d+ % of the tokens are gone")  # extreme settings are tried on purpose
     return exit_code("benchmarks.paper", lambda: run(args))
 
 

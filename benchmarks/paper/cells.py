@@ -1,4 +1,4 @@
-"""What the Markdown tables of several experiments have in common."""
+"""Cells that the Markdown tables of several experiments share."""
 
 import statistics
 from typing import Any
@@ -9,7 +9,7 @@ def percent(value: float | None) -> str:
 
 
 def drop(row: dict[str, Any]) -> str:
-    """Top-1 and how far it is from the unpatched model's, with the standard error of the difference."""
+    """Top-1 and its difference from the unpatched model's, with the standard error of the difference."""
     quality = row["overall"]
     if quality["top1"] is None:
         return "-"
@@ -17,20 +17,20 @@ def drop(row: dict[str, Any]) -> str:
 
 
 def changed(quality: dict[str, Any], digits: int = 1) -> list[str]:
-    """Agreement and KL; of a model without a head, which has neither, the distance of its features."""
+    """Agreement and KL; for a model without a head, which has neither, the distance of its features."""
     if quality["kl"] is None:
         return ["-", f"distance {quality['distance']:.{digits}e}"]
     return [f"{quality['agreement']:.2f} %", f"{quality['kl']:.{digits}e}"]
 
 
 def over_seeds(values: list[float], digits: int = 2) -> str:
-    """Their mean, and of several the standard deviation of one."""
+    """The mean of the values, and with several values their standard deviation."""
     text = f"{sum(values) / len(values):.{digits}f}"
     return text if len(values) == 1 else f"{text} ± {statistics.stdev(values):.{digits}f}"
 
 
 def saved(row: dict[str, Any]) -> str:
-    """The share of GFLOPs saved, and with a last block that computes all its tokens."""
+    """The share of GFLOPs saved, and the same if the last block computes all its tokens."""
     whole = row["gflops_unpatched"]
     costs = row["overall"]["gflops"], row["gflops_all_tokens_last"]
     with_all, alone = (100 * (1 - cost / whole) for cost in reversed(costs))
@@ -38,7 +38,7 @@ def saved(row: dict[str, Any]) -> str:
 
 
 def about(rows: list[dict[str, Any]]) -> str:
-    """The images, and the model without merging."""
+    """The number of images, and cost and top-1 of the unpatched model."""
     row = next((row for row in rows if "overall" in row), None)
     if row is None:
         return "nothing measured"

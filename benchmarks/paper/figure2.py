@@ -1,8 +1,8 @@
 """Figure 2: how much of the final class token is lost if one block alone merges, by block and threshold.
 
-The loss is the cosine distance between what the head reads (the class token, or the mean of the patch tokens where a
-model pools) with and without merging, for every image by its own count. Groups are alternate in every block: tokens
-that have not merged have no sizes to tell them apart.
+The loss is the cosine distance, with and without merging, between what the head reads: the class token, or the mean of
+the patch tokens if the model pools. Each image merges its own count. Groups are alternate in every block, because
+before the only merge all sizes are 1 and cannot tell tokens apart.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def measure(subject: Subject, rows: Rows, args: argparse.Namespace) -> None:
 
 @torch.inference_mode()
 def _read(model: VisionTransformer, images: Tensor) -> Tensor:
-    """[B, C]: what the head makes its logits of."""
+    """The features [B, C] from which the head computes the logits."""
     features = model.forward_features(images.to(next(model.parameters())))
     return model.forward_head(features, pre_logits=True).double().cpu()
 
@@ -68,7 +68,7 @@ def _loss(subject: Subject, original: list[Tensor], theta: float, block: int) ->
 
 
 def table(result: dict[str, Any]) -> str:
-    """In Markdown: loss, and the tokens that merge for it."""
+    """A Markdown table of the loss and of the tokens that merge for it."""
     thetas = result["settings"]["thetas"]
     by_key = {(row["theta"], row["block"]): row for row in result["rows"]}
     head = [f"{result['rows'][0]['images']} images: block", *(f"theta {theta:g}: loss (merged)" for theta in thetas)]
@@ -83,7 +83,7 @@ def _cell(row: dict[str, Any] | None) -> str:
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """A line for each threshold, from dark to light, as other colours are for methods, and bars for their mean."""
+    """Plot a line for each threshold, from dark to light since colours stand for methods, and bars for their mean."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
@@ -96,7 +96,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     means = [sum(of_block) / len(lines) for of_block in zip(*lines.values(), strict=True)]
     panel.bar(blocks, means, color="0.85", label="their mean")
     for number, theta in enumerate(sorted(lines)):
-        losses = [loss if loss > 0 else math.nan for loss in lines[theta]]  # where nothing merges there is no point
+        losses = [loss if loss > 0 else math.nan for loss in lines[theta]]  # no point if nothing merges
         panel.plot(
             blocks, losses, marker=".", color=colormaps["viridis"](number / len(lines)), label=f"threshold {theta:g}"
         )

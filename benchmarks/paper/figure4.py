@@ -1,10 +1,10 @@
 """Accuracy against FLOPs, ATM ("batch" and "image") beside all methods of benchmarks/baselines.
 
-At each share of the model's FLOPs every method takes the setting whose cost comes closest, all with the last block for
-the class token alone; beside it stands the cost with a last block that computes all its tokens and merges none (MCTF
-fuses there before attention). Neither changes a logit. ATM's thresholds are those of --config (the digits: of
-``python -m benchmarks.calibration``), of the nearest cost and scaled to this one; no method sees a label. The products
-of the matching are in no cost.
+At each share of the model's FLOPs every method takes the setting whose cost comes closest. For all methods the last
+block computes the class token alone; the table also has the cost with a last block that computes all its tokens and
+merges none (MCTF fuses there before attention). Neither changes a logit. ATM's thresholds come from --config (the
+digits: from ``python -m benchmarks.calibration``): those of the nearest cost, scaled to this one. No method sees a
+label. No cost includes the products of the matching.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def measure(subject: Subject, rows: Rows, args: argparse.Namespace) -> None:
 
 
 def table(result: dict[str, Any]) -> str:
-    """In Markdown: top-1 and KL at each share, or the distance of features."""
+    """A Markdown table of top-1 and KL at each share, or of the distance of features."""
     at = sorted({row["share"] for row in result["rows"]})
     names = list(dict.fromkeys(row["method"] for row in result["rows"]))
     by_key = {(row["method"], row["share"]): row for row in result["rows"]}
@@ -64,14 +64,14 @@ def _cell(row: dict[str, Any] | None) -> str:
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Top-1, agreement and KL against GFLOPs. A method with several settings has one line: at each cost
-    that which changes least."""
+    """Plot top-1, agreement and KL against GFLOPs. A method with several published settings has one line: at each cost
+    the setting that changes least."""
     lines = {name: (style, [least(rows) for rows in _costs(result, of)]) for name, (style, of) in LINES.items()}
     draw(lines, PANELS, LOGARITHMIC, path, DASHES)
 
 
 def _costs(result: dict[str, Any], of: tuple[str, ...]) -> list[list[dict[str, Any]]]:
-    """What was measured of some settings, by cost."""
+    """The measured outcomes of some settings, grouped by cost."""
     by_share: dict[float, list[dict[str, Any]]] = {}
     for row in result["rows"]:
         if row["method"] in of and "overall" in row:
@@ -80,7 +80,7 @@ def _costs(result: dict[str, Any], of: tuple[str, ...]) -> list[list[dict[str, A
 
 
 def least(qualities: list[dict[str, Any]]) -> dict[str, Any]:
-    """The one that changes least: by KL, or without a head by the distance of features."""
+    """The outcome with the least change: by KL, or by the distance of features for a model without a head."""
     return min(qualities, key=lambda quality: quality["distance"] if quality["kl"] is None else quality["kl"])
 
 
@@ -91,8 +91,8 @@ def draw(
     path: Path,
     note: str = "",
 ) -> None:
-    """A panel for each measure that a point has, against GFLOPs, and the legend beside them, with a ``note``. A line is
-    a style of matplotlib's and its points."""
+    """Draw a panel for each measure that a point has, against GFLOPs, and a legend with ``note`` as its title. A line
+    is a matplotlib style and its points."""
     from matplotlib.figure import Figure
 
     points = [point for _, of_line in lines.values() for point in of_line]

@@ -1,9 +1,9 @@
 """Figure 5: schedules of merging: a constant, rising or falling r, one threshold, thresholds that fall with depth.
 
-All have alternate groups in every block and, as in the paper, one r per batch (adapt="batch"). A rising r grows by one
-from block to block, a falling one shrinks by one, as in the paper. The thresholds that fall are the paper's curve
-(Eq. 1): at each cost the best of some random ones by the change of the images to choose by, as the paper swept its
-three numbers.
+All have alternate groups in every block and, as in the paper, one r per batch (adapt="batch"). As in the paper, a
+rising r grows by one from block to block and a falling r shrinks by one. Thresholds that fall with depth are the
+paper's curve (Eq. 1). The paper swept its three parameters; here random curves are drawn at each cost, and the one that
+changes the images to choose by least is taken.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from benchmarks.paper.subject import Subject, check_shares, shares
 
 SHARES = (0.2, 0.3, 0.4, 0.5, 0.6)
 DRAWS = 24  # curves
-STYLES = {  # ToMe's colour, that of one threshold, and ATM's
+STYLES = {  # in the colours of ToMe, of a single threshold and of ATM
     "constant r": "C1s--",
     "increasing r": "C1^:",
     "decreasing r": "C1v-.",
@@ -42,7 +42,7 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def schedule(subject: Subject, name: str, goal: float) -> Way | None:
-    """The way of this name at a cost; None if it cannot be there."""
+    """The schedule of this name with settings at a cost; None if no setting comes close."""
     if name == "constant threshold":
         return constant_threshold(subject, "batch", goal)
     if name == "layer-dependent thresholds":
@@ -54,7 +54,7 @@ def schedule(subject: Subject, name: str, goal: float) -> Way | None:
 
 
 def row(subject: Subject, name: str, share: float) -> dict[str, Any]:
-    """A schedule at a cost, or why there is none."""
+    """The row of a schedule at a cost, or the reason why there is none."""
     return measured_at(subject, name, subject.goal(share), schedule)
 
 
@@ -69,7 +69,7 @@ table = figure4.table
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Top-1, agreement and KL against GFLOPs."""
+    """Plot top-1, agreement and KL against GFLOPs."""
     rows = [row for row in result["rows"] if "overall" in row]
     lines = {name: (style, [row["overall"] for row in rows if row["method"] == name]) for name, style in STYLES.items()}
     figure4.draw(lines, figure4.PANELS, figure4.LOGARITHMIC, path)

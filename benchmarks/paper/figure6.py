@@ -39,7 +39,7 @@ def _row(subject: Subject, name: str, share: float) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """In Markdown."""
+    """The result as a Markdown table."""
     blocks = range(1, max(len(row.get("merged", ())) for row in result["rows"]) + 1)
     head = [f"{about(result['rows'])}: tokens merged in block", "GFLOPs", "saved", *map(str, blocks)]
     body = []
@@ -54,7 +54,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Bars for each block, a panel for each cost."""
+    """Plot bars for each block, in a panel for each cost."""
     from matplotlib.figure import Figure
 
     costs = sorted({row["share"] for row in result["rows"]})

@@ -1,7 +1,7 @@
 """Pictures of merged tokens, block by block, from easy to hard images: ATM beside ToMe at equal FLOPs.
 
-Easy is an image that keeps few tokens by its own count. Merged patches have their mean colour and one outline. The
-pictures are made in one go: a run that goes on draws them all.
+An image is easy if it keeps few tokens by its own count. Merged patches share their mean colour and one outline. All
+pictures are drawn in one go, also when a run is resumed.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
 
 @torch.inference_mode()
 def measure(subject: Subject, rows: Rows, args: argparse.Namespace) -> None:
-    """Tokens left and cost of every picture; the pictures go beside the result."""
+    """Measure the tokens left and the cost of every picture, and draw the pictures beside the result."""
     wrong = [block for block in args.blocks if not 1 <= block <= subject.depth]
     if wrong:
         raise ValueError(f"--blocks {wrong[0]} is outside 1 .. {subject.depth}")
@@ -72,7 +72,7 @@ def measure(subject: Subject, rows: Rows, args: argparse.Namespace) -> None:
 
 
 def _numbered(subject: Subject, wanted: set[int]) -> dict[int, torch.Tensor]:
-    """Images [C, H, W] by their place among those to judge by."""
+    """The test images [C, H, W] with the wanted numbers, by number."""
     chosen, first = {}, 0
     for images in subject.images():
         chosen |= {number: images[number - first] for number in wanted if first <= number < first + len(images)}
@@ -81,13 +81,13 @@ def _numbered(subject: Subject, wanted: set[int]) -> dict[int, torch.Tensor]:
 
 
 def _tokens(model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """[B]: the tokens of an image that enter the last block."""
+    """The number of tokens of each image that enter the last block, [B]."""
     model(images.to(next(model.parameters())))
     return torch.as_tensor(model.blocks.last.tokens[-1]).expand(len(images)).cpu()
 
 
 def table(result: dict[str, Any]) -> str:
-    """In Markdown."""
+    """The result as a Markdown table."""
     head = [
         "tokens left",
         "GFLOPs",

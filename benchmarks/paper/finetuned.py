@@ -1,9 +1,10 @@
 """Fine-tuned ATM beside training-free ATM and beside the unmerged model fine-tuned as long.
 
-All begin with the same weights and are trained by the same recipe, the paper's in fewer epochs, on the same images in
-the same order. Top-1 and KL compare each with the model before any training: KL(before || after) on the images to judge
-by. ATM's thresholds are those of --config (the digits: of ``python -m benchmarks.calibration``), scaled to each cost
-before training, and fixed in it. Each training is a run of its own beside the result: ``--resume`` goes on within it.
+All begin with the same weights and are trained on the same images in the same order by the same recipe, the paper's
+with fewer epochs. Top-1 and KL compare each with the model before any training, KL(before || after), on the images to
+judge by. ATM's thresholds come from --config (the digits: from ``python -m benchmarks.calibration``). They are scaled
+to each cost before training and fixed during training. Each training has its own run folder beside the result, within
+which ``--resume`` continues.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from benchmarks.paper.rows import SAME, Rows
 from benchmarks.paper.subject import Subject, batch_size, check_shares, shares
 
 SHARES = (0.5, 0.6, 0.7)  # saved
-WATCHED = 4  # batches to judge by after each epoch; all of them judge in the end
+WATCHED = 4  # test batches after each epoch; at the end all are used
 FREE, TUNED, UNMERGED = "ATM, training-free", "ATM, fine-tuned", "unmerged, fine-tuned"
 
 
@@ -102,10 +103,10 @@ def measure(subject: Subject, rows: Rows, args: argparse.Namespace) -> None:
 
 
 def unfinished(rows: Rows, args: argparse.Namespace) -> Path:
-    """Where trainings lie until all of a result is there.
+    """The folder that keeps the trainings until the result is complete.
 
     Raises:
-        ValueError: some do, and --resume is not given.
+        ValueError: it exists already and --resume is not given.
     """
     runs = rows.path.with_suffix(".runs")
     if runs.exists() and not args.resume:
@@ -124,7 +125,7 @@ def free_at(subject: Subject, adapt: str, share: float) -> dict[str, Any]:
 def tuned(
     subject: Subject, config: ATMConfig | Baseline, args: argparse.Namespace, seed: int, at: Path
 ) -> dict[str, Any]:
-    """The row of a training with ATM, by the paper's recipe, or with another method, by its authors'."""
+    """Train with ATM by the paper's recipe, or with another method by its authors' recipe, and return the row."""
     model, recipe = copy.deepcopy(subject.model), recipe_of(args, seed)
     images, method = _images(args, model, seed), None
     about: dict[str, Any] = {"images": args.images}
@@ -150,7 +151,7 @@ def _images(args: argparse.Namespace, model: Any, seed: int) -> TrainImages:
 
 
 def table(result: dict[str, Any]) -> str:
-    """In Markdown."""
+    """The result as a Markdown table."""
     head = [about(result["rows"]), "method", "adapt", "seed", "GFLOPs", "saved", "top-1", "KL", "minutes"]
     body = []
     for row in sorted(result["rows"], key=lambda row: (row["share"], row["adapt"] or "", row["method"])):

@@ -1,8 +1,8 @@
 """Parameters and FLOPs of the paper's models and of ToMe, beside what they should be.
 
-The paper prints the GFLOPs and rounder parameters (LV-ViT's are its authors'), ToMe the tokens; parameters to 0.01 M
-and ToMe's GMACs follow from the architectures by hand. Our counts come from shapes; each is held against torch's own
-counter, unmerged and merged.
+The paper prints GFLOPs and rounded parameters (for LV-ViT those of its authors), and ToMe prints tokens. Parameters to
+0.01 M and ToMe's GMACs were derived by hand from the architectures. Our counts come from shapes; each is compared with
+torch's own counter, unmerged and merged.
 """
 
 from typing import Any
@@ -20,9 +20,9 @@ from atm_triton import ATMConfig, apply_patch, summary
 from atm_triton.flops import cost, planned, unmerged
 
 IMAGE = (3, 224, 224)
-MERGED = 4  # r of every block, in the static schedule that torch counts too
+MERGED = 4  # r of every block in the static schedule that torch's counter also counts
 MAE = {"global_pool": "avg", "num_classes": 1000}
-MODELS = {  # the paper's name: timm's or ours, its arguments, the paper's GFLOPs, millions of parameters
+MODELS = {  # the paper's name: our or timm's name, arguments, the paper's GFLOPs, millions of parameters
     "DeiT-T": ("deit_tiny_patch16_224", {}, 1.25, 5.72),
     "DeiT-S": ("deit_small_patch16_224", {}, 4.60, 22.05),
     "DeiT-B": ("deit_base_patch16_224", {}, 17.57, 86.57),
@@ -34,11 +34,11 @@ MODELS = {  # the paper's name: timm's or ours, its arguments, the paper's GFLOP
     "LV-ViT-M": ("lvvit_m", {}, 12.74, 55.83),
 }
 TOME_ON_DEIT_S = {8: 3.416, 11: 2.986, 13: 2.703, 16: 2.291}  # GMACs by r of every block
-TOME_ON_VIT_L_384 = {8: 377, 16: 177, 22: 27, 24: 8}  # tokens that are left by the number of blocks that merge 25
+TOME_ON_VIT_L_384 = {8: 377, 16: 177, 22: 27, 24: 8}  # number of blocks that merge 25: tokens left
 
 
 def measure() -> dict[str, Any]:
-    """All figures; those of a model with random weights on one image."""
+    """All figures, from models with random weights on one image."""
     models = [_model_row(name, *entry) for name, entry in tqdm(MODELS.items(), desc="models", unit="model")]
     tome = [_tome_row(r, published) for r, published in TOME_ON_DEIT_S.items()]
     lengths = [_length_row(blocks, published) for blocks, published in TOME_ON_VIT_L_384.items()]
@@ -47,7 +47,7 @@ def measure() -> dict[str, Any]:
 
 def _model_row(name: str, model_name: str, options: dict[str, Any], gflops: float, millions: float) -> dict[str, Any]:
     fused = use_fused_attn()
-    set_fused_attn(False)  # torch's counter sees no other attention
+    set_fused_attn(False)  # torch's counter does not see fused attention
     try:
         model = timm.create_model(model_name, **options).eval()
     finally:
@@ -96,7 +96,7 @@ def _length_row(blocks: int, published: int) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """In Markdown."""
+    """The result as a Markdown table."""
     lines = [
         f"| | parameters, M (expected) | GFLOPs (the paper's) | MACs | MACs, r = {MERGED} in every block |",
         "|---|---|---|---|---|",

@@ -1,8 +1,9 @@
-"""Settings at a cost: for every method the one whose GFLOPs come closest, found in the same way for all.
+"""Find for every method the setting whose GFLOPs come closest to a cost, in the same way for all.
 
-Each method has one number that sets its cost; it is bisected. Where the cost hangs on shapes alone one image tells it;
-where it hangs on similarities, the images to choose by do. Labels are not used. The rest of a method is as published,
-or for ATM as it was calibrated for the nearest cost, which is more search than the others get.
+Each method has one number that sets its cost, and it is bisected. If the cost depends on shapes alone, one image
+suffices; if it depends on similarities, it is measured on the images to choose by. Labels are not used. The other
+settings of a method are as published; ATM's are those calibrated for the nearest cost, which is more search than the
+others get.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,13 +25,13 @@ from benchmarks.baselines.dtome import DToMe
 from benchmarks.model_with_images import ModelWithImages
 from benchmarks.paper.subject import Subject
 
-POINTS = sorted({round(2 * 1.02**step) for step in range(450)}, reverse=True)  # of ATS, 14,538 to 2
-NEAR = 0.03  # of the unmerged model's cost: a method that comes no nearer is left out
-METHODS = (  # those with several published settings stand with each of them
+POINTS = sorted({round(2 * 1.02**step) for step in range(450)}, reverse=True)  # M of ATS, from 14,538 to 2
+NEAR = 0.03  # share of the unmerged model's cost; a method that comes no closer is left out
+METHODS = (  # methods with several published settings appear once for each
     *("tome", "tome, rising", "tome, falling", "threshold, batch", "threshold, image", "evit, fused", "evit"),
     *("mctf", "mctf, fast", "pitome", "ats", "zero_tprune", "tofu", "dtome", "atm, batch", "atm, image"),
 )
-LINES = {  # in plots: a colour for each method, solid where each image has its own count; settings that share a line
+LINES = {  # in plots: a style (one colour per method, solid if images have their own counts), settings on the line
     "ATM": ("C0o-", ("atm, image",)),
     "ATM, one r per batch": ("C0o--", ("atm, batch",)),
     "one threshold": ("C2v-", ("threshold, image",)),
@@ -48,8 +49,8 @@ LINES = {  # in plots: a colour for each method, solid where each image has its 
 
 @dataclass(frozen=True)
 class Way:
-    """A method with settings; ``patch`` puts it into a model, whose last block serves the class token alone.
-    ``own_count``: each image has its own cost, so that the images to choose by tell what it costs."""
+    """A method with its settings. ``patch`` puts it into a model, whose last block then serves the class token alone.
+    ``own_count``: images differ in cost, so that the cost is measured on the images to choose by."""
 
     settings: dict[str, Any]
     patch: Patch
@@ -67,8 +68,8 @@ def of_config(config: ATMConfig) -> Way:
 
 
 def nearest(subject: Subject, ways: Sequence[Way], goal: float, within: float = NEAR) -> Way | None:
-    """The way among ``ways``, from the dearest to the cheapest, whose cost comes closest to ``goal``; None if it is
-    farther than this share of the unmerged model's."""
+    """Bisect ``ways``, sorted from the highest to the lowest cost, for the one closest to ``goal``. None if it is
+    farther away than ``within`` times the unmerged model's cost."""
     first, last = 0, len(ways) - 1
     while last - first > 1:
         middle = (first + last) // 2
@@ -80,7 +81,8 @@ def nearest(subject: Subject, ways: Sequence[Way], goal: float, within: float = 
 
 @torch.inference_mode()
 def counted(subject: Subject, way: Way) -> float:
-    """GFLOPs of an image; of those to choose by their mean, where each has its own."""
+    """GFLOPs per image: the mean over the images to choose by if images differ in cost, otherwise those of one
+    image."""
     model: VisionTransformer = way.patch(share(subject.model))
     batches = [batch[0] for batch in subject.loader] if way.own_count else [subject.image()]
     total = 0.0
@@ -91,7 +93,7 @@ def counted(subject: Subject, way: Way) -> float:
 
 
 def scaled(subject: ModelWithImages, config: ATMConfig, goal: float) -> ATMConfig | None:
-    """Thresholds with their distances from 1 scaled until the images to choose by cost ``goal``; None if none do."""
+    """Scale the thresholds' distances from 1 until the images to choose by cost ``goal``; None if no scale does."""
     thetas = tuple(config.theta(block, subject.depth) for block in range(1, subject.costs.merging + 1))
     knows_sizes = subject.proportional if config.proportional_attention is None else config.proportional_attention
     return subject.at_cost(
@@ -113,10 +115,10 @@ def constant_threshold(subject: Subject, adapt: str, goal: float) -> Way | None:
 
 
 def published(depth: int, N: int, cls_only_last: bool = True) -> dict[str, list[Way]]:
-    """The methods whose cost hangs on shapes alone, each with its settings from the dearest to the cheapest, for a
-    model of ``depth`` blocks and N tokens."""
+    """The methods whose cost depends on shapes alone, for a model of ``depth`` blocks and N tokens, each with its
+    settings from the highest to the lowest cost."""
     ratios, rates = ([1 - step / steps for step in range(1, last)] for steps, last in ((400, 201), (200, 200)))
-    quarters = sorted({depth * quarter // 4 for quarter in (1, 2, 3)})  # of twelve blocks 3, 6, 9, as published
+    quarters = sorted({depth * quarter // 4 for quarter in (1, 2, 3)})  # 3, 6, 9 of twelve blocks, as published
     in_quarters, spread = {"blocks": quarters}, sorted({depth * block // 12 for block in (0, 2, 5, 8, 10)})
     settings = {
         "tome": ("tome", [{"r": r} for r in range(1, N)]),
@@ -137,8 +139,8 @@ def published(depth: int, N: int, cls_only_last: bool = True) -> dict[str, list[
 
 
 def sampling(subject: Subject, goal: float, within: float) -> Way | None:
-    """ATS in the last three quarters of the blocks, as published, or in as many of the last as leave ``goal`` in
-    reach."""
+    """ATS in the last three quarters of the blocks, as published, or in fewer of the last blocks if ``goal`` is out of
+    reach otherwise."""
     for first in range(subject.depth // 4, subject.depth):
         blocks = tuple(range(first, subject.depth))
         ways = [of_baseline("ats", own_count=True, M=M, blocks=blocks) for M in POINTS]
@@ -148,7 +150,8 @@ def sampling(subject: Subject, goal: float, within: float) -> Way | None:
 
 
 def fitted(subject: Subject, goal: float, within: float) -> Way | None:
-    """DToMe with the r whose thresholds, fitted by the images to choose by, cost closest to ``goal`` on them."""
+    """DToMe with the r whose thresholds, fitted to the images to choose by, cost closest to ``goal`` on these
+    images."""
 
     @cache
     def of_r(r: int) -> Way:
@@ -162,11 +165,11 @@ def fitted(subject: Subject, goal: float, within: float) -> Way | None:
 
 
 def at_cost(subject: Subject, method: str, goal: float, within: float = NEAR) -> Way | None:
-    """A method of :data:`METHODS` at ``goal`` GFLOPs, or ``within`` this share of the unmerged model's where settings
-    come in steps; None if it cannot be there.
+    """Find settings of a method of :data:`METHODS` that cost ``goal`` GFLOPs; settings that come in steps may be off by
+    ``within`` times the unmerged model's cost. None if no setting comes close.
 
     Raises:
-        UnreachableError: the model has nothing that the method goes by.
+        UnreachableError: the model lacks what the method needs, or no thresholds are given for it.
     """
     candidates = published(subject.depth, subject.costs.N)
     if method in candidates:
@@ -187,7 +190,7 @@ Finder = Callable[[Subject, str, float], Way | None]
 
 
 def measured_at(subject: Subject, name: str, goal: float, find: Finder = at_cost) -> dict[str, Any]:
-    """The row of what ``find`` finds by a name at a cost, or why there is none."""
+    """The row of the settings that ``find`` finds for a name at a cost, or the reason why there are none."""
     try:
         way = find(subject, name, goal)
     except UnreachableError as error:

@@ -1,9 +1,8 @@
 """Tables A2-A5: every operating point that the paper prints for a model, its figures beside ours.
 
-Those of Table A3, for checkpoints that were fine-tuned with merging, go by the name pointsA3. The paper's points are
-for its own checkpoints on ImageNet-1k. For the digits those of DeiT-S stand in, which has as many tokens and blocks:
-they show what thresholds do that were chosen for another model. As in the paper, all merge one r per batch
-(adapt="batch").
+The name pointsA3 runs those of Table A3, for checkpoints that were fine-tuned with merging. The paper's points are for
+its own checkpoints on ImageNet-1k. The digits take those of DeiT-S, which has as many tokens and blocks: they show what
+thresholds chosen for another model do. As in the paper, all merge one r per batch (adapt="batch").
 """
 
 import argparse
@@ -53,7 +52,7 @@ def measure(subject: Subject, rows: Rows, args: argparse.Namespace) -> None:
 
 
 def table(result: dict[str, Any]) -> str:
-    """In Markdown."""
+    """The result as a Markdown table."""
     head = [
         f"{about(result['rows'])}: alpha, beta, theta_min of {result['settings']['points_of']}",
         "the paper's GFLOPs, top-1",

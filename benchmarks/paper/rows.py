@@ -1,4 +1,4 @@
-"""The rows of a result, written to a file beside it as they come, so that an interrupted run can go on."""
+"""Rows of a result, written to a file as they are measured, so that an interrupted run can be resumed."""
 
 import json
 from collections.abc import Callable
@@ -9,23 +9,23 @@ from tqdm import tqdm
 
 from atm_triton.measure.provenance import environment, write_result
 
-SAME = ("commit", "dirty", "atm_triton", "torch", "cpu", "gpu")  # of the environment, in every row of a file
-FREE = ("device", "thresholds")  # what a result may be measured anew with
+SAME = ("commit", "dirty", "atm_triton", "torch", "cpu", "gpu")  # of the environment: the same for all rows of a file
+FREE = ("device", "thresholds")  # settings that may change when a result is replaced
 
 
 class Rows:
-    """Of one experiment. Each row begins with its key: what tells it from the others. A bar counts them.
+    """The rows of one experiment. Each row begins with its key, which identifies it. A progress bar counts them.
 
     Args:
-        path: of the JSON file, which stays as it is until :meth:`finish`; meanwhile rows go to PATH.partial.
-        settings: what all rows have in common; a file of others is not gone on with, and not replaced but where
-            FREE alone differ.
-        resume: whether the rows that PATH.partial holds, or else the file, are kept.
-        same: of the environment, what all rows share.
+        path: the JSON file. It stays unchanged until :meth:`finish`; meanwhile rows go to PATH.partial.
+        settings: what all rows have in common. A file with other settings is not resumed, and is replaced only if
+            nothing but FREE differs.
+        resume: whether to keep the rows of PATH.partial or, without it, those of the file.
+        same: the fields of the environment that all rows share.
 
     Raises:
-        ValueError: to resume a file of other settings, or another commit, or no result at all; to begin anew where one
-            of other settings lies, or what an interrupted run has left.
+        ValueError: the file to resume has other settings, is of another commit or is no result; or, without ``resume``,
+            a result with other settings or an interrupted run is in the way.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any], resume: bool, same: tuple[str, ...] = SAME) -> None:
@@ -42,7 +42,7 @@ class Rows:
         self.bar = tqdm(desc=path.stem, unit="row", disable=None)
 
     def expect(self, number: int) -> None:
-        """So many rows, or fewer."""
+        """Set the number of rows, at most, for the progress bar."""
         self.bar.total = number
         self.bar.refresh()
 
@@ -76,7 +76,7 @@ class Rows:
             )
 
     def add(self, key: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The row of ``key``, measured unless it is at hand."""
+        """Return the row of ``key``; measure it unless it is there already."""
         self.bar.set_postfix(key)
         wanted = json.loads(json.dumps(key))
         known = [row for row in self.rows if {name: row.get(name) for name in wanted} == wanted]
@@ -87,12 +87,12 @@ class Rows:
         return known[0] if known else self.rows[-1]
 
     def finish(self) -> dict[str, Any]:
-        """The whole result, written to its file."""
+        """Write the complete result to its file and return it."""
         self.bar.close()
         write_result(self.path, self.result())
         self.partial.unlink(missing_ok=True)
         return self.result()
 
     def result(self) -> dict[str, Any]:
-        """``not_read``: images left out, also those that an interrupted run has met."""
+        """The result so far. ``not_read``: images left out, including those of an interrupted run."""
         return {"settings": self.settings, "not_read": sorted(self._broken | self.broken()), "rows": self.rows}

@@ -21,13 +21,13 @@ from atm_triton.transformer import leading_tokens
 from benchmarks.model_with_images import BATCH_SIZE, ModelWithImages
 from benchmarks.paper.thresholds import Thresholds
 
-CHOOSE_BY = 512  # images
-USUAL = 0.45  # of the FLOPs saved
+CHOOSE_BY = 512  # images at most
+USUAL = 0.45  # share of the FLOPs saved
 
 
 def options(choosing: bool = True, config: bool = True) -> argparse.ArgumentParser:
-    """The options of an experiment that runs a model. ``choosing``: whether it chooses settings; ``config``: whether it
-    measures ATM with thresholds that it is given."""
+    """The options of an experiment that runs a model. ``choosing``: whether it chooses settings; ``config``: whether
+    the user gives it thresholds for ATM."""
     parser = argparse.ArgumentParser(add_help=False, parents=[model_options(), data_options()])
     parser.add_argument("--limit", type=int, help="judge by so many images, spread over all of them")
     if choosing:
@@ -57,7 +57,7 @@ def check_shares(given: list[float]) -> dict[str, Any]:
 
 
 class Subject(ModelWithImages):
-    """What the options say. Images that cannot be read are left out, their paths are in ``broken``."""
+    """The model and images that the options name. Unreadable images are left out; ``broken`` has their paths."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         check_device(args.device)
@@ -85,7 +85,7 @@ class Subject(ModelWithImages):
 
     @staticmethod
     def settings(args: argparse.Namespace) -> dict[str, Any]:
-        """What tells a run from another; refuses what cannot be meant."""
+        """The settings that identify a run. Raises ValueError for options that contradict each other."""
         check_weights(args.model, args.checkpoint, args.pretrained)
         names = ("model", "model_kwargs", "pretrained", "limit", "dtype", "device")
         about = {name: getattr(args, name) for name in names}
@@ -94,18 +94,18 @@ class Subject(ModelWithImages):
             _check_choosing(args.data or DIGITS, args.choose_by)
             about["choose_by"] = args.choose_by or DIGITS
         about["checkpoint"] = None if args.checkpoint is None else str(args.checkpoint)
-        if args.checkpoint is not None and args.checkpoint.is_file():  # what is missing is refused later
+        if args.checkpoint is not None and args.checkpoint.is_file():  # a missing file is refused later
             about["checkpoint_sha256"] = checksum(args.checkpoint)
         return about | ({"thresholds": Thresholds.asked(args).to_list()} if hasattr(args, "config") else {})
 
     @property
     def merging(self) -> int:
-        """Blocks that may merge: the last does not where it serves the leading tokens alone."""
+        """The number of blocks that may merge: all but a last block that serves the leading tokens alone."""
         return self.depth - (leading_tokens(self.model) is not None)
 
     @property
     def configs(self) -> dict[str, ATMConfig]:
-        """For an experiment that compares no costs: for either way to adapt the thresholds nearest to a usual cost."""
+        """For experiments that do not compare costs: the thresholds nearest to a usual cost, for each way to adapt."""
         shape = data_config(self.model)["input_size"]
         usual = (1 - USUAL) * cost(self.model, unmerged(self.model, shape)).paper_gflops
         return {adapt: self.thresholds.of_either(adapt, usual) for adapt in ("batch", "image")}
@@ -121,7 +121,7 @@ class Subject(ModelWithImages):
         return logits
 
     def images(self) -> Iterator[Tensor]:
-        """Batches of the images to judge by."""
+        """Yield batches of the images to judge by."""
         number = 0
         for images, _ in self.test:
             number += 1
@@ -137,7 +137,7 @@ class Subject(ModelWithImages):
         return open_images(self.model, self.data, "test", self._limit, batch_size, **self._opened)
 
     def image(self) -> Tensor:
-        """One image [1, C, H, W], to count by."""
+        """One image [1, C, H, W], to count FLOPs with."""
         return self.loader[0][0][:1].to(next(self.model.parameters()))
 
     def in_other_batches(self, batch_size: int, config: ATMConfig, title: str) -> Evaluation:
@@ -161,7 +161,7 @@ def _check_choosing(data: str, chosen: str | None) -> None:
 
 
 def _overlap(data: str, chosen: str) -> bool:
-    """Whether one directory is the other, or lies in it."""
+    """Whether the directories are the same or one contains the other."""
     if DIGITS in (data, chosen):
         return False
     one, other = Path(data).resolve(), Path(chosen).resolve()

@@ -1,8 +1,9 @@
 """Table 1, the stress test: the most that each method saves without a drop in accuracy.
 
-For every method the range of costs, from what the last block alone saves to -90 %, is halved in as many steps, each
-with the setting closest to the middle, however far, and judged as in the paper by the labels of the very images that
-are reported. It is assumed that less cost is not more accurate; the cheapest setting that holds counts.
+For every method the range of costs, from the saving of the last block alone to -90 %, is bisected in the same number of
+steps. Each step takes the setting closest to the middle, however far off, and judges it, as in the paper, by the labels
+of the very images that are reported. This assumes that accuracy does not rise as the cost falls. The cheapest setting
+without a drop counts.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from benchmarks.paper.methods import METHODS, at_cost, measured_at
 from benchmarks.paper.rows import Rows
 from benchmarks.paper.subject import Subject, options
 
-STEPS, MOST = 6, 0.9  # of each search, and the share where it ends
+STEPS, MOST = 6, 0.9  # steps of each search, and the largest share saved
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -50,7 +51,7 @@ def _holds(row: dict[str, Any], drop: float) -> bool:
 
 
 def best(result: dict[str, Any]) -> dict[str, dict[str, Any] | None]:
-    """Of each method the row that saves most and holds; None if none does."""
+    """The row of each method that saves most without a drop; None if every row has a drop."""
     names = dict.fromkeys(row["method"] for row in result["rows"])
     holding = [row for row in result["rows"] if _holds(row, result["settings"]["drop"])]
     return {
@@ -68,7 +69,7 @@ def _none(method: str, result: dict[str, Any]) -> str:
 
 
 def table(result: dict[str, Any]) -> str:
-    """In Markdown."""
+    """The result as a Markdown table."""
     head = [about(result["rows"]), "GFLOPs", "saved", "top-1", "agreement", "KL"]
     body = []
     for method, row in best(result).items():

@@ -7,7 +7,7 @@ from benchmarks.paper.cells import about, changed, drop, markdown, saved
 from benchmarks.paper.figure4 import measure, settings
 from benchmarks.paper.subject import shares
 
-SHARES = (0.35, 0.5)  # saved; the first as the paper has it of DeiT-S
+SHARES = (0.35, 0.5)  # saved; the first is the paper's for DeiT-S
 
 __all__ = ["arguments", "measure", "settings", "table"]
 
@@ -17,7 +17,7 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def table(result: dict[str, Any]) -> str:
-    """In Markdown."""
+    """The result as a Markdown table."""
     head = [about(result["rows"]), "method", "GFLOPs", "saved", "top-1", "agreement", "KL"]
     body = []
     for row in sorted(result["rows"], key=lambda row: row["share"]):

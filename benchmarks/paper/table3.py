@@ -1,6 +1,6 @@
 """Table 3: the splitting depth, from 0 (size-distinctive groups in all blocks) to L (alternate groups in all).
 
-The thresholds stay as they are, so that the cost differs a little, as in the paper.
+The thresholds stay the same, so the cost differs a little, as in the paper.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def measure(subject: Subject, rows: Rows, args: argparse.Namespace) -> None:
 
 
 def table(result: dict[str, Any]) -> str:
-    """In Markdown."""
+    """The result as a Markdown table."""
     head = [f"{about(result['rows'])}: splitting depth", "adapt", "GFLOPs", "saved", "top-1", "agreement", "KL"]
     body = []
     for row in result["rows"]:

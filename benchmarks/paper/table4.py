@@ -1,12 +1,12 @@
 """Table 4: methods that are trained, beside ATM with and without training.
 
-All begin with the same weights and see the same images as often, augmented alike. Each has its authors' losses, modules
-and rates as far as they are known, in fewer epochs (and ATM the paper's); ``benchmarks/baselines`` says what is our
-reading, as IA-RED²'s training is. The last block computes the class token alone, for all of them. The paper's rows are
-not one protocol: some are trained from scratch,
-some fine-tuned, some with a teacher. ATM's thresholds are those of --config (the digits: of ``python -m
-benchmarks.calibration``), scaled to the paper's shares of the FLOPs. Each training is a run of its own beside the
-result, which ``--resume`` goes on with; all of them are deleted once the table is whole.
+All begin with the same weights and see the same images equally often, augmented alike. Each has its authors' losses,
+modules and rates as far as they are known (ATM has the paper's), with fewer epochs; ``benchmarks/baselines`` says what
+is our reading, such as IA-RED²'s training. For all of them the last block computes the class token alone. The paper's
+rows do not share one protocol: some are trained from scratch, some fine-tuned, some with a teacher. ATM's thresholds
+come from --config (the digits: from ``python -m benchmarks.calibration``), scaled to the paper's shares of the FLOPs.
+Each training has its own run folder beside the result, which ``--resume`` continues. All folders are deleted once the
+table is complete.
 """
 
 import argparse
@@ -36,7 +36,7 @@ WHOLE = 4.6  # GFLOPs of DeiT-S in the paper
 
 
 class Published(NamedTuple):
-    """A row of the paper's Table 4, of DeiT-S on ImageNet; hours on one A6000; None: a dash, or no row at all."""
+    """A row of the paper's Table 4: DeiT-S on ImageNet, hours on one A6000. None: a dash in the paper, or no row."""
 
     gflops: float | None = None
     top1: float | None = None
@@ -76,7 +76,7 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def of_model(subject: Subject) -> dict[str, Callable[[], Baseline]]:
-    """Each method as published for DeiT-S, its blocks at the same share of the depth."""
+    """Each method as published for DeiT-S, with its blocks at the same shares of the depth."""
     depth, alone = subject.depth, {"cls_only_last": True}
     quarters = tuple(sorted({depth * quarter // 4 for quarter in (1, 2, 3)}))
     third, two = depth // 3, 2 * depth // 3
@@ -126,7 +126,7 @@ def _atm(subject: Subject, args: argparse.Namespace) -> ATMConfig | None:
 
 
 def table(result: dict[str, Any]) -> str:
-    """In Markdown: means over the seeds, and the standard deviation of one."""
+    """The result as a Markdown table, with means and standard deviations over the seeds."""
     epochs = result["settings"]["recipe"]["epochs"]
     head = [about(result["rows"]), "GFLOPs", "all tokens last", "top-1", "epochs", "minutes each"]
     head += ["the paper, DeiT-S: GFLOPs", "top-1", "epochs", "hours"]

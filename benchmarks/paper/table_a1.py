@@ -48,7 +48,7 @@ def _outcome(subject: Subject, batch_size: int, config: ATMConfig) -> dict[str, 
 
 
 def table(result: dict[str, Any]) -> str:
-    """In Markdown."""
+    """The result as a Markdown table."""
     head = [f"{about(result['rows'])}: batch size", "adapt", "GFLOPs", "saved", "top-1", "agreement", "KL"]
     body = []
     for row in result["rows"]:

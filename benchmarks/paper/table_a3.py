@@ -1,8 +1,8 @@
 """Table A3: ATM fine-tuned at the paper's costs, beside ATM without training.
 
-The costs are the shares of the unmerged model's FLOPs that the paper's Table A3 has for the model, for the digits those
-of DeiT-S. Thresholds are those of --config (the digits: of ``python -m benchmarks.calibration``), scaled to each cost
-before training. The rest is as in ``finetuned``. (``pointsA3`` runs checkpoints that are fine-tuned already, with the
+The costs are the shares of the unmerged model's FLOPs in the paper's Table A3 for the model; the digits take those of
+DeiT-S. Thresholds come from --config (the digits: from ``python -m benchmarks.calibration``), scaled to each cost
+before training. The rest is as in ``finetuned``. (``pointsA3`` runs checkpoints that are already fine-tuned, with the
 paper's own thresholds.)
 """
 
@@ -32,7 +32,7 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def chosen(args: argparse.Namespace) -> dict[float, OperatingPoint]:
-    """The paper's points by the share of the FLOPs that they save, evenly among all of the model."""
+    """The chosen points of the paper, evenly spaced among those of the model, by the share of the FLOPs they save."""
     model = paper_name(name_of(args))
     points = [point for point in operating_points() if point.model == model and point.fine_tuned]
     if not points:
@@ -54,7 +54,7 @@ def measure(subject: Subject, rows: Rows, args: argparse.Namespace) -> None:
 
 
 def table(result: dict[str, Any]) -> str:
-    """In Markdown: means over the seeds, and the standard deviation of one."""
+    """The result as a Markdown table, with means and standard deviations over the seeds."""
     head = [
         about(result["rows"]),
         "adapt",

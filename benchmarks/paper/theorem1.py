@@ -1,8 +1,8 @@
 """Definition 2 and Theorem 1: the merging error against its bounds, on random vectors and on a model's real merges.
 
-Two unit vectors with cosine distance delta and sizes n_i and n_j become their size-weighted mean x*. The error
-n_i delta(x_i, x*) + n_j delta(x_j, x*) is at least n_i n_j / (n_i + n_j) delta and at most twice that, where the
-vectors make no obtuse angle. The model merges one r per batch (adapt="batch"), as in the paper.
+Two unit vectors with cosine distance delta and sizes n_i and n_j merge into their size-weighted mean x*. The error
+n_i delta(x_i, x*) + n_j delta(x_j, x*) is at least n_i n_j / (n_i + n_j) delta, and at most twice that if the angle
+between the vectors is not obtuse. The model merges one r per batch (adapt="batch"), as in the paper.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from benchmarks.paper.subject import Subject, options
 DIMENSIONS = (2, 64, 384)
 DRAWN = 100_000
 LARGEST = 64  # size of a random token
-SLACK = 1e-9  # of float64, in the ratio of an error to its bound
+SLACK = 1e-9  # for float64 rounding, in the ratio of an error to its bound
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -39,8 +39,9 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def merging_error(x: Tensor, y: Tensor, n: Tensor, m: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Definition 2 of pairs of vectors [K, C] with sizes [K]: the error, n m / (n + m) times their cosine distance, and
-    their cosine. In float64; distances of near vectors from their difference, which loses no digits."""
+    """Definition 2 for pairs of vectors [K, C] with sizes [K], in float64. Returns the error, n m / (n + m) times the
+    cosine distance, and the cosine. Distances come from differences of vectors, which lose no digits if they are
+    near."""
     x, y = F.normalize(x.double(), dim=1), F.normalize(y.double(), dim=1)
     n, m = n.double(), m.double()
     middle = F.normalize(n[:, None] * x + m[:, None] * y, dim=1)
@@ -49,7 +50,7 @@ def merging_error(x: Tensor, y: Tensor, n: Tensor, m: Tensor) -> tuple[Tensor, T
 
 
 def bounds(x: Tensor, y: Tensor, n: Tensor, m: Tensor) -> dict[str, Any]:
-    """How the errors of pairs lie between their bounds."""
+    """Summarise where the errors of pairs lie between their bounds."""
     error, scale, cosine = merging_error(x, y, n, m)
     held = (cosine >= 0) & (scale > 0)
     ratio = (error / scale)[held]
@@ -67,7 +68,7 @@ def bounds(x: Tensor, y: Tensor, n: Tensor, m: Tensor) -> dict[str, Any]:
 
 
 class PairBlock(ATMBlock):
-    """A block that keeps the pairs which it merges: both tokens after attention, and their sizes."""
+    """A block that keeps the pairs that it merges: both tokens after attention, and their sizes."""
 
     pairs: list[tuple[Tensor, ...]]
 
@@ -96,7 +97,7 @@ def measure(subject: Subject, rows: Rows, args: argparse.Namespace) -> None:
 
 
 def drawn(dimension: int) -> dict[str, Any]:
-    """Random pairs, from near to far, with sizes from 1 to LARGEST."""
+    """The row of random pairs, from near to far, with sizes from 1 to LARGEST."""
     generator = torch.Generator().manual_seed(0)
     x, other = torch.randn(2, DRAWN, dimension, generator=generator, dtype=torch.float64)
     near = 10 ** (-4 * torch.rand(DRAWN, 1, generator=generator, dtype=torch.float64))
@@ -106,7 +107,7 @@ def drawn(dimension: int) -> dict[str, Any]:
 
 @torch.inference_mode()
 def merged(subject: Subject, config: ATMConfig) -> list[dict[str, Any]]:
-    """The pairs that each block of the model merges in the images to judge by, one row a block."""
+    """The pairs that each block of the model merges in the images to judge by, one row per block."""
     model = share(subject.model)
 
     def collecting(block: torch.nn.Module, index: int) -> PairBlock:
@@ -138,7 +139,7 @@ def _together(parts: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """In Markdown."""
+    """The result as a Markdown table."""
     head = ["pairs of", "pairs", "at an obtuse angle", "outside the bounds", "error / lower bound", "mean error"]
     body = []
     for row in result["rows"]:

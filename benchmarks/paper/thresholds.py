@@ -1,4 +1,4 @@
-"""ATM's thresholds for an experiment: of one or more calibrations, each for the cost that it promises."""
+"""ATM's thresholds for an experiment: from one or more calibrations, each for the cost that it promises."""
 
 import argparse
 import json
@@ -11,12 +11,12 @@ from atm_triton.measure.configurations import read_config
 from atm_triton.measure.models import DIGITS
 from benchmarks import RESULTS
 
-OF_DIGITS = RESULTS / "digits_calibration.json"  # of python -m benchmarks.calibration
+OF_DIGITS = RESULTS / "digits_calibration.json"  # from python -m benchmarks.calibration
 
 
 @dataclass(frozen=True)
 class Calibrated:
-    """Thresholds, and the GFLOPs that they promise; None if nothing is said of that."""
+    """Thresholds and the GFLOPs that they promise; None if they promise none."""
 
     config: ATMConfig
     gflops: float | None
@@ -30,10 +30,10 @@ class Thresholds:
 
     @classmethod
     def asked(cls, args: argparse.Namespace) -> "Thresholds":
-        """What --config says, or without it the digits' own.
+        """The thresholds of --config; without it, those of the digits.
 
         Raises:
-            ValueError, OSError: files that hold no thresholds for this model, or none where they must be given.
+            ValueError, OSError: a file holds no thresholds for this model, or --config is missing and needed.
         """
         if not args.config:
             if args.model != DIGITS or args.checkpoint is not None or args.model_kwargs:
@@ -49,7 +49,7 @@ class Thresholds:
 
     @classmethod
     def of_digits(cls, path: Path = OF_DIGITS) -> "Thresholds":
-        """What ``python -m benchmarks.calibration`` found."""
+        """The thresholds that ``python -m benchmarks.calibration`` found."""
         try:
             rows = [row for row in json.loads(path.read_text())["rows"] if row["method"] == "calibrated"]
             rows = [row for row in rows if row["adapt"] != "static" and "share" in row]
@@ -62,12 +62,12 @@ class Thresholds:
             ) from error
 
     def near(self, adapt: str, gflops: float) -> ATMConfig | None:
-        """Those calibrated for a way to adapt at the nearest cost; None if there are none for it."""
+        """The thresholds calibrated for this way to adapt at the nearest cost; None if there are none for it."""
         own = [one for one in self.given if one.config.adapt == adapt]
         return min(own, key=lambda one: abs((one.gflops or gflops) - gflops)).config if own else None
 
     def of_either(self, adapt: str, gflops: float) -> ATMConfig:
-        """The same, or if there are none for it those for the other way to adapt."""
+        """As :meth:`near`, with the thresholds of the other way to adapt if there are none for this one."""
         other = "batch" if adapt == "image" else "image"
         return self.near(adapt, gflops) or replace(self.near(other, gflops), adapt=adapt)
 

@@ -1,2 +1,2 @@
-"""Real weights and real photographs: what merging does to the features of a DINOv2, and to a map that is read off its
-patch tokens."""
+"""Experiments with real weights on photographs: what merging changes in a DINOv2's features and in a saliency map that
+a decoder reads from its patch tokens."""

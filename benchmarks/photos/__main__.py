@@ -1,7 +1,7 @@
 """``python -m benchmarks.photos``: what merging by several methods does to a DINOv2 on photographs, at equal cost.
 
-The weights are those of ``python -m benchmarks.photos.fetch``. Without --data the images are crops of photographs that
-scikit-learn, scikit-image and matplotlib ship.
+The weights come from ``python -m benchmarks.photos.fetch``. Without --data the images are crops of photographs that
+ship with scikit-learn, scikit-image and matplotlib.
 """
 
 import argparse
@@ -27,10 +27,10 @@ from benchmarks.photos.methods import METHODS, measured_at
 from benchmarks.photos.picture import draw
 from benchmarks.photos.weights import BACKBONE, DECODER, kept, open_backbone, open_decoder
 
-SHARES = (0.1, 0.2, 0.3, 0.4)  # of the FLOPs saved
+SHARES = (0.1, 0.2, 0.3, 0.4)  # of the FLOPs to save
 WEIGHTS = {"backbone_sha256": BACKBONE, "decoder_sha256": DECODER}
 OF_SUBJECT = ("images", "calibration_images", "batch_size", "data", "calibration_data")
-OF_FILE = tuple(name for name in SAME if name not in ("commit", "dirty"))  # of a row: methods may be added later
+OF_FILE = tuple(name for name in SAME if name not in ("commit", "dirty"))  # rows may be of several commits
 
 
 def options() -> argparse.ArgumentParser:
@@ -44,7 +44,7 @@ def options() -> argparse.ArgumentParser:
 
 
 def add_subject(parser: argparse.ArgumentParser) -> None:
-    """The options that say model and images."""
+    """Add the options that choose weights and images."""
     parser.add_argument("--data", help="a directory of images to judge by, instead of the crops")
     parser.add_argument("--calibration-data", help="a directory of other images, to choose settings by")
     parser.add_argument("--images", type=int, default=64, help="to judge by (64)")
@@ -55,7 +55,8 @@ def add_subject(parser: argparse.ArgumentParser) -> None:
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
-    """What all rows have in common; refuses what cannot be meant."""
+    """The settings that all rows share. Raises ValueError for options that are out of range or contradict each
+    other."""
     for option, number, least in (
         ("--images", args.images, 1),
         ("--calibration-images", args.calibration_images, LEAST_IMAGES),
@@ -75,7 +76,7 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _overlap(data: str, chosen: str) -> bool:
-    """Whether one directory is the other, or lies in it."""
+    """Whether the directories are the same or one contains the other."""
     one, other = Path(data).resolve(), Path(chosen).resolve()
     return one == other or one in other.parents or other in one.parents
 
@@ -95,7 +96,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def measure(photos: Photos, rows: Rows, methods: list[str], shares: list[float]) -> dict[str, Any]:
-    """The result: a row for each method at each share of the GFLOPs to save, with the commit that measured it."""
+    """Measure each method at each share of the GFLOPs to save. Each row has the commit that measured it."""
     made = {name: environment()[name] for name in ("commit", "dirty")}
     rows.expect(len(methods) * len(shares))
     for method in methods:
@@ -115,7 +116,7 @@ def subject(args: argparse.Namespace) -> Photos:
 
 def main(argv: list[str] | None = None) -> int:
     args = options().parse_args(argv)
-    warnings.filterwarnings("ignore", r"\d+ % of the tokens are gone")  # so much is tried on purpose
+    warnings.filterwarnings("ignore", r"\d+ % of the tokens are gone")  # extreme settings are tried on purpose
     return exit_code("benchmarks.photos", lambda: run(args))
 
 

@@ -1,8 +1,8 @@
-"""What is compared: what the model tells of photographs, with and without merging, and what it costs.
+"""Compare a model's outputs on photographs with and without merging, and count what it costs.
 
-Distances are 1 - cosine between the merged and the unmerged model's: of the class token, and of the patch tokens
-(unmerged; the mean of an image). Saliency is what the decoder makes of the patch tokens; its error is the mean absolute
-difference of two maps. The last block serves all tokens.
+Distances are 1 - cosine between outputs of the merged and the unmerged model: of the class token, and of the patch
+tokens after unmerging (the mean over an image). The decoder computes saliency from the patch tokens; its error is the
+mean absolute difference of two maps. The last block serves all tokens.
 """
 
 from dataclasses import dataclass
@@ -19,14 +19,14 @@ from atm_triton.measure.evaluate import share
 from benchmarks.paper.methods import Way
 from benchmarks.photos.weights import Decoder, read
 
-TO_SCALE = 32  # images that tell what thresholds cost
+TO_SCALE = 32  # images on which the cost of thresholds is measured
 MEASURES = ("class_token", "patch_tokens", "saliency")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of n images, float64 [n]: GFLOPs, distances and error; ``tokens``: the mean that enter each block. Without
-    ``patch_tokens`` and ``saliency`` where some patches have no token any more."""
+    """GFLOPs, distances and saliency error of n images, float64 [n]; ``tokens``: the mean number that enter each block.
+    ``patch_tokens`` and ``saliency`` are None if some patches have no token any more."""
 
     gflops: Tensor
     tokens: list[float]
@@ -35,7 +35,7 @@ class Outcome:
     saliency: Tensor | None
 
     def to_dict(self, photos: Tensor) -> dict[str, Any]:
-        """Means, standard errors and the worst image. ``photos`` [n]: the photograph that each image is a part of."""
+        """Means, standard errors and the worst image. ``photos`` [n]: the photograph that each image is cut from."""
         figures = {"images": len(photos), "gflops": self.gflops.mean().item(), "tokens": self.tokens}
         for name in MEASURES:
             values = getattr(self, name)
@@ -44,8 +44,9 @@ class Outcome:
 
 
 def told(values: Tensor, photos: Tensor) -> dict[str, Any]:
-    """Mean, worst, and the standard error of the mean: from the means of the photographs, since what is cut from one
-    photograph is alike. None of one photograph. With the mean of each photograph where one has several images."""
+    """Mean, worst, and the standard error of the mean. The error comes from the means of the photographs, since crops
+    of one photograph are alike; None for a single photograph. If photographs have several images, also the mean of
+    each."""
     of_each = torch.stack([values[photos == photo].mean() for photo in photos.unique()])
     error = (of_each.std() / len(of_each) ** 0.5).item() if len(of_each) > 1 else None
     figures = {"mean": values.mean().item(), "se": error, "worst": values.max().item()}
@@ -53,8 +54,8 @@ def told(values: Tensor, photos: Tensor) -> dict[str, Any]:
 
 
 class Photos:
-    """A model with its decoder, images [n, C, H, W] to choose settings by, and others to judge by; ``photos`` [n]: the
-    photograph that each of these is a part of."""
+    """A model with its decoder, images [n, C, H, W] to choose settings by and others to judge by. ``photos`` [n]: the
+    photograph that each image to judge by is cut from."""
 
     def __init__(
         self, model: VisionTransformer, decoder: Decoder, chosen_by: Tensor, test: Tensor, photos: Tensor, batch: int
@@ -63,14 +64,14 @@ class Photos:
         self.chosen_by, self.test, self.photos = chosen_by, test, photos
         record = unmerged(model, tuple(test.shape[1:]))
         self.whole, self.N, self.depth = cost(model, record).paper_gflops, record.tokens[0], len(model.blocks)
-        self.costs: dict[Any, float] = {}  # GFLOPs that thresholds were found to have
+        self.costs: dict[Any, float] = {}  # measured GFLOPs of thresholds
 
     def image(self) -> Tensor:
-        """One image [1, C, H, W], to count by."""
+        """One image [1, C, H, W], to count FLOPs with."""
         return self.chosen_by[:1]
 
     def goal(self, saved: float) -> float:
-        """GFLOPs that save this share."""
+        """The GFLOPs at which this share is saved."""
         return (1 - saved) * self.whole
 
     @cached_property
@@ -79,20 +80,20 @@ class Photos:
 
     @torch.inference_mode()
     def gflops(self, way: Way) -> float:
-        """Of an image, the mean of the first of those to choose by."""
+        """GFLOPs per image, the mean over the first images to choose by."""
         model = way.patch(share(self.model))
         return torch.cat([_cost(model, images) for images in self.chosen_by[:TO_SCALE].split(self.batch)]).mean().item()
 
     def outcome(self, way: Way, has_patches: bool = True) -> Outcome:
-        """On the images to judge by. ``has_patches``: whether the method leaves a token for every patch."""
+        """Measure on the images to judge by. ``has_patches``: whether the method leaves a token for every patch."""
         return self.outcome_of(way.patch(share(self.model)), has_patches)
 
     @torch.inference_mode()
     def outcome_of(self, model: VisionTransformer, has_patches: bool = True) -> Outcome:
-        """Of a patched model.
+        """Measure a patched model on the images to judge by.
 
         Raises:
-            ValueError: it drops tokens, and ``has_patches`` says that it does not.
+            ValueError: the model drops tokens although ``has_patches`` is true.
         """
         trace = model.traces(self.image())[-1]
         if has_patches and trace is not None and (trace < 0).any():
@@ -124,7 +125,7 @@ def _cost(model: VisionTransformer, images: Tensor) -> Tensor:
 
 
 def _cost_of_last(model: VisionTransformer, images: int) -> Tensor:
-    """GFLOPs of each image of the last pass."""
+    """GFLOPs of each image in the last pass."""
     return _each(cost_of_each(model, model.blocks.last).paper_gflops, images)
 
 

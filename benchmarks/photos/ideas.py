@@ -1,7 +1,7 @@
 """``python -m benchmarks.photos.ideas``: what other ways to match tokens are worth, at the same counts in every block.
 
-Each of them merges r tokens of every block in every image, so that cost and counts are equal and the matching alone
-differs. They are written for this comparison, on the reference.
+Each idea merges r tokens per block in every image, so that cost and counts are equal and only the matching differs.
+They are written for this comparison, on top of the reference.
 """
 
 import argparse
@@ -29,15 +29,15 @@ from benchmarks.photos.images import PHOTOS
 
 @dataclass(frozen=True)
 class Matching(Baseline):
-    """r tokens of every block join the most similar token of the other group.
+    """In every block r tokens join the most similar token of the other group.
 
     Args:
         of: what is compared: "keys", the block's input "tokens", or "both", the mean of the two cosines.
-        groups: "alternate", even and odd positions; or "drawn", halves of chance, others in every block.
-        order: of the tokens that are left: by "groups", as ToMe, or by "positions".
-        by: which merge first: by the cosine "distance" alone; times n m / (n + m) of the pair's "sizes" (Theorem 1); or
-            times the "class" token's attention to the one that joins.
-        rounds: 2: every second block merges 2 r, half of them among what the first half has left.
+        groups: "alternate", even and odd positions, or "drawn", random halves that differ from block to block.
+        order: the order of the remaining tokens: by "groups", as in ToMe, or by "positions".
+        by: what decides which tokens merge first: the cosine "distance" alone; the distance times n m / (n + m) of the
+            pair's "sizes" (Theorem 1); or the distance times the "class" token's attention to the token that joins.
+        rounds: with 2, every second block merges 2 r: first r, then another r of the remaining tokens.
     """
 
     r: int = 8
@@ -70,7 +70,7 @@ class Matching(Baseline):
         free = torch.arange(P, N)
         if self.groups == "drawn":
             free = free[torch.randperm(N - P, generator=torch.Generator().manual_seed(seed))]
-        b, a = free[::2], free[1::2]  # positions from P = 1 on: a at even ones, as ToMe
+        b, a = free[::2], free[1::2]  # with P = 1, a has the even positions, as in ToMe
         r = min(self.r, len(a))
         cost = self._distance(held, a, b) * self._weight(held, a, b)
         least, partner = cost.min(2)
@@ -96,7 +96,7 @@ class Matching(Baseline):
 
 
 class WithoutSizes(Matching):
-    """The same, and attention does not know sizes."""
+    """The same without log n in attention."""
 
     proportional_attention: ClassVar[bool | None] = False
 
@@ -128,8 +128,8 @@ def measure(photos: Photos, rows: Rows, each: tuple[int, ...]) -> dict[str, Any]
 
 
 def table(result: dict[str, Any]) -> str:
-    """In Markdown; last how many times less class and patch tokens change than as ToMe: the geometric mean of the
-    photographs, of which one may decide the mean of the changes."""
+    """The result as a Markdown table. Its last column says how many times less class and patch tokens change than as
+    ToMe: the geometric mean over photographs, because a single photograph may dominate the arithmetic mean."""
     head = [
         "matching",
         "r",

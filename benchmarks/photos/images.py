@@ -1,7 +1,7 @@
 """Crops of the colour photographs that scikit-learn, scikit-image and matplotlib ship, or a user's own images.
 
-Those to calibrate on and those to measure on come from different photographs. ``python -m benchmarks.photos.images``
-writes crops to a directory, for commands that want one.
+Crops to calibrate on and crops to measure on come from different photographs. ``python -m benchmarks.photos.images``
+writes crops to a directory, for commands that need one.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from atm_triton.cli.bad_input import Parser, exit_code
 from atm_triton.measure.images import TRANSFORM, open_images
 from atm_triton.measure.models import data_config
 
-PHOTOS = {  # split: a name, the package that ships it, and where
+PHOTOS = {  # split: name, the package that ships the photograph, and its path there
     "calibration": {
         "china": ("sklearn", "datasets/images/china.jpg"),
         "astronaut": ("skimage", "data/astronaut.png"),
@@ -41,10 +41,10 @@ SCALE, RATIO = (0.2, 1.0), (3 / 4, 4 / 3)  # a crop's share of the area, and its
 
 
 def photo(split: str, name: str) -> Path:
-    """Where a photograph lies; its package is not imported.
+    """The path of a photograph, found without importing its package.
 
     Raises:
-        FileNotFoundError: the package is not installed, or no longer ships it.
+        FileNotFoundError: the package is not installed, or no longer ships the photograph.
     """
     package, inside = PHOTOS[split][name]
     spec = find_spec(package)
@@ -62,7 +62,7 @@ def photo(split: str, name: str) -> Path:
 
 
 def box(rng: random.Random, width: int, height: int) -> tuple[int, int, int, int]:
-    """A random crop of an image that is not much longer than wide: left, upper, right, lower."""
+    """The box (left, upper, right, lower) of a random crop of an image that is not very elongated."""
     while True:
         area, ratio = rng.uniform(*SCALE) * width * height, math.exp(rng.uniform(*map(math.log, RATIO)))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
@@ -72,8 +72,8 @@ def box(rng: random.Random, width: int, height: int) -> tuple[int, int, int, int
 
 
 def cropped(split: str, count: int, side: tuple[int, int], seed: int = 0) -> Iterator[tuple[str, Image.Image]]:
-    """Random crops of the photographs of a split in turn, with their names, resized to [H, W]; half of them mirrored.
-    The first of a larger count are the same."""
+    """Yield random crops of the photographs of a split in turn, with their names, resized to [H, W], half of them
+    mirrored. A larger ``count`` begins with the same crops."""
     photos = {name: Image.open(photo(split, name)).convert("RGB") for name in PHOTOS[split]}
     for number in range(count):
         rng = random.Random(f"{split} {seed} {number}")
@@ -83,7 +83,7 @@ def cropped(split: str, count: int, side: tuple[int, int], seed: int = 0) -> Ite
 
 
 def crops(model: VisionTransformer, split: str, count: int, seed: int = 0) -> Tensor:
-    """The same as the model takes images, [count, C, H, W]."""
+    """The crops of :func:`cropped`, normalised as the model takes images, [count, C, H, W]."""
     config = data_config(model)
     to_tensor = create_transform(**{name: config[name] for name in TRANSFORM})
     made = cropped(split, count, tuple(config["input_size"][1:]), seed)
@@ -91,10 +91,10 @@ def crops(model: VisionTransformer, split: str, count: int, seed: int = 0) -> Te
 
 
 def opened(model: VisionTransformer, split: str, count: int, data: str | None, option: str) -> Tensor:
-    """``count`` images of a directory, spread over all of it, or without one crops, [count, C, H, W].
+    """Open ``count`` images [count, C, H, W], spread over a whole directory. Without a directory they are crops.
 
     Raises:
-        ValueError: fewer images than that; OSError: no directory, or photographs that are not there.
+        ValueError: the directory has fewer images; OSError: the directory or the photographs are missing.
     """
     if data is None:
         return crops(model, split, count)
@@ -110,7 +110,7 @@ def opened(model: VisionTransformer, split: str, count: int, data: str | None, o
 
 
 def write(args: argparse.Namespace) -> None:
-    """PNG files, a folder for each photograph."""
+    """Write crops as PNG files, in a folder for each photograph."""
     if args.images < 1 or args.side < 1:
         raise ValueError(f"--images {args.images} --side {args.side}; give 1 or more")
     if args.out.exists():

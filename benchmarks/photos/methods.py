@@ -1,8 +1,8 @@
-"""Settings at a cost: of every method the one whose GFLOPs come closest, with all tokens served in the last block.
+"""Find for every method the setting whose GFLOPs come closest to a cost; the last block serves all tokens.
 
-Methods with a schedule get theirs from the shape of an image. Of those with thresholds one number is found on images to
-choose by: the threshold itself, or how far the paper's curve stays below 1. Calibrated thresholds are what
-``calibrate`` finds on those images for the cost, comparing patch tokens.
+The cost of methods with a schedule follows from the image shape. For methods with thresholds one number is found on the
+images to choose by: the threshold itself, or how far the paper's curve stays below 1. Calibrated thresholds are those
+that ``calibrate`` finds on these images for the cost, comparing patch tokens.
 """
 
 from collections.abc import Callable
@@ -14,17 +14,17 @@ from benchmarks.paper import methods as paper
 from benchmarks.paper.methods import NEAR, Way, nearest, of_baseline, of_config, published
 from benchmarks.photos.compare import Photos
 
-CURVE = ATMConfig.preset("DeiT-S")  # whose distances from 1 are scaled
-LOWEST, HIGHEST = -5.0, 0.3  # log10 of a distance from 1: nothing merges, everything does
-CLOSE = 0.004  # of the unmerged model's GFLOPs; with one r a batch costs may jump, and the nearest is taken
+CURVE = ATMConfig.preset("DeiT-S")  # its distances from 1 are scaled
+LOWEST, HIGHEST = -5.0, 0.3  # log10 of a distance from 1 at which nothing, or everything, merges
+CLOSE = 0.004  # of the unmerged GFLOPs; with one r per batch the cost may jump, and then the nearest is taken
 TRIES = 14
-DROPPING = ("evit, fused", "zero_tprune", "tofu")  # patches that they drop have no token
+DROPPING = ("evit, fused", "zero_tprune", "tofu")  # methods that drop patches, which then have no token
 FROM_PAPER = (
     *("tome", "tome, rising", "tome, falling", "threshold, batch", "threshold, image", "evit, fused", "mctf"),
     *("pitome", "zero_tprune", "tofu"),
 )
 METHODS = (*FROM_PAPER, *(f"atm, {kind}, {adapt}" for kind in ("curve", "calibrated") for adapt in ("batch", "image")))
-LINES = {  # in plots, as in the paper's
+LINES = {  # styles in plots, as for the paper's experiments
     "ATM": ("C0o-", ("atm, calibrated, image",)),
     "ATM, one r per batch": ("C0o--", ("atm, calibrated, batch",)),
     "the paper's curve": ("C9o-", ("atm, curve, image",)),
@@ -34,7 +34,7 @@ LINES = {  # in plots, as in the paper's
 
 
 def at_cost(photos: Photos, method: str, goal: float) -> Way | None:
-    """A method of :data:`METHODS` at ``goal`` GFLOPs; None: it has no setting near that."""
+    """Find settings of a method of :data:`METHODS` that cost ``goal`` GFLOPs. None if no setting comes close."""
     candidates = published(photos.depth, photos.N, cls_only_last=False)
     if method in candidates:
         return nearest(photos, candidates[method], goal)
@@ -46,12 +46,12 @@ def at_cost(photos: Photos, method: str, goal: float) -> Way | None:
 
 
 def threshold(photos: Photos, adapt: str, distance: float) -> Way:
-    """One threshold for all blocks."""
+    """Merging with one threshold for all blocks."""
     return of_baseline("threshold", cls_only_last=False, theta=1 - distance, adapt=adapt)
 
 
 def curve(photos: Photos, adapt: str, distance: float) -> Way:
-    """The paper's thresholds for DeiT-S, whose distances from 1 are scaled until the first is ``distance``."""
+    """The paper's thresholds for DeiT-S, with their distances from 1 scaled until the first is ``distance``."""
     first = 1 - CURVE.theta(1, photos.depth)
     below = [(1 - CURVE.theta(block, photos.depth)) * distance / first for block in range(1, photos.depth + 1)]
     return of_config(with_thresholds(tuple(max(1 - one, -1.0) for one in below), adapt))
@@ -62,8 +62,8 @@ def with_thresholds(thetas: tuple[float | None, ...], adapt: str, **options: Any
 
 
 def scaled(photos: Photos, made: Callable[[float], Way], name: Any, goal: float) -> Way | None:
-    """What ``made`` makes of the number at which the images to choose by cost ``goal``. The more it is, the less they
-    cost; what was measured for one goal helps to find the next."""
+    """Find the number with which ``made`` costs ``goal`` on the images to choose by; larger numbers cost less. Costs
+    measured for one goal are reused for the next. None if no number comes close."""
     known = photos.costs.setdefault(name, {LOWEST: photos.whole, HIGHEST: 0.0})
     for _ in range(TRIES):
         best = min(known, key=lambda at: abs(known[at] - goal))
@@ -85,7 +85,7 @@ def calibrated(photos: Photos, adapt: str, goal: float) -> Way:
 
 
 def measured_at(photos: Photos, method: str, saved: float) -> dict[str, Any]:
-    """The row of a method that saves this share of the GFLOPs, or why there is none."""
+    """The row of a method that saves this share of the GFLOPs, or the reason why there is none."""
     goal = photos.goal(saved)
     try:
         way = at_cost(photos, method, goal)

@@ -1,4 +1,4 @@
-"""Photographs, the regions that merging leaves of them, and their saliency by the unmerged and the merged model."""
+"""Draw photographs, the regions that merging leaves of them, and the saliency of the unmerged and the merged model."""
 
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,13 @@ from benchmarks.photos.compare import Photos
 from benchmarks.photos.weights import read
 
 SHOWN = 4  # photographs
-PREFERRED = ("atm, calibrated, image", "threshold, image")  # shown is the first that there is
+PREFERRED = ("atm, calibrated, image", "threshold, image")  # the first one that was measured is shown
 SAVED = 0.3
 
 
 @torch.inference_mode()
 def draw(photos: Photos, result: dict[str, Any], path: Path) -> None:
-    """A row for each of the first images: the photograph, the tokens that are left, and both maps."""
+    """Draw a row for each of the first images: the photograph, the tokens that are left, and both saliency maps."""
     from matplotlib.figure import Figure
 
     shown = _shown(result)
@@ -48,7 +48,7 @@ def draw(photos: Photos, result: dict[str, Any], path: Path) -> None:
 
 
 def _shown(result: dict[str, Any]) -> tuple[str, Way] | None:
-    """The preferred method that was measured, nearest to a usual cost."""
+    """The most preferred method that was measured, at the cost nearest to the usual one."""
     for method in PREFERRED:
         rows = [row for row in result["rows"] if row["method"] == method and "settings" in row]
         if rows:

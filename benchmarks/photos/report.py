@@ -1,4 +1,4 @@
-"""The table and the plot of what ``python -m benchmarks.photos`` measures."""
+"""The table and the plot of the measurements of ``python -m benchmarks.photos``."""
 
 import math
 from itertools import pairwise
@@ -18,8 +18,8 @@ LABELS = {
 
 
 def table(result: dict[str, Any]) -> str:
-    """In Markdown: a row for each method at each cost; mean and standard error, of the class token also the worst, and
-    how many times less class and patch tokens change than by ToMe with a constant r at the cost of the row."""
+    """A Markdown table with a row for each method at each cost: mean and standard error, the worst image for the class
+    token, and how many times less class and patch tokens change than with ToMe's constant r at the cost of the row."""
     count = max((row["images"] for row in result["rows"] if "images" in row), default=0)
     names = ["class token", "its worst", "patch tokens", "saliency", "less than ToMe"]
     head = [f"{count} images", "asked", "GFLOPs", *names]
@@ -39,8 +39,8 @@ def table(result: dict[str, Any]) -> str:
 
 
 def less_than_tome(result: dict[str, Any], row: dict[str, Any], name: str) -> str:
-    """How many times less a measure changes than by ToMe, interpolated between its costs (the logarithm of the change,
-    linearly); "-" where it was not measured on both sides."""
+    """How many times less a measure changes than with ToMe. The logarithm of ToMe's change is interpolated linearly
+    between its costs; "-" if ToMe was not measured on both sides."""
     tome = [one for one in result["rows"] if one["method"] == "tome" and "settings" in one]
     points = sorted((one["gflops"], math.log(one[name]["mean"])) for one in tome)
     for (low, at_low), (high, at_high) in pairwise(points):
@@ -57,8 +57,8 @@ def _cell(figures: dict[str, float] | None) -> str:
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """A panel for each measure, a line for each method, against GFLOPs. A method with several settings has one line: at
-    each cost the setting whose class token changes least."""
+    """Plot each measure against GFLOPs in a panel of its own, with a line for each method. A method with several
+    settings has one line: at each cost the setting whose class token changes least."""
     lines = {}
     for name, (style, of) in LINES.items():
         rows = [row for row in result["rows"] if row["method"] in of and "settings" in row]

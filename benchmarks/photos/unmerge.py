@@ -1,8 +1,8 @@
 """``python -m benchmarks.photos.unmerge``: patch tokens by their slot alone, or with what merging took from them.
 
-Unmerged to the nearest, a patch has the value x'_slot of the token that it is part of. With its residual, what it had
-beyond the mean of its slot when it merged is added again: x_i + (x'_slot - mean), which is exact where the blocks after
-that do nothing, and costs a gather. Both are taken before the last norm. Models, settings and images are those of
+With "nearest" a patch gets the value x'_slot of the token that it is part of. With "residual" its difference from the
+mean of its slot at the time of the merge is added again: x_i + (x'_slot - mean). That is exact if the later blocks do
+nothing, and costs a gather. Both are computed before the last norm. Models, settings and images are those of
 ``python -m benchmarks.photos``.
 """
 
@@ -32,13 +32,13 @@ from benchmarks.photos import __main__ as photographs
 from benchmarks.photos.compare import Photos, told
 from benchmarks.photos.weights import kept
 
-WAYS = {"nearest": 0.0, "half the residual": 0.5, "residual": 1.0}  # of what merging took, how much is added again
+WAYS = {"nearest": 0.0, "half the residual": 0.5, "residual": 1.0}  # the share of the residual that is added
 METHODS = ("tome", "threshold, image")
 
 
 class KeepingBlock(ATMBlock):
-    """A block that keeps what its merge took from each token, ``lost`` [T, C], and where it went, ``slots`` [T]; None
-    where nothing merged."""
+    """A block that keeps each token's difference from its merged token, ``lost`` [T, C], and its slot, ``slots`` [T];
+    None if nothing merged."""
 
     lost: Tensor | None = None
     slots: Tensor | None = None
@@ -52,7 +52,7 @@ class KeepingBlock(ATMBlock):
 
 
 def keeping(model: VisionTransformer, config: ATMConfig) -> VisionTransformer:
-    """Patch a model in place with such blocks."""
+    """Patch a model in place with :class:`KeepingBlock`."""
     depth = len(model.blocks)
 
     def made(block: nn.Module, index: int) -> KeepingBlock:
@@ -63,7 +63,7 @@ def keeping(model: VisionTransformer, config: ATMConfig) -> VisionTransformer:
 
 @torch.inference_mode()
 def features(model: VisionTransformer, images: Tensor) -> dict[str, Tensor]:
-    """All N tokens [B, N, C] after the last norm, in each of :data:`WAYS`."""
+    """All N tokens [B, N, C] after the last norm, unmerged in each of :data:`WAYS`."""
     for block in model.blocks:
         block.lost = block.slots = None
     run = model._run(images, None, dense=True)
@@ -96,7 +96,7 @@ def compared(photos: Photos, config: ATMConfig) -> dict[str, dict[str, Any]]:
 
 
 def config_of(settings: dict[str, Any], depth: int) -> ATMConfig:
-    """What a row of ``benchmarks.photos`` was measured with."""
+    """The configuration with which a row of ``benchmarks.photos`` was measured."""
     options = {"split_depth": depth, "cls_only_last": False}
     if "config" in settings:
         return ATMConfig(**settings["config"])
@@ -131,7 +131,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def table(result: dict[str, Any]) -> str:
-    """In Markdown: patch tokens and saliency, a column for each way."""
+    """A Markdown table of patch tokens and saliency, with a column for each way."""
     head = ["patch tokens, saliency", "GFLOPs", *WAYS]
     rows = {(row["method"], row["share"], row["unmerge"]): row for row in result["rows"]}
     body = []

@@ -18,8 +18,8 @@ CHANNELS = (256, 128, 64)  # of the decoder
 
 
 class Decoder(nn.Module):
-    """Patch tokens [B, N, C] of a square image to its saliency [B, 1, side, side], in [0, 1]: upsampled three times,
-    then resized to the image."""
+    """Computes saliency [B, 1, side, side] in [0, 1] from patch tokens [B, N, C] of a square image: three upsampling
+    stages, then a resize to the image."""
 
     def __init__(self, width: int = 384, channels: tuple[int, ...] = CHANNELS, side: int = 224) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Decoder(nn.Module):
 
 
 def cache() -> Path:
-    """Where the weights are kept: a directory that is there as a whole, or not at all."""
+    """The directory of the weights. It exists with both files or not at all."""
     home = os.environ.get("XDG_CACHE_HOME")
     base = Path(home) if home else Path.home() / ".cache"
     return base / "atm-triton" / "photos" / f"{PACKAGE}-{VERSION}"
@@ -50,13 +50,13 @@ def open_backbone(directory: Path | None = None) -> VisionTransformer:
     """The DINOv2, in eval mode.
 
     Raises:
-        FileNotFoundError: it has not been fetched; ValueError: what is kept is not it.
+        FileNotFoundError: it has not been fetched; ValueError: the file holds something else.
     """
     return open_model(MODEL, kept(BACKBONE, directory), **MODEL_KWARGS)
 
 
 def open_decoder(directory: Path | None = None) -> Decoder:
-    """Its saliency decoder, in eval mode; errors as of :func:`open_backbone`."""
+    """The saliency decoder, in eval mode; raises as :func:`open_backbone` does."""
     return load_checkpoint(Decoder(), kept(DECODER, directory)).eval()
 
 
@@ -64,7 +64,7 @@ def kept(name: str, directory: Path | None = None) -> Path:
     """The path of one of the two files.
 
     Raises:
-        FileNotFoundError: it is not there.
+        FileNotFoundError: the file is missing.
     """
     path = (cache() if directory is None else directory) / name
     if not path.is_file():
@@ -74,7 +74,7 @@ def kept(name: str, directory: Path | None = None) -> Path:
 
 @torch.inference_mode()
 def read(model: VisionTransformer, decoder: Decoder, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What is read of images: class token [B, C], patch tokens [B, N, C], unmerged, and saliency [B, side, side]."""
+    """Run both on images. Returns class token [B, C], unmerged patch tokens [B, N, C] and saliency [B, side, side]."""
     features = model.forward_features(images)
     patches = features[:, model.num_prefix_tokens :]
     return features[:, 0], patches, decoder(patches).squeeze(1)

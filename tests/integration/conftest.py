@@ -1,4 +1,4 @@
-"""Tests with libraries that ``make test`` does not install: ``make test-integration``. None is skipped."""
+"""Tests with libraries that ``make test`` does not install; ``make test-integration`` runs them and skips none."""
 
 from pathlib import Path
 

@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 
 def dispatched(model, folder):
-    """Every other block from a disk."""
+    """Dispatch the model with every other block offloaded to disk."""
     places = {name: "cpu" for name, _ in model.named_children() if name != "blocks"}
     places |= {name: "cpu" for name in ("cls_token", "pos_embed")}
     places |= {f"blocks.{index}": "disk" if index % 2 else "cpu" for index in range(4)}
@@ -68,7 +68,7 @@ def test_prepared(accelerator, adapt):
     plain, ours = accelerator.prepare(new().float(), apply_patch(new().float(), SAME[adapt]))
     x = images()
     out, expected = ours(x), plain(x)
-    tolerance = {"rtol": 1e-5, "atol": 1e-5 if accelerator.mixed_precision == "no" else 0.03}  # of a bfloat16 logit
+    tolerance = {"rtol": 1e-5, "atol": 1e-5 if accelerator.mixed_precision == "no" else 0.03}  # for a bfloat16 logit
     torch.testing.assert_close(out, expected, **tolerance)
     for each in (out, expected):
         accelerator.backward(each.square().mean())

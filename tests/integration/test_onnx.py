@@ -61,7 +61,7 @@ def test_logits_at_any_batch(name):
 
 
 class Merging(nn.Module):
-    """Keys [H, T, d] and sizes [T] of three images to the slots of their tokens, and to merged rows."""
+    """Computes slots and merged rows from the keys [H, T, d] and sizes [T] of three images."""
 
     def __init__(self, by_size):
         super().__init__()
@@ -77,7 +77,7 @@ class Merging(nn.Module):
 @pytest.mark.parametrize("by_size", [False, True], ids=["alternate", "size"])
 def test_the_same_tokens_merge_where_many_are_equal(by_size):
     def given():
-        keys = nn.functional.one_hot(torch.randint(3, (57,)), 4).float()  # whose cosines are exactly 0 or 1
+        keys = nn.functional.one_hot(torch.randint(3, (57,)), 4).float()  # their cosines are exactly 0 or 1
         return keys.expand(2, -1, -1).clone(), torch.randint(1, 4, (57,)).float()
 
     merging = Merging(by_size)

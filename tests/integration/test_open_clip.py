@@ -1,4 +1,4 @@
-"""CLIP of open_clip with a tower of timm, which is patched."""
+"""open_clip's CLIP with a patched timm tower."""
 
 import pytest
 import torch

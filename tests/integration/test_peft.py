@@ -1,4 +1,4 @@
-"""Adapters of peft, put on before or after patching: at r = 0 the model is the unpatched one with them."""
+"""Adapters of peft, added before or after patching: at r = 0 the model equals the unpatched one with adapters."""
 
 from functools import partial
 
@@ -74,4 +74,4 @@ def test_what_a_patched_model_has_learnt_is_the_unpatched_ones(patched_first, tm
     model.save_pretrained(tmp_path)
     loaded = peft.PeftModel.from_pretrained(new(), tmp_path).eval()
     remove_patch(model.base_model.model)
-    torch.testing.assert_close(loaded(x), model.eval()(x), rtol=1e-6, atol=1e-6)  # of files in float32
+    torch.testing.assert_close(loaded(x), model.eval()(x), rtol=1e-6, atol=1e-6)  # the files are float32

@@ -1,4 +1,4 @@
-"""Layers that torchao quantises by weights of a class of its own."""
+"""Layers that torchao quantises by replacing weights with its own tensor class."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""Counters and graphs that trace or hook a model: right for "static", refused where counts would stay what they are."""
+"""Counters and graph tools that trace or hook a model: right for "static", refused if they would freeze counts."""
 
 import pytest
 import thop

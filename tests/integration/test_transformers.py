@@ -1,4 +1,4 @@
-"""timm models in transformers' wrapper; the model in it is patched."""
+"""timm models in transformers' wrapper; the inner model is patched."""
 
 import pytest
 import torch
