@@ -198,12 +198,12 @@ def configuration(arguments: dict[str, Any], options: dict[str, Any], names: Ite
     return " ".join(f"{name}={value}" for name, value in (chosen | options).items())
 
 
-def jobs(full: bool = False, once: bool = False) -> list[tuple[str, str, int]]:
+def jobs(full: bool = False, once: bool = False, chips: Iterable[str] = tuple(CHIPS)) -> list[tuple[str, str, int]]:
     """Case, chip and index of every launch that compiles to different code; ``once``: of every launch with different
     tiles, warps or stages."""
     kept: dict[Any, tuple[str, str, int]] = {}
     for name, launch in cases(full):
-        for chip in CHIPS:
+        for chip in chips:
             for index, (kernel, arguments, options) in enumerate(captured_for(chip, launch)):
                 if kernel is linear_gelu_kernel and chip not in MOVES_TENSORS:
                     continue
@@ -260,8 +260,8 @@ def usage(compiled: Any) -> tuple[int, int]:
     return int(re.search(r"REG:(\d+)", text)[1]), int(re.search(r"STACK:(\d+)", text)[1])
 
 
-def compile_all(processes: int, full: bool, once: bool, kept: Path | None) -> list[dict[str, Any]]:
-    every = jobs(full, once)
+def compile_all(processes: int, full: bool, once: bool, chips: list[str], kept: Path | None) -> list[dict[str, Any]]:
+    every = jobs(full, once, chips)
     known = {} if kept is None else known_rows(kept)
     rows = [known.get(named(described(job))) for job in every]
     todo = [job for job, row in zip(every, rows, strict=True) if row is None]
@@ -274,13 +274,14 @@ def compile_all(processes: int, full: bool, once: bool, kept: Path | None) -> li
 
 def table(rows: list[dict[str, Any]]) -> str:
     """A line for each case and kernel: registers / KiB of shared memory / programs per multiprocessor, by chip."""
-    lines = [f"{'':58}" + "".join(f"{chip:>15}" for chip in CHIPS)]
+    chips = [chip for chip in CHIPS if any(row["chip"] == chip for row in rows)]
+    lines = [f"{'':58}" + "".join(f"{chip:>15}" for chip in chips)]
     for key in dict.fromkeys((row["case"], row["kernel"]) for row in rows):
-        cells = []
+        cells = dict.fromkeys(chips, "")
         for row in (row for row in rows if (row["case"], row["kernel"]) == key):
             cell = f"{row['registers']}/{row['shared'] / 1024:.0f}/{row['programs']}"
-            cells.append(cell if row["fits"] else f"{cell}!")
-        lines.append(f"{key[0] + ': ' + key[1]:58}" + "".join(f"{cell:>15}" for cell in cells))
+            cells[row["chip"]] = cell if row["fits"] else f"{cell}!"
+        lines.append(f"{key[0] + ': ' + key[1]:58}" + "".join(f"{cell:>15}" for cell in cells.values()))
     lines.append("registers a thread / KiB shared / programs at once on a multiprocessor; !: does not fit")
     return "\n".join(lines)
 
@@ -331,13 +332,17 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--jobs {args.jobs} is too small; give 1 or more")
     if args.triton and args.json:
         raise ValueError("--json names one file, --triton writes one a version; give one of them")
+    if args.json is None and set(args.chips) < set(CHIPS):
+        raise ValueError(
+            f"--chips {' '.join(args.chips)}: the results have all of them; give --json FILE for these alone"
+        )
     if args.triton not in (None, [triton.__version__]):
         switches = [f"--{name}" for name in ("full", "once", "keep") if getattr(args, name)]
         run_under(args.triton, ["--jobs", str(args.jobs), *switches])
         return
     result = args.json or RESULT
     check_file("--json", result)
-    rows = compile_all(args.jobs, args.full, args.once, result if args.keep else None)
+    rows = compile_all(args.jobs, args.full, args.once, args.chips, result if args.keep else None)
     print(table(rows))
     write_result(result, {"rows": rows})
     bad = [f"{row['case']} on {row['chip']}" for row in rows if not row["fits"]]
@@ -350,6 +355,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="the figures; default: a file of the results for this Triton")
     parser.add_argument("--full", action="store_true", help="all dtypes with heads together and apart: hours")
     parser.add_argument("--once", action="store_true", help="every choice of tiles, warps and stages once: minutes")
+    parser.add_argument("--chips", nargs="+", choices=CHIPS, default=list(CHIPS), help="for these alone")
     parser.add_argument("--keep", action="store_true", help="compile only what differs from the file that is there")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
     parser.add_argument("--triton", nargs="+", metavar="VERSION", help="under these versions, which are installed")

@@ -493,7 +493,9 @@ def test_nan_images_are_refused():
 def test_a_single_field_leaves_the_digits_others(tmp_path):
     out = tmp_path / "eval.json"
     assert main(["eval", *FEW, "--split-depth", "7", "--json", str(out)]) == 0
-    assert json.loads(out.read_text())["config"] == json.loads(replace(digits_config("image"), split_depth=7).to_json())
+    own = digits_config("image")
+    changed = replace(own, split_depth=7, source=f"with another split_depth than {own.source}")
+    assert json.loads(out.read_text())["config"] == json.loads(changed.to_json())
 
 
 def test_the_papers_curve_takes_the_place_of_the_digits_thresholds(tmp_path):

@@ -38,8 +38,9 @@ print(json.dumps([described(job) for job in jobs()]))
     return json.loads(done.stdout)
 
 
-def test_no_choice_of_tiles_warps_and_stages_spills_on_any_chip(tmp_path):
-    done = compile_all("--once", "--json", str(tmp_path / "now.json"))
+def test_no_choice_of_tiles_warps_and_stages_spills(tmp_path):
+    """With the Triton at hand, on one chip; the committed results of the oldest and the newest have all of them."""
+    done = compile_all("--once", "--chips", "sm_90", "--json", str(tmp_path / "now.json"))
     assert done.returncode == 0, done.stdout + done.stderr
     document = json.loads((tmp_path / "now.json").read_text())
     now = document["rows"]
@@ -47,7 +48,7 @@ def test_no_choice_of_tiles_warps_and_stages_spills_on_any_chip(tmp_path):
     kept = [row | {"registers": 999} for row in now]
     kept[0]["code"] = "of another kernel"  # that row is compiled anew
     (tmp_path / "now.json").write_text(json.dumps(document | {"rows": kept}))
-    assert compile_all("--once", "--keep", "--json", str(tmp_path / "now.json")).returncode == 0
+    assert compile_all("--once", "--chips", "sm_90", "--keep", "--json", str(tmp_path / "now.json")).returncode == 0
     then = json.loads((tmp_path / "now.json").read_text())["rows"]
     assert then == [now[0], *kept[1:]]
 
@@ -121,6 +122,10 @@ for name, warps in (("gfx942", 16), ("sm_90", 32)):
 
 BAD = [
     ("--jobs 0", "offline_compile: --jobs 0 is too small; give 1 or more\n"),
+    (
+        "--chips sm_90",
+        "offline_compile: --chips sm_90: the results have all of them; give --json FILE for these alone\n",
+    ),
     ("--json .", "offline_compile: --json . is a directory; name a file in it\n"),
     ("--triton 3.6.0 3.9", "offline_compile: --triton 3.9 is no version; give one such as 3.6.0\n"),
     (

@@ -484,9 +484,9 @@ def imagenet(tmp_path_factory):
             Image.fromarray(pixels).save(folder / "image.jpg")
     (place / "imagenet" / "val" / "n00000250" / "image.jpg").write_bytes(b"no image")
     torch.manual_seed(0)
-    save_file(timm.create_model("deit_tiny_patch16_224").state_dict(), place / "mine.safetensors")
+    save_file(timm.create_model("deit_tiny_patch16_224").state_dict(), place / "deit_tiny.safetensors")
     thresholds = {"alpha": 0.9, "beta": 0.1, "theta_min": 0.5}
-    (place / "mine.json").write_text(ATMConfig(adapt="image", **thresholds).to_json())
+    (place / "deit_tiny.json").write_text(ATMConfig(adapt="image", **thresholds).to_json())
     return place
 
 
@@ -520,7 +520,7 @@ def narrow(imagenet):
     return [*options, "--checkpoint", "narrow.safetensors", "--data", "imagenet/val", "--limit", "4", "--workers", "0"]
 
 
-CHOOSE, CONFIG_FILE = ["--choose-by", "imagenet/train"], ["--config", "mine.json"]
+CHOOSE, CONFIG_FILE = ["--choose-by", "imagenet/train"], ["--config", "deit_tiny.json"]
 TRAIN = ["--train", "imagenet/train", "--epochs", "1", "--seeds", "0", "--adapt", "image", "--batch-size", "250"]
 ON_DIRECTORIES = {
     "table4": [*CHOOSE, *CONFIG_FILE, *TRAIN, "--methods", "evit", "atm, training-free"],
