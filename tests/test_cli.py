@@ -156,28 +156,28 @@ def test_bench(tmp_path, capfd):
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "changed"),
     [
-        ([], 'adapt="image"; atm-triton calibrate, digits'),
-        (
-            ["--no-proportional-attention"],
-            'adapt="image"; with another proportional_attention than atm-triton calibrate',
-        ),
-        (["--adapt", "batch", "--config", str(IMAGE_CONFIG)], 'adapt="batch"; with another adapt than atm-triton'),
-        (["--split-depth", "2"], 'adapt="image"; with another split_depth than atm-triton calibrate'),
-        (["--backend", "reference", "--adapt", "image"], 'adapt="image"; atm-triton calibrate, digits'),
+        ([], None),
+        (["--no-proportional-attention"], "proportional_attention"),
+        (["--adapt", "batch", "--config", str(IMAGE_CONFIG)], "adapt"),
+        (["--split-depth", "2", "--all-tokens-last"], "split_depth, cls_only_last"),
+        (["--backend", "reference", "--adapt", "image"], None),
     ],
 )
-def test_a_promise_is_of_what_it_was_made_for(options, said, capsys):
+def test_a_promise_is_of_what_it_was_made_for(options, changed, capsys):
     assert main(["eval", *FEW, *options]) == 0
-    assert said in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "; atm-triton calibrate, digits" in said
+    assert ("these figures no longer hold" in said) == (changed is not None)
+    assert changed is None or f" (changed here: {changed}; these figures no longer hold)\n" in said
 
 
 def test_figures_of_the_paper_are_for_its_models(tmp_path, folder, capsys):
     checkpoint = weights(tmp_path / "three.safetensors", num_classes=3)
     arguments = ["eval", *TINY, "--model-kwargs", "num_classes=3", "--checkpoint", checkpoint, "--data", str(folder)]
     assert main([*arguments, "--workers", "0", "--max-gflops", "0.9", "--limit", "2"]) == 0
-    assert "for other weights or another shape than paper, Table" in capsys.readouterr().out
+    assert "; this deit_tiny_patch16_224 has another shape or other weights\n" in capsys.readouterr().out
 
 
 def test_a_warning_is_a_line(capsys):
@@ -494,7 +494,9 @@ def test_a_single_field_leaves_the_digits_others(tmp_path):
     out = tmp_path / "eval.json"
     assert main(["eval", *FEW, "--split-depth", "7", "--json", str(out)]) == 0
     own = digits_config("image")
-    changed = replace(own, split_depth=7, source=f"with another split_depth than {own.source}")
+    changed = replace(
+        own, split_depth=7, source=f"{own.source} (changed here: split_depth; these figures no longer hold)"
+    )
     assert json.loads(out.read_text())["config"] == json.loads(changed.to_json())
 
 

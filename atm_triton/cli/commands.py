@@ -328,13 +328,13 @@ def _configured(args: argparse.Namespace) -> bool:
     return bool(_curve(args)) or any(value is not None for value in given)
 
 
-def _as_published(model: VisionTransformer) -> str:
-    """A caveat to print before the paper's figures if this is not the model that they were measured on."""
+def _doubt(name: str, model: VisionTransformer) -> str:
+    """Why the figures of the paper's model of that name may not hold for ``model``."""
     try:
         settled(ATMConfig(), model)
     except ValueError:
-        return "for other weights or another shape than "
-    return ""
+        return f"this {name} has another shape or other weights"
+    return f"taken for a {name} whose weights were not looked at"
 
 
 def _curve(args: argparse.Namespace) -> dict[str, Any]:
@@ -351,7 +351,7 @@ def _config(args: argparse.Namespace, model: VisionTransformer, default: ATMConf
         config = read_config(args.config, args.model, args.model_kwargs, args.checkpoint)
     elif args.max_gflops is not None or args.top1_drop is not None:
         config = ATMConfig.preset(args.model, args.max_gflops, args.top1_drop, fine_tuned=args.command == "finetune")
-        config = replace(config, source=f"{_as_published(model)}{config.source}")
+        config = replace(config, source=f"{config.source}; {_doubt(args.model, model)}")
     elif args.schedule is not None:
         config = ATMConfig(adapt="static", schedule=tuple(args.schedule))
     elif curve:
@@ -375,7 +375,7 @@ def _config(args: argparse.Namespace, model: VisionTransformer, default: ATMConf
     if curve:
         fields["source"] = ""  # the thresholds no longer come from there
     elif changed and config.source:
-        fields["source"] = f"with another {' and another '.join(changed)} than {config.source}"
+        fields["source"] = f"{config.source} (changed here: {', '.join(changed)}; these figures no longer hold)"
     config = replace(config, **fields)
     config.check_depth(len(model.blocks))
     return settled(config, model)
