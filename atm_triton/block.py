@@ -13,7 +13,7 @@ from torch.nn.modules import module as every_module
 
 from atm_triton import ops
 from atm_triton.config import ATMConfig
-from atm_triton.packed import Assignment, Images, Packed
+from atm_triton.packed import Assignment, Images, Packed, check_prefix
 from atm_triton.reference import largest_r, of_tokens
 
 
@@ -181,6 +181,8 @@ class ATMBlock(Block):
             assignment, counts = self.assign(plan.pairs, plan.copy, images), plan.pairs.counts
         else:
             assignment, counts = plan, None
+            if plan is not None:
+                check_prefix(plan, images, self.num_prefix_tokens)
         if assignment is None:
             x = x + self._drop_path(self.drop_path1, self.ls1(attended), images)
             del attended  # frees its memory for what follows

@@ -111,7 +111,31 @@ class Assignment(NamedTuple):
         return cls(slots=numbered, T=B * M, images=Images.of(B, M, device))
 
 
+def check_prefix(assignment: Assignment, images: Images, num_prefix: int) -> None:
+    """Check that the protected tokens at the start of each image of ``images`` stay its first ones: what reads the
+    class token reads the first row.
+
+    Raises:
+        ValueError: they do not. On a GPU a device-side assertion fails instead, as in :meth:`Assignment.of`.
+    """
+    slots = assignment.slots
+    if num_prefix == 0 or torch.compiler.is_compiling() or slots.is_meta:
+        return
+    first = torch.arange(num_prefix, device=slots.device)
+    stay = images.first(slots, num_prefix) == assignment.images.cu_seqlens[:-1, None] + first
+    if slots.is_cuda:
+        torch._assert_async(stay.all())
+    elif not stay.all():
+        image, token = (~stay).nonzero()[0].tolist()
+        raise ValueError(
+            f"a plan moves or drops token {token} of image {image}, one of the {num_prefix} at its start that must "
+            f"stay; give it slot {token}"
+        )
+
+
 def _check_slots(slots: Tensor, M: int) -> None:
+    if M < 1:
+        raise ValueError(f"M={M} is too small; want the number of tokens that each image keeps, 1 or more")
     within = (slots >= -1) & (slots < M)
     taken = slots.new_zeros(len(slots), M + 1, dtype=torch.bool)
     taken = taken.scatter(1, torch.where(within & (slots >= 0), slots, M).long(), True)[:, :M]

@@ -1,5 +1,7 @@
 """A user's own method: a block with its own plan, checked against timm's blocks written out."""
 
+import copy
+
 import pytest
 import timm
 import torch
@@ -164,12 +166,28 @@ def _numbered(text):
         ("0 1 -1 2 -1 4", 4, r"slots has 4, where each image keeps M=4 tokens; want 0 to M - 1 for those that stay"),
         ("0 1 -2 2", 3, "slots has -2, where each image keeps M=3 tokens"),
         ("0 1 -1 3 3", 4, "no token of image 0 has slot 2, of M=4; number those that stay from 0 without gaps"),
-        ("0 1 2", 0, "slots has 0, where each image keeps M=0 tokens"),
+        ("0 1 2", 0, "M=0 is too small; want the number of tokens that each image keeps, 1 or more"),
     ],
 )
 def test_slots_that_would_reach_into_the_next_image_are_refused(slots, M, message):
     with pytest.raises(ValueError, match=message):
         Assignment.of(_numbered(slots), M)
+
+
+class ClassTokenDropped(Free):
+    """It forgets the class token."""
+
+    def plan(self, q, k, tokens):
+        B, N = tokens.images.B, tokens.images.N
+        slots = torch.arange(N) // 2
+        slots[0] = -1
+        return Assignment.of(slots.expand(B, N), M=(N + 1) // 2)
+
+
+def test_a_plan_that_drops_the_class_token_is_refused(model, images):
+    broken = apply_patch(copy.deepcopy(model), block_class=ClassTokenDropped)
+    with pytest.raises(ValueError, match="a plan moves or drops token 0 of image 0, one of the 1 at its start"):
+        broken(images)
 
 
 def test_slots_of_an_assignment():
