@@ -24,6 +24,7 @@ from atm_triton.training.images import TrainDigits, TrainFolder, TrainImages
 from atm_triton.training.recipe import Recipe
 from benchmarks.baselines import Baseline
 from benchmarks.paper.cells import about, drop, markdown, saved
+from benchmarks.paper.jobs import Job, add_all, check_jobs, jobs_option
 from benchmarks.paper.methods import at_cost, measured
 from benchmarks.paper.rows import SAME, Rows
 from benchmarks.paper.subject import Subject, batch_size, check_shares, shares
@@ -39,7 +40,7 @@ def arguments() -> argparse.ArgumentParser:
 
 def training_options(seeds: list[int]) -> argparse.ArgumentParser:
     """The options of an experiment that trains."""
-    parser = argparse.ArgumentParser(add_help=False)
+    parser = argparse.ArgumentParser(add_help=False, parents=[jobs_option()])
     text = "one r per batch, as in the paper, or each image its own count (batch)"
     parser.add_argument("--adapt", nargs="+", default=["batch"], choices=ADAPT[:2], help=text)
     parser.add_argument("--epochs", type=int, default=5, help="of each training (5)")
@@ -65,6 +66,7 @@ def training_settings(args: argparse.Namespace) -> dict[str, Any]:
     for name in ("seeds", "adapt"):
         if len(set(getattr(args, name))) < len(getattr(args, name)):
             raise ValueError(f"--{name} wants each once")
+    check_jobs(args.jobs)
     recipe = recipe_of(args, 0).to_dict()
     del recipe["seed"]
     about = {"images": args.images, "train": None if args.train is None else str(args.train)}
@@ -84,21 +86,18 @@ def measure(subject: Subject, rows: Rows, args: argparse.Namespace) -> None:
     check_labelled(subject, args)
     each = len(args.adapt) * len(args.shares)
     rows.expect(each + (each + 1) * len(args.seeds))
-    runs = unfinished(rows, args)
+    runs, jobs = unfinished(rows, args), []
     for seed in args.seeds:
         key = {"method": UNMERGED, "adapt": None, "share": 0.0, "seed": seed}
-        rows.add(key, lambda seed=seed: tuned(subject, unmerged(subject), args, seed, runs / f"unmerged-{seed}"))
+        jobs.append(Job(key=key, measure=tuned, arguments=(unmerged(subject), seed, runs / f"unmerged-{seed}")))
     for adapt in args.adapt:
         for share in args.shares:
             key = {"adapt": adapt, "share": share}
             free = rows.add({"method": FREE, **key, "seed": None}, lambda key=key: free_at(subject, **key))
             for seed in args.seeds if "missing" not in free else ():
-                config = ATMConfig(**free["settings"]["config"])
-                name = f"{adapt}-{share}-{seed}"
-                rows.add(
-                    {"method": TUNED, **key, "seed": seed},
-                    lambda config=config, seed=seed, name=name: tuned(subject, config, args, seed, runs / name),
-                )
+                arguments = ATMConfig(**free["settings"]["config"]), seed, runs / f"{adapt}-{share}-{seed}"
+                jobs.append(Job(key={"method": TUNED, **key, "seed": seed}, measure=tuned, arguments=arguments))
+    add_all(rows, subject, args, jobs)
     shutil.rmtree(runs, ignore_errors=True)
 
 
@@ -123,7 +122,7 @@ def free_at(subject: Subject, adapt: str, share: float) -> dict[str, Any]:
 
 
 def tuned(
-    subject: Subject, config: ATMConfig | Baseline, args: argparse.Namespace, seed: int, at: Path
+    subject: Subject, args: argparse.Namespace, config: ATMConfig | Baseline, seed: int, at: Path
 ) -> dict[str, Any]:
     """Train with ATM by the paper's recipe, or with another method by its authors' recipe, and return the row."""
     model, recipe = copy.deepcopy(subject.model), recipe_of(args, seed)
@@ -142,7 +141,7 @@ def tuned(
     given = config if method is None else None
     done = finetune(model, images, watched, given, recipe, folder, resume, method=method)
     outcome = subject.outcome_of(model, config if method is None else method.patch, f"{at.name}, all images")
-    row = {"seconds": done["seconds"], "loss": [epoch["train_loss"] for epoch in done["epochs"]]}
+    row = {"seconds": done["seconds"], "at_once": args.jobs, "loss": [epoch["train_loss"] for epoch in done["epochs"]]}
     return row | {"recipe": recipe.to_dict(), **outcome.to_dict()}
 
 
@@ -150,9 +149,15 @@ def _images(args: argparse.Namespace, model: Any, seed: int) -> TrainImages:
     return TrainDigits(args.images, seed) if args.train is None else TrainFolder(model, args.train, seed)
 
 
+def minutes_head(result: dict[str, Any]) -> str:
+    """The head of the column with the minutes of a training: how many ran at once."""
+    numbers = {row["at_once"] for row in result["rows"] if "at_once" in row}
+    return "minutes each" if numbers <= {1} else f"minutes each, {'/'.join(map(str, sorted(numbers)))} at once"
+
+
 def table(result: dict[str, Any]) -> str:
     """The result as a Markdown table."""
-    head = [about(result["rows"]), "method", "adapt", "seed", "GFLOPs", "saved", "top-1", "KL", "minutes"]
+    head = [about(result["rows"]), "method", "adapt", "seed", "GFLOPs", "saved", "top-1", "KL", minutes_head(result)]
     body = []
     for row in sorted(result["rows"], key=lambda row: (row["share"], row["adapt"] or "", row["method"])):
         first = [

@@ -78,13 +78,20 @@ class Rows:
     def add(self, key: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Return the row of ``key``; measure it unless it is there already."""
         self.bar.set_postfix(key)
-        wanted = json.loads(json.dumps(key))
-        known = [row for row in self.rows if {name: row.get(name) for name in wanted} == wanted]
+        known = self._known(key)
         if not known:
             self.rows.append({**key, **measure()})
             write_result(self.partial, self.result())
         self.bar.update()
         return known[0] if known else self.rows[-1]
+
+    def has(self, key: dict[str, Any]) -> bool:
+        """Whether the row of ``key`` is there already."""
+        return bool(self._known(key))
+
+    def _known(self, key: dict[str, Any]) -> list[dict[str, Any]]:
+        wanted = json.loads(json.dumps(key))
+        return [row for row in self.rows if {name: row.get(name) for name in wanted} == wanted]
 
     def finish(self) -> dict[str, Any]:
         """Write the complete result to its file and return it."""

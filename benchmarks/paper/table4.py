@@ -12,6 +12,7 @@ table is complete.
 import argparse
 import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from atm_triton import ATMConfig
@@ -22,16 +23,19 @@ from benchmarks.paper.cells import about, markdown, over_seeds, percent
 from benchmarks.paper.finetuned import (
     check_labelled,
     free_at,
+    minutes_head,
     training_options,
     training_settings,
     tuned,
     unfinished,
     unmerged,
 )
+from benchmarks.paper.jobs import Job, add_all
 from benchmarks.paper.methods import at_cost
 from benchmarks.paper.rows import Rows
 from benchmarks.paper.subject import Subject, options
 
+FREE = "atm, training-free"
 WHOLE = 4.6  # GFLOPs of DeiT-S in the paper
 
 
@@ -56,7 +60,7 @@ ROWS = {  # in the paper's order
     "bat": Published(3.0, 79.6, 300),
     "mctf": Published(2.6, 80.1, 30, 39),
     "ltmp": Published(),
-    "atm, training-free": Published(3.0, 79.7, 0),
+    FREE: Published(3.0, 79.7, 0),
     "atm": Published(2.6, 79.8, 30, 11),
 }
 
@@ -97,27 +101,29 @@ def of_model(subject: Subject) -> dict[str, Callable[[], Baseline]]:
 
 def measure(subject: Subject, rows: Rows, args: argparse.Namespace) -> None:
     check_labelled(subject, args)
-    made = of_model(subject)
-    rows.expect(sum(1 if name == "atm, training-free" else len(args.seeds) for name in args.methods))
+    rows.expect(sum(1 if name == FREE else len(args.seeds) for name in args.methods))
     runs = unfinished(rows, args)
+    if FREE in args.methods:
+        share = 1 - ROWS[FREE].gflops / WHOLE
+        rows.add({"method": FREE, "seed": None}, lambda: free_at(subject, args.adapt[0], share))
+    jobs = []
     for name in args.methods:
-        if name == "atm, training-free":
-            share = 1 - ROWS[name].gflops / WHOLE
-            rows.add({"method": name, "seed": None}, lambda share=share: free_at(subject, args.adapt[0], share))
-            continue
-        for seed in args.seeds:
+        for seed in args.seeds if name != FREE else ():
             at = runs / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
-
-            def trained(name: str = name, seed: int = seed, at: Any = at) -> dict[str, Any]:
-                way = (
-                    _atm(subject, args) if name == "atm" else unmerged(subject) if name == "unmerged" else made[name]()
-                )
-                if way is None:
-                    return {"missing": "no thresholds come close to the paper's share of the FLOPs"}
-                return {"settings": repr(way), **tuned(subject, way, args, seed, at)}
-
-            rows.add({"method": name, "seed": seed}, trained)
+            jobs.append(Job(key={"method": name, "seed": seed}, measure=trained, arguments=(name, seed, at)))
+    add_all(rows, subject, args, jobs)
     shutil.rmtree(runs, ignore_errors=True)
+
+
+def trained(subject: Subject, args: argparse.Namespace, name: str, seed: int, at: Path) -> dict[str, Any]:
+    """The row of a method, trained."""
+    if name == "atm":
+        way = _atm(subject, args)
+    else:
+        way = unmerged(subject) if name == "unmerged" else of_model(subject)[name]()
+    if way is None:
+        return {"missing": "no thresholds come close to the paper's share of the FLOPs"}
+    return {"settings": repr(way), **tuned(subject, args, way, seed, at)}
 
 
 def _atm(subject: Subject, args: argparse.Namespace) -> ATMConfig | None:
@@ -128,10 +134,10 @@ def _atm(subject: Subject, args: argparse.Namespace) -> ATMConfig | None:
 def table(result: dict[str, Any]) -> str:
     """The result as a Markdown table, with means and standard deviations over the seeds."""
     epochs = result["settings"]["recipe"]["epochs"]
-    head = [about(result["rows"]), "GFLOPs", "all tokens last", "top-1", "epochs", "minutes each"]
+    head = [about(result["rows"]), "GFLOPs", "all tokens last", "top-1", "epochs", minutes_head(result)]
     head += ["the paper, DeiT-S: GFLOPs", "top-1", "epochs", "hours"]
     body = []
-    for name in dict.fromkeys(row["method"] for row in result["rows"]):
+    for name in [name for name in ROWS if any(row["method"] == name for row in result["rows"])]:
         published = ["-" if value is None else f"{value}" for value in ROWS[name]]
         published[1] = percent(ROWS[name].top1).replace("0 %", " %")
         mine = [row for row in result["rows"] if row["method"] == name and "missing" not in row]

@@ -12,7 +12,7 @@ from typing import Any
 from atm_triton.operating_points import OperatingPoint, operating_points, paper_name
 from benchmarks.paper import finetuned
 from benchmarks.paper.cells import about, markdown, over_seeds
-from benchmarks.paper.finetuned import FREE, TUNED, UNMERGED, training_options
+from benchmarks.paper.finetuned import FREE, TUNED, UNMERGED, minutes_head, training_options
 from benchmarks.paper.points import name_of
 from benchmarks.paper.rows import Rows
 from benchmarks.paper.subject import Subject, options
@@ -62,7 +62,7 @@ def table(result: dict[str, Any]) -> str:
         "top-1, training-free",
         "top-1, fine-tuned",
         "epochs",
-        "minutes each",
+        minutes_head(result),
     ]
     head += ["the paper: GFLOPs", "top-1"]
     epochs, body = result["settings"]["recipe"]["epochs"], []
