@@ -215,8 +215,8 @@ def test_table_4_trains_every_method_and_none_twice(tmp_path, monkeypatch, capsy
     (tmp_path / "kept").rename(tmp_path / "digits_table4.json.partial")
     assert paper.main(["table4", *options, "--resume"]) == 0
     assert not (tmp_path / "digits_table4.runs").exists() and seen.pop(3) == seen[3]
-    assert [name for name, _, _ in seen[::2]] == [None, "DynamicViT", None]
-    assert [lr for _, lr, _ in seen[::2]] == [2e-5, 1e-3, 2e-5]
+    assert [name for name, _, _ in seen[:3]] == [None, "DynamicViT", None]
+    assert [lr for _, lr, _ in seen[:3]] == [2e-5, 1e-3, 2e-5]
     result = json.loads((tmp_path / "digits_table4.json").read_text())
     assert len(result["rows"]) == 7 and len({row["overall"]["top1_unpatched"] for row in result["rows"]}) == 1
     costs = {row["method"]: row["overall"]["gflops"] for row in result["rows"]}
@@ -250,7 +250,7 @@ def test_trainings_at_once_give_the_rows_of_one_after_the_other(tmp_path, monkey
             assert paper.main(["table4", *again, "--resume"]) == 2
             assert "evit-0" in capsys.readouterr().err
             partial = json.loads((out / "digits_table4.json.partial").read_text())
-            assert [row["method"] for row in partial["rows"]] == ["unmerged", "tome"]
+            assert {row["method"] for row in partial["rows"]} == {"unmerged", "tome"}
             (out / "digits_table4.runs" / "evit-0").unlink()
             again.append("--resume")
         assert paper.main(["table4", *again]) == 0

@@ -220,7 +220,7 @@ def _quality(table: dict[str, Tensor], chosen: Tensor, measure: Measure) -> Qual
 
 def _of_images(number: Number | float, B: int) -> Tensor:
     """float64 [B]."""
-    return torch.as_tensor(number, dtype=torch.float64).expand(B)
+    return torch.as_tensor(number, dtype=torch.float64, device="cpu").expand(B)
 
 
 def _own_tokens(record: Record) -> Tensor | None:

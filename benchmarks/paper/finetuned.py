@@ -47,13 +47,15 @@ def training_options(seeds: list[int]) -> argparse.ArgumentParser:
     text = f"a training for each ({' '.join(map(str, seeds))})"
     parser.add_argument("--seeds", type=int, nargs="+", default=seeds, help=text)
     parser.add_argument("--images", type=int, default=4096, help="of the digits, drawn for each epoch (4096)")
+    text = "passes, each of a batch, that a step sums (4)"
+    parser.add_argument("--accumulate", type=int, default=4, metavar="PASSES", help=text)
     parser.add_argument("--train", type=Path, help="a directory of images to train on (the digits: drawn)")
     return parser
 
 
 def recipe_of(args: argparse.Namespace, seed: int) -> Recipe:
     make = Recipe if args.train is not None else Recipe.for_digits
-    return make(epochs=args.epochs, batch_size=batch_size(args), seed=seed)
+    return make(epochs=args.epochs, batch_size=batch_size(args), accumulate=args.accumulate, seed=seed)
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import argparse
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
 from multiprocessing import get_context
 from typing import Any, NamedTuple
@@ -37,10 +37,11 @@ def check_jobs(number: int) -> None:
 
 
 def add_all(rows: Rows, subject: Subject, args: argparse.Namespace, jobs: Sequence[Job]) -> None:
-    """Add the row of each job, in this order, and measure ``args.jobs`` of those that are missing at once.
+    """Add the row of each job unless it is there. With ``args.jobs`` above 1 so many are measured at once, and rows are
+    added as they are done.
 
     Raises:
-        Exception: what the first job that failed raised, after the rows of all others are added.
+        Exception: what a job raised; of several at once the first that failed, after the rows of all others are added.
     """
     if args.jobs == 1:
         for job in jobs:
@@ -49,15 +50,15 @@ def add_all(rows: Rows, subject: Subject, args: argparse.Namespace, jobs: Sequen
     own = argparse.Namespace(**{name: value for name, value in vars(args).items() if name != "experiment"})
     failed = None
     with ProcessPoolExecutor(args.jobs, get_context("spawn"), _open, (own,)) as pool:
-        futures = [None if rows.has(job.key) else pool.submit(_measure, job) for job in jobs]
-        for job, future in zip(jobs, futures, strict=True):
-            try:
-                rows.add(job.key, dict if future is None else future.result)
-            except KeyboardInterrupt:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-            except Exception as error:  # of any kind: hours of other trainings must not be lost with it
-                failed = failed or error
+        futures = {pool.submit(_measure, job): job for job in jobs if not rows.has(job.key)}
+        try:
+            for future in as_completed(futures):
+                try:
+                    rows.add(futures[future].key, future.result)
+                except Exception as error:  # of any kind: hours of other trainings must not be lost with it
+                    failed = failed or error
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
     if failed is not None:
         raise failed
 

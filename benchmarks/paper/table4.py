@@ -107,8 +107,8 @@ def measure(subject: Subject, rows: Rows, args: argparse.Namespace) -> None:
         share = 1 - ROWS[FREE].gflops / WHOLE
         rows.add({"method": FREE, "seed": None}, lambda: free_at(subject, args.adapt[0], share))
     jobs = []
-    for name in args.methods:
-        for seed in args.seeds if name != FREE else ():
+    for seed in args.seeds:
+        for name in (name for name in args.methods if name != FREE):
             at = runs / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
             jobs.append(Job(key={"method": name, "seed": seed}, measure=trained, arguments=(name, seed, at)))
     add_all(rows, subject, args, jobs)
