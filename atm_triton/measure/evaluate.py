@@ -225,8 +225,12 @@ def _of_images(number: Number | float, B: int) -> Tensor:
 
 def _own_tokens(record: Record) -> Tensor | None:
     """The tokens that each image would keep by its own count, averaged over the blocks with a threshold."""
-    kept = [n - counts.cpu() for n, counts in zip(record.tokens, record.counts, strict=True) if counts is not None]
-    return torch.stack(kept).double().mean(0) if kept else None
+    kept = [
+        _of_images(n, len(counts)) - counts.cpu()
+        for n, counts in zip(record.tokens, record.counts, strict=True)
+        if counts is not None
+    ]
+    return torch.stack(kept).mean(0) if kept else None
 
 
 def check_finite(values: Tensor, name: str, batch: int) -> None:
