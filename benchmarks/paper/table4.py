@@ -13,6 +13,7 @@ import argparse
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from statistics import mean
 from typing import Any, NamedTuple
 
 from atm_triton import ATMConfig
@@ -134,7 +135,7 @@ def _atm(subject: Subject, args: argparse.Namespace) -> ATMConfig | None:
 def table(result: dict[str, Any]) -> str:
     """The result as a Markdown table, with means and standard deviations over the seeds."""
     epochs = result["settings"]["recipe"]["epochs"]
-    head = [about(result["rows"]), "GFLOPs", "all tokens last", "top-1", "epochs", minutes_head(result)]
+    head = [about(result["rows"]), "GFLOPs", "all tokens last", "top-1", "KL", "epochs", minutes_head(result)]
     head += ["the paper, DeiT-S: GFLOPs", "top-1", "epochs", "hours"]
     body = []
     for name in [name for name in ROWS if any(row["method"] == name for row in result["rows"])]:
@@ -142,7 +143,7 @@ def table(result: dict[str, Any]) -> str:
         published[1] = percent(ROWS[name].top1).replace("0 %", " %")
         mine = [row for row in result["rows"] if row["method"] == name and "missing" not in row]
         if not mine:
-            body.append([name, "no setting at that cost", *[""] * 4, *published])
+            body.append([name, "no setting at that cost", *[""] * 5, *published])
             continue
         costs = [over_seeds([row["overall"]["gflops"] for row in mine], 3)]
         costs.append(over_seeds([row["gflops_all_tokens_last"] for row in mine], 3))
@@ -150,5 +151,6 @@ def table(result: dict[str, Any]) -> str:
         spent = (
             [str(epochs), over_seeds([row["seconds"] / 60 for row in mine], 1)] if "seconds" in mine[0] else ["0", "-"]
         )
-        body.append([name, *costs, top1, *spent, *published])
+        kl = f"{mean(row['overall']['kl'] for row in mine):.1e}"
+        body.append([name, *costs, top1, kl, *spent, *published])
     return markdown(head, body)
