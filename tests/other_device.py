@@ -81,9 +81,13 @@ def _run(operation, args, kwargs):
 
 
 def _check_one_device(operation, given):
-    free = operation in MIX or (operation in INDEX and isinstance(given[0], Elsewhere))
-    here = [tensor for tensor in given if not isinstance(tensor, Elsewhere) and tensor.dim() > 0]
-    if here and len(here) < len(given) and not free and any(isinstance(tensor, Elsewhere) for tensor in given):
+    if operation in MIX:
+        return
+    if operation in INDEX and isinstance(given[0], Elsewhere):  # its indices may lie on the CPU
+        given = [given[0], *given[-1:]] if operation is not aten.index.Tensor else given[:1]
+    numbers = torch.Tag.pointwise in operation.tags  # to these, a tensor without dimensions is a number
+    here = [tensor for tensor in given if not isinstance(tensor, Elsewhere) and not (numbers and tensor.dim() == 0)]
+    if here and any(isinstance(tensor, Elsewhere) for tensor in given):
         raise RuntimeError(f"{operation}: tensors on two devices; {[list(tensor.shape) for tensor in here]} on the CPU")
 
 

@@ -313,7 +313,7 @@ def check_by_loops(model, name, settings, more):
         if tokens.sizes is not None:
             assert tokens.sizes.tolist() == [n for _, record in expected for n in record[number][1]]
     logits = torch.stack([logits for logits, _ in expected])
-    torch.testing.assert_close(model(x), logits, rtol=0, atol=1e-8)
+    torch.testing.assert_close(model(x), logits, rtol=0, atol=1e-9)
     assert max(lengths) < entering
 
 
@@ -674,7 +674,7 @@ def test_dtome_is_its_loops(r, schedule):
 
     expected, lengths = dtome(model, x, above)
     logits = method.apply(model)(x)
-    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-8)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-9)
     assert [of.tolist() for of in model.blocks.last.rows] == lengths
     assert any(len(set(of)) > 1 for of in lengths)
     by_hand = apply_patch(vit(dtype=torch.float64, embed_dim=16), method.config(4)).blocks.config

@@ -26,6 +26,7 @@ SETTINGS = {
     "bat": {"keep_rate": 0.6, "blocks": (1, 2), "share": 0.5, "neighbours": 2},
 }
 CONFIGS = {adapt: ATMConfig(adapt=adapt, thresholds=(0.6,) * 4) for adapt in ("batch", "image")}
+CONFIGS["static"] = ATMConfig(adapt="static", schedule=(2, 2, 2, 1))
 
 
 def model():
@@ -55,7 +56,7 @@ def test_a_method_is_evaluated_as_on_the_cpu(name, monkeypatch):
     assert there.overall.kl == pytest.approx(here.overall.kl, rel=1e-5) and here.overall.kl > 1e-6
 
 
-@pytest.mark.parametrize("name", [*TRAINED, *CONFIGS])
+@pytest.mark.parametrize("name", [*dict.fromkeys((*TRAINED, "evit", "tome", "mctf")), *CONFIGS])
 def test_a_method_is_trained_as_on_the_cpu(name, monkeypatch):
     def trained(at=None):
         one = model() if at is None else model().to(at)
@@ -80,6 +81,15 @@ def test_the_other_device_refuses_what_a_gpu_refuses(monkeypatch):
         assert y.device == device and (y + 1).device == device and torch.zeros(2, device=device).device == device
         assert (y * 2).cpu().tolist() == (x * 2).tolist() and y.sum().item() == 15.0
         assert y[torch.tensor([1])].tolist() == [[3.0, 4.0, 5.0]]  # an index may lie on the CPU
-        for mixed in (lambda: y + x, lambda: x[y.long()], lambda: torch.stack([y, x]), lambda: torch.cat([x, y])):
+        assert (y * torch.tensor(2.0)).device == device
+        for mixed in (
+            lambda: y + x,
+            lambda: x[y.long()],
+            lambda: torch.stack([y, x]),
+            lambda: torch.cat([x, y]),
+            lambda: torch.stack([y.sum(), x.sum()]),
+            lambda: y.gather(1, torch.zeros(2, 1, dtype=torch.int64)),
+            lambda: y.index_put((torch.tensor([0]),), torch.ones(1, 3)),
+        ):
             with pytest.raises(RuntimeError, match="tensors on two devices"):
                 mixed()

@@ -3,8 +3,10 @@
 import argparse
 import copy
 import json
+import os
 import re
 import shlex
+import shutil
 from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
@@ -34,6 +36,7 @@ from benchmarks.paper import (
     figure6,
     finetuned,
     flops,
+    jobs,
     methods,
     points,
     subject,
@@ -201,11 +204,11 @@ def test_table_4_trains_every_method_and_none_twice(tmp_path, monkeypatch, capsy
     options += ["--methods", "unmerged", "dynamicvit", "atm, training-free", "atm"]
     seen, finetune = [], finetuned.finetune
 
-    def interrupted(model, images, validation, config, recipe, *arguments, method):
+    def interrupted(model, images, validation, config, recipe, *arguments, method, **options):
         seen.append((None if method is None else type(method.baseline).__name__, recipe.lr, recipe.seed))
         if len(seen) == 4:
             raise KeyboardInterrupt
-        return finetune(model, images, validation, config, recipe, *arguments, method=method)
+        return finetune(model, images, validation, config, recipe, *arguments, method=method, **options)
 
     monkeypatch.setattr(finetuned, "finetune", interrupted)
     assert paper.main(["table4", *options]) == 130
@@ -226,7 +229,9 @@ def test_table_4_trains_every_method_and_none_twice(tmp_path, monkeypatch, capsy
     assert all(0 < value < 5 for value in kl.values())
     lines = capsys.readouterr().out.splitlines()
     line = next(line for line in lines if line.startswith("| dynamicvit |"))
-    assert " ± " in line and re.search(r"% \| \d\.\de-\d\d \| 1 \| \d+\.\d ± \d\.\d \| 2\.9 \| 79\.3 % \| 30 \| 43 \|$", line)
+    assert " ± " in line and re.search(
+        r"% \| \d\.\de-\d\d \| 1 \| \d+\.\d ± \d\.\d \| 2\.9 \| 79\.3 % \| 30 \| 43 \|$", line
+    )
     assert any(
         line.startswith("| atm, training-free |") and line.endswith("| 0 | - | 3.0 | 79.7 % | 0 | - |")
         for line in lines
@@ -241,14 +246,14 @@ def test_table_4_trains_every_method_and_none_twice(tmp_path, monkeypatch, capsy
 def test_trainings_at_once_give_the_rows_of_one_after_the_other(tmp_path, monkeypatch, capsys):
     """In processes of their own, to the bit; if one fails, the others are kept and it alone is measured again."""
     options = [*TINY, "--seeds", "0", "--methods", "unmerged", "evit", "tome"]
-    for jobs, out in (("1", tmp_path / "one"), ("2", tmp_path / "two")):
+    for number, out in (("1", tmp_path / "one"), ("2", tmp_path / "two")):
         out.mkdir()
-        again = [*options, "--jobs", jobs, "--out", str(out)]
-        if jobs == "2":
+        again = [*options, "--jobs", number, "--out", str(out)]
+        if number == "2":
             (out / "digits_table4.runs").mkdir()
             (out / "digits_table4.runs" / "evit-0").write_text("in the way")
             assert paper.main(["table4", *again, "--resume"]) == 2
-            assert "evit-0" in capsys.readouterr().err
+            assert "evit, 0: " in capsys.readouterr().err
             partial = json.loads((out / "digits_table4.json.partial").read_text())
             assert {row["method"] for row in partial["rows"]} == {"unmerged", "tome"}
             (out / "digits_table4.runs" / "evit-0").unlink()
@@ -262,7 +267,18 @@ def test_trainings_at_once_give_the_rows_of_one_after_the_other(tmp_path, monkey
         assert row.pop("seconds") > 0 and two[name].pop("seconds") > 0
         assert (row.pop("at_once"), two[name].pop("at_once")) == (1, 2)
         assert two[name] == row, name
-    assert "minutes each, 2 at once" in capsys.readouterr().out
+    assert "minutes each, up to 2 at once" in capsys.readouterr().out
+
+
+def dies(*_):
+    os._exit(1)
+
+
+def test_a_process_that_dies_is_one_line(tmp_path):
+    rows = Rows(tmp_path / "out.json", {}, resume=False)
+    args = table4.arguments().parse_args(["--jobs", "2", "--limit", "4", "--workers", "0"])
+    with pytest.raises(ValueError, match="one of 2 processes died, .*; give fewer --jobs, with --resume"):
+        jobs.add_all(rows, None, args, [jobs.Job(key={"method": "a"}, measure=dies, arguments=())])
 
 
 def test_every_method_of_table_4_can_be_made_for_a_model():
@@ -552,7 +568,9 @@ def narrow(imagenet):
 CHOOSE, CONFIG_FILE = ["--choose-by", "imagenet/train"], ["--config", "deit_tiny.json"]
 TRAIN = ["--train", "imagenet/train", "--epochs", "1", "--seeds", "0", "--adapt", "image", "--batch-size", "250"]
 ON_DIRECTORIES = {
-    "table4": [*CHOOSE, *CONFIG_FILE, *TRAIN, "--methods", "evit", "atm, training-free"],
+    "finetuned": [*CHOOSE, *CONFIG_FILE, *TRAIN, "--shares", "0.3"],
+    "tableA3": [*CHOOSE, *CONFIG_FILE, *TRAIN, "--points", "1"],
+    "table4": [*CHOOSE, *CONFIG_FILE, *TRAIN, "--methods", "evit", "--jobs", "2"],
     "table1": [*CHOOSE, *CONFIG_FILE],
     "table2": [*CHOOSE, *CONFIG_FILE, "--shares", "0.3"],
     "table3": CONFIG_FILE,
@@ -580,6 +598,21 @@ def test_an_experiment_runs_on_directories(name, imagenet, narrow, monkeypatch, 
     measured = [row for row in found["rows"] if "missing" not in row]
     assert measured and all(row["overall"]["images"] == 3 for row in measured if "overall" in row)
     assert "left out: imagenet/val/n00000250/image.jpg" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_training_images_go_with_those_to_judge_by(imagenet, narrow, monkeypatch, capsys):
+    monkeypatch.chdir(imagenet)
+    for n in range(1000):
+        Path("other", f"m{n:08}").mkdir(parents=True)
+        shutil.copy(Path("imagenet", "train", f"n{n:08}", "image.jpg"), Path("other", f"m{n:08}"))
+    options = ["table4", *narrow, *CHOOSE, *CONFIG_FILE, "--epochs", "1", "--seeds", "0", "--methods", "evit"]
+    for wrong, message in (
+        (["--train", "imagenet/val"], "--train imagenet/val holds images of --data: train on others"),
+        (["--train", "imagenet/train", "--images", "8"], "--images draws digits; with --train all images are used"),
+        (["--train", "other"], "--train other and --data imagenet/val hold other classes; want folders of equal names"),
+    ):
+        assert paper.main([*options, *wrong, "--out", "other"]) == 2 and message in capsys.readouterr().err
+    shutil.rmtree("other")
 
 
 def headless(directory, classes):

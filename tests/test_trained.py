@@ -350,8 +350,10 @@ def plain_loss(name):
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_the_gradients_of_a_step_are_those_of_the_loops(name):
-    """The step has two passes of four images, in float64, each with the random numbers it draws."""
+def test_the_gradients_of_a_step_are_those_of_its_parts(name):
+    """The step has two passes of four images, in float64, each with the random numbers it draws. Losses and what is
+    only trained are loops. Where a method is trained as it runs afterwards, its pass is the one that test_baselines
+    checks against loops."""
     model = new()
     method = learned(name, model)
     moved(name, model)

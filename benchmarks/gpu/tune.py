@@ -72,7 +72,10 @@ def of_attention(at: Inputs) -> Tuning:
     launch = partial(attention, q, k, v, at.sizes.log2(), cu_seqlens, cu_seqlens, at.N, at.N, at.d**-0.5)
     tiles = (16, 32, 64) if at.x.dtype == torch.float32 else (32, 64, 128)
     others = every(ROWS=tiles, COLUMNS=tiles, STAGES=(1, 2, 3, 4), TAILS=(0, 1, 2, 3), num_warps=(4, 8))
-    least = {4: 16, 8: 32 if at.x.dtype == torch.float32 else 16}  # triton 3.6: others read unmapped memory on an H200
+    least = {
+        4: 16,
+        8: 32 if at.x.dtype == torch.float32 else 16,
+    }  # triton 3.6 on an H200: pipelined, others read unmapped memory
     others = [one for one in others if one["COLUMNS"] >> max(one["TAILS"] - 1, 0) >= least[one["num_warps"]]]
     return Tuning(launch=launch, table=attention_table(at.x.dtype, at.d, at.N), others=others)
 

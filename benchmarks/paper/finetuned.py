@@ -27,9 +27,10 @@ from benchmarks.paper.cells import about, drop, markdown, saved
 from benchmarks.paper.jobs import Job, add_all, check_jobs, jobs_option
 from benchmarks.paper.methods import at_cost, measured
 from benchmarks.paper.rows import SAME, Rows
-from benchmarks.paper.subject import Subject, batch_size, check_shares, shares
+from benchmarks.paper.subject import Subject, batch_size, check_shares, overlap, shares
 
 SHARES = (0.5, 0.6, 0.7)  # saved
+DIGITS_AN_EPOCH = 4096
 WATCHED = 4  # test batches after each epoch; at the end all are used
 FREE, TUNED, UNMERGED = "ATM, training-free", "ATM, fine-tuned", "unmerged, fine-tuned"
 
@@ -46,7 +47,7 @@ def training_options(seeds: list[int]) -> argparse.ArgumentParser:
     parser.add_argument("--epochs", type=int, default=5, help="of each training (5)")
     text = f"a training for each ({' '.join(map(str, seeds))})"
     parser.add_argument("--seeds", type=int, nargs="+", default=seeds, help=text)
-    parser.add_argument("--images", type=int, default=4096, help="of the digits, drawn for each epoch (4096)")
+    parser.add_argument("--images", type=int, help=f"of the digits, drawn for each epoch ({DIGITS_AN_EPOCH})")
     text = "passes, each of a batch, that a step sums (4)"
     parser.add_argument("--accumulate", type=int, default=4, metavar="PASSES", help=text)
     parser.add_argument("--train", type=Path, help="a directory of images to train on (the digits: drawn)")
@@ -65,13 +66,17 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
 def training_settings(args: argparse.Namespace) -> dict[str, Any]:
     if (args.train is None) != (args.data in (None, DIGITS)):
         raise ValueError("--train DIR goes with --data DIR: images to train on beside those to judge by")
+    if args.train is not None and overlap(args.data, str(args.train)):
+        raise ValueError(f"--train {args.train} holds images of --data: train on others than those to judge by")
+    if args.train is not None and args.images is not None:
+        raise ValueError("--images draws digits; with --train all images are used, so leave it out")
     for name in ("seeds", "adapt"):
         if len(set(getattr(args, name))) < len(getattr(args, name)):
             raise ValueError(f"--{name} wants each once")
     check_jobs(args.jobs)
     recipe = recipe_of(args, 0).to_dict()
     del recipe["seed"]
-    about = {"images": args.images, "train": None if args.train is None else str(args.train)}
+    about = {"images": _digits_an_epoch(args), "train": None if args.train is None else str(args.train)}
     return about | {"recipe": recipe}
 
 
@@ -128,8 +133,8 @@ def tuned(
 ) -> dict[str, Any]:
     """Train with ATM by the paper's recipe, or with another method by its authors' recipe, and return the row."""
     model, recipe = copy.deepcopy(subject.model), recipe_of(args, seed)
-    images, method = _images(args, model, seed), None
-    about: dict[str, Any] = {"images": args.images}
+    images, method = _images(subject, args, model, seed), None
+    about: dict[str, Any] = dict(images.settings)
     if isinstance(config, ATMConfig):
         about["config"] = config.to_json()
     else:
@@ -141,27 +146,47 @@ def tuned(
     folder = RunFolder(at, same)
     watched, resume = list(islice(subject.test, WATCHED)), (at / CHECKPOINT).exists()
     given = config if method is None else None
-    done = finetune(model, images, watched, given, recipe, folder, resume, method=method)
+    workers = 0 if args.train is None else args.workers  # an epoch of digits is drawn at once
+    done = finetune(model, images, watched, given, recipe, folder, resume, workers=workers, method=method)
     outcome = subject.outcome_of(model, config if method is None else method.patch, f"{at.name}, all images")
     row = {"seconds": done["seconds"], "at_once": args.jobs, "loss": [epoch["train_loss"] for epoch in done["epochs"]]}
     return row | {"recipe": recipe.to_dict(), **outcome.to_dict()}
 
 
-def _images(args: argparse.Namespace, model: Any, seed: int) -> TrainImages:
-    return TrainDigits(args.images, seed) if args.train is None else TrainFolder(model, args.train, seed)
+def _digits_an_epoch(args: argparse.Namespace) -> int | None:
+    """None for images of a directory."""
+    if args.train is not None:
+        return None
+    return DIGITS_AN_EPOCH if args.images is None else args.images
+
+
+def _images(subject: Subject, args: argparse.Namespace, model: Any, seed: int) -> TrainImages:
+    digits = _digits_an_epoch(args)
+    if digits is not None:
+        return TrainDigits(digits, seed)
+    images = TrainFolder(model, args.train, seed)
+    if images.images.classes != subject.classes:
+        raise ValueError(f"--train {args.train} and --data {args.data} hold other classes; want folders of equal names")
+    return images
 
 
 def minutes_head(result: dict[str, Any]) -> str:
-    """The head of the column with the minutes of a training: how many ran at once."""
-    numbers = {row["at_once"] for row in result["rows"] if "at_once" in row}
-    return "minutes each" if numbers <= {1} else f"minutes each, {'/'.join(map(str, sorted(numbers)))} at once"
+    """The head of the column with the minutes of a training, which says how many ran at once."""
+    most = max((row["at_once"] for row in result["rows"] if "at_once" in row), default=1)
+    return "minutes each" if most == 1 else f"minutes each, up to {most} at once"
+
+
+def _order(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["share"], row["adapt"] or "", row["method"], row["seed"] or 0
 
 
 def table(result: dict[str, Any]) -> str:
     """The result as a Markdown table."""
     head = [about(result["rows"]), "method", "adapt", "seed", "GFLOPs", "saved", "top-1", "KL", minutes_head(result)]
     body = []
-    for row in sorted(result["rows"], key=lambda row: (row["share"], row["adapt"] or "", row["method"])):
+    for row in sorted(
+        result["rows"], key=lambda row: (row["share"], row["adapt"] or "", row["method"], row["seed"] or 0)
+    ):
         first = [
             f"-{100 * row['share']:.0f} %",
             row["method"],

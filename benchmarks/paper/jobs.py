@@ -5,6 +5,7 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stderr, redirect_stdout
 from multiprocessing import get_context
 from typing import Any, NamedTuple
@@ -14,6 +15,8 @@ import torch
 from benchmarks.paper.rows import Rows
 from benchmarks.paper.subject import Subject
 
+EXPECTED = (ValueError, TypeError, OSError)  # errors that one line explains
+
 
 class Job(NamedTuple):
     """A row by its key: ``measure(subject, args, *arguments)`` returns the rest of it. ``measure`` is a function of a
@@ -22,6 +25,9 @@ class Job(NamedTuple):
     key: dict[str, Any]
     measure: Callable[..., dict[str, Any]]
     arguments: tuple[Any, ...]
+
+    def __str__(self) -> str:
+        return ", ".join(str(value) for value in self.key.values() if value is not None)
 
 
 def jobs_option() -> argparse.ArgumentParser:
@@ -41,26 +47,48 @@ def add_all(rows: Rows, subject: Subject, args: argparse.Namespace, jobs: Sequen
     added as they are done.
 
     Raises:
-        Exception: what a job raised; of several at once the first that failed, after the rows of all others are added.
+        Exception: what a job raised. Of several at once the rows of the others are added first, and the message names
+            each job that failed.
     """
     if args.jobs == 1:
         for job in jobs:
             rows.add(job.key, lambda job=job: job.measure(subject, args, *job.arguments))
         return
+    missing = [job for job in jobs if not rows.has(job.key)]
+    rows.bar.update(len(jobs) - len(missing))
+    failed = _add(rows, args, missing)
+    for _, error in failed:
+        if not isinstance(error, EXPECTED):
+            raise error
+    if failed:
+        raise ValueError("; ".join(f"{job}: {error}" for job, error in failed)) from failed[0][1]
+
+
+def _add(rows: Rows, args: argparse.Namespace, jobs: Sequence[Job]) -> list[tuple[Job, Exception]]:
+    """Measure the jobs and add their rows. Returns the jobs that failed, and how.
+
+    Raises:
+        ValueError: a process died, and with it those that ran beside it.
+    """
     own = argparse.Namespace(**{name: value for name, value in vars(args).items() if name != "experiment"})
-    failed = None
+    failed: list[tuple[Job, Exception]] = []
     with ProcessPoolExecutor(args.jobs, get_context("spawn"), _open, (own,)) as pool:
-        futures = {pool.submit(_measure, job): job for job in jobs if not rows.has(job.key)}
+        futures = {pool.submit(_measure, job): job for job in jobs}
         try:
             for future in as_completed(futures):
                 try:
-                    rows.add(futures[future].key, future.result)
+                    row, broken = future.result()
+                except BrokenProcessPool as error:
+                    raise ValueError(
+                        f"one of {args.jobs} processes died, as where memory runs out; give fewer --jobs, with --resume"
+                    ) from error
                 except Exception as error:  # of any kind: hours of other trainings must not be lost with it
-                    failed = failed or error
+                    failed.append((futures[future], error))
+                else:
+                    rows.add(futures[future].key, lambda row=row: row, broken)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-    if failed is not None:
-        raise failed
+    return failed
 
 
 _opened: tuple[Subject, argparse.Namespace]  # of a process that measures
@@ -69,10 +97,11 @@ _opened: tuple[Subject, argparse.Namespace]  # of a process that measures
 def _open(args: argparse.Namespace) -> None:
     global _opened
     warnings.filterwarnings("ignore", r"\d+ % of the tokens are gone")  # as in the first process
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // args.jobs))
+    torch.set_num_threads(max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) // args.jobs)))
     _opened = Subject(args), args
 
 
-def _measure(job: Job) -> dict[str, Any]:
+def _measure(job: Job) -> tuple[dict[str, Any], set[str]]:
+    """The row of a job without its key, and the paths of images that could not be read."""
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-        return job.measure(*_opened, *job.arguments)
+        return job.measure(*_opened, *job.arguments), _opened[0].broken

@@ -1,7 +1,7 @@
 """Rows of a result, written to a file as they are measured, so that an interrupted run can be resumed."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +75,12 @@ class Rows:
                 f"{path} is a result with another {', another '.join(different)}; give another --out, or delete it"
             )
 
-    def add(self, key: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Return the row of ``key``; measure it unless it is there already."""
+    def add(
+        self, key: dict[str, Any], measure: Callable[[], dict[str, Any]], broken: Set[str] = frozenset()
+    ) -> dict[str, Any]:
+        """Return the row of ``key``; measure it unless it is there already. ``broken``: paths of images that another
+        process could not read for it."""
+        self._broken |= broken
         self.bar.set_postfix(key)
         known = self._known(key)
         if not known:

@@ -74,6 +74,7 @@ class Subject(ModelWithImages):
             loader = self._to_choose_by(args.choose_by or DIGITS, batch_size(args))
         super().__init__(self.model, loader, list(test) if self.data == DIGITS else test)
         self.labelled = labels_fit(test, self.model)
+        self.classes = getattr(getattr(test, "dataset", None), "classes", None)
 
     def _to_choose_by(self, chosen: str, batch_size: int) -> list[Any]:
         opened = open_images(self.model, chosen, "calibration", CHOOSE_BY, batch_size, labelled=False, **self._opened)
@@ -156,11 +157,11 @@ def batch_size(args: argparse.Namespace) -> int:
 def _check_choosing(data: str, chosen: str | None) -> None:
     if data != DIGITS and chosen is None:
         raise ValueError("--choose-by DIR: say by which images settings are chosen; others than those of --data")
-    if chosen is not None and _overlap(data, chosen):
+    if chosen is not None and overlap(data, chosen):
         raise ValueError(f"--choose-by {chosen} holds images of --data: choose settings by others")
 
 
-def _overlap(data: str, chosen: str) -> bool:
+def overlap(data: str, chosen: str) -> bool:
     """Whether the directories are the same or one contains the other."""
     if DIGITS in (data, chosen):
         return False

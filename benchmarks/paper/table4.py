@@ -2,7 +2,8 @@
 
 All begin with the same weights and see the same images equally often, augmented alike. Each has its authors' losses,
 modules and rates as far as they are known (ATM has the paper's), with fewer epochs; ``benchmarks/baselines`` says what
-is our reading, such as IA-RED²'s training. For all of them the last block computes the class token alone. The paper's
+is our reading, such as IA-RED²'s training. For all methods the last block computes the class token alone, which alone
+saves some FLOPs; for "unmerged" it computes all tokens, as timm's. "All tokens last" compares them alike. The paper's
 rows do not share one protocol: some are trained from scratch, some fine-tuned, some with a teacher. ATM's thresholds
 come from --config (the digits: from ``python -m benchmarks.calibration``), scaled to the paper's shares of the FLOPs.
 Each training has its own run folder beside the result, which ``--resume`` continues. All folders are deleted once the

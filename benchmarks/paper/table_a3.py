@@ -42,7 +42,10 @@ def chosen(args: argparse.Namespace) -> dict[float, OperatingPoint]:
         raise ValueError(f"--points {args.points}: the paper has {len(merging)} of {model}; give 1 to {len(merging)}")
     steps = max(args.points - 1, 1)
     some = [merging[(len(merging) - 1) * (n if args.points > 1 else 1) // steps] for n in range(args.points)]
-    return {round(1 - point.gflops / whole.gflops, 4): point for point in some}
+    by_share = {round(1 - point.gflops / whole.gflops, 4): point for point in some}
+    if len(by_share) < len(some):
+        raise ValueError(f"{args.name}: some of the paper's points for {model} cost the same; give fewer --points")
+    return by_share
 
 
 def measure(subject: Subject, rows: Rows, args: argparse.Namespace) -> None:
@@ -66,8 +69,8 @@ def table(result: dict[str, Any]) -> str:
     ]
     head += ["the paper: GFLOPs", "top-1"]
     epochs, body = result["settings"]["recipe"]["epochs"], []
-    for share, adapt in dict.fromkeys((row["share"], row["adapt"]) for row in result["rows"]):
-        own = [row for row in result["rows"] if (row["share"], row["adapt"]) == (share, adapt)]
+    for share, adapt in sorted({(row["share"], row["adapt"] or "") for row in result["rows"]}):
+        own = [row for row in result["rows"] if (row["share"], row["adapt"] or "") == (share, adapt)]
         free, trained = ([row for row in own if row["method"] in names] for names in ([FREE], [TUNED, UNMERGED]))
         paper = [f"{own[0]['paper_gflops']}", f"{own[0]['paper_top1']} %"] if "paper_gflops" in own[0] else ["-", "-"]
         first = [f"-{100 * share:.1f} %" if adapt else UNMERGED, adapt or "-"]

@@ -19,7 +19,7 @@ from atm_triton.measure.configurations import checksum
 from atm_triton.measure.provenance import check_file, environment
 from benchmarks import RESULTS
 from benchmarks.paper.rows import SAME, Rows
-from benchmarks.paper.subject import check_shares
+from benchmarks.paper.subject import check_shares, overlap
 from benchmarks.photos import report
 from benchmarks.photos.compare import Photos
 from benchmarks.photos.images import PHOTOS, opened
@@ -66,19 +66,13 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
             raise ValueError(f"{option} {number} is too small; give {least} or more")
     if (args.data is None) != (args.calibration_data is None):
         raise ValueError("--data and --calibration-data go together: settings are chosen by other images than judged")
-    if args.data is not None and _overlap(args.data, args.calibration_data):
+    if args.data is not None and overlap(args.data, args.calibration_data):
         raise ValueError(f"--calibration-data {args.calibration_data} holds images of --data; give others")
     photos = None if args.data else {split: list(names) for split, names in PHOTOS.items()}
     return {name: getattr(args, name) for name in OF_SUBJECT} | {
         "photos": photos,
         **{name: checksum(kept(file, args.weights)) for name, file in WEIGHTS.items()},
     }
-
-
-def _overlap(data: str, chosen: str) -> bool:
-    """Whether the directories are the same or one contains the other."""
-    one, other = Path(data).resolve(), Path(chosen).resolve()
-    return one == other or one in other.parents or other in one.parents
 
 
 def run(args: argparse.Namespace) -> None:
