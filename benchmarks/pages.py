@@ -9,20 +9,23 @@ from typing import Any
 import timm
 
 from atm_triton.digits import model as digits_model
-from benchmarks import RESULTS, host, integration
+from benchmarks import RESULTS, host, integration, kept_for_backward
 from benchmarks.baselines import ALL
 from benchmarks.baselines.table import table as methods_table
 from benchmarks.gpu.models import DIGITS, NAMES
-from benchmarks.paper import flops, table1, table2
+from benchmarks.paper import flops, table1, table2, table4
 from benchmarks.paper.cells import saved
 from benchmarks.photos import ideas, unmerge
 from benchmarks.photos import report as photographs
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-ACCURACY, BACKBONES, CALIBRATION, ENGINE, EXPERIMENTS, KERNELS, PERFORMANCE, PHOTOS = (
+ACCURACY, BACKBONES, CALIBRATION, ENGINE, EXPERIMENTS, KERNELS, PERFORMANCE, PHOTOS, TRAINED = (
     ROOT / f"docs/{page}.md"
-    for page in ("accuracy", "backbones", "calibration", "engine", "experiments", "kernels", "performance", "photos")
+    for page in (
+        *("accuracy", "backbones", "calibration", "engine", "experiments", "kernels", "performance", "photos"),
+        "trained",
+    )
 )
 FAQ = ROOT / "docs/faq.md"
 WORKS_WITH = ROOT / "docs/works-with.md"
@@ -444,6 +447,7 @@ TABLES = {  # for each page: the name of a table, the function that makes it, an
         "gpu": (gpu_table, ("h200_engine.json",)),
         "slow-host": (slow_host_table, ("h200_engine.json", "h200_engine_slow_host.json")),
         "training": (training_table, ("h200_training.json",)),
+        "kept": (kept_for_backward.table, ("kept_for_backward.json",)),
         "since": (since_the_first, ("h200_first.json", "h200_engine.json")),
         "throughput": (throughput_table, ("cpu_bench.json", "cpu_bench_image.json", "cpu_bench_single.json")),
     },
@@ -452,6 +456,7 @@ TABLES = {  # for each page: the name of a table, the function that makes it, an
         "unmerge": (unmerge.table, ("photos_unmerge.json",)),
         "ideas": (ideas.table, ("photos_ideas.json",)),
     },
+    TRAINED: {"table4": (table4.table, ("digits_table4.json",))},
     WORKS_WITH: {"works-with": (integration.table, ("integration.json",))},
 }
 

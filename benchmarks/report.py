@@ -73,6 +73,7 @@ PAGES = {  # file: title, and each result with its description; "": the first li
         "Checks: costs, compilation, the host, other libraries",
         {
             "host": "what a pass costs the host",
+            "kept_for_backward": "what a training step keeps for its backward pass",
             "integration": "other libraries on a patched model",
             "offline_compile_triton_*": "registers, spills and shared memory of every kernel configuration",
             "paper_flops": "parameters and MACs of the paper's models",

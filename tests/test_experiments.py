@@ -4,9 +4,14 @@ import json
 from itertools import pairwise
 
 import pytest
+import torch
+from torch import nn
 
+from atm_triton import ATMConfig, apply_patch
 from atm_triton.calibration import search
-from benchmarks import adaptivity, calibration, invariance
+from atm_triton.measure.evaluate import share
+from benchmarks import adaptivity, calibration, invariance, kept_for_backward
+from models import vit
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +45,25 @@ def test_adaptivity(tmp_path, monkeypatch):
     assert easy < hard
     batch, static = rows[1]["deciles"], rows[2]["deciles"]
     assert len({tenth["gflops"] for tenth in batch}) == 1 and not static
+
+
+def test_what_is_kept_for_the_backward_pass_is_counted_once():
+    x = torch.randn(2, 3)
+    two = nn.Sequential(nn.Linear(3, 5), nn.Sigmoid(), nn.Linear(5, 7))
+    assert kept_for_backward.kept_bytes(two, x) == 4 * (2 * 3 + 2 * 5)  # the input, and the sigmoid for both others
+    model, pixels = vit(), torch.randn(1, 3, 40, 40)
+    whole = kept_for_backward.kept_bytes(model, pixels)
+    for backend in ("triton", "reference"):
+        config = ATMConfig(adapt="static", schedule=(6, 4, 2, 0), backend=backend)
+        assert kept_for_backward.kept_bytes(apply_patch(share(model), config), pixels) < 0.8 * whole
+
+
+def test_kept_for_backward(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(kept_for_backward, "WAYS", {"ATM": (2, "reference")})
+    monkeypatch.setattr(kept_for_backward, "MODEL", "deit_tiny_patch16_224")
+    assert kept_for_backward.main(["--json", str(tmp_path / "out.json")]) == 0
+    timm_row, atm = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert timm_row["of_timm"] == 1.0 and 0.5 < atm["of_timm"] < 1.0 and "| ATM |" in capsys.readouterr().out
 
 
 def test_calibration(tmp_path, capsys, monkeypatch):
