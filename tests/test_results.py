@@ -2,13 +2,14 @@
 
 import json
 import math
+from statistics import mean
 
 import pytest
 
 from atm_triton.digits.model import CONFIG, IMAGE_CONFIG
 from benchmarks.calibration import RAMPS
 from benchmarks.pages import RESULTS, beside_the_curve
-from benchmarks.paper import table1
+from benchmarks.paper import table1, table4
 from benchmarks.paper.methods import METHODS
 
 MEASURED = set(METHODS) - {"ats", "zero_tprune", "tofu", "dtome"}  # these were added after the results
@@ -74,6 +75,20 @@ def test_atm_saves_most_without_a_drop():
     saved = {name: 0 if row is None else row["saved"] for name, row in best.items()}
     atm, batch = saved.pop("atm, image"), saved.pop("atm, batch")
     assert atm > 0.7 and atm > batch > max(saved.values()) and best["atm, image"]["overall"]["images"] >= 2000
+
+
+def test_trained_atm_keeps_the_accuracy_and_untrained_atm_changes_least():
+    rows = {}
+    for row in result("digits_table4.json")["rows"]:
+        rows.setdefault(row["method"], []).append(row)
+    assert set(rows) == set(table4.ROWS)
+    assert all(len(seeds) == (1 if name == table4.FREE else 3) for name, seeds in rows.items())
+    top1 = {name: mean(row["overall"]["top1"] for row in seeds) for name, seeds in rows.items()}
+    before = rows["unmerged"][0]["overall"]["top1_unpatched"]
+    kept = {"unmerged", "bat", "mctf", "evit", "evit, keep rate falls", "ltmp", table4.FREE, "atm"}
+    assert {name for name, value in top1.items() if value >= before} == kept
+    kl = {name: mean(row["overall"]["kl"] for row in seeds) for name, seeds in rows.items()}
+    assert sorted(kl, key=kl.get)[:2] == [table4.FREE, "ltmp"] and kl["ltmp"] > 30 * kl[table4.FREE]
 
 
 def test_what_ships_was_calibrated_for_what_it_saves():
