@@ -1,6 +1,7 @@
 # make test, make bench: create .venv and install on the first run, start at once on the next.
 # make test-fast: the specification and its kernels, in a minute: for the loop of work.
 # make test-oldest: tracing and compiling with the oldest torch and Triton that are supported (3 GB on the first run).
+# make coverage VENV=.venv-3.12 PYTHON=python3.12: which lines the tests run; much slower before Python 3.12.
 # make docs: the page site, in build/site, with an environment of its own.
 # make test-integration: a patched model in the hands of other libraries (2 GB on the first run), and the table of it.
 # make gpu OUT=dir: with the Python on the path, which has torch, triton, timm, pytest and pytest-benchmark.
@@ -10,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OPENBLAS_NUM_THREADS := 1
 
-.PHONY: test test-fast test-oldest test-integration bench microbench docs gpu lint format clean
+.PHONY: test test-fast test-oldest test-integration coverage bench microbench docs gpu lint format clean
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 8 --dist worksteal
@@ -26,6 +27,9 @@ test-oldest: $(VENV)-oldest/installed
 
 test-integration: $(VENV)-integration/installed
 	OMP_NUM_THREADS=1 $(VENV)-integration/bin/python -m benchmarks.integration
+
+coverage: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.coverage -- --numprocesses auto --maxprocesses 8 --dist worksteal
 
 bench: $(VENV)/installed
 	$(BIN)/atm-triton bench

@@ -10,7 +10,7 @@ from torch import nn
 from atm_triton import ATMConfig, apply_patch
 from atm_triton.calibration import search
 from atm_triton.measure.evaluate import share
-from benchmarks import adaptivity, calibration, invariance, kept_for_backward
+from benchmarks import adaptivity, calibration, coverage, invariance, kept_for_backward
 from models import vit
 
 
@@ -64,6 +64,21 @@ def test_kept_for_backward(tmp_path, monkeypatch, capsys):
     assert kept_for_backward.main(["--json", str(tmp_path / "out.json")]) == 0
     timm_row, atm = json.loads((tmp_path / "out.json").read_text())["rows"]
     assert timm_row["of_timm"] == 1.0 and 0.5 < atm["of_timm"] < 1.0 and "| ATM |" in capsys.readouterr().out
+
+
+def test_coverage(tmp_path, capfd):
+    """Of a real run of a test; a test that fails leaves no result."""
+    out, few = tmp_path / "out.json", tmp_path / "test_few.py"
+    few.write_text(
+        "from atm_triton import ATMConfig\n\ndef test_few():\n    assert ATMConfig(alpha=0.9, beta=0.1, theta_min=0.5).theta(1, 4)\n"
+    )
+    assert coverage.main(["--json", str(out), "--", str(few)]) == 0
+    rows = {row["file"]: row for row in json.loads(out.read_text())["rows"]}
+    assert 0 < len(rows["atm_triton/config.py"]["missing"]) < 0.7 * rows["atm_triton/config.py"]["statements"]
+    assert "| `kernels` |" in capfd.readouterr().out
+    out.unlink()
+    few.write_text("def test_few():\n    raise ValueError\n")
+    assert coverage.main(["--json", str(out), "--", str(few)]) == 2 and not out.exists()
 
 
 def test_calibration(tmp_path, capsys, monkeypatch):
