@@ -69,9 +69,8 @@ def test_kept_for_backward(tmp_path, monkeypatch, capsys):
 def test_coverage(tmp_path, capfd):
     """Of a real run of a test; a test that fails leaves no result."""
     out, few = tmp_path / "out.json", tmp_path / "test_few.py"
-    few.write_text(
-        "from atm_triton import ATMConfig\n\ndef test_few():\n    assert ATMConfig(alpha=0.9, beta=0.1, theta_min=0.5).theta(1, 4)\n"
-    )
+    test = "def test_few():\n    assert ATMConfig(alpha=0.9, beta=0.1, theta_min=0.5).theta(1, 4)\n"
+    few.write_text(f"from atm_triton import ATMConfig\n\n\n{test}")
     assert coverage.main(["--json", str(out), "--", str(few)]) == 0
     rows = {row["file"]: row for row in json.loads(out.read_text())["rows"]}
     assert 0 < len(rows["atm_triton/config.py"]["missing"]) < 0.7 * rows["atm_triton/config.py"]["statements"]
