@@ -13,7 +13,7 @@ from benchmarks import RESULTS, host, integration, kept_for_backward
 from benchmarks.baselines import ALL
 from benchmarks.baselines.table import table as methods_table
 from benchmarks.gpu.models import DIGITS, NAMES
-from benchmarks.paper import flops, table1, table2, table4
+from benchmarks.paper import finetuned, flops, table1, table2, table4
 from benchmarks.paper.cells import saved
 from benchmarks.photos import ideas, unmerge
 from benchmarks.photos import report as photographs
@@ -456,7 +456,10 @@ TABLES = {  # for each page: the name of a table, the function that makes it, an
         "unmerge": (unmerge.table, ("photos_unmerge.json",)),
         "ideas": (ideas.table, ("photos_ideas.json",)),
     },
-    TRAINED: {"table4": (table4.table, ("digits_table4.json",))},
+    TRAINED: {
+        "table4": (table4.table, ("digits_table4.json",)),
+        "finetuned": (finetuned.table, ("digits_finetuned.json",)),
+    },
     WORKS_WITH: {"works-with": (integration.table, ("integration.json",))},
 }
 

@@ -188,7 +188,7 @@ def table(result: dict[str, Any]) -> str:
         result["rows"], key=lambda row: (row["share"], row["adapt"] or "", row["method"], row["seed"] or 0)
     ):
         first = [
-            f"-{100 * row['share']:.0f} %",
+            f"-{100 * row['share']:.0f} %" if row["share"] else "-",
             row["method"],
             row["adapt"] or "-",
             "-" if row.get("seed") is None else str(row["seed"]),
