@@ -13,7 +13,7 @@ from benchmarks import RESULTS, host, integration, kept_for_backward
 from benchmarks.baselines import ALL
 from benchmarks.baselines.table import table as methods_table
 from benchmarks.gpu.models import DIGITS, NAMES
-from benchmarks.paper import finetuned, flops, table1, table2, table4
+from benchmarks.paper import finetuned, flops, table1, table2, table4, table_a3
 from benchmarks.paper.cells import saved
 from benchmarks.photos import ideas, unmerge
 from benchmarks.photos import report as photographs
@@ -459,6 +459,7 @@ TABLES = {  # for each page: the name of a table, the function that makes it, an
     TRAINED: {
         "table4": (table4.table, ("digits_table4.json",)),
         "finetuned": (finetuned.table, ("digits_finetuned.json",)),
+        "tableA3": (table_a3.table, ("digits_tableA3.json",)),
     },
     WORKS_WITH: {"works-with": (integration.table, ("integration.json",))},
 }

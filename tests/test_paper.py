@@ -568,7 +568,6 @@ def narrow(imagenet):
 CHOOSE, CONFIG_FILE = ["--choose-by", "imagenet/train"], ["--config", "deit_tiny.json"]
 TRAIN = ["--train", "imagenet/train", "--epochs", "1", "--seeds", "0", "--adapt", "image", "--batch-size", "250"]
 ON_DIRECTORIES = {
-    "tableA3": [*CHOOSE, *CONFIG_FILE, *TRAIN, "--points", "1"],
     "table4": [*CHOOSE, *CONFIG_FILE, *TRAIN, "--methods", "evit", "--jobs", "2"],
     "table1": [*CHOOSE, *CONFIG_FILE],
     "table2": [*CHOOSE, *CONFIG_FILE, "--shares", "0.3"],
