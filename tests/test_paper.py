@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import shutil
+import warnings
 from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
@@ -272,6 +273,19 @@ def test_trainings_at_once_give_the_rows_of_one_after_the_other(tmp_path, monkey
 
 def dies(*_):
     os._exit(1)
+
+
+def warns(*_):
+    warnings.warn("careful", stacklevel=1)
+    return {"n": 1}
+
+
+def test_what_a_process_warns_of_is_said(tmp_path):
+    rows = Rows(tmp_path / "out.json", {}, resume=False)
+    args = table4.arguments().parse_args(["--jobs", "2", "--limit", "4", "--workers", "0"])
+    with pytest.warns(UserWarning, match="a, 3: careful"):
+        jobs.add_all(rows, None, args, [jobs.Job(key={"method": "a", "seed": 3}, measure=warns, arguments=())])
+    assert rows.rows == [{"method": "a", "seed": 3, "n": 1}]
 
 
 def test_a_process_that_dies_is_one_line(tmp_path):

@@ -77,7 +77,7 @@ def _add(rows: Rows, args: argparse.Namespace, jobs: Sequence[Job]) -> list[tupl
         try:
             for future in as_completed(futures):
                 try:
-                    row, broken = future.result()
+                    row, broken, said = future.result()
                 except BrokenProcessPool as error:
                     raise ValueError(
                         f"one of {args.jobs} processes died, as where memory runs out; give fewer --jobs, with --resume"
@@ -85,6 +85,8 @@ def _add(rows: Rows, args: argparse.Namespace, jobs: Sequence[Job]) -> list[tupl
                 except Exception as error:  # of any kind: hours of other trainings must not be lost with it
                     failed.append((futures[future], error))
                 else:
+                    for message in said:
+                        warnings.warn(f"{futures[future]}: {message}", stacklevel=2)
                     rows.add(futures[future].key, lambda row=row: row, broken)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -101,7 +103,13 @@ def _open(args: argparse.Namespace) -> None:
     _opened = Subject(args), args
 
 
-def _measure(job: Job) -> tuple[dict[str, Any], set[str]]:
-    """The row of a job without its key, and the paths of images that could not be read."""
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-        return job.measure(*_opened, *job.arguments), _opened[0].broken
+def _measure(job: Job) -> tuple[dict[str, Any], set[str], list[str]]:
+    """The row of a job without its key, the paths of images that could not be read, and what was warned of."""
+    with (
+        open(os.devnull, "w") as nowhere,
+        redirect_stdout(nowhere),
+        redirect_stderr(nowhere),
+        warnings.catch_warnings(record=True) as said,
+    ):
+        row = job.measure(*_opened, *job.arguments)
+    return row, _opened[0].broken, [str(one.message) for one in said]
