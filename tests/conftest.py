@@ -5,11 +5,25 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is imported
+    import interpreter
+
+    interpreter.speed_up()
 
 
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def overflow():
+    """Find 32-bit integers that overflow in a kernel, where Triton's interpreter runs it."""
+    if torch.cuda.is_available():
+        yield
+        return
+    interpreter.check_overflow(True)
+    yield
+    interpreter.check_overflow(False)
 
 
 @pytest.fixture

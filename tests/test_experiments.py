@@ -10,7 +10,8 @@ from torch import nn
 from atm_triton import ATMConfig, apply_patch
 from atm_triton.calibration import search
 from atm_triton.measure.evaluate import share
-from benchmarks import adaptivity, calibration, coverage, invariance, kept_for_backward
+from atm_triton.measure.models import open_model
+from benchmarks import adaptivity, calibration, coverage, invariance, kept_for_backward, model_with_images
 from models import vit
 
 
@@ -81,6 +82,10 @@ def test_coverage(tmp_path, capfd):
 
 
 def test_calibration(tmp_path, capsys, monkeypatch):
+    """With five blocks of the model."""
+    model = open_model()
+    model.blocks = model.blocks[:5]
+    monkeypatch.setattr(model_with_images, "open_model", lambda: model)
     monkeypatch.setattr(calibration, "ADAPT", ("image", "static"))
     monkeypatch.setattr(calibration, "RAMPS", {"ToMe": (0,), "increasing": (1,), "decreasing": (-1,)})
     out, options = tmp_path / "out.json", ("--images", "64", "--test", "8", "--draws", "2", "--shares", "0.4")

@@ -47,7 +47,7 @@ VALUE = {torch.float32: 2e-6, torch.float16: 2e-3}  # relative to 1
 shapes = pytest.mark.parametrize(("B", "H", "N", "d", "P"), SHAPES, ids=lambda value: str(value))
 groupings = pytest.mark.parametrize("by_size", [False, True], ids=["alternate", "size"])
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float16"])
-pytestmark = pytest.mark.usefixtures("poison")
+pytestmark = pytest.mark.usefixtures("poison", "overflow")
 KERNEL = type(match_kernels.match_image_kernel)
 
 

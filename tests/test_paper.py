@@ -77,12 +77,20 @@ def run(name, out, *options):
 
 
 def test_figure4_measures_every_method_at_one_cost(tmp_path, monkeypatch, capsys):
-    options = ["--limit", "8", "--shares", "0.4"]
+    """With six blocks of the model and thresholds by the paper's curve."""
+    model = open_model()
+    model.blocks = model.blocks[:6]
+    monkeypatch.setattr(subject, "open_model", lambda *_: model)
+    options = ["--limit", "4", "--shares", "0.4", "--config"]
+    for adapt in ("batch", "image"):
+        config = {"alpha": 0.9, "beta": 0.1, "theta_min": 0.5, "adapt": adapt}
+        options.append(str(tmp_path / f"{adapt}.json"))
+        Path(options[-1]).write_text(json.dumps({"config": config, "promise": {"gflops": 0.1}}))
     found = run("figure4", tmp_path, *options)
     assert [row["method"] for row in found["rows"]] == list(methods.METHODS)
     for row in found["rows"]:
         assert 0.3 < 1 - row["overall"]["gflops"] / row["gflops_unpatched"] < 0.5, row["method"]
-        assert row["gflops_all_tokens_last"] > row["overall"]["gflops"] and row["overall"]["images"] == 8
+        assert row["gflops_all_tokens_last"] > row["overall"]["gflops"] and row["overall"]["images"] == 4
     assert (tmp_path / "digits_figure4.png").stat().st_size > 10_000
     assert "| atm, image |" in capsys.readouterr().out
 
@@ -105,7 +113,7 @@ def test_figure4_measures_every_method_at_one_cost(tmp_path, monkeypatch, capsys
         (json.dumps(found | {"rows": ["x"]}), "digits_figure4.json is no result of this experiment; give another"),
     ):
         path.write_text(text or path.read_text())
-        assert paper.main(["figure4", *options, "--out", str(tmp_path), "--resume", "--batch-size", "4"]) == 2
+        assert paper.main(["figure4", *options, "--out", str(tmp_path), "--resume", "--batch-size", "2"]) == 2
         assert message in capsys.readouterr().err
 
 
@@ -479,7 +487,7 @@ def test_figure2_merges_in_one_block_alone(tmp_path, monkeypatch):
 
 
 def test_figures_5_and_6_compare_schedules_at_one_cost(tmp_path, monkeypatch):
-    monkeypatch.setattr(figure5, "DRAWS", 4)
+    monkeypatch.setattr(figure5, "DRAWS", 2)
     rows = run("figure5", tmp_path, "--limit", "4", "--shares", "0.33")["rows"]
     assert [row["method"] for row in rows] == list(figure5.STYLES)
     constant, rising, falling = (row["settings"]["r"] for row in rows[:3])
@@ -496,7 +504,8 @@ def test_figures_5_and_6_compare_schedules_at_one_cost(tmp_path, monkeypatch):
     assert (tmp_path / "digits_figure6.png").stat().st_size > 10_000
 
 
-def test_theorem1_on_random_vectors_and_on_real_merges(tmp_path):
+def test_theorem1_on_random_vectors_and_on_real_merges(tmp_path, monkeypatch):
+    monkeypatch.setattr(theorem1, "DRAWN", 10_000)
     rows = run("theorem1", tmp_path, "--limit", "8", "--config", str(CONFIG))["rows"]
     assert [row["vectors"] for row in rows] == ["random"] * 3 + ["merged"] * 11
     assert all(row["outside"] == 0 for row in rows)
@@ -550,8 +559,8 @@ def imagenet(tmp_path_factory):
 
 
 def test_the_line_for_imagenet_in_docs(imagenet, monkeypatch, capsys):
-    """The line runs word for word. Added options and leaving out the slowest methods make it short."""
-    compared = tuple(name for name in methods.METHODS if name not in ("ats", "dtome"))
+    """The line runs word for word. Added options and few methods make it short."""
+    compared = ("tome", "evit", "threshold, image", "atm, batch", "atm, image")
     monkeypatch.setattr(figure4, "METHODS", compared)
     text = EXPERIMENTS.read_text()
     (line,) = re.findall(r"^python -m benchmarks.paper figure4 --model .*$", text, re.MULTILINE)
@@ -601,7 +610,9 @@ ON_DIRECTORIES = {
 def test_an_experiment_runs_on_directories(name, imagenet, narrow, monkeypatch, capsys):
     monkeypatch.chdir(imagenet)
     monkeypatch.setattr(figure5, "DRAWS", 2)
-    monkeypatch.setattr(table1, "METHODS", ("tome", "atm, image"))
+    monkeypatch.setattr(theorem1, "DRAWN", 1000)
+    for table in (table1, figure4):
+        monkeypatch.setattr(table, "METHODS", ("tome", "atm, image"))
     some = [p for p in operating_points() if p.model == "DeiT-T"]
     monkeypatch.setattr(points, "operating_points", lambda: [*some[:2], *(p for p in some if p.fine_tuned)][:4])
     assert paper.main([name, *narrow, *ON_DIRECTORIES[name], "--out", "."]) == 0

@@ -124,7 +124,7 @@ def of_unmerge(at: Inputs) -> Tuning:
 
 def of_stem(at: Inputs) -> Tuning:
     new, C = partial(torch.randn, dtype=at.x.dtype, device=at.x.device), at.x.shape[1]
-    images, weight = new(at.B, 3, PATCH * SIDE, PATCH * SIDE), new(C, 3, PATCH, PATCH)
+    images, weight = new(at.B, 3, PATCH * SIDE, PATCH * SIDE), new(C, 3, PATCH, PATCH) / (3**0.5 * PATCH)
     sides = (32, 64) if at.x.dtype == torch.float32 else (64, 128, 256)
     others = every(ROWS=sides, COLUMNS=sides, DEPTH=(32, 64), STAGES=(2, 3, 4), num_warps=(4, 8))
     launch = partial(stem, images, weight, None, new(1 + SIDE**2, C))
