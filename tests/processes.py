@@ -1,5 +1,6 @@
 """Run programs in processes forked from one that has imported torch and timm, since the import takes four seconds."""
 
+import json
 import multiprocessing
 import os
 import runpy
@@ -10,6 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
+ROOT = Path(__file__).parents[1]
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["timm", "timm.data", "torch.distributed"])
 
@@ -69,3 +71,67 @@ def _run(arguments, environment, cwd, files):
     else:
         sys.argv[:], sys.path[:0] = arguments, [str(Path(arguments[0]).parent)]
         runpy.run_path(arguments[0], run_name="__main__")
+
+
+FORKING = """
+import gc, io, json, os, runpy, sys
+from importlib import import_module
+for module in sys.argv[1:]:
+    import_module(module)
+gc.freeze()
+for line in sys.stdin:
+    request = json.loads(line)
+    if not (child := os.fork()):
+        break
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+else:
+    sys.exit()
+del line, child, import_module
+os.environ.clear()
+os.environ.update(request["environment"])
+os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+os.dup2(os.open(request["err"], os.O_WRONLY | os.O_CREAT), 2)
+if request["out"] is None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    os.dup2(writer, 1)
+    os.close(writer)
+else:
+    os.dup2(os.open(request["out"], os.O_WRONLY | os.O_CREAT), 1)
+if os.environ.get("PYTHONUNBUFFERED"):
+    sys.stdout = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), write_through=True)
+option, code, *sys.argv[1:] = request["arguments"]
+if option == "-m":
+    runpy.run_module(code, run_name="__main__", alter_sys=True)
+else:
+    exec(code)
+"""
+
+
+class Forking:
+    """A Python process that has imported ``modules`` in an environment of its own, and forks for each program. A fork
+    ends as any process does: it writes what it has not written by then.
+    """
+
+    def __init__(self, *modules, environment):
+        self._environment = environment
+        command = [sys.executable, "-c", FORKING, *modules]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        self._process = subprocess.Popen(command, **pipes, text=True, bufsize=1, cwd=ROOT, env=environment)
+
+    def python(self, *arguments, reader=True, **environment):
+        """Run ``python ARGUMENTS``: ``-m MODULE`` or ``-c CODE``, and its arguments, in the root of the checkout.
+        Without a ``reader`` nobody reads its output."""
+        with tempfile.TemporaryDirectory() as directory:
+            out, err = (Path(directory, name) for name in ("out", "err"))
+            request = {"arguments": list(map(str, arguments)), "environment": self._environment | environment}
+            request |= {"out": str(out) if reader else None, "err": str(err)}
+            print(json.dumps(request), file=self._process.stdin, flush=True)
+            code = int(self._process.stdout.readline())
+            return subprocess.CompletedProcess(arguments, code, out.read_text() if reader else None, err.read_text())
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._process.communicate()

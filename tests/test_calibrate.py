@@ -464,7 +464,9 @@ def randomised(model):
     return model
 
 
-def test_the_command(tmp_path, small_search, capsys):
+def test_the_command(tmp_path, small_search, monkeypatch, capsys):
+    for name, value in {"LEVELS": (1 / 4,), "STEPS": ((1, 1),)}.items():
+        monkeypatch.setattr(search, name, value)
     out = tmp_path / "digits.json"
     arguments = ["--images", "64", "--adapt", "image", "--out", str(out)]
     assert main(["calibrate", "--max-gflops", "0.25", *arguments]) == 0

@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 import warnings
 from dataclasses import replace
 from importlib.metadata import version
@@ -24,14 +22,18 @@ from atm_triton.cli.commands import COMMANDS
 from atm_triton.cli.options import parser
 from atm_triton.config import REMEDY
 from atm_triton.digits.model import IMAGE_CONFIG
+from atm_triton.flops import cost, planned
 from atm_triton.measure.configurations import digits_config
 from atm_triton.measure.evaluate import evaluate
 from atm_triton.measure.images import open_image, open_images
 from atm_triton.measure.models import open_model
 from atm_triton.measure.provenance import check_file
+from atm_triton.measure.throughput import constant_r
 from benchmarks import zoo
 from benchmarks.paper import __main__ as paper
 from benchmarks.paper.__main__ import EXPERIMENTS
+from models import vit
+from processes import Forking, python
 
 FEW = ["--limit", "20", "--batch-size", "10"]
 ONE_STEP = ("--accumulate", "1", "--epochs", "1")
@@ -134,13 +136,13 @@ def test_static_has_no_deciles():
 
 def test_bench(tmp_path, capfd):
     out, plot = tmp_path / "bench.json", tmp_path / "bench.png"
-    arguments = ["--batches", "2", "--batch-size", "4", "--repeats", "2", "--json", str(out), "--plot", str(plot)]
+    arguments = ["--batches", "2", "--batch-size", "2", "--repeats", "2", "--json", str(out), "--plot", str(plot)]
     assert main(["bench", *arguments]) == 0
     cases = json.loads(out.read_text())["cases"]
     titles = [case["title"].split(",")[0] for case in cases]
     assert titles == ["digits", "deit_small_patch16_224"]
-    assert "digits, its own weights, on digits: 2 batches of 4" in cases[0]["title"]
-    assert "random weights, random images, batch 4, r = 8 in every block" in cases[1]["title"]
+    assert "digits, its own weights, on digits: 2 batches of 2" in cases[0]["title"]
+    assert "random weights, random images, batch 2, r = 8 in every block" in cases[1]["title"]
     for case in cases:
         names = [row["name"] for row in case["rows"]]
         assert names == ["timm", "free-merge bound", "ToMe", "ATM"]
@@ -187,12 +189,23 @@ def test_a_warning_is_a_line(capsys):
     assert line.startswith("atm-triton: ")
 
 
+@pytest.mark.parametrize("cls_only_last", [True, False])
+def test_the_constant_r_of_a_cost_is_the_nearest(cls_only_last):
+    """The least of those that are as near."""
+    model, shape = vit(), (3, 40, 40)
+    macs = [cost(model, planned(model, shape, (r,) * 4, cls_only_last)).macs for r in range(14)]
+    assert macs[-1] == macs[-2]  # nothing is left to merge
+    for asked in (0, *macs, *(value + 1000 for value in macs), 2 * macs[0]):
+        nearest = min(range(14), key=lambda r, asked=asked: abs(macs[r] - asked))
+        assert constant_r(model, shape, asked, cls_only_last) == nearest
+
+
 def test_bench_of_packed_images(tmp_path):
     """DeiT-S merges in each image as many tokens as the digits do; another row merges the same number in all images."""
-    out, options = tmp_path / "bench.json", ["--batches", "1", "--batch-size", "4", "--repeats", "1"]
+    out, options = tmp_path / "bench.json", ["--batches", "1", "--batch-size", "2", "--repeats", "1"]
     assert main(["bench", "--adapt", "image", *options, "--json", str(out)]) == 0
     digits, deit = json.loads(out.read_text())["cases"]
-    assert "deit_small_patch16_224, random weights, random images, counts of the digits, batch 4" in deit["title"]
+    assert "deit_small_patch16_224, random weights, random images, counts of the digits, batch 2" in deit["title"]
     for case in (digits, deit):
         rows = {row["name"]: row for row in case["rows"]}
         beside = ['ATM, adapt="batch"'] if case is digits else []
@@ -507,17 +520,15 @@ def test_the_papers_curve_takes_the_place_of_the_digits_thresholds(tmp_path):
     assert config["alpha"] == 0.999 and config["theta_min"] == 0.99 and config["thresholds"] is None
 
 
-def test_the_kernels_want_a_gpu_or_the_interpreter():
-    command = [sys.executable, "-m", "atm_triton", "eval", "--backend", "triton", "--limit", "3", "--device", "cpu"]
-    without = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(command, capture_output=True, text=True, env=without)
+def test_the_kernels_want_a_gpu_or_the_interpreter(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    done = python("-m", "atm_triton", "eval", "--backend", "triton", "--limit", "3", "--device", "cpu")
     assert done.returncode == 2 and 'backend="triton" cannot run: tensors are on the CPU; move them' in done.stderr
     assert done.stderr.count("\n") == 1
 
 
 def test_as_a_process():
-    command = [sys.executable, "-m", "atm_triton", "eval", "--batch-size", "0"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = python("-m", "atm_triton", "eval", "--batch-size", "0")
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == "atm-triton: batch size 0 is too small; give 1 or more\n"
 
@@ -555,30 +566,19 @@ def test_no_input_is_replaced_and_no_result_lost(arguments, message, tmp_path, m
 
 # --------------------------------------------- errors that were tracebacks, or came only after all the work was done
 
-HERE = Path(__file__).parents[1]
 
-
-def without_a_reader(buffered, *arguments):
-    """Run a command whose output nobody reads, as after ``| head``. Returns its exit code and standard error."""
-    unbuffered = {"PYTHONUNBUFFERED": "" if buffered else "1"}
-    reader, writer = os.pipe()
-    os.close(reader)
-    command, streams = [sys.executable, "-m", "atm_triton", *arguments], {"stdout": writer, "stderr": subprocess.PIPE}
-    done = subprocess.run(command, **streams, text=True, cwd=HERE, env={**os.environ, **unbuffered}, timeout=300)
-    os.close(writer)
-    return done.returncode, done.stderr
-
-
-@pytest.mark.parametrize("buffered", [True, False])
-def test_an_output_that_nobody_reads_is_one_line_and_the_result_is_written(buffered, tmp_path):
-    code, error = without_a_reader(buffered, "env", "--json", str(tmp_path / "env.json"))
-    assert code == 2 and error == "atm-triton: nobody reads the output any more (broken pipe)\n"
-    assert "backend_reason" in json.loads((tmp_path / "env.json").read_text())
-
-
-@pytest.mark.parametrize("buffered", [True, False])
-def test_a_help_that_nobody_reads_is_no_error(buffered):
-    assert without_a_reader(buffered, "eval", "--help") == (0, "")
+def test_an_output_that_nobody_reads(tmp_path):
+    """As after ``| head``: it is one line, and the result is written; a help that nobody reads is no error."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with Forking("timm", "timm.data", environment=environment) as forking:
+        for buffering in ({}, {"PYTHONUNBUFFERED": "1"}):
+            command = ["-m", "atm_triton", "env", "--json", tmp_path / f"{len(buffering)}.json"]
+            done = forking.python(*command, reader=False, **buffering)
+            assert done.returncode == 2
+            assert done.stderr == "atm-triton: nobody reads the output any more (broken pipe)\n"
+            assert "backend_reason" in json.loads(command[-1].read_text())
+            done = forking.python("-m", "atm_triton", "eval", "--help", reader=False, **buffering)
+            assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("opening", ["[", '{"config":'])

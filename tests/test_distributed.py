@@ -2,9 +2,6 @@
 dies is named."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,15 +11,14 @@ from PIL import Image
 from processes import python
 
 HERE = Path(__file__).parent
-EVAL = ["-m", "atm_triton", "eval", "--limit", "35", "--batch-size", "8", "--adapt"]
+MAIN = HERE.parent / "atm_triton" / "__main__.py"
+EVAL = ["-m", "atm_triton", "eval", "--limit", "17", "--batch-size", "4", "--adapt"]
 
 
-def torchrun(processes, *arguments):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*command, *map(str, arguments)], capture_output=True, text=True, env=environment, timeout=120
-    )
+def torchrun(processes, script, *arguments):
+    """The script runs in processes that torchrun forks: an import of torch in each would take seconds."""
+    options = ["--standalone", "--nproc-per-node", processes, "--start-method", "fork", "--run-path", script]
+    return python("-m", "torch.distributed.run", *options, *arguments)
 
 
 def lines_of_ours(done):
@@ -31,7 +27,7 @@ def lines_of_ours(done):
 
 @pytest.mark.parametrize(("adapt", "more"), [("batch", [3]), ("image", [2]), ("image --dense", [2])])
 def test_eval_gives_the_result_of_one_process(adapt, more, tmp_path):
-    """35 images in 5 batches: the number of processes divides neither."""
+    """17 images in 5 batches: the number of processes divides neither."""
     results = []
     for processes in (1, *more):
         out = tmp_path / f"{processes}.json"
@@ -39,7 +35,7 @@ def test_eval_gives_the_result_of_one_process(adapt, more, tmp_path):
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("of the MACs saved") == 1  # only one process reports
         results.append(json.loads(out.read_text())["evaluation"])
-    assert results[0]["overall"]["images"] == 35
+    assert results[0]["overall"]["images"] == 17
     assert all(result == results[0] for result in results[1:])
 
 
@@ -65,7 +61,7 @@ def test_eval_of_a_folder(tmp_path, folder):
 
 def test_bad_input_of_one_process_is_one_line(folder):
     (folder / "a" / "20.png").write_text("no image")  # in the second batch, which the second process gets
-    done = torchrun(2, "-m", "atm_triton", "eval", "--data", folder, "--batch-size", "8", "--workers", "0")
+    done = torchrun(2, MAIN, "eval", "--data", folder, "--batch-size", "8", "--workers", "0")
     assert done.returncode != 0
     (line,) = lines_of_ours(done)
     assert line.startswith("atm-triton: ") and "20.png is no readable image" in line
@@ -91,7 +87,7 @@ def test_calibrate_gives_the_configuration_of_one_process(adapt, more, tmp_path)
 
 
 def test_bad_input_is_one_line():
-    done = torchrun(2, "-m", "atm_triton", "eval", "--batch-size", "0")
+    done = torchrun(2, MAIN, "eval", "--batch-size", "0")
     assert done.returncode != 0
     assert lines_of_ours(done) == ["atm-triton: batch size 0 is too small; give 1 or more"]
 

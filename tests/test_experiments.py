@@ -12,13 +12,21 @@ from atm_triton.calibration import search
 from atm_triton.measure.evaluate import share
 from atm_triton.measure.models import open_model
 from benchmarks import adaptivity, calibration, coverage, invariance, kept_for_backward, model_with_images
+from benchmarks.paper.thresholds import Calibrated, Thresholds
 from models import vit
 
 
 @pytest.fixture(autouse=True)
 def small_search(monkeypatch):
-    for name, value in {"LEVELS": (1 / 8, 1 / 2), "CURVES": ((0.5, 6.0),), "STEPS": ((1, 2),)}.items():
+    for name, value in {"LEVELS": (1 / 4,), "CURVES": ((0.5, 6.0),), "STEPS": ((1, 2),)}.items():
         monkeypatch.setattr(search, name, value)
+
+
+def shallow(monkeypatch, blocks):
+    """Experiments open the digits model with its first blocks alone."""
+    model = open_model()
+    model.blocks = model.blocks[:blocks]
+    monkeypatch.setattr(model_with_images, "open_model", lambda: model)
 
 
 def rows_of(main, out, *options):
@@ -38,6 +46,11 @@ def test_invariance(tmp_path, monkeypatch):
 
 
 def test_adaptivity(tmp_path, monkeypatch):
+    """With thresholds by the paper's curve."""
+    shallow(monkeypatch, 4)
+    curve = {"alpha": 0.9, "beta": 0.1, "theta_min": 0.5}
+    given = [Calibrated(ATMConfig(**curve, adapt=adapt), None) for adapt in ("batch", "image")]
+    monkeypatch.setattr(adaptivity.Thresholds, "of_digits", lambda: Thresholds(given))
     monkeypatch.setattr(adaptivity, "SHARES", (0.45,))
     rows = rows_of(adaptivity.main, tmp_path / "out.json", "--images", "64", "--test", "20")
     assert [row["adapt"] for row in rows] == ["image", "batch", "static"]
@@ -68,13 +81,18 @@ def test_kept_for_backward(tmp_path, monkeypatch, capsys):
 
 
 def test_coverage(tmp_path, capfd):
-    """Of a real run of a test; a test that fails leaves no result."""
+    """Of a real run of a test, of a file that imports no torch, which takes seconds where lines are followed; a test
+    that fails leaves no result."""
     out, few = tmp_path / "out.json", tmp_path / "test_few.py"
-    test = "def test_few():\n    assert ATMConfig(alpha=0.9, beta=0.1, theta_min=0.5).theta(1, 4)\n"
-    few.write_text(f"from atm_triton import ATMConfig\n\n\n{test}")
+    path = coverage.ROOT / "atm_triton" / "operating_points.py"
+    few.write_text(
+        f"import runpy\n\n\ndef test_few():\n    assert runpy.run_path({str(path)!r})['operating_points']()\n"
+    )
     assert coverage.main(["--json", str(out), "--", str(few)]) == 0
     rows = {row["file"]: row for row in json.loads(out.read_text())["rows"]}
-    assert 0 < len(rows["atm_triton/config.py"]["missing"]) < 0.7 * rows["atm_triton/config.py"]["statements"]
+    row = rows["atm_triton/operating_points.py"]
+    assert 0 < len(row["missing"]) < 0.7 * row["statements"]
+    assert len(rows["atm_triton/config.py"]["missing"]) == rows["atm_triton/config.py"]["statements"]
     assert "| `kernels` |" in capfd.readouterr().out
     out.unlink()
     few.write_text("def test_few():\n    raise ValueError\n")
@@ -82,10 +100,7 @@ def test_coverage(tmp_path, capfd):
 
 
 def test_calibration(tmp_path, capsys, monkeypatch):
-    """With five blocks of the model."""
-    model = open_model()
-    model.blocks = model.blocks[:5]
-    monkeypatch.setattr(model_with_images, "open_model", lambda: model)
+    shallow(monkeypatch, 4)
     monkeypatch.setattr(calibration, "ADAPT", ("image", "static"))
     monkeypatch.setattr(calibration, "RAMPS", {"ToMe": (0,), "increasing": (1,), "decreasing": (-1,)})
     out, options = tmp_path / "out.json", ("--images", "64", "--test", "8", "--draws", "2", "--shares", "0.4")

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -283,16 +284,23 @@ def test_a_run_that_is_killed_goes_on_to_the_bit(tmp_path):
     assert [row["epoch"] for row in result["epochs"]] == [0, 1, 2]
 
 
+@pytest.fixture(scope="module", params=["batch", "image"])
+def whole_run(request, tmp_path_factory):
+    """A way to adapt, the model after a run that nothing interrupts, and the rows of its log."""
+    out = tmp_path_factory.mktemp("whole")
+    whole, _ = train(out, CONFIGS[request.param])
+    return request.param, whole.state_dict(), rows(out)
+
+
 @pytest.mark.parametrize("at", [3, 16, 21, 31])
-@pytest.mark.parametrize("adapt", ["batch", "image"])
-def test_an_interrupted_run_goes_on_to_the_bit(at, adapt, tmp_path):
+def test_an_interrupted_run_goes_on_to_the_bit(at, whole_run, tmp_path):
     """Interruptions are within an epoch, at its end, and when the log is ahead of the checkpoint."""
-    whole, _ = train(tmp_path / "whole", CONFIGS[adapt])
+    adapt, weights, log = whole_run
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "part", CONFIGS[adapt], pictures=Pictures(raises=at))
     part, _ = train(tmp_path / "part", CONFIGS[adapt], resume=True)
-    assert same(part.state_dict(), whole.state_dict())
-    assert rows(tmp_path / "part") == rows(tmp_path / "whole")
+    assert same(part.state_dict(), weights)
+    assert rows(tmp_path / "part") == log
 
 
 def test_a_scaled_loss_and_a_schedule_with_warm_up_go_on_to_the_bit(tmp_path):
@@ -341,17 +349,26 @@ SMALL = ["--batch-size", "4", "--accumulate", "2", "--epochs", "2", "--workers",
 FEW_DIGITS = ["--images", "16", "--limit", "8", "--batch-size", "4", "--accumulate", "2", "--epochs", "1"]
 
 
-@pytest.fixture
-def place(tmp_path, monkeypatch):
-    """A directory with weights and with folders of images in three colours, to train on and to evaluate on."""
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """What :func:`place` holds."""
+    torch.manual_seed(0)
+    directory = tmp_path_factory.mktemp("made")
     for part, count in (("train", 22), ("val", 4)):
         for colour, name in enumerate(("cat", "dog", "eel")):
-            (tmp_path / "data" / part / name).mkdir(parents=True)
+            (directory / "data" / part / name).mkdir(parents=True)
             for number in range(count):
                 pixels = torch.randint(0, 120, (40, 50, 3), dtype=torch.uint8)
                 pixels[..., colour] += 100
-                Image.fromarray(pixels.numpy()).save(tmp_path / "data" / part / name / f"{number}.png")
-    save_file(timm.create_model("deit_tiny_patch16_224", **SHAPE).state_dict(), tmp_path / "w.safetensors")
+                Image.fromarray(pixels.numpy()).save(directory / "data" / part / name / f"{number}.png")
+    save_file(timm.create_model("deit_tiny_patch16_224", **SHAPE).state_dict(), directory / "w.safetensors")
+    return directory
+
+
+@pytest.fixture
+def place(made, tmp_path, monkeypatch):
+    """A directory with weights and with folders of images in three colours, to train on and to evaluate on."""
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

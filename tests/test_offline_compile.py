@@ -2,32 +2,26 @@
 
 import json
 import os
-import subprocess
-import sys
-from functools import cache
-from pathlib import Path
 
 import pytest
 
 from benchmarks.pages import RESULTS
+from processes import ROOT, Forking
 
 KEYS = ("case", "kernel", "chip", "configuration", "code")
-ROOT = Path(__file__).parents[1]
 VERSIONS = ("3.6.0", "3.9.0")  # the oldest and the newest triton
 
 
-def python(*arguments):
+@pytest.fixture(scope="module")
+def python():
     """Run Python in another process, because in this one the kernels belong to the interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+    with Forking("timm", "timm.data", "benchmarks.launches", environment=environment) as forking:
+        yield forking.python
 
 
-def compile_all(*options):
-    return python("-m", "benchmarks.offline_compile", *options)
-
-
-@cache
-def rows_without_figures():
+@pytest.fixture(scope="module")
+def rows_without_figures(python):
     code = """
 import json
 from benchmarks.offline_compile import described, jobs
@@ -38,9 +32,19 @@ print(json.dumps([described(job) for job in jobs()]))
     return json.loads(done.stdout)
 
 
-def test_no_choice_of_tiles_warps_and_stages_spills(tmp_path):
+COMPILE = ("--once", "--chips", "sm_90", "--jobs", "1", "--json")
+COMPILE_IN_A_FORK = """
+import sys
+from multiprocessing import get_context
+from benchmarks import offline_compile
+offline_compile.get_context = lambda _: get_context("fork")  # which imports nothing anew
+sys.exit(offline_compile.main(sys.argv[1:]))
+"""
+
+
+def test_no_choice_of_tiles_warps_and_stages_spills(python, tmp_path):
     """With the Triton at hand, on one chip; the committed results of the oldest and the newest have all of them."""
-    done = compile_all("--once", "--chips", "sm_90", "--json", str(tmp_path / "now.json"))
+    done = python("-m", "benchmarks.offline_compile", *COMPILE, tmp_path / "now.json")
     assert done.returncode == 0, done.stdout + done.stderr
     document = json.loads((tmp_path / "now.json").read_text())
     now = document["rows"]
@@ -48,24 +52,23 @@ def test_no_choice_of_tiles_warps_and_stages_spills(tmp_path):
     kept = [row | {"registers": 999} for row in now]
     kept[0]["code"] = "of another kernel"  # that row is compiled anew
     (tmp_path / "now.json").write_text(json.dumps(document | {"rows": kept}))
-    assert compile_all("--once", "--chips", "sm_90", "--keep", "--json", str(tmp_path / "now.json")).returncode == 0
+    done = python("-c", COMPILE_IN_A_FORK, "--keep", *COMPILE, tmp_path / "now.json")
+    assert done.returncode == 0, done.stdout + done.stderr
     then = json.loads((tmp_path / "now.json").read_text())["rows"]
     assert then == [now[0], *kept[1:]]
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_what_was_compiled_is_what_the_tables_say(version):
+def test_what_was_compiled_is_what_the_tables_say(version, rows_without_figures):
     """This notices a change of tiles, warps or stages alone. Every entry was compiled, and none spilled."""
     kept = json.loads((RESULTS / f"offline_compile_triton_{version}.json").read_text())
     assert kept["environment"]["triton"] == version
-    told, now = (
-        [{name: row[name] for name in KEYS} for row in rows] for rows in (kept["rows"], rows_without_figures())
-    )
+    told, now = ([{name: row[name] for name in KEYS} for row in rows] for rows in (kept["rows"], rows_without_figures))
     assert told == now
     assert all(row["fits"] and row["programs"] >= 1 for row in kept["rows"])
 
 
-def test_the_digest_of_a_kernel_s_code_covers_all_that_it_calls():
+def test_the_digest_of_a_kernel_s_code_covers_all_that_it_calls(python):
     """Kernels call functions and read constants only from modules that the digest covers."""
     code = """
 import importlib
@@ -88,7 +91,7 @@ for path in Path(kernels.__file__).parent.glob("*.py"):
     assert done.returncode == 0, done.stderr
 
 
-def test_what_is_compiled_is_what_triton_would_compile():
+def test_what_is_compiled_is_what_triton_would_compile(python):
     """Numbers of rows and images stay arguments, even 1 and 16; None and strides divisible by 16 are compiled in."""
     code = """
 from benchmarks.launches import *
@@ -109,7 +112,7 @@ for target in (chip.target for chip in CHIPS.values()):
     assert done.returncode == 0, done.stderr
 
 
-def test_a_program_fits_a_workgroup_and_shared_memory():
+def test_a_program_fits_a_workgroup_and_shared_memory(python):
     code = """
 from benchmarks.offline_compile import CHIPS
 for name, warps in (("gfx942", 16), ("sm_90", 32)):
@@ -135,8 +138,7 @@ BAD = [
 ]
 
 
-def test_bad_input():
-    """All cases share one process, which takes seconds to start."""
+def test_bad_input(python):
     code = f"""
 import contextlib, io, json
 from benchmarks.offline_compile import main
@@ -150,9 +152,8 @@ for options in {[options for options, _ in BAD]}:
     assert [json.loads(line) for line in done.stdout.splitlines()] == [[2, message] for _, message in BAD]
 
 
-def test_a_triton_that_is_not_there(monkeypatch):
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    done = compile_all("--triton", "0.0.1")
+def test_a_triton_that_is_not_there(python):
+    done = python("-m", "benchmarks.offline_compile", "--triton", "0.0.1", PIP_NO_INDEX="1")
     message = "--triton 0.0.1 cannot be installed: ERROR: No matching distribution found for triton==0.0.1"
     assert done.returncode == 2 and done.stderr == f"offline_compile: {message}\n"
     assert not list(ROOT.glob(".venv-triton-0.0.1"))

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from atm_triton import block, config, reference
 from atm_triton.calibration import search
-from atm_triton.cli import main
+from atm_triton.cli import commands, main
 from benchmarks.pages import README, ROOT, filled
 from test_patch import KINDS
 
@@ -87,14 +87,29 @@ def place(tmp_path_factory):
     return place
 
 
+@pytest.fixture
+def small_runs(monkeypatch):
+    """Calibrate by a small search and evaluate on few images."""
+    for name, value in {"LEVELS": (1 / 4,), "CURVES": ((0.5, 6.0),), "STEPS": ((1, 1),)}.items():
+        monkeypatch.setattr(search, name, value)
+    open_images = commands.open_images
+
+    def few(model, data, split, limit, *arguments, dealt=False, **options):
+        if dealt:  # as an evaluation does; a calibration needs them all
+            limit = 16 if limit is None else min(limit, 16)
+        return open_images(model, data, split, limit, *arguments, dealt=dealt, **options)
+
+    monkeypatch.setattr(commands, "open_images", few)
+
+
 @pytest.mark.parametrize("line", LINES)
-def test_shell_lines_run(line, place, capsys, monkeypatch):
+def test_shell_lines_run(line, place, capsys, monkeypatch, small_runs):
     monkeypatch.chdir(place)
-    for name, value in {"LEVELS": (1 / 8, 1 / 2), "CURVES": ((0.5, 6.0),), "STEPS": ((1, 1),)}.items():
-        monkeypatch.setattr(search, name, value)  # a small calibration
     program, *arguments = shlex.split(line, comments=True)
     if program == "atm-triton":
-        assert main(arguments) == 0
+        command, *options = arguments
+        small = ["--batch-size", "1"] if command == "bench" else []
+        assert main([command, *small, *options]) == 0
         assert capsys.readouterr().out
     elif program == "python":
         assert arguments[:2] == ["-m", "benchmarks.paper"]  # test_paper.py runs it

@@ -3,14 +3,13 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 from importlib.metadata import version
 
 import pytest
 
 from benchmarks import pages, report
 from benchmarks.paper.__main__ import EXPERIMENTS
+from processes import python
 
 
 def test_the_pages_are_what_the_result_files_say():
@@ -116,8 +115,8 @@ def test_nothing(): pytest.skip("not here")
 def test_what_works_with_others_is_written_if_all_of_it_was_shown(more, code, tmp_path):
     (tmp_path / "integration").mkdir()
     (tmp_path / "integration" / "test_it.py").write_text(MARKED + more)
-    run = [sys.executable, "-c", RUN, tmp_path]
-    done = subprocess.run(run, cwd=pages.ROOT, capture_output=True, text=True)
+    (tmp_path / "run.py").write_text(RUN)
+    done = python(tmp_path / "run.py", tmp_path)
     assert done.returncode == code, done.stderr
     if code:
         assert done.stderr.splitlines()[-1].endswith("test_it.py::test_nothing")

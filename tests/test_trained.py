@@ -351,7 +351,7 @@ def plain_loss(name):
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_the_gradients_of_a_step_are_those_of_its_parts(name):
-    """The step has two passes of four images, in float64, each with the random numbers it draws. Losses and what is
+    """The step has two passes of two images, in float64, each with the random numbers it draws. Losses and what is
     only trained are loops. Where a method is trained as it runs afterwards, its pass is the one that test_baselines
     checks against loops."""
     model = new()
@@ -363,9 +363,10 @@ def test_the_gradients_of_a_step_are_those_of_its_parts(name):
     loops["dynamicvit"] = lambda m, x, labels: dynamicvit_loss(m, method.teacher, x, labels)
     training = Training(model, replace(STEP, opt="sgd") if name == "ltmp" else STEP, 1, method)
     training.merge_by(None)
-    row = training.advance(seen())
+    some = [(x[:2], labels[:2]) for x, labels in seen()]
+    row = training.advance(some)
     loss = 0.0
-    for number, (x, labels) in enumerate(seen()):
+    for number, (x, labels) in enumerate(some):
         seed_all(STEP.seed, PASS, 0, number)
         loss = loss + loops[name](twin, x, labels) / 2
     loss.backward()

@@ -13,8 +13,10 @@ import random
 import statistics
 import tempfile
 import time
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -110,11 +112,15 @@ def free_merge_bound(model: VisionTransformer, record: Record, config: ATMConfig
 def constant_r(model: VisionTransformer, image_shape: tuple[int, ...], macs: float, cls_only_last: bool) -> int:
     """The constant r whose MACs per image come closest to ``macs``."""
     depth, N = len(model.blocks), unmerged(model, image_shape).N
+    every_r = range(N // 2 + 1)
 
-    def distance(r: int) -> float:
-        return abs(cost(model, planned(model, image_shape, (r,) * depth, cls_only_last)).macs - macs)
+    @cache
+    def macs_of(r: int) -> float:
+        return cost(model, planned(model, image_shape, (r,) * depth, cls_only_last)).macs
 
-    return min(range(N // 2 + 1), key=distance)
+    reached = max(macs, macs_of(every_r[-1]))
+    first = bisect_left(every_r, -reached, key=lambda r: -macs_of(r))  # a larger r never costs more
+    return min(every_r[max(first - 1, 0) : first + 1], key=lambda r: abs(macs_of(r) - macs))
 
 
 def counted(model: VisionTransformer, record: Record, config: ATMConfig) -> VisionTransformer:
