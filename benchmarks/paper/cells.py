@@ -25,7 +25,7 @@ def changed(quality: dict[str, Any], digits: int = 1) -> list[str]:
 
 def over_seeds(values: list[float], digits: int = 2) -> str:
     """The mean of the values, and with several values their standard deviation."""
-    text = f"{sum(values) / len(values):.{digits}f}"
+    text = f"{statistics.fmean(values):.{digits}f}"
     return text if len(values) == 1 else f"{text} ± {statistics.stdev(values):.{digits}f}"
 
 
