@@ -1,4 +1,4 @@
-"""The tables of README and of pages in docs, from ``benchmarks/results/``: ``python -m benchmarks.report``."""
+"""The tables of README, CONTRIBUTING and docs, from ``benchmarks/results/``: ``python -m benchmarks.report``."""
 
 import json
 import re
@@ -9,7 +9,7 @@ from typing import Any
 import timm
 
 from atm_triton.digits import model as digits_model
-from benchmarks import RESULTS, host, integration, kept_for_backward
+from benchmarks import RESULTS, coverage, host, integration, kept_for_backward
 from benchmarks.baselines import ALL
 from benchmarks.baselines.table import table as methods_table
 from benchmarks.gpu.models import DIGITS, NAMES
@@ -20,6 +20,7 @@ from benchmarks.photos import report as photographs
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
+CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 ACCURACY, BACKBONES, CALIBRATION, ENGINE, EXPERIMENTS, KERNELS, PERFORMANCE, PHOTOS, TRAINED = (
     ROOT / f"docs/{page}.md"
     for page in (
@@ -43,7 +44,7 @@ def load(name: str) -> dict[str, Any]:
 
 
 def named(*names: str) -> str:
-    """The line under a table of README: links to its result files, which say what made them."""
+    """The line under a table of a page in the root: links to its result files, which say what made them."""
     return f"From {', '.join(f'[`{name}`](benchmarks/results/{name})' for name in names)}."
 
 
@@ -427,6 +428,7 @@ TABLES = {  # for each page: the name of a table, the function that makes it, an
         ),
         "first": (first_example, ("cpu_bench_image.json",)),
     },
+    CONTRIBUTING: {"coverage": (coverage.table, ("coverage.json",))},
     ACCURACY: {
         "accuracy": (accuracy_table, ("digits_table2.json",)),
         "stress": (table1.table, ("digits_table1.json",)),
@@ -434,7 +436,9 @@ TABLES = {  # for each page: the name of a table, the function that makes it, an
         "adaptivity": (adaptivity_table, ("digits_adaptivity.json",)),
     },
     BACKBONES: {"flops": (flops.table, ("paper_flops.json",))},
-    CALIBRATION: {"calibration": (calibration_table, ("digits_calibration.json", "digits_calibrate_512.json"))},
+    CALIBRATION: {
+        "calibration": (calibration_table, ("digits_calibration.json", "digits_calibrate_512.json")),
+    },
     FAQ: {"effort": (effort, ("digits_calibrate.json",))},
     EXPERIMENTS: {"methods": (partial(methods_table, ALL), ())},  # from the classes' own descriptions
     ENGINE: {"host": (host.table, ("host.json",))},
@@ -472,7 +476,7 @@ def fill(page: Path) -> str:
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
         if not pattern.search(text):
             raise ValueError(f"{page.name} has no place for the table {name!r}")
-        source = named(*files) if page == README else made_by(*files)
+        source = named(*files) if page.parent == ROOT else made_by(*files)
         content = f"{table(*map(load, files))}\n\n{source}".rstrip()
         text = pattern.sub(lambda match, content=content: f"{match[1]}{content}\n{match[2]}", text)
     return text

@@ -1,4 +1,4 @@
-"""All results on pages by subject, and the tables of README and docs: ``python -m benchmarks.report``.
+"""All results on pages by subject, and the tables of README, CONTRIBUTING and docs: ``python -m benchmarks.report``.
 
 Every result file in ``benchmarks/results/`` appears on one page there, with its table, its plot and the command,
 machine and commit that made it. ``REPORT.md`` links all pages. Nothing is measured; unchanged results give unchanged
@@ -73,6 +73,7 @@ PAGES = {  # file: title, and each result with its description; "": the first li
     "checks.md": (
         "Checks: costs, compilation, the host, other libraries",
         {
+            "coverage": "which lines of the package the tests run",
             "host": "what a pass costs the host",
             "kept_for_backward": "what a training step keeps for its backward pass",
             "integration": "other libraries on a patched model",

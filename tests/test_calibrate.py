@@ -347,6 +347,13 @@ def test_a_cost_between_the_steps_is_refused_in_words(small_search):
         calibrate(model, alike, Target(max_gflops=goal), "static", progress=False)
 
 
+def test_a_change_that_even_one_merge_exceeds_is_refused_in_words(loader, small_search):
+    with pytest.raises(
+        UnreachableError, match=r"the target cannot be held: hardly merging has KL [\d.]+e-\d+, agreement"
+    ):
+        found(vit(), loader, max_kl=1e-300)
+
+
 def test_a_search_that_finds_nothing_leaves_nothing(small_search, tmp_path, capsys):
     shape = {"img_size": 24, "patch_size": 8, "depth": 2, "embed_dim": 32, "num_heads": 2}
     model = small("vit_tiny_patch16_224", **shape)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from atm_triton import ATMConfig, apply_patch, ops, remove_patch, summary
+from atm_triton import ATMConfig, apply_patch, engine, ops, remove_patch, summary
 from atm_triton.captured import Modules
 from atm_triton.engine import FLOAT32, recorded
 from atm_triton.graphs import Replays
@@ -746,6 +746,46 @@ def test_what_python_does_in_a_pass_is_not_skipped(change, reason):
     change(ours)
     out, why = refused(ours, x)
     assert why == reason and (change is in_training or not torch.allclose(out, before, atol=1e-4))
+
+
+@torch.inference_mode()
+def test_the_last_kinds_of_passes_keep_their_buffers_and_graphs(monkeypatch):
+    monkeypatch.setattr(engine, "KINDS", 2)
+    model, config = tiny(), CONFIGS["batch"]
+    batches = [batch(model, size) for size in (1, 2, 3)]
+    expected = [by_blocks(model, x, **config) for x in batches]
+    ours = patched(model, **config)
+    for number, kept in ((0, [1]), (1, [1, 2]), (0, [2, 1]), (2, [1, 3]), (1, [3, 2])):
+        for _ in range(2):
+            assert_same(ours, batches[number], *expected[number])
+        assert [kind.shape[0] for kind in ours.engine.passes] == kept
+        assert {id(passes) for passes, *_ in ours.engine.graphs} == set(map(id, ours.engine.passes.values()))
+
+
+@torch.inference_mode()
+def test_a_projection_without_a_bias():
+    model, config = tiny(), CONFIGS["static"]
+    for block in model.blocks:
+        block.attn.proj.bias = None
+    x = batch(model)
+    expected = by_blocks(model, x, **config)
+    ours = patched(model, **config)
+    for _ in range(3):
+        assert_same(ours, x, *expected)
+
+
+@torch.inference_mode()
+def test_a_hook_on_all_modules_and_a_parameter_of_a_class_of_its_own_are_refused():
+    ours = patched(tiny(), **CONFIGS["static"])
+    x, seen = batch(ours, 1), []
+    ours(x), ours(x)
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, out: seen.append(module))
+    assert refused(ours, x)[1] == "a hook on all modules" and seen
+    handle.remove()
+    assert ours.engine.refusal(x) is None
+    norm = ours.blocks[1].norm1
+    norm.weight = type("Own", (nn.Parameter,), {})(norm.weight.data)
+    assert refused(ours, x)[1] == "a parameter is of a class of its own"
 
 
 def test_refusals():

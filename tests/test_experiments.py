@@ -9,9 +9,10 @@ from torch import nn
 
 from atm_triton import ATMConfig, apply_patch
 from atm_triton.calibration import search
+from atm_triton.flops import cost, unmerged
 from atm_triton.measure.evaluate import share
 from atm_triton.measure.models import open_model
-from benchmarks import adaptivity, calibration, coverage, invariance, kept_for_backward, model_with_images
+from benchmarks import adaptivity, calibration, coverage, few_images, invariance, kept_for_backward, model_with_images
 from benchmarks.paper.thresholds import Calibrated, Thresholds
 from models import vit
 
@@ -116,6 +117,24 @@ def test_calibration(tmp_path, capsys, monkeypatch):
     assert len(capsys.readouterr().out.splitlines()) == len(rows)
 
 
+def test_few_images(tmp_path, capsys, monkeypatch):
+    """Both are judged at one cost."""
+    model = open_model()
+    model.blocks = model.blocks[:4]
+    monkeypatch.setattr(few_images, "open_model", lambda: model)
+    goal = 0.7 * cost(model, unmerged(model, (1, 112, 112))).paper_gflops
+    config = {"alpha": 0.9, "beta": 0.1, "theta_min": 0.5, "adapt": "image"}
+    config["thresholds"] = [ATMConfig(**config).theta(block, 4) for block in range(1, 5)]
+    monkeypatch.setattr(few_images, "earlier", lambda shares: iter([("many", goal, config)]))
+    earlier, few = rows_of(few_images.main, tmp_path / "out.json", "--sets", "1", "--test", "16")
+    assert "at_cost" not in earlier and few["cpu_seconds"] > 0 and few["calibration"] == "64 images, set 0"
+    assert few["at_cost"]["gflops"] == pytest.approx(earlier["as_is"]["gflops"], rel=0.02)
+    assert few["as_is"]["gflops"] == pytest.approx(goal, rel=0.2) and few["at_cost"]["kl"] > 0
+    assert "many: " in capsys.readouterr().out
+    table = few_images.table(json.loads((tmp_path / "out.json").read_text()))
+    assert table.count("\n") == 3 and "| 64 images, set 0 | " in table
+
+
 def test_what_the_calibration_benchmark_keeps(tmp_path, monkeypatch):
     def rows_by(commit, *methods):
         rows = [{"method": method} for method in methods]
@@ -144,6 +163,7 @@ def test_what_the_calibration_benchmark_keeps(tmp_path, monkeypatch):
         (invariance.main, ["--images", "0"], "invariance: --images 0 is too few; give 1 or more"),
         (adaptivity.main, ["--images", "0"], "adaptivity: --images and --test want 1 or more"),
         (calibration.main, ["--draws", "0"], "calibration: --draws, --images and --test want 1 or more"),
+        (few_images.main, ["--sets", "0"], "few_images: --images, --test and --sets want 1 or more"),
         (calibration.main, ["--shares", "2"], "calibration: --shares want numbers between 0 and 1"),
         (calibration.main, ["--out", "/nowhere/out.json"], "calibration: --out /nowhere/out.json: its directory does"),
     ],

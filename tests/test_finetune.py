@@ -303,6 +303,14 @@ def test_an_interrupted_run_goes_on_to_the_bit(at, whole_run, tmp_path):
     assert rows(tmp_path / "part") == log
 
 
+def test_a_configuration_or_what_finds_it_is_wanted(tmp_path):
+    with pytest.raises(ValueError, match="there is no config, and no recalibrate that finds one; give one of them"):
+        train(tmp_path, None)
+    with pytest.raises(ValueError, match="recalibrate wants two things: how often, in the recipe, and what finds"):
+        train(tmp_path, None, recalibrate=lambda model: CONFIGS["image"])
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_scaled_loss_and_a_schedule_with_warm_up_go_on_to_the_bit(tmp_path):
     recipe = replace(RECIPE, amp="float16", warmup_epochs=1, grad_checkpointing=True)
     with pytest.raises(KeyboardInterrupt):

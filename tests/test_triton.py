@@ -54,6 +54,18 @@ def both(model, **config):
     return out
 
 
+@pytest.mark.parametrize("H", [7, 12, 16])
+@pytest.mark.parametrize("by_size", [False, True])
+def test_keys_of_many_heads_are_averaged(H, by_size):
+    """They are loaded some at a time, and those that are left over by themselves."""
+    keys, images_of = torch.randn(H, 34, 16, device=DEVICE), Images.of(2, 17, DEVICE)
+    sizes = torch.randint(1, 4, (34,), device=DEVICE).float()
+    want, ours = (
+        ops.match(keys, sizes, images_of, 1, by_size, backend=backend).similarity for backend in ("reference", "triton")
+    )
+    torch.testing.assert_close(ours, want, rtol=0, atol=2e-6)
+
+
 EACH = ("batch", "image_by_size", "no_log_n")  # covers all that differs between kinds of model
 CELLS = [(kind, config) for kind in KINDS for config in (CONFIGS if kind == "plain" else EACH)]
 
