@@ -474,6 +474,7 @@ def randomised(model):
 def test_the_command(tmp_path, small_search, monkeypatch, capsys):
     for name, value in {"LEVELS": (1 / 4,), "STEPS": ((1, 1),)}.items():
         monkeypatch.setattr(search, name, value)
+    monkeypatch.setattr(calibrating, "MOST", {"fit": 12, "choose": 12})
     out = tmp_path / "digits.json"
     arguments = ["--images", "64", "--adapt", "image", "--out", str(out)]
     assert main(["calibrate", "--max-gflops", "0.25", *arguments]) == 0

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from atm_triton import ATMConfig, apply_patch
-from atm_triton.calibration import search
+from atm_triton.calibration import calibrate, search
 from atm_triton.flops import cost, unmerged
 from atm_triton.measure.evaluate import share
 from atm_triton.measure.models import open_model
@@ -21,6 +21,7 @@ from models import vit
 def small_search(monkeypatch):
     for name, value in {"LEVELS": (1 / 4,), "CURVES": ((0.5, 6.0),), "STEPS": ((1, 2),)}.items():
         monkeypatch.setattr(search, name, value)
+    monkeypatch.setattr(calibrate, "MOST", {"fit": 12, "choose": 12})
 
 
 def shallow(monkeypatch, blocks):

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from atm_triton import block, config, reference
-from atm_triton.calibration import search
+from atm_triton.calibration import calibrate, search
 from atm_triton.cli import commands, main
 from benchmarks.pages import README, ROOT, filled
 from test_patch import KINDS
@@ -92,6 +92,7 @@ def small_runs(monkeypatch):
     """Calibrate by a small search and evaluate on few images."""
     for name, value in {"LEVELS": (1 / 4,), "CURVES": ((0.5, 6.0),), "STEPS": ((1, 1),)}.items():
         monkeypatch.setattr(search, name, value)
+    monkeypatch.setattr(calibrate, "MOST", {"fit": 8, "choose": 8})
     open_images = commands.open_images
 
     def few(model, data, split, limit, *arguments, dealt=False, **options):
