@@ -211,7 +211,7 @@ class ATMBlock(Block):
 
     def called_attn(self, y: Tensor, by: Callable[..., tuple[Tensor, Any]], *given: Any) -> tuple[Tensor, Any]:
         """Call ``attn`` as a module on the normalised tokens ``y``; ``by``, a method of this block, computes it from y
-        and what is ``given``. Returns both results of ``by``: the projection, and whatever else it found."""
+        and what is ``given``. Returns both results of ``by``: the projection, and what stands beside it."""
         attn, noted = self.attn, []
         if type(attn) is Attention:  # it was put there after patching
             attn.__class__ = ATMAttention

@@ -151,10 +151,10 @@ class ATMConfig:
         try:
             document = json.loads(text)
         except (json.JSONDecodeError, RecursionError) as error:
-            raise ValueError(f"the configuration is no JSON: {error}") from None
+            raise ValueError(f"the configuration is not JSON: {error}") from None
         values = document.get("config", document) if isinstance(document, dict) else None
         if not isinstance(values, dict):
-            raise ValueError(f"the configuration is no JSON object but {text.strip()[:40]!r}")
+            raise ValueError(f"the configuration must be a JSON object, got {text.strip()[:40]!r}")
         unknown = values.keys() - {field.name for field in fields(cls)}
         if unknown:
             raise ValueError(f"the configuration has unknown fields: {', '.join(sorted(unknown))}")

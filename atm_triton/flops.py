@@ -233,8 +233,8 @@ def _run(skeleton: VisionTransformer, part: str, x: Tensor) -> Tensor:
         return getattr(skeleton, part)(x)
     except NotImplementedError as error:
         raise TypeError(
-            f"costs are not counted: {part} does not run without numbers, as where it is quantised or offloaded; "
-            "model.blocks.last has the tokens"
+            f"costs are not counted: {part} cannot run on meta tensors, for example because it is quantised or "
+            "offloaded; model.blocks.last has the tokens"
         ) from error
 
 

@@ -55,7 +55,7 @@ def measure(subject: ModelWithImages) -> list[dict[str, Any]]:
 
 def run(args: argparse.Namespace) -> None:
     if min(args.images, args.test) < 1:
-        raise ValueError("--images and --test want 1 or more")
+        raise ValueError("--images and --test must be at least 1")
     check_file("--out", args.out)
     write_result(args.out, {"rows": measure(ModelWithImages.digits(args.images, args.test))})
 

@@ -137,7 +137,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 def run(args: argparse.Namespace) -> None:
     if min(args.draws, args.images, args.test) < 1:
-        raise ValueError("--draws, --images and --test want 1 or more")
+        raise ValueError("--draws, --images and --test must be at least 1")
     if not all(0 < share < 1 for share in args.shares):
         raise ValueError("--shares want numbers between 0 and 1")
     check_file("--out", args.out)

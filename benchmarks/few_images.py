@@ -112,7 +112,7 @@ def table(result: dict[str, Any]) -> str:
 
 def run(args: argparse.Namespace) -> None:
     if min(args.images, args.test, args.sets) < 1:
-        raise ValueError("--images, --test and --sets want 1 or more")
+        raise ValueError("--images, --test and --sets must be at least 1")
     check_file("--out", args.out)
     rows = []
     for row in measure(args):

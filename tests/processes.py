@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import runpy
+import select
 import socket
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+TIMEOUT = 300  # seconds
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["timm", "timm.data", "torch.distributed"])
 
@@ -127,6 +129,10 @@ class Forking:
             request = {"arguments": list(map(str, arguments)), "environment": self._environment | environment}
             request |= {"out": str(out) if reader else None, "err": str(err)}
             print(json.dumps(request), file=self._process.stdin, flush=True)
+            ready, _, _ = select.select([self._process.stdout], [], [], TIMEOUT)
+            if not ready:
+                self._process.kill()
+                raise TimeoutError(f"python {' '.join(map(str, arguments))} has not ended after {TIMEOUT} s")
             code = int(self._process.stdout.readline())
             return subprocess.CompletedProcess(arguments, code, out.read_text() if reader else None, err.read_text())
 

@@ -334,8 +334,8 @@ def bad(*arguments):
         bad("eval", "--model-kwargs", "features_only=True", "model argument features_only"),
         bad("eval", *TINY, "--pretrained", "model 'deit_tiny_patch16_224' cannot be made"),
         bad("eval", *TINY, "deit_tiny_patch16_224 would have random weights: give --checkpoint FILE or --pretrained"),
-        bad("eval", "--checkpoint", "missing.safetensors", "checkpoint missing.safetensors is no file"),
-        bad("eval", "--checkpoint", "missing.pth", "--config", "pyproject.toml", "checkpoint missing.pth is no file"),
+        bad("eval", "--checkpoint", "missing.safetensors", "checkpoint missing.safetensors is not a file"),
+        bad("eval", "--checkpoint", "no.pth", "--config", "pyproject.toml", "checkpoint no.pth is not a file"),
         bad("eval", "--data", "missing", "directory missing does not exist"),
         bad("eval", "--batch-size", "0", "batch size 0 is too small; give 1 or more"),
         bad("eval", "--limit", "0", "limit 0 is too small"),
@@ -353,13 +353,13 @@ def bad(*arguments):
         bad("eval", "--split-depth", "13", "split_depth=13 is beyond the model's 12 blocks"),
         bad("eval", "--schedule", "8", "schedule has 1 values for a model of 12 blocks"),
         bad("eval", "--schedule", "-8", "schedule[0] must be a whole number, 0 or more, got -8"),
-        bad("eval", "--config", "missing.json", "--config missing.json is no file; atm-triton calibrate makes one"),
+        bad("eval", "--config", "missing.json", "--config missing.json is not a file; atm-triton calibrate makes one"),
         bad("eval", "--data", "pyproject.toml", "directory pyproject.toml is a file"),
         bad("eval", "--max-gflops", "3", "the paper has no operating points for 'digits'"),
         bad("eval", "--json", "/nowhere/out.json", "--json /nowhere/out.json: its directory does not exist"),
         bad("eval", "--backend", "triton", "--dtype", "float64", "--limit", "3", "or float32, not float64; or use"),
-        bad("bench", "--repeats", "0", "--repeats and --batches want 1 or more"),
-        bad("bench", "--batches", "0", "--repeats and --batches want 1 or more"),
+        bad("bench", "--repeats", "0", "--repeats and --batches must be at least 1"),
+        bad("bench", "--batches", "0", "--repeats and --batches must be at least 1"),
         bad("bench", "--batch-size", "0", "batch size 0 is too small"),
         bad("bench", *TINY, "--batch-size", "0", "batch size 0 is too small"),
         bad("bench", "--model", "resnet18", "ResNet cannot be merged"),
@@ -371,7 +371,7 @@ def bad(*arguments):
         bad("bench", *TINY, "--max-gflops", "1", "thresholds mean nothing on random images"),
         bad("bench", *TINY, "--adapt", "image", "thresholds mean nothing on random images: give deit_tiny"),
         bad("eval", "--json", ".", "--json . is a directory; name a file in it"),
-        bad("eval", "--config", "pyproject.toml", "--config pyproject.toml: the configuration is no JSON"),
+        bad("eval", "--config", "pyproject.toml", "--config pyproject.toml: the configuration is not JSON"),
         bad("bench", *TINY, "--data", "digits", "the digits are 1 x 112 x 112, the model takes 3 x 224 x 224"),
     ],
 )
@@ -412,7 +412,7 @@ def test_too_little_memory_is_one_line(capsys):
 def test_a_model_argument_without_a_value_is_refused(capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["eval", "--model-kwargs", "aux"])
-    assert capsys.readouterr().err.startswith("atm-triton eval: argument --model-kwargs: 'aux' is no NAME=VALUE;")
+    assert capsys.readouterr().err.startswith("atm-triton eval: argument --model-kwargs: 'aux' is not NAME=VALUE;")
 
 
 def failing(arguments, capsys):
@@ -442,7 +442,7 @@ def test_bad_files(tmp_path, folder, capsys):
     (folder / "dog" / "broken.jpg").write_bytes(b"no image")
     for workers in ("0", "2"):
         error = failing(["--checkpoint", good, "--data", str(folder), "--workers", workers], capsys)
-        assert error.startswith("atm-triton: ") and "broken.jpg is no readable image" in error
+        assert error.startswith("atm-triton: ") and "broken.jpg is not a readable image" in error
 
 
 def test_ctrl_c_is_one_line(capsys):
@@ -587,7 +587,7 @@ def test_a_file_of_brackets_is_no_configuration(opening, tmp_path, capsys):
     path.write_text(100_000 * opening)
     assert main(["eval", "--limit", "3", "--config", str(path)]) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"atm-triton: --config {path}: the configuration is no JSON: ") and error.count("\n") == 1
+    assert error.startswith(f"atm-triton: --config {path}: the configuration is not JSON: ") and error.count("\n") == 1
 
 
 def calibrating(*options):

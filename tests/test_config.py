@@ -111,12 +111,12 @@ def test_json_round_trip(config):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "the configuration is no JSON"),
-        ("[1]", "the configuration is no JSON object but '\\[1\\]'"),
+        ("{", "the configuration is not JSON"),
+        ("[1]", "the configuration must be a JSON object, got '\\[1\\]'"),
         ('{"alfa": 0.9}', "the configuration has unknown fields: alfa"),
         ('{"alpha": 9}', r"alpha must be a number in \[-1, 1\], got 9"),
         ('{"alpha": 0.9}', "alpha without beta and theta_min"),
-        ('{"config": 3}', "the configuration is no JSON object"),
+        ('{"config": 3}', "the configuration must be a JSON object"),
     ],
 )
 def test_bad_json(text, message):

@@ -64,7 +64,7 @@ def test_bad_input_of_one_process_is_one_line(folder):
     done = torchrun(2, MAIN, "eval", "--data", folder, "--batch-size", "8", "--workers", "0")
     assert done.returncode != 0
     (line,) = lines_of_ours(done)
-    assert line.startswith("atm-triton: ") and "20.png is no readable image" in line
+    assert line.startswith("atm-triton: ") and "20.png is not a readable image" in line
 
 
 def test_a_process_without_a_batch():

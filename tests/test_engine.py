@@ -558,7 +558,7 @@ def test_cast_unpatched_and_patched_anew_while_warm():
 def test_a_copy_has_an_engine_and_weights_of_its_own(adapt):
     ours = patched(tiny(), **CONFIGS[adapt])
     ours.engine.read_gflop = 1e9  # the counts are still on their way
-    x = batch(ours, 1)
+    x = batch(ours)
     for _ in range(2):
         expected = ours(x)
     for other in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
@@ -605,7 +605,7 @@ def test_a_norm_with_a_forward_of_its_own_is_called():
 def test_no_python_of_a_changed_module_runs_in_a_pass_that_is_thrown_away():
     """The second stage has no graph yet, because no pass has reached its bucket."""
     ours = patched(tiny(), **CONFIGS["image"])
-    x, seen = batch(ours, 1), []
+    x, seen = batch(ours), []
     for _ in range(3):
         ours(x)
     for key in [key for key in ours.engine.graphs if key[1] == 1]:
@@ -616,7 +616,7 @@ def test_no_python_of_a_changed_module_runs_in_a_pass_that_is_thrown_away():
 
 def test_two_threads_on_one_model():
     ours = patched(tiny(), **CONFIGS["image"])
-    batches = [batch(ours, 1, seed) for seed in range(2)]
+    batches = [batch(ours, 2, seed) for seed in range(2)]
     found = {0: [], 1: []}
 
     def work(number):
@@ -654,7 +654,7 @@ def test_what_cannot_be_captured_runs_eagerly_with_one_warning(error):
 @torch.inference_mode()
 def test_graphs_are_limited_in_number_and_in_memory():
     ours = patched(tiny(), **CONFIGS["image"])
-    counting, x = counted(ours), batch(ours, 1)
+    counting, x = counted(ours), batch(ours)
     ours.engine.max_graphs = 2
     for _ in range(2):
         expected = ours(x)
@@ -741,7 +741,7 @@ class Around(nn.Module):
 def test_what_python_does_in_a_pass_is_not_skipped(change, reason):
     ours = patched(tiny(), **CONFIGS["static"])
     x = batch(ours, 1)
-    for _ in range(2):
+    for _ in range(3):
         before = ours(x)
     change(ours)
     out, why = refused(ours, x)

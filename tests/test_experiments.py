@@ -162,9 +162,9 @@ def test_what_the_calibration_benchmark_keeps(tmp_path, monkeypatch):
     ("main", "options", "message"),
     [
         (invariance.main, ["--images", "0"], "invariance: --images 0 is too few; give 1 or more"),
-        (adaptivity.main, ["--images", "0"], "adaptivity: --images and --test want 1 or more"),
-        (calibration.main, ["--draws", "0"], "calibration: --draws, --images and --test want 1 or more"),
-        (few_images.main, ["--sets", "0"], "few_images: --images, --test and --sets want 1 or more"),
+        (adaptivity.main, ["--images", "0"], "adaptivity: --images and --test must be at least 1"),
+        (calibration.main, ["--draws", "0"], "calibration: --draws, --images and --test must be at least 1"),
+        (few_images.main, ["--sets", "0"], "few_images: --images, --test and --sets must be at least 1"),
         (calibration.main, ["--shares", "2"], "calibration: --shares want numbers between 0 and 1"),
         (calibration.main, ["--out", "/nowhere/out.json"], "calibration: --out /nowhere/out.json: its directory does"),
     ],

@@ -21,6 +21,7 @@ BATCH = ATMConfig(adapt="batch", thresholds=(0.7, 0.6, 0.6), split_depth=1)
 ANY_BATCH = ({0: Dim.DYNAMIC},)
 vit = partial(models.vit, depth=3)
 MODELS = {
+    "class token": vit,
     "distilled": partial(models.distilled, depth=3),
     "average": lambda: vit(global_pool="avg", class_token=False),
     "registers, LayerScale, norms of q and k": lambda: vit(reg_tokens=2, init_values=0.1, qk_norm=True),

@@ -586,7 +586,7 @@ BAD = {
     "no head": (["--model-kwargs", "num_classes=0"], "checkpoint w.safetensors is none of this VisionTransformer"),
     "another shape": (["--model-kwargs", "depth=3"], "checkpoint w.safetensors is none of this VisionTransformer: "),
     "broken weights": (["--checkpoint", "data/val/cat/0.png"], "checkpoint data/val/cat/0.png holds no weights that"),
-    "no weights": (["--checkpoint", "missing"], "checkpoint missing is no file"),
+    "no weights": (["--checkpoint", "missing"], "checkpoint missing is not a file"),
     "few images": (
         ["--batch-size", "68", "--accumulate", "1"],
         "66 images are fewer than a step takes, 1 passes of 68",

@@ -4,6 +4,7 @@ import copy
 import json
 import re
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -329,7 +330,7 @@ def test_the_tests_of_the_kernels_must_pass(tmp_path):
 
 
 class FakeEvent:
-    """A CUDA event on a GPU that finishes its work at once."""
+    """A CUDA event on a GPU that finishes its work at once, by the clock of ``time.perf_counter``."""
 
     def __init__(self, enable_timing):
         assert enable_timing
@@ -342,16 +343,20 @@ class FakeEvent:
 
 
 def test_times_by_events(monkeypatch):
+    """Every call takes two milliseconds of a clock that only calls move."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(time, "perf_counter", lambda: clock.now)
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(timing, "_buffer", lambda: torch.zeros(1))
     calls = []
 
     def call():
-        calls.append(time.sleep(0.002))
+        calls.append(clock.now)
+        clock.now += 0.002
 
-    assert 2000 <= timing.median_us(call, torch.device("cuda")) < 20000
-    assert 2000 <= timing.host_us(call, torch.device("cuda"), calls=2) < 20000
+    assert timing.median_us(call, torch.device("cuda")) == pytest.approx(2000)
+    assert timing.host_us(call, torch.device("cuda"), calls=2) == pytest.approx(2000)
     assert timing.WARM_UP + 3 + timing.LEAST + 11 <= len(calls) <= 40
 
 

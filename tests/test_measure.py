@@ -192,7 +192,7 @@ def test_what_fits_no_measure_is_refused():
     with pytest.raises(ValueError, match="^dense compares patch tokens and sigmoid the labels of a head; give one of"):
         measure_of(vit(), dense=True, sigmoid=True)
     unpooled = vit(num_classes=0, global_pool="")
-    with pytest.raises(ValueError, match="^the model answers with 26 tokens an image, pooled by nothing: ask for"):
+    with pytest.raises(ValueError, match="^the model answers with 26 unpooled tokens per image: ask for"):
         measure_of(unpooled)
     assert measure_of(unpooled, dense=True).name == "dense"
     with pytest.raises(ValueError, match="^measure 'cosine' is unknown; want one of softmax, sigmoid, pooled, dense$"):
@@ -377,5 +377,5 @@ def test_probabilities_are_no_logits(classes, last, loader, small_search):  # no
 def test_a_head_without_a_dimension_of_logits_is_named():
     model = vit(num_classes=1)
     model.head = torch.nn.Sequential(model.head, torch.nn.Flatten(0))
-    with pytest.raises(ValueError, match=r"without a dimension of logits; want \[B, 1\]"):
+    with pytest.raises(ValueError, match=r"one number per image; want logits \[B, 1\]"):
         measure_of(model)

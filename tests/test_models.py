@@ -500,5 +500,5 @@ def test_the_models_are_timms_in_every_other_way(name):
 
 
 def test_a_file_that_is_not_there():
-    with pytest.raises(FileNotFoundError, match="checkpoint none.pth is no file"):
+    with pytest.raises(FileNotFoundError, match="checkpoint none.pth is not a file"):
         load_checkpoint(small("lvvit_s"), "none.pth")

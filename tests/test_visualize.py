@@ -104,7 +104,7 @@ def test_the_command_draws_any_image(tmp_path, photo, capsys):
         (["PHOTO", "--out", "x.txt"], "--out x.txt: want a name that ends in .png"),
         (["PHOTO", "--out", "none/x.png"], "--out none/x.png"),
         (["PHOTO", "--out", "x.png", "--blocks", "13"], "block 13 is outside 1 .. 12"),
-        (["TEXT", "--out", "x.png"], "text.jpg is no readable image"),
+        (["TEXT", "--out", "x.png"], "text.jpg is not a readable image"),
     ],
 )
 def test_bad_input_is_one_line(arguments, message, tmp_path, photo, capsys, monkeypatch):

@@ -381,7 +381,7 @@ def _largest(search: Search, target: Target, plan: Plan, steps: int) -> Fitted:
     largest = at(low)
     if not target.holds(largest.mean):
         change = search.fitting.meter.by.text(largest.mean.divergence, largest.mean.agreement, largest.mean.p99)
-        raise UnreachableError(f"the target cannot be held: hardly merging has {change}")
+        raise UnreachableError(f"the target cannot be met: even merging almost nothing gives {change}")
     for _ in range(steps):
         middle = (low + high) / 2
         tried = at(middle)

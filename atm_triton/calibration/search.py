@@ -69,8 +69,8 @@ class Search:
         starts = [start for start in starts if abs(start.mean.gflops - goal) <= FAR * self.costs.unmerged]
         if not starts:
             raise UnreachableError(
-                f"nothing costs {goal:.4g} GFLOPs nearly enough: what merges changes in steps, as where images are "
-                "alike or have few tokens; take another target, or more and other images"
+                f"no plan comes close to {goal:.4g} GFLOPs: the cost changes in large steps, because the images are "
+                "alike or have few tokens; choose another target, or more varied images"
             )
         starts = ranked(starts, goal)
         best = {start.plan.family: start for start in reversed(starts)}.values()

@@ -58,7 +58,7 @@ class Case(NamedTuple):
 def bench(args: argparse.Namespace) -> dict[str, Any]:
     """Throughput of timm's model, the free-merge bound (as many tokens as ATM, removed at no cost), ToMe and ATM."""
     if args.repeats < 1 or (args.batches is not None and args.batches < 1):
-        raise ValueError("--repeats and --batches want 1 or more")
+        raise ValueError("--repeats and --batches must be at least 1")
     report.check_plot(args.plot)
     keep_freed_memory()
     results = []

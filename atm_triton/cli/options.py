@@ -38,7 +38,7 @@ class _Arguments(ParseKwargs):
     def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: str | None = None) -> None:
         for value in values:
             if "=" not in value:
-                raise argparse.ArgumentError(self, f"{value!r} is no NAME=VALUE")
+                raise argparse.ArgumentError(self, f"{value!r} is not NAME=VALUE")
         super().__call__(parser, namespace, values, option)
 
 

@@ -116,10 +116,10 @@ def measure_of(model: VisionTransformer, dense: bool = False, sigmoid: bool = Fa
         return Measure("dense")
     shape = answer_shape(model)
     if not shape:
-        raise ValueError("the model answers with a number an image, without a dimension of logits; want [B, 1]")
+        raise ValueError("the model answers with one number per image; want logits [B, 1]")
     if len(shape) != 1:
         raise ValueError(
-            f"the model answers with {shape[0]} tokens an image, pooled by nothing: ask for dense, which "
+            f"the model answers with {shape[0]} unpooled tokens per image: ask for dense, which "
             "compares patch tokens, or make it with a global_pool"
         )
     if isinstance(model.head, nn.Identity):

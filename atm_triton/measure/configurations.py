@@ -27,7 +27,7 @@ def read_config(path: Path, model: str, model_kwargs: dict[str, Any], checkpoint
         ValueError: the file holds no configuration, or one that was calibrated for another model or other weights.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"--config {path} is no file; atm-triton calibrate makes one")
+        raise FileNotFoundError(f"--config {path} is not a file; atm-triton calibrate makes one")
     try:
         text = path.read_text()
         config = ATMConfig.from_json(text)
@@ -73,5 +73,5 @@ def checksum(checkpoint: Path | None) -> str | None:
     if checkpoint is None:
         return None
     if not checkpoint.is_file():
-        raise FileNotFoundError(f"checkpoint {checkpoint} is no file")
+        raise FileNotFoundError(f"checkpoint {checkpoint} is not a file")
     return hashlib.sha256(checkpoint.read_bytes()).hexdigest()

@@ -84,7 +84,7 @@ class NamedImages(ImageFolder):
         try:
             return self.transform(self.open(path)), label
         except Exception as error:
-            raise ValueError(f"{path} is no readable image: {error}") from error
+            raise ValueError(f"{path} is not a readable image: {error}") from error
 
 
 class AnyImages(NamedImages):
@@ -218,7 +218,7 @@ def open_image(model: VisionTransformer, path: Path) -> Tensor:
     try:
         opened = _picture(path, "L" if config["input_size"][0] == 1 else "RGB")
     except Exception as error:
-        raise ValueError(f"{path} is no readable image: {error}") from error
+        raise ValueError(f"{path} is not a readable image: {error}") from error
     return create_transform(**{name: config[name] for name in TRANSFORM})(opened)
 
 
@@ -226,7 +226,7 @@ def _folders(data: str, channels: int) -> "NamedImages":
     try:
         dataset = NamedImages(data, channels)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"directory {data} holds no folders of images, one a class: {error}") from error
+        raise FileNotFoundError(f"directory {data} holds no folders of images, one per class: {error}") from error
     return dataset
 
 

@@ -33,7 +33,7 @@ def load_checkpoint(model: Model, path: str | Path, ema: bool | None = None) -> 
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"checkpoint {path} is no file")
+        raise FileNotFoundError(f"checkpoint {path} is not a file")
     own = model.state_dict()
     if any(value.is_meta for value in own.values()):
         raise ValueError(f"this {type(model).__name__} is on the meta device: model.to_empty(device=...) first")
@@ -45,7 +45,9 @@ def load_checkpoint(model: Model, path: str | Path, ema: bool | None = None) -> 
     }
     said = "; ".join(f"{_some(keys)} {problem}" for problem, keys in wrong.items() if keys)
     if said:
-        raise ValueError(f"checkpoint {path} is none of this {type(model).__name__}: {said}{_head_remedy(loaded, own)}")
+        raise ValueError(
+            f"checkpoint {path} does not fit this {type(model).__name__}: {said}{_head_remedy(loaded, own)}"
+        )
     model.load_state_dict(loaded)
     return model
 

@@ -86,7 +86,7 @@ def unpacked(wheel: Path, into: Path) -> Path:
         FileNotFoundError: no such wheel; ValueError: it is damaged, or of another package or version.
     """
     if not wheel.is_file():
-        raise FileNotFoundError(f"--wheel {wheel} is no file")
+        raise FileNotFoundError(f"--wheel {wheel} is not a file")
     try:
         with zipfile.ZipFile(wheel) as archive:
             about = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
