@@ -429,7 +429,7 @@ def test_bad_files(tmp_path, folder, capsys):
     (tmp_path / "text.safetensors").write_text("no weights")
     data = ["--data", str(folder), "--workers", "0"]
     error = failing([*data, "--checkpoint", small], capsys)
-    assert "small.safetensors is none of this VisionTransformer: " in error and "of another shape" in error
+    assert "small.safetensors does not fit this VisionTransformer: " in error and "of another shape" in error
     torch.save({"model": print}, tmp_path / "code.pth")  # a pickle that holds no weights
     for name in ("text.pth", "text.safetensors", "code.pth"):
         error = failing([*data, "--checkpoint", str(tmp_path / name)], capsys)

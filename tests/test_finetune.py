@@ -583,8 +583,8 @@ BAD = {
         ["--data", "data/val", "--val-data", "data/val"],
         "--val-data data/val are the images to train on",
     ),
-    "no head": (["--model-kwargs", "num_classes=0"], "checkpoint w.safetensors is none of this VisionTransformer"),
-    "another shape": (["--model-kwargs", "depth=3"], "checkpoint w.safetensors is none of this VisionTransformer: "),
+    "no head": (["--model-kwargs", "num_classes=0"], "checkpoint w.safetensors does not fit this VisionTransformer"),
+    "another shape": (["--model-kwargs", "depth=3"], "checkpoint w.safetensors does not fit this VisionTransformer: "),
     "broken weights": (["--checkpoint", "data/val/cat/0.png"], "checkpoint data/val/cat/0.png holds no weights that"),
     "no weights": (["--checkpoint", "missing"], "checkpoint missing is not a file"),
     "few images": (

@@ -206,7 +206,7 @@ def test_weights_that_are_no_weights(tmp_path, monkeypatch, capsys):
         save_file({"x": torch.zeros(1)}, tmp_path / f"{name}.safetensors")
     assert command.main(["--out", "photos.json", "--weights", "."]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "checkpoint backbone.safetensors is none of this VisionTransformer" in line
+    assert "checkpoint backbone.safetensors does not fit this VisionTransformer" in line
 
 
 @pytest.fixture(scope="module")
