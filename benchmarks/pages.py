@@ -9,7 +9,7 @@ from typing import Any
 import timm
 
 from atm_triton.digits import model as digits_model
-from benchmarks import RESULTS, coverage, host, integration, kept_for_backward
+from benchmarks import RESULTS, coverage, few_images, host, integration, kept_for_backward
 from benchmarks.baselines import ALL
 from benchmarks.baselines.table import table as methods_table
 from benchmarks.gpu.models import DIGITS, NAMES
@@ -438,6 +438,7 @@ TABLES = {  # for each page: the name of a table, the function that makes it, an
     BACKBONES: {"flops": (flops.table, ("paper_flops.json",))},
     CALIBRATION: {
         "calibration": (calibration_table, ("digits_calibration.json", "digits_calibrate_512.json")),
+        "few": (few_images.table, ("digits_few_images.json",)),
     },
     FAQ: {"effort": (effort, ("digits_calibrate.json",))},
     EXPERIMENTS: {"methods": (partial(methods_table, ALL), ())},  # from the classes' own descriptions

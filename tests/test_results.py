@@ -8,7 +8,7 @@ import pytest
 
 from atm_triton.digits.model import CONFIG, IMAGE_CONFIG
 from benchmarks.calibration import RAMPS
-from benchmarks.pages import RESULTS, beside_the_curve
+from benchmarks.pages import CALIBRATION, RESULTS, beside_the_curve
 from benchmarks.paper import table1, table4
 from benchmarks.paper.methods import METHODS
 
@@ -216,3 +216,17 @@ def test_what_is_said_of_photographs():
         assert (
             ideas["no log n in attention", r]["patch_tokens"]["mean"] > 2 * ideas["as ToMe", r]["patch_tokens"]["mean"]
         )
+
+
+def test_what_few_images_cost_is_stated():
+    ratios, off = [], []
+    for row in result("digits_few_images.json")["rows"]:
+        if "at_cost" not in row:
+            earlier = row["as_is"]
+            continue
+        ratios.append(row["at_cost"]["kl"] / earlier["kl"])
+        off.append(abs(row["as_is"]["gflops"] / row["goal"] - 1))
+    *most, worst = sorted(ratios)
+    text = " ".join(CALIBRATION.read_text().split())
+    assert f"is {most[0]:.1f} to {most[-1]:.1f} times as much, once {worst:.0f} times" in text
+    assert f"the cost misses the goal by up to {100 * max(off):.0f} %" in text
