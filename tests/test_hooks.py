@@ -381,7 +381,7 @@ def test_a_block_takes_what_a_block_returns(config):
 def test_the_example_in_the_documentation_runs():
     names = {}
     exec((HERE.parent / "docs" / "hooks.md").read_text().split("```python\n")[1].split("```")[0], names)
-    assert names["x"].shape[0] == 2 and names["size"].sum() == 2 * 197
+    assert names["x"].shape[0] == 2 and names["sizes"].sum() == 2 * 197
 
 
 def watched_fc1(model):
