@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from atm_triton import ATMConfig, apply_patch, summary
 from atm_triton.cli import main
-from atm_triton.measure.visualize import CELL, OUTLINE, draw, merge_map, paint, picture
+from atm_triton.measure.visualize import CELL, OUTLINE, Picture, draw, merge_map, paint, picture
 from benchmarks.baselines import apply_baseline
 from models import distilled, images, vit
 
@@ -95,6 +95,15 @@ def test_the_command_draws_any_image(tmp_path, photo, capsys):
     arguments += ["--schedule", *["8"] * 12, "--blocks", "2", "11"]
     assert main(["visualize", str(photo), "--out", str(out), "--json", str(told), *arguments]) == 0
     assert json.loads(told.read_text())["pictures"][0]["left"] == [180, 108]
+
+
+def test_no_outline_is_lost_where_a_picture_has_more_pixels_than_its_panel(tmp_path):
+    painted = paint(np.zeros((224, 224, 3)), torch.arange(256).reshape(16, 16))
+    draw([Picture(title="", gflops=1.0, blocks=(1,), left=(256,), panels=(painted, painted))], tmp_path / "out.png")
+    pixels = np.asarray(Image.open(tmp_path / "out.png").convert("RGB")).astype(int)
+    yellow = pixels[..., :2].min(2) - pixels[..., 2] > 40
+    starts = (yellow[:, 1:] & ~yellow[:, :-1]).sum(1)  # of outlines, in each row of pixels
+    assert starts.max() == 2 * 15
 
 
 @pytest.mark.parametrize(
