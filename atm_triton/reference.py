@@ -180,13 +180,6 @@ def batch_r(counts: Tensor) -> Tensor:
     return (counts.sum() // max(counts.shape[0], 1)).expand(counts.shape[0])
 
 
-def group_a_size(N: int | Tensor, num_prefix: int, by_size: bool) -> int | Tensor:
-    """The number of tokens in A by either grouping, for N tokens or for images with N [B] tokens each. It is 0 if B is
-    empty, because a single token has no partner."""
-    free = (N - num_prefix) * (N > num_prefix + 1)
-    return free // 2 if by_size else (free + 1 - num_prefix % 2) // 2
-
-
 def largest_r(N: int, num_prefix: int) -> int:
     """The upper limit of a given r: half of the tokens that may merge, rounded down (as in ToMe)."""
     return max(N - num_prefix, 0) // 2

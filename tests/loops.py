@@ -22,6 +22,12 @@ def groups(N, P, sizes=None):
     return sorted(order[:half]), sorted(order[half:])
 
 
+def most_pairs(N, P, by_size):
+    """The number of tokens in A, each of which has a partner unless B is empty."""
+    a, b = groups(N, P, [1.0] * N if by_size else None)
+    return len(a) if b else 0
+
+
 def cosine(u, v):
     dot = sum(p * q for p, q in zip(u, v, strict=True))
     return dot / (math.sqrt(sum(p * p for p in u)) * math.sqrt(sum(q * q for q in v)))
@@ -35,7 +41,7 @@ def mean_keys(keys):
 
 def match(k, a, b):
     """{i of A: (similarity, position in B)}; of equal similarities the first in B."""
-    found = {}
+    pairs = {}
     for i in a:
         best = None
         for j in b:
@@ -43,18 +49,18 @@ def match(k, a, b):
             if best is None or s > best[0]:
                 best = (s, j)
         if best is not None:
-            found[i] = best
-    return found
+            pairs[i] = best
+    return pairs
 
 
-def assign(N, P, a, b, found, r):
+def assign(N, P, a, b, pairs, r):
     """The assignment of r merges, as a list of N slots."""
     if r == 0:
         return list(range(N))
-    joining = sorted(found, key=lambda i: (-found[i][0], i))[:r]
+    joining = sorted(pairs, key=lambda i: (-pairs[i][0], i))[:r]
     order = list(range(P)) + [i for i in a if i not in joining] + list(b)
     place = {i: slot for slot, i in enumerate(order)}
-    return [place[i] if i in place else place[found[i][1]] for i in range(N)]
+    return [place[i] if i in place else place[pairs[i][1]] for i in range(N)]
 
 
 def merge(x, n, assignment):
@@ -106,9 +112,9 @@ def logits(model, images, r_of_block, size_from, cls_only_last, proportional=Tru
             r = 0
             tokens = [x[:heads] for x in tokens]
         else:
-            r = r_of_block(block, [found for *_, found in planned], (N - P) // 2)
-            for b, (a, bb, found) in enumerate(planned):
-                assignment = assign(len(tokens[b]), P, a, bb, found, r)
+            r = r_of_block(block, [pairs for *_, pairs in planned], (N - P) // 2)
+            for b, (a, bb, pairs) in enumerate(planned):
+                assignment = assign(len(tokens[b]), P, a, bb, pairs, r)
                 tokens[b], n[b] = merge(tokens[b], n[b], assignment)
                 traces[b] = [assignment[slot] for slot in traces[b]]
         taken.append(r)

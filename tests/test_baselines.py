@@ -187,12 +187,12 @@ def zero_tprune(
 
 def tofu(k, size, P, r, merges, sizes=True, **_):
     N = len(k[0])
-    found = loops.match([mean_key(k, i) for i in range(N)], *loops.groups(N, P))
-    slots = loops.assign(N, P, *loops.groups(N, P), found, min(r, (N - P) // 2))
+    pairs = loops.match([mean_key(k, i) for i in range(N)], *loops.groups(N, P))
+    slots = loops.assign(N, P, *loops.groups(N, P), pairs, min(r, (N - P) // 2))
     groups = [[i for i in range(N) if slots[i] == slot] for slot in range(max(slots) + 1)]
     if merges:
         return [weighted_mean(group, size if sizes else [1.0] * N) for group in groups]
-    return [[(i, 1) for i in group if i not in found or len(group) == 1] for group in groups]
+    return [[(i, 1) for i in group if i not in pairs or len(group) == 1] for group in groups]
 
 
 def longest(groups, rows, combined):
@@ -322,9 +322,9 @@ def recorded(model, name, **settings):
     apply_baseline(model, name, **settings)
     with torch.inference_mode():
         model(torch.randn(1, 3, 224, 224))
-    record, found = model.blocks.last, summary(model).cost
+    record, cost = model.blocks.last, summary(model).cost
     remove_patch(model)
-    return record, found
+    return record, cost
 
 
 @pytest.fixture(scope="module")
@@ -400,8 +400,8 @@ PITOME_S = {0.975: "4.006", 0.95: "3.439", 0.925: "2.991", 0.9: "2.595"}
     ],
 )
 def test_costs_are_the_published_ones(deit, size, name, settings, gmacs):
-    _, found = recorded(deit[size], name, **settings)
-    assert f"{found.macs / 1e9:.3f}" == gmacs
+    _, cost = recorded(deit[size], name, **settings)
+    assert f"{cost.macs / 1e9:.3f}" == gmacs
 
 
 FAST = {"r": 0.35, "blocks": (3, 6, 9)}
@@ -423,9 +423,9 @@ MCTF_T = {2: "1.204", 10: "0.912", 11: "0.877", 16: "0.709"}
 def test_costs_of_mctf_are_the_published_ones(deit, size, settings, gflops):
     """The authors count with fvcore, which includes similarities and counts 5 operations per element of every
     LayerNorm, also for tokens that pass a norm twice."""
-    record, found = recorded(deit[size], "mctf", **settings)
+    record, cost = recorded(deit[size], "mctf", **settings)
     norms = sum(N + M + (M if M < N else 0) for N, M in zip(record.tokens, record.rows, strict=True)) + record.rows[-1]
-    counted = found.macs + found.matching + 5 * norms * deit[size].embed_dim
+    counted = cost.macs + cost.matching + 5 * norms * deit[size].embed_dim
     assert f"{counted / 1e9:.{len(gflops) - 2}f}" == gflops
 
 
@@ -527,11 +527,11 @@ def test_costs_and_matching_are_what_torch_counts(name, more):
         apply_baseline(model, name, cls_only_last=alone, **SETTINGS[name])
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
             model(x)
-        record, found = model.blocks.last, summary(model).cost
+        record, cost = model.blocks.last, summary(model).cost
         served = zip(record.tokens[: len(record.tokens) - alone], record.rows, strict=False)
         left_out = sum(N * (N - M) * model.embed_dim for N, M in served) if name == "ats" else 0
-        assert found.macs + found.matching == counter.get_total_flops() // 2 + left_out
-        assert found.matching > 0 or name == "ats"
+        assert cost.macs + cost.matching == counter.get_total_flops() // 2 + left_out
+        assert cost.matching > 0 or name == "ats"
 
 
 def test_ats_costs_follow_from_the_tokens_of_each_image(deit):
@@ -540,7 +540,7 @@ def test_ats_costs_follow_from_the_tokens_of_each_image(deit):
     model = apply_baseline(deit["small"], "ats")
     with torch.inference_mode():
         model(torch.randn(2, 3, 224, 224))
-    record, found, C = model.blocks.last, cost_of_each(model, model.blocks.last), 384
+    record, costs, C = model.blocks.last, cost_of_each(model, model.blocks.last), 384
     remove_patch(model)
     assert record.tokens[:4] == (197,) * 4 and (record.rows[3] < 197).all()
     for image in range(2):
@@ -549,7 +549,7 @@ def test_ats_costs_follow_from_the_tokens_of_each_image(deit):
         ]
         assert all(1 < after < before for before, after in pairwise(N[3:]))
         blocks = sum(3 * n * C**2 + n**2 * C + m * n * C + 9 * m * C**2 for n, m in pairwise(N))
-        assert found.macs[image].item() == 196 * C * 768 + blocks + C * 1000
+        assert costs.macs[image].item() == 196 * C * 768 + blocks + C * 1000
 
 
 @pytest.mark.parametrize("name", ["ats", "dtome"])
@@ -576,9 +576,9 @@ def test_ats_samples_scores_of_any_number_and_equal_ones(M):
     there = torch.arange(31) < torch.tensor(n).unsqueeze(1)
     order, kept = BASELINES["ats"](M=M).sampled(scores, there)
     for image, length in enumerate(n):
-        found = order[image][kept[image]].tolist()
-        assert found == sampled(scores[image, :length].tolist(), M)
-        assert len(found) <= max(M, length * (not scores[image, :length].any()))
+        taken = order[image][kept[image]].tolist()
+        assert taken == sampled(scores[image, :length].tolist(), M)
+        assert len(taken) <= max(M, length * (not scores[image, :length].any()))
     assert kept[2].sum() == 0 and scores[2, :2].all()  # of two tokens with scores above 0 none stays
     assert kept[1].sum() == 1 and kept[-2].sum() == 12
 
@@ -602,16 +602,16 @@ def test_ats_drops_whole_images_from_a_residual_sum(path):
 def test_zero_tprune_costs_the_mlp_of_what_it_drops(deit):
     """On DeiT-S with the defaults. It prunes between blocks, so a whole block, MLP included, sees all tokens that
     enter."""
-    record, found = recorded(deit["small"], "zero_tprune")
+    record, cost = recorded(deit["small"], "zero_tprune")
     N, C, entering = 197, 384, []
     for block in range(12):
         entering.append(N)
         if block in (0, 2, 5, 8, 10):
             N = 1 + math.ceil(0.9 * (N - 1 - 10))
     assert record.tokens == tuple(entering) and record.rows[-1] == N
-    assert found.macs == 196 * C * 768 + sum(12 * n * C**2 + 2 * n**2 * C for n in entering) + C * 1000
+    assert cost.macs == 196 * C * 768 + sum(12 * n * C**2 + 2 * n**2 * C for n in entering) + C * 1000
     paper = sum(2 * n * C for n in entering) + N * C  # norms
-    assert found.paper == found.macs + paper
+    assert cost.paper == cost.macs + paper
 
 
 def test_tofu_of_opposite_tokens_is_zero():
@@ -624,19 +624,19 @@ def test_tofu_of_opposite_tokens_is_zero():
 
 
 def dtome(model, batch, r_of):
-    """Logits and lengths of a batch whose images merge in each block as many pairs as ``r_of(block, found)`` returns.
-    ``found`` has the pairs of each image, {i of A: (similarity, partner)}."""
+    """Logits and lengths of a batch whose images merge in each block as many pairs as ``r_of(block, pairs)`` returns.
+    ``pairs`` has the pairs of each image, {i of A: (similarity, partner)}."""
     P = model.num_prefix_tokens
     tokens = list(model._pos_embed(model.patch_embed(batch)))
     sizes, lengths = [[1.0] * len(x) for x in tokens], []
     for number, block in enumerate(model.blocks):
-        attn, found = block.attn, []
+        attn, pairs = block.attn, []
         for b, x in enumerate(tokens):
             q, k, v = attn.qkv(block.norm1(x)).view(len(x), 3, attn.num_heads, attn.head_dim).permute(1, 2, 0, 3)
-            found.append(loops.match(loops.mean_keys(k), *loops.groups(len(x), P)))
+            pairs.append(loops.match(loops.mean_keys(k), *loops.groups(len(x), P)))
             tokens[b] = x + attn.proj(loops.attention(q, k, v, sizes[b]).permute(1, 0, 2).reshape(len(x), -1))
-        for b, r in enumerate(r_of(number, found)):
-            slots = loops.assign(len(tokens[b]), P, *loops.groups(len(tokens[b]), P), found[b], r)
+        for b, r in enumerate(r_of(number, pairs)):
+            slots = loops.assign(len(tokens[b]), P, *loops.groups(len(tokens[b]), P), pairs[b], r)
             x, sizes[b] = loops.merge(tokens[b], sizes[b], slots)
             tokens[b] = x + block.mlp(block.norm2(x))
         lengths.append([len(x) for x in tokens])
@@ -647,11 +647,11 @@ def fitted(model, batches, schedule):
     """Fit DToMe's thresholds by loops over all pairs of a batch."""
     noted = [[] for _ in model.blocks]
 
-    def best_of_batch(block, found):
-        pairs = sorted(((-of[i][0], b, i) for b, of in enumerate(found) for i in of))
-        taken = pairs[: len(found) * schedule[block]]
-        noted[block].append(max(-pairs[len(taken)][0], 0) if len(taken) < len(pairs) else 0)
-        return [sum(b == image for _, b, _ in taken) for image in range(len(found))]
+    def best_of_batch(block, pairs):
+        ranked = sorted(((-of[i][0], b, i) for b, of in enumerate(pairs) for i in of))
+        taken = ranked[: len(pairs) * schedule[block]]
+        noted[block].append(max(-ranked[len(taken)][0], 0) if len(taken) < len(ranked) else 0)
+        return [sum(b == image for _, b, _ in taken) for image in range(len(pairs))]
 
     for batch in batches:
         dtome(model, batch, best_of_batch)
@@ -669,8 +669,8 @@ def test_dtome_is_its_loops(r, schedule):
     thresholds = fitted(model, batches, schedule)
     assert method.thresholds == pytest.approx(thresholds, abs=1e-9)
 
-    def above(block, found):
-        return [sum(similarity > thresholds[block] for similarity, _ in of.values()) for of in found]
+    def above(block, pairs):
+        return [sum(similarity > thresholds[block] for similarity, _ in of.values()) for of in pairs]
 
     expected, lengths = dtome(model, x, above)
     logits = method.apply(model)(x)
@@ -701,9 +701,9 @@ def test_dtome_fits_no_threshold_below_0():
     block = FittingBlock.of(model.blocks[0], config, 0, 4, 1)
     block.of_image, block.thresholds = 1, []
     keys = torch.tensor([[1, 0], [1, 0], [-1, 1], [1, 0], [-1, 0]], dtype=torch.float64).expand(2, -1, -1)
-    found = block.match(keys, Packed.of(torch.zeros(1, 5, 32, dtype=torch.float64)))
-    assert block.thresholds == [0.0] and found.counts.tolist() == [1]
-    assert found.similarity[[2, 4]].tolist() == pytest.approx([-(0.5**0.5), -1])
+    pairs = block.match(keys, Packed.of(torch.zeros(1, 5, 32, dtype=torch.float64)))
+    assert block.thresholds == [0.0] and pairs.counts.tolist() == [1]
+    assert pairs.similarity[[2, 4]].tolist() == pytest.approx([-(0.5**0.5), -1])
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ def whole(model):
     return cost(model, unmerged(model, (3, 40, 40))).paper_gflops
 
 
-def found(model, loader, adapt="image", **target):
+def calibrated(model, loader, adapt="image", **target):
     return calibrate(model, loader, Target(**target), adapt, progress=False)
 
 
@@ -68,10 +68,10 @@ def found(model, loader, adapt="image", **target):
 def test_the_goal_is_met_and_the_promise_is_what_an_evaluation_finds(adapt, loader, small_search):
     model = vit()
     goal = 0.8 * whole(model)
-    calibration = found(model, loader, adapt, max_gflops=goal)
+    calibration = calibrated(model, loader, adapt, max_gflops=goal)
     assert calibration.config.adapt == adapt and calibration.images == 96
     assert ATMConfig.from_json(calibration.config.to_json()) == calibration.config
-    assert calibration == found(model, loader, adapt, max_gflops=goal)
+    assert calibration == calibrated(model, loader, adapt, max_gflops=goal)
 
     parts, _ = split_images(loader, calibration.seed)
     assert [sum(map(len, batches)) for batches in parts.values()] == [36, 36, 24]
@@ -101,7 +101,7 @@ def test_the_search_is_better_than_a_plain_shape(loader, small_search):
     parts, _ = split_images(loader, 0)
     meter = Meter(model, parts, {"cls_only_last": True, "backend": "auto"})
     goal = 0.75 * whole(model)
-    chosen = found(model, loader, "static", max_gflops=goal).config
+    chosen = calibrated(model, loader, "static", max_gflops=goal).config
     plain = [ATMConfig(adapt="static", schedule=(r,) * 6, split_depth=6) for r in range(12)]
     means = [meter.mean(config, ("fit", "choose", "promise")) for config in (chosen, *plain)]
     better, worse = means[0], next(mean for mean in means[1:] if mean.gflops <= goal)
@@ -114,7 +114,7 @@ def test_a_limit_on_the_change(adapt, loader, small_search):
     parts, _ = split_images(loader, 0)
     meter, costs = Meter(model, parts, {}), Costs(model, (3, 40, 40), True)
     for name, limit in (("max_kl", 0.02), ("min_agreement", 0.9)):
-        calibration = found(model, loader, adapt, **{name: limit})
+        calibration = calibrated(model, loader, adapt, **{name: limit})
         seen = meter.mean(calibration.config, ("fit", "choose"))
         assert seen.divergence <= limit if name == "max_kl" else seen.agreement >= limit
         assert seen.gflops < costs.highest - 0.02 * costs.unmerged  # it merges
@@ -144,12 +144,12 @@ def test_hooks_that_a_fitting_pass_would_not_call_are_refused(loader):
         model = vit()
         handle = model.get_submodule(name).register_forward_pre_hook(lambda module, args: None)
         with pytest.raises(ValueError, match=f"{name or 'the model'} has hooks that a calibration would not call"):
-            found(model, loader, "image", max_gflops=0.6 * whole(model))
+            calibrated(model, loader, "image", max_gflops=0.6 * whole(model))
         handle.remove()
         if name != "blocks.1":
             model.get_submodule(name).register_forward_hook(lambda module, args, out: None)
             with pytest.raises(ValueError, match="has hooks"):
-                found(model, loader, "image", max_gflops=0.6 * whole(model))
+                calibrated(model, loader, "image", max_gflops=0.6 * whole(model))
 
 
 def fitted(model, loader, adapt, plan, *parts, measure=None, **settings):
@@ -178,20 +178,20 @@ def test_a_fitting_pass_merges_what_is_wanted_and_measures_what_an_evaluation_do
 ):
     wanted = (2.5, 0.0, 1.25, 2.0)
     plan, parts = Plan(wanted, split_depth=2), ("fit", "choose")
-    found, meter = fitted(model, loader, adapt, plan, *parts, measure=measure, cls_only_last=cls_only_last)
+    candidate, meter = fitted(model, loader, adapt, plan, *parts, measure=measure, cls_only_last=cls_only_last)
     merging = Costs(model, (3, 40, 40), cls_only_last).merging
-    merged = found.mean.merged
+    merged = candidate.mean.merged
     if adapt == "image":
         assert merged[:merging] == pytest.approx(wanted[:merging], abs=1 / 72)
     else:  # whole numbers; rounding carries over to the next block
         assert sum(merged) == pytest.approx(sum(wanted[:merging]), abs=1)
     assert merged[1] == 0 and merged[merging:] == (0.0,) * (4 - merging)
     if adapt != "static":
-        assert found.config.thresholds[1] is None
-    measured = meter.mean(found.config, parts)
+        assert candidate.config.thresholds[1] is None
+    measured = meter.mean(candidate.config, parts)
     for name in ("gflops", "divergence", "agreement", "p99", "change", "merged"):
         if getattr(measured, name) is not None:
-            assert getattr(found.mean, name) == pytest.approx(getattr(measured, name), rel=1e-5, abs=1e-9), name
+            assert getattr(candidate.mean, name) == pytest.approx(getattr(measured, name), rel=1e-5, abs=1e-9), name
 
 
 def test_a_pass_that_begins_in_the_midst_gives_the_same(loader, monkeypatch):
@@ -253,9 +253,9 @@ def test_a_changed_plan_costs_as_much(loader):
     model, goal = vit(depth=8), 0.8 * whole(vit(depth=8))
     for most in (None, 2):
         searched = searching(model, loader, most=most)
-        found = searched.starts(goal)[0]
+        start = searched.starts(goal)[0]
         for _ in range(12):
-            plan = searched.changed(found, goal)
+            plan = searched.changed(start, goal)
             assert plan.family == "free" and sum(r > 0 for r in plan.counts) <= (most or 8)
             assert searched.fitting.run(plan, "fit").mean.gflops == pytest.approx(goal, rel=0.03)
 
@@ -293,13 +293,13 @@ def test_bad_input(loader):
         calibrate(model, loader, target, max_merging_blocks=0)
     lowest = Costs(model, (3, 40, 40), True).lowest(None)
     with pytest.raises(ValueError, match="^max_gflops=1e-05 is below .*, the lowest that .*; ask for more$") as refused:
-        found(model, loader, max_gflops=1e-5)
+        calibrated(model, loader, max_gflops=1e-5)
     assert lowest <= float(str(refused.value).split()[3].rstrip(",")) < 1.001 * lowest
     one_block = Costs(model, (3, 40, 40), True).lowest(1)
     with pytest.raises(ValueError, match="is below .*, the lowest that merging"):
         calibrate(model, loader, Target(max_gflops=0.99 * one_block), max_merging_blocks=1)
     with pytest.raises(ValueError, match="^max_gflops=1: the model costs .* without merging; ask for less$"):
-        found(model, loader, max_gflops=1)
+        calibrated(model, loader, max_gflops=1)
     with pytest.raises(ValueError, match="^images of batch 0 hold NaN or infinity"):
         calibrate(model, [torch.full((64, 3, 40, 40), torch.nan)], target)
     with pytest.raises(TypeError, match=r"^loader: got torch.uint8 \[64, 3, 40, 40\]; want batches of images"):
@@ -325,7 +325,7 @@ def test_where_nothing_can_merge_it_is_said_before_the_search():
 def test_a_model_of_one_block_that_serves_all_its_tokens(loader, small_search):
     model = vit(depth=1, global_pool="avg", class_token=False)
     goal = 0.9 * whole(model)
-    assert found(model, loader, max_gflops=goal).promise.gflops == pytest.approx(goal, rel=0.05)
+    assert calibrated(model, loader, max_gflops=goal).promise.gflops == pytest.approx(goal, rel=0.05)
 
 
 def test_one_image_over_and_over_is_refused():
@@ -349,7 +349,7 @@ def test_a_change_that_even_one_merge_exceeds_is_refused_in_words(loader, small_
     with pytest.raises(
         UnreachableError, match=r"the target cannot be met: even merging almost nothing gives KL [\d.]+e-\d+, agreement"
     ):
-        found(vit(), loader, max_kl=1e-300)
+        calibrated(vit(), loader, max_kl=1e-300)
 
 
 def test_a_search_that_finds_nothing_leaves_nothing(small_search, tmp_path, capsys):
@@ -452,7 +452,7 @@ def test_the_promise_is_of_images_that_nothing_else_saw(loader, small_search, mo
 
     monkeypatch.setattr(Meter, "measure", measured)
     monkeypatch.setattr(Fitting, "run", fitted)
-    found(vit(), loader, max_gflops=0.8 * whole(vit()))
+    calibrated(vit(), loader, max_gflops=0.8 * whole(vit()))
     assert seen.count("promise") == 1 and seen[-1] == "promise" and {"fit", "choose"} < set(seen)
 
 
@@ -599,11 +599,11 @@ def test_bad_input_of_the_command(arguments, message, tmp_path, capsys, monkeypa
 
 def test_groups_and_attention_are_tried_too(loader):
     searched, goal = searching(vit(), loader), 0.8 * whole(vit())
-    found, tried = searched.starts(goal)[0], []
+    start, tried = searched.starts(goal)[0], []
     run = searched.fitting.run
     searched.fitting.run = lambda plan, *parts: tried.append(plan) or run(plan, *parts)
-    for other in searched.grouped(found, goal):
-        assert other.mean.change < found.mean.change * 1.5 and other.plan in tried
+    for other in searched.grouped(start, goal):
+        assert other.mean.change < start.mean.change * 1.5 and other.plan in tried
     assert {(plan.split_depth, plan.proportional_attention) for plan in tried} == {(4, True), (1, True), (None, False)}
 
 

@@ -16,7 +16,7 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 BATCHES = 200
-MODELS = {  # H, d, C, P, longest, by_size, dtype
+MODELS = {  # H, d, C, P, N, by_size, dtype
     "one launch": (6, 64, 384, 1, 197, False, torch.float16),
     "by size": (2, 60, 120, 2, 197, True, torch.float32),
     "two launches": (3, 80, 240, 5, 300, True, torch.bfloat16),
@@ -32,13 +32,13 @@ def a_slice(*shape, dtype):
     return LARGE[first : first + numel * size].view(dtype).view(shape)
 
 
-def some_lengths(longest):
+def some_lengths(N):
     """The lengths of 1 to 64 images, with 1 token in all, a multiple of 16, or any number."""
     T = random.choice((1, 16 * random.randrange(1, 60), random.randrange(2, 1000)))
-    lengths = [1] * random.randint(max(1, -(-T // longest)), min(64, T))
+    lengths = [1] * random.randint(max(1, -(-T // N)), min(64, T))
     while T > sum(lengths):
         image = random.randrange(len(lengths))
-        lengths[image] += random.randint(0, min(T - sum(lengths), longest - lengths[image]))
+        lengths[image] += random.randint(0, min(T - sum(lengths), N - lengths[image]))
     return lengths
 
 
@@ -51,8 +51,8 @@ def launches(model):
     """Yield a name and a call of every launcher, each for a new random batch."""
     from atm_triton.kernels import assign, attention, attention_backward, linear_gelu, match, merge, stem, unmerge
 
-    H, d, C, P, longest, by_size, dtype = model
-    lengths = some_lengths(longest)
+    H, d, C, P, N, by_size, dtype = model
+    lengths = some_lengths(N)
     B, T, slots = len(lengths), sum(lengths), random.randint(1, sum(lengths))
     floats, ints = {"dtype": torch.float32}, {"dtype": torch.int32}
     images, ones = bounds(lengths), bounds([1] * B)
@@ -66,22 +66,22 @@ def launches(model):
     yield "stem", stem.stem, (patches, a_slice(C, 3, 16, 16, dtype=dtype), None, position)
     hidden, half = a_slice(T, C, dtype=torch.float16), a_slice(4 * C, C, dtype=torch.float16)
     yield "linear_gelu", linear_gelu.linear_gelu, (hidden, half, None)
-    yield "match", match.match, (k, sizes, images, P, by_size, 0.9, longest)
-    yield "assign", assign.assign, (*pair, r, images, P, longest, slots)
+    yield "match", match.match, (k, sizes, images, P, by_size, 0.9, N)
+    yield "assign", assign.assign, (*pair, r, images, P, N, slots)
     yield "merge", merge.merge, (x, sizes, *lists)
     yield "merge between residual and norm", merge.merge, (x, sizes, *lists, attended, vector, norm)
     yield "add_norm", merge.add_norm, (x, attended, vector, norm)
     yield "unmerge", unmerge.unmerge, (a_slice(slots, C, dtype=dtype), a_slice(T, **ints))
-    yield "attention", attention.attention, (q, k, v, sizes, images, images, longest, longest, 0.125)
+    yield "attention", attention.attention, (q, k, v, sizes, images, images, N, N, 0.125)
     out, lse = a_slice(T, H, d, dtype=dtype).transpose(0, 1), a_slice(T, H, **floats)
-    trained = (out, q, k, v, sizes, images, images, out, lse, longest, longest, 0.125)
+    trained = (out, q, k, v, sizes, images, images, out, lse, N, N, 0.125)
     yield "attention backward", attention_backward.attention_backward, trained
     # in a model the queries start a tensor
-    queries = (of_class.clone(), k, v, sizes, ones, images, 1, longest, 0.125)
+    queries = (of_class.clone(), k, v, sizes, ones, images, 1, N, 0.125)
     yield "attention of one query", attention.attention, queries
 
 
-def found():
+def compiled():
     """The number of different keys that occur for each model, launcher and kernel."""
     from benchmarks.launches import captured
     from benchmarks.offline_compile import CHIPS, specialised
@@ -109,4 +109,4 @@ def test_two_keys_a_kernel_and_model_at_most():
 
 
 if __name__ == "__main__":
-    print(json.dumps(found()))
+    print(json.dumps(compiled()))

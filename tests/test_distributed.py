@@ -76,14 +76,14 @@ def test_a_process_without_a_batch():
 
 @pytest.mark.parametrize(("adapt", "more"), [("image", [2]), ("batch", [2]), ("static", [3]), ("image dense", [2])])
 def test_calibrate_gives_the_configuration_of_one_process(adapt, more, tmp_path):
-    found = {}
+    configurations = {}
     for processes in (1, *more):
         (tmp_path / str(processes)).mkdir()
         done = python(HERE / "calibrating.py", tmp_path / str(processes), adapt, ranks=processes)
         assert done.returncode == 0, done.stderr
-        found[processes] = {path.read_text() for path in (tmp_path / str(processes)).glob("*.txt")}
+        configurations[processes] = {path.read_text() for path in (tmp_path / str(processes)).glob("*.txt")}
         assert len(list((tmp_path / str(processes)).glob("*.txt"))) == processes
-    assert len(found[1]) == 1 and all(found[1] == found[processes] for processes in more)
+    assert len(configurations[1]) == 1 and all(configurations[1] == configurations[processes] for processes in more)
 
 
 def test_bad_input_is_one_line():

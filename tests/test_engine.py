@@ -278,11 +278,11 @@ def test_the_host_reads_where_all_takes_the_least(theta, leading):
     ways = [ends for number in range(len(may) + 1) for ends in combinations(may, number)]
     seen = set()
     for read in (0.0, 0.1, 0.3, 0.6, 1.0, 1e9):
-        found = stages(blocks, leading, 1000, read)
-        ends = tuple(stage.last for stage in found[:-1])
+        cut = stages(blocks, leading, 1000, read)
+        ends = tuple(stage.last for stage in cut[:-1])
         assert cost(ends, read) <= min(cost(way, read) for way in ways) + 1e-9
-        assert [stage.start for stage in found] == [0, *(end + 1 for end in ends)] and found[-1].last is None
-        assert [index for stage in found for index in stage.counted] == may
+        assert [stage.start for stage in cut] == [0, *(end + 1 for end in ends)] and cut[-1].last is None
+        assert [index for stage in cut for index in stage.counted] == may
         seen.add(len(ends))
     assert len(seen) > 2 or not may
     assert ends == () and len(stages(blocks, leading, 1000, 0.0)) >= len(may)
@@ -576,29 +576,29 @@ def test_a_copy_has_an_engine_and_weights_of_its_own(adapt):
 @torch.inference_mode()
 def test_a_drop_path_that_does_something_in_inference_is_called():
     """The blocks run then, and call it also in a block that merges."""
-    base, found = tiny(), []
+    base, logits = tiny(), []
     x = batch(base)
     for backend in ("triton", "reference"):
         model = apply_patch(copy.deepcopy(base).to(DEVICE), ATMConfig(backend=backend, **CONFIGS["static"]))
         plain = model(x)
         model.blocks[0].drop_path1 = Doubled().eval()
-        found.append(model(x))
-        assert not torch.allclose(found[-1], plain, atol=1e-3)
-    torch.testing.assert_close(*found, rtol=0, atol=1e-5)
+        logits.append(model(x))
+        assert not torch.allclose(logits[-1], plain, atol=1e-3)
+    torch.testing.assert_close(*logits, rtol=0, atol=1e-5)
 
 
 @torch.inference_mode()
 def test_a_norm_with_a_forward_of_its_own_is_called():
     """The blocks run then, and call it also between the residual sum and a merge."""
-    base, found = tiny(), []
+    base, logits = tiny(), []
     x = batch(base)
     for backend in ("triton", "reference"):
         model = apply_patch(copy.deepcopy(base).to(DEVICE), ATMConfig(backend=backend, **CONFIGS["static"]))
         plain = model(x)
         model.blocks[0].norm2.forward = torch.zeros_like
-        found.append(model(x))
-        assert not torch.allclose(found[-1], plain, atol=1e-3)
-    torch.testing.assert_close(*found, rtol=0, atol=1e-5)
+        logits.append(model(x))
+        assert not torch.allclose(logits[-1], plain, atol=1e-3)
+    torch.testing.assert_close(*logits, rtol=0, atol=1e-5)
 
 
 @torch.inference_mode()
@@ -617,23 +617,23 @@ def test_no_python_of_a_changed_module_runs_in_a_pass_that_is_thrown_away():
 def test_two_threads_on_one_model():
     ours = patched(tiny(), **CONFIGS["image"])
     batches = [batch(ours, 2, seed) for seed in range(2)]
-    found = {0: [], 1: []}
+    logits = {0: [], 1: []}
 
     def work(number):
         with torch.inference_mode():
             for _ in range(3):
-                found[number].append(ours(batches[number]))
+                logits[number].append(ours(batches[number]))
 
-    threads = [threading.Thread(target=work, args=(number,)) for number in found]
+    threads = [threading.Thread(target=work, args=(number,)) for number in logits]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    for out in found.values():
+    for out in logits.values():
         assert len(out) == 3 and torch.equal(out[0], out[1]) and torch.equal(out[0], out[2])
     with torch.inference_mode():
         for number, x in enumerate(batches):
-            torch.testing.assert_close(by_blocks(ours, x, **CONFIGS["image"])[0], found[number][0], rtol=0, atol=1e-5)
+            torch.testing.assert_close(by_blocks(ours, x, **CONFIGS["image"])[0], logits[number][0], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("not permitted\nat all")])

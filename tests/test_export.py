@@ -44,6 +44,17 @@ def assert_equal_at_every_batch(exported, model, batches=(1, 2, 3, 7)):
     assert tokens[-1] < tokens[1] < tokens[0]
 
 
+def assert_gradients_of_one_graph(model, x):
+    def gradients(run):
+        model.zero_grad()
+        run(x).square().sum().backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    eager = gradients(model)
+    for one, other in zip(gradients(torch.compile(model, fullgraph=True, backend="aot_eager")), eager, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * float(other.abs().max()))
+
+
 class Merging(nn.Module):
     """The reference's part of a block: computes slots and merged x from keys [H, T, d] and sizes [T]."""
 
@@ -54,8 +65,8 @@ class Merging(nn.Module):
     def forward(self, keys, sizes):
         B = keys.shape[1] // self.N
         here = Images.of(B, self.N)
-        found = reference.match(keys, sizes, 1, self.by_size, here)
-        slots, _ = reference.assign(*found, torch.full((B,), self.r), 1, here)
+        pairs = reference.match(keys, sizes, 1, self.by_size, here)
+        slots, _ = reference.assign(*pairs, torch.full((B,), self.r), 1, here)
         return slots, *reference.merge(keys[0], sizes, slots, B * (self.N - self.r))
 
     def example(self, B=3):
@@ -182,16 +193,7 @@ def test_one_graph_on_a_cpu(config, gradients):
 
 @pytest.mark.parametrize(("config", "pool"), [(STATIC, "token"), (IMAGE, "avg")], ids=["static", "image"])
 def test_gradients_of_one_graph(config, pool):
-    model, x = apply_patch(vit(global_pool=pool).train(), config), images()
-
-    def gradients(run):
-        model.zero_grad()
-        run(x).square().sum().backward()
-        return [p.grad.clone() for p in model.parameters()]
-
-    eager = gradients(model)
-    for one, other in zip(gradients(torch.compile(model, fullgraph=True, backend="aot_eager")), eager, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * float(other.abs().max()))
+    assert_gradients_of_one_graph(apply_patch(vit(global_pool=pool).train(), config), images())
 
 
 @pytest.mark.parametrize("pool", ["token", "avg"])
@@ -215,7 +217,7 @@ def test_gradients_of_each_image(pool):
 def test_gradients_by_a_transform_where_counts_decide(config):
     model, x = apply_patch(vit(), config), images()
     parameters = dict(model.named_parameters())
-    found = grad(lambda parameters: functional_call(model, parameters, (x,)).square().sum())(parameters)
+    gradients = grad(lambda parameters: functional_call(model, parameters, (x,)).square().sum())(parameters)
     model(x).square().sum().backward()
-    for name, gradient in found.items():
+    for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, parameters[name].grad, rtol=1e-4, atol=1e-4)

@@ -50,8 +50,8 @@ def test_attention_maps_of_what_does_not_merge_are_the_models_own(changes):
     model, x = vit(**changes), images()
     expected = own_maps(model, x)
     for config in (NOTHING, ATMConfig(thresholds=(1.0,) * 4, adapt="image")):
-        found = attention_maps(apply_patch(copy.deepcopy(model), config), x)
-        for ours, theirs in zip(found, expected, strict=True):
+        maps = attention_maps(apply_patch(copy.deepcopy(model), config), x)
+        for ours, theirs in zip(maps, expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
@@ -116,11 +116,11 @@ def test_timms_extract_of_attention_sees_the_tokens_that_are_there():
     for block in model.blocks:
         block.attn.fused_attn = False
     expected = AttentionExtract(model, method="hook")(x)
-    found = AttentionExtract(apply_patch(copy.deepcopy(model), NOTHING), method="hook")(x)
+    maps = AttentionExtract(apply_patch(copy.deepcopy(model), NOTHING), method="hook")(x)
     for name, theirs in expected.items():
-        torch.testing.assert_close(found[name], theirs[:, :, :1] if name.startswith("blocks.3") else theirs)
-    found = AttentionExtract(apply_patch(model, STATIC), method="hook")(x)
-    assert [each.shape[-1] for each in found.values()] == [26, 23, 18, 16]
+        torch.testing.assert_close(maps[name], theirs[:, :, :1] if name.startswith("blocks.3") else theirs)
+    maps = AttentionExtract(apply_patch(model, STATIC), method="hook")(x)
+    assert [each.shape[-1] for each in maps.values()] == [26, 23, 18, 16]
 
 
 @torch.no_grad()

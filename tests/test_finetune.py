@@ -46,11 +46,11 @@ def rows(out):
 def logits_in_loops(model, x, adapt):
     """Logits, and how many tokens merge in each block for each batch or image that decides its own count."""
 
-    def r(block, found, most):
+    def r(block, pairs, most):
         if adapt == "static":
             return min((5, 3, 2)[block - 1], most)
         theta = loops.theta(block, **EASY)
-        counts = [sum(similarity >= theta for similarity, _ in own.values()) for own in found]
+        counts = [sum(similarity >= theta for similarity, _ in own.values()) for own in pairs]
         return min(sum(counts) // len(counts), most)
 
     parts = x.split(1) if adapt == "image" else [x]
@@ -329,17 +329,17 @@ def test_a_scaled_loss_and_a_schedule_with_warm_up_go_on_to_the_bit(tmp_path):
 
 def test_thresholds_are_found_anew(tmp_path):
     """They are found for the current weights of the unpatched model, and an interrupted run finds the same ones."""
-    found, recipe = [], replace(RECIPE, recalibrate=1)
+    calibrated, recipe = [], replace(RECIPE, recalibrate=1)
 
     def recalibrate(model):
         assert type(model).__name__ == "VisionTransformer" and not model.training
         weight = model.head.weight.detach().clone()
-        found.append(weight)
+        calibrated.append(weight)
         return ATMConfig(adapt="static", schedule=(int(1e6 * weight.abs().sum().item()) % 4 + 1, 2, 0))
 
     whole, result = train(tmp_path / "whole", None, recipe, recalibrate=recalibrate)
-    assert len(found) == 2 and not torch.equal(*found)  # before each of the two epochs
-    r = int(1e6 * found[1].abs().sum().item()) % 4 + 1
+    assert len(calibrated) == 2 and not torch.equal(*calibrated)  # before each of the two epochs
+    r = int(1e6 * calibrated[1].abs().sum().item()) % 4 + 1
     assert result["config"]["schedule"] == (r, 2, 0)
     assert result["after"]["tokens"] == (26, 26 - r, 24 - r)
     with pytest.raises(KeyboardInterrupt):

@@ -235,9 +235,9 @@ def test_targets_of_the_engine():
     row = {"model": "DeiT-S", "batch": 64, "session": False, "name": "ATM image"}
     row |= {"of_timm": 1.2, "whole": 1.15, "of_bound": None}
     small, compiled = row | {"batch": 8}, row | {"session": True}
-    found = targets.of_engine([row, small, compiled, {"session": False, "name": "timm", "batch": 64}])
-    assert [target["met"] for target in found] == [True, False, None, True]
-    assert [target["wanted"] for target in found] == [1.0, 1.1, 0.97, 1.0]
+    rows = targets.of_engine([row, small, compiled, {"session": False, "name": "timm", "batch": 64}])
+    assert [target["met"] for target in rows] == [True, False, None, True]
+    assert [target["wanted"] for target in rows] == [1.0, 1.1, 0.97, 1.0]
 
 
 @pytest.mark.parametrize(
@@ -275,11 +275,11 @@ def test_gaps_of_a_gpu_trace():
         {"ph": "X", "cat": "gpu_memcpy", "ts": 70, "dur": 2, "name": "Memcpy DtoH (Device -> Pinned)"},
         {"ph": "X", "cat": "kernel", "ts": 77, "dur": 3, "name": "attention"},
     ]
-    found = gaps(timeline(raw, on_gpu=True))
-    assert [gap["microseconds"] for gap in found["gaps"]] == [30, 5]
-    assert found["gaps"][0] | {"microseconds": 0} == {"microseconds": 0, "after": "attention", "before": "assign"}
-    assert found["reads"] == 2 and found["longest_gap_microseconds"] == 30
-    assert found["pass_microseconds"] == 80 and found["busy"] == 44 / 80
+    idle = gaps(timeline(raw, on_gpu=True))
+    assert [gap["microseconds"] for gap in idle["gaps"]] == [30, 5]
+    assert idle["gaps"][0] | {"microseconds": 0} == {"microseconds": 0, "after": "attention", "before": "assign"}
+    assert idle["reads"] == 2 and idle["longest_gap_microseconds"] == 30
+    assert idle["pass_microseconds"] == 80 and idle["busy"] == 44 / 80
     assert gaps([Event(0, 1, "match")])["longest_gap_microseconds"] is None
 
 

@@ -10,6 +10,7 @@ from atm_triton import ATMBlock, ATMConfig, apply_patch, reference, summary
 from atm_triton.flops import cost_of_each
 from atm_triton.packed import Images
 from models import distilled, images, vit
+from test_export import assert_gradients_of_one_graph
 
 F64 = torch.float64
 CONFIG = ATMConfig(alpha=0.7, beta=0.02, theta_min=0.6, split_depth=2, adapt="image")
@@ -130,16 +131,16 @@ def test_a_block_alone_passes_packed_tokens_on():
 def test_summary_tells_the_fewest_and_the_most():
     model, x = apply_patch(vit(dtype=F64, embed_dim=12), CONFIG), varied()
     model(x)
-    found = summary(model)
-    assert found.tokens[0] == found.fewest[0] == found.most[0] == 26
-    assert found.fewest[-1] < found.tokens[-1] < found.most[-1]
-    costs, alone = cost_of_each(model, found.record).macs, []
+    told = summary(model)
+    assert told.tokens[0] == told.fewest[0] == told.most[0] == 26
+    assert told.fewest[-1] < told.tokens[-1] < told.most[-1]
+    costs, alone = cost_of_each(model, told.record).macs, []
     for image in x.split(1):
         model(image)
         alone.append(summary(model).macs)
     assert costs.tolist() == alone
-    assert found.macs == pytest.approx(sum(alone) / len(alone)) and 0 < found.saved < 1
-    assert "fewest" in str(found) and f"{found.tokens[-1]:.1f}" in str(found)
+    assert told.macs == pytest.approx(sum(alone) / len(alone)) and 0 < told.saved < 1
+    assert "fewest" in str(told) and f"{told.tokens[-1]:.1f}" in str(told)
     model(x[:1])
     assert isinstance(summary(model).tokens[-1], float)
 
@@ -165,16 +166,7 @@ def test_one_graph_for_every_batch(monkeypatch):
 
 def test_training_compiles_in_one_graph(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    model, x = apply_patch(vit().train(), CONFIG), images()
-
-    def gradients(run):
-        model.zero_grad()
-        run(x).square().sum().backward()
-        return [p.grad.clone() for p in model.parameters()]
-
-    eager = gradients(model)
-    for one, other in zip(gradients(torch.compile(model, fullgraph=True, backend="aot_eager")), eager, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * float(other.abs().max()))
+    assert_gradients_of_one_graph(apply_patch(vit().train(), CONFIG), images())
 
 
 class Masks(TorchDispatchMode):

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
+import loops
 from atm_triton import reference
 from atm_triton.kernels import assign as assign_kernels
 from atm_triton.kernels import match as match_kernels
@@ -227,20 +228,20 @@ def test_match_takes_memory_of_order_n(d, monkeypatch):
 
 @groupings
 def test_match_of_packed_images_is_that_of_each_alone(by_size):
-    """Results are equal bit for bit, because the configuration depends on ``longest`` alone."""
+    """Results are equal bit for bit, because the configuration depends on ``N`` alone."""
     images = of_lengths(17, 1, 33, 2, 260)
     keys, sizes = qkv(313, 2, 32)[1], some_sizes(313)
-    for longest in (260, 400):
-        similarity, partner, counts = match(keys, sizes, images.cu_seqlens, 1, by_size, 0.1, longest)
+    for N in (260, 400):
+        similarity, partner, counts = match(keys, sizes, images.cu_seqlens, 1, by_size, 0.1, N)
         for image, (start, end) in enumerate(itertools.pairwise(images.cu_seqlens.tolist())):
             cu_seqlens = Images.of(1, end - start, DEVICE).cu_seqlens
-            alone = match(keys[:, start:end], sizes[start:end], cu_seqlens, 1, by_size, 0.1, longest)
+            alone = match(keys[:, start:end], sizes[start:end], cu_seqlens, 1, by_size, 0.1, N)
             assert torch.equal(similarity[start:end], alone[0])
             assert torch.equal(partner[start:end], alone[1]) and counts[image] == alone[2]
 
 
-def read(tokens, spans):
-    return [tokens[begin:end].tolist() for begin, end in spans.tolist()]
+def read(order, spans):
+    return [order[begin:end].tolist() for begin, end in spans.tolist()]
 
 
 def lists_of(slots, T):
@@ -248,18 +249,18 @@ def lists_of(slots, T):
     return [[i for i, other in enumerate(slots.tolist()) if other == slot] for slot in range(T)]
 
 
-def check_assign(similarity, partner, r, images, P, slots=None, longest=None, given=None, **options):
+def check_assign(similarity, partner, r, images, P, slots=None, N=None, given=None, **options):
     """Compare assign with the reference. ``given``: the source of r that the kernel gets."""
     given = r if given is None else given
     want, want_cu_seqlens = reference.assign(similarity, partner, r, P, images)
     T = int(want_cu_seqlens[-1])
     more = T if slots is None else slots
-    got, tokens, spans, cu_seqlens = assign(
-        similarity, partner, given, images.cu_seqlens, P, longest or images.N, more, **options
+    got, order, spans, cu_seqlens = assign(
+        similarity, partner, given, images.cu_seqlens, P, N or images.N, more, **options
     )
     assert torch.equal(got, want) and torch.equal(cu_seqlens, want_cu_seqlens)
     assert spans.shape == (more, 2)
-    assert read(tokens, spans[:T]) == lists_of(want, T)
+    assert read(order, spans[:T]) == lists_of(want, T)
 
 
 @groupings
@@ -269,7 +270,7 @@ def test_assign(B, H, N, d, P, by_size):
     keys = with_ties(qkv(B * N, H, d)[1], images)
     similarity, partner = reference.match(keys, some_sizes(B * N), P, by_size, images)
     for r in {0, 1, 3, reference.largest_r(N, P)}:
-        if r <= reference.group_a_size(N, P, by_size):
+        if r <= loops.most_pairs(N, P, by_size):
             check_assign(similarity, partner, whole(r, images), images, P)
 
 
@@ -286,7 +287,7 @@ def test_assign_to_a_long_image(by_size, long):
         images = Images.of(2, N, DEVICE)
         keys = with_ties(qkv(2 * N, 1, 32)[1], images)
         similarity, partner = reference.match(keys, some_sizes(2 * N), P, by_size, images)
-        for r in (1, reference.group_a_size(N, P, by_size)):
+        for r in (1, loops.most_pairs(N, P, by_size)):
             check_assign(similarity, partner, whole(r, images), images, P)
 
 
@@ -324,7 +325,7 @@ def test_assign_takes_r_from_four_sources(P):
     similarity, partner, most = some_pairs(images, P, kinds)
 
     def check(r, given, **options):
-        check_assign(similarity, partner, r, images, P, len(partner), longest=256, given=given, **options)
+        check_assign(similarity, partner, r, images, P, len(partner), N=256, given=given, **options)
 
     for r in (torch.zeros_like(most), (most / 3).long(), most):
         check(r, r)
@@ -361,7 +362,7 @@ def test_assign_all_images_one_r_the_long_way(by_size, long):
 
 def test_assign_fills_no_memory_that_it_then_writes(monkeypatch):
     images = Images.of(3, 19, DEVICE)
-    similarity, partner, found = match(qkv(57, 2, 32)[1], None, images.cu_seqlens, 1, False, 0.1, 19)
+    similarity, partner, counts = match(qkv(57, 2, 32)[1], None, images.cu_seqlens, 1, False, 0.1, 19)
     for name in ("zeros", "full"):
         monkeypatch.setattr(torch, name, None)
     r = torch.tensor([4, 0, 9], device=DEVICE)
@@ -369,7 +370,7 @@ def test_assign_fills_no_memory_that_it_then_writes(monkeypatch):
         (r, {}, [0, 15, 34, 44]),
         (r, {"mean": True}, [0, 15, 30, 45]),
         (4, {}, [0, 15, 30, 45]),
-        (found, {"theta": 0.1}, None),
+        (counts, {"theta": 0.1}, None),
     ):
         made = assign(similarity, partner, given, images.cu_seqlens, 1, 19, 57, **options)[3]
         assert made.tolist() == ends or ends is None
@@ -564,15 +565,15 @@ def test_attention(B, H, N, d, P, dtype, sized):
 def test_attention_of_packed_images_is_that_of_each_alone(lengths, H, d):
     images, T = of_lengths(*lengths), sum(lengths)
     q, k, v = qkv(T, H, d)
-    sizes, longest = some_sizes(T), max(lengths)
+    sizes, N = some_sizes(T), max(lengths)
     cu_seqlens = images.cu_seqlens
-    got = attention(q, k, v, sizes.log2(), cu_seqlens, cu_seqlens, longest, longest, 0.1)
+    got = attention(q, k, v, sizes.log2(), cu_seqlens, cu_seqlens, N, N, 0.1)
     want = reference.attention(q, k, v, sizes, images, scale=0.1)
     torch.testing.assert_close(got, want, rtol=2e-6, atol=2e-6)
     for start, end in itertools.pairwise(cu_seqlens.tolist()):
         part = [x[:, start:end] for x in (q, k, v)]
         alone = Images.of(1, end - start, DEVICE).cu_seqlens
-        other = attention(*part, sizes[start:end].log2(), alone, alone, longest, longest, 0.1)
+        other = attention(*part, sizes[start:end].log2(), alone, alone, N, N, 0.1)
         assert torch.equal(got[:, start:end], other)  # to the bit
 
 
@@ -647,22 +648,22 @@ def test_attention_backward_of_other_queries():
 
 
 @pytest.mark.parametrize("B", [0, 2])
-@pytest.mark.parametrize("longest", [0, 5, 3000])
-def test_without_tokens_nothing_is_launched(B, longest, monkeypatch):
+@pytest.mark.parametrize("N", [0, 5, 3000])
+def test_without_tokens_nothing_is_launched(B, N, monkeypatch):
     monkeypatch.setattr(KERNEL, "__getitem__", None)
     cu_seqlens = torch.zeros(B + 1, dtype=torch.int32, device=DEVICE)
     q, k, v = qkv(0, 2, 32)
-    similarity, partner, counts = match(k, None, cu_seqlens, 1, False, 0.5, longest)
+    similarity, partner, counts = match(k, None, cu_seqlens, 1, False, 0.5, N)
     assert similarity.shape == partner.shape == (0,) and counts.tolist() == [0] * B
-    slots, tokens, spans, new_cu_seqlens = assign(similarity, partner, counts, cu_seqlens, 1, longest, 0)
-    assert slots.shape == tokens.shape == (0,) and spans.shape == (0, 2) and new_cu_seqlens.tolist() == [0] * (B + 1)
+    slots, order, spans, merged_cu_seqlens = assign(similarity, partner, counts, cu_seqlens, 1, N, 0)
+    assert slots.shape == order.shape == (0,) and spans.shape == (0, 2) and merged_cu_seqlens.tolist() == [0] * (B + 1)
     x = torch.empty(0, 16, device=DEVICE)
-    assert [len(rows) for rows in merge(x, None, tokens, spans, cu_seqlens, x, None, (None, None, 0))] == [0] * 4
+    assert [len(rows) for rows in merge(x, None, order, spans, cu_seqlens, x, None, (None, None, 0))] == [0] * 4
     assert add_norm(x, x, None, (None, None, 0))[1].shape == unmerge(x, slots).shape == (0, 16)
     empty = (q, k, v, None, cu_seqlens, cu_seqlens)
-    assert attention(*empty, longest, longest, 1.0).shape == (2, 0, 32)
+    assert attention(*empty, N, N, 1.0).shape == (2, 0, 32)
     lse = torch.empty(0, 2, device=DEVICE)
-    assert [x.shape for x in attention_backward(q, *empty, q, lse, longest, longest, 1.0)] == [(2, 0, 32)] * 3
+    assert [x.shape for x in attention_backward(q, *empty, q, lse, N, N, 1.0)] == [(2, 0, 32)] * 3
 
 
 def test_what_no_kernel_can_take_is_refused():
@@ -682,12 +683,12 @@ def test_what_no_kernel_can_take_is_refused():
 
 def jit_functions():
     """The source of every function that Triton compiles."""
-    found = {}
+    functions = {}
     for path in Path(match_kernels.__file__).parent.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef) and any("triton.jit" in ast.unparse(x) for x in node.decorator_list):
-                found[node.name] = node
-    return found
+                functions[node.name] = node
+    return functions
 
 
 def test_no_kernel_has_a_while():

@@ -22,7 +22,7 @@ from atm_triton.flops import cost, unmerged
 from atm_triton.measure.comparison import MEASURES, Measure, measure_of, percentile
 from atm_triton.measure.evaluate import evaluate, unpatched_answers
 from models import distilled, images, small, vit
-from test_calibrate import found, loader, one_thread, small_search, whole  # noqa: F401 (fixtures)
+from test_calibrate import calibrated, loader, one_thread, small_search, whole  # noqa: F401 (fixtures)
 
 MODELS = {  # a model, the request, and the name of the measure that fits
     "classes": (vit, {}, "softmax"),
@@ -108,7 +108,7 @@ def test_one_logit_is_no_class():
 
 
 def test_a_calibration_of_one_logit_does_not_merge_everything(loader, small_search):  # noqa: F811
-    calibration = found(vit(num_classes=1), loader, max_kl=1e-5)
+    calibration = calibrated(vit(num_classes=1), loader, max_kl=1e-5)
     assert any(theta is not None and theta > -1 for theta in calibration.config.thresholds)
     assert calibration.promise.measure == "sigmoid" and 0 < calibration.promise.kl < 1e-3
 

@@ -100,8 +100,8 @@ def published_keys(D, depth, stem):
     ],
 )
 def test_state_dicts_have_the_published_keys(name, D, depth, stem):
-    found = {key: tuple(value.shape) for key, value in meta(name).state_dict().items()}
-    assert found == published_keys(D, depth, stem)
+    shapes = {key: tuple(value.shape) for key, value in meta(name).state_dict().items()}
+    assert shapes == published_keys(D, depth, stem)
 
 
 def layer_norm(x, state, name):
@@ -296,10 +296,10 @@ def test_mae_attends_without_log_n_unless_told():
     assert "norm.weight" not in model.state_dict()
     schedule = {"adapt": "static", "schedule": (3, 2, 2, 1)}
     x = images_for(model)
-    found = {}
+    logits = {}
     for said in (None, False, True):
-        found[said] = apply_patch(model, ATMConfig(**schedule, proportional_attention=said))(x)
-    assert torch.equal(found[None], found[False]) and not torch.allclose(found[None], found[True], atol=1e-4)
+        logits[said] = apply_patch(model, ATMConfig(**schedule, proportional_attention=said))(x)
+    assert torch.equal(logits[None], logits[False]) and not torch.allclose(logits[None], logits[True], atol=1e-4)
     for other in (vit(), vit(class_token=False, global_pool="avg"), small("lvvit_s")):
         assert apply_patch(other, ATMConfig(**schedule)).blocks.config.proportional_attention is True
 

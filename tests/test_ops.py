@@ -12,12 +12,12 @@ slots, r = torch.zeros(14, dtype=torch.int32), torch.tensor([1, 1])
 norm = torch.nn.LayerNorm(8)
 
 
-def found(by_size=False, P=1, images=IMAGES):
+def pairs(by_size=False, P=1, images=IMAGES):
     return ops.match(keys, sizes, images, P, by_size)
 
 
 def assign(r=r, P=1, T=12, **changes):
-    return ops.assign(found()._replace(**changes), r, IMAGES, P, T, True)
+    return ops.assign(pairs()._replace(**changes), r, IMAGES, P, T, True)
 
 
 def merge(x=x, n=None, slots=slots, T=3):
@@ -37,13 +37,13 @@ def attend(q=keys, k=keys, v=keys, n=sizes, log2_sizes=None):
     ("call", "message"),
     [
         (lambda: ops.match(keys[0], None, IMAGES, 1, False), "keys has shape [14, 4]; want [H, T, d]"),
-        (lambda: found(images=Images.of(2, 9)), "keys has 14 tokens, 2 images of 9 tokens have 18; want"),
+        (lambda: pairs(images=Images.of(2, 9)), "keys has 14 tokens, 2 images of 9 tokens have 18; want"),
         (lambda: ops.match(keys, sizes[1:], IMAGES, 1, False), "sizes has shape [13]; want [14], one for each token"),
         (lambda: ops.match(keys, sizes.to("meta"), IMAGES, 1, False), "sizes is on meta, the tokens on cpu; move one"),
         (lambda: ops.match(keys, None, IMAGES, -1, False), "num_prefix=-1 is below 0; want the number of protected to"),
         (lambda: ops.match(keys, None, IMAGES, 1, False, 1.5), "theta=1.5 is outside -1 .. 1"),
-        (lambda: assign(similarity=found().similarity[1:]), "partner has shape [14]; want [T], as similarity"),
-        (lambda: assign(partner=found().partner.to("meta")), "partner is on meta, similarity on cpu; move one of them"),
+        (lambda: assign(similarity=pairs().similarity[1:]), "partner has shape [14]; want [T], as similarity"),
+        (lambda: assign(partner=pairs().partner.to("meta")), "partner is on meta, similarity on cpu; move one of them"),
         (lambda: assign(torch.tensor([2, 4, 1])), "r has shape [3]; want [2], one for each image"),
         (lambda: assign(r.to("meta")), "r is on meta, similarity on cpu; move one of them"),
         (lambda: assign("mean"), 'r=\'mean\' is unknown; want "image", "batch", a number or a tensor'),
@@ -102,10 +102,10 @@ def test_bad_arguments(call, message):
             "sizes has dtype torch.float64; want torch.float32",
         ),
         (
-            lambda: assign(similarity=found().similarity.half()),
+            lambda: assign(similarity=pairs().similarity.half()),
             "similarity has dtype torch.float16; want torch.float32",
         ),
-        (lambda: assign(partner=found().partner.long()), "partner has dtype torch.int64; want torch.int32"),
+        (lambda: assign(partner=pairs().partner.long()), "partner has dtype torch.int64; want torch.int32"),
         (lambda: assign(r.int()), "r has dtype torch.int32; want torch.int64: r.to(torch.int64)"),
         (lambda: merge(slots=slots.long()), "slots has dtype torch.int64; want torch.int32"),
         (lambda: merge(n=sizes.double()), "sizes has dtype torch.float64; want torch.float32"),
@@ -123,7 +123,7 @@ def test_bad_dtypes(call, message):
 
 @pytest.mark.parametrize(("by_size", "P", "most"), [(False, 0, 4), (False, 1, 3), (True, 0, 3), (True, 1, 3)])
 def test_the_largest_r_takes_every_token_of_a(by_size, P, most):
-    matched = found(by_size, P)
+    matched = pairs(by_size, P)
     assert (matched.partner.view(2, 7) >= 0).sum(1).tolist() == [most] * 2
     assignment = ops.assign(matched, torch.tensor([most] * 2), IMAGES, P, 14 - 2 * most, True)
     merged = ops.merge(Packed(x, None, IMAGES), assignment)
@@ -135,7 +135,7 @@ def test_images_of_different_lengths_keep_their_n():
     """A kernel's configuration depends on N, which other images of the batch must not change."""
     differ = Images.of_lengths(torch.tensor([9, 5]))
     for images, r, one_r, left in ((IMAGES, [1, 3], False, [6, 4]), (differ, [2, 2], True, [7, 3])):
-        assignment = ops.assign(found(images=images), torch.tensor(r), images, 1, 10, one_r)
+        assignment = ops.assign(pairs(images=images), torch.tensor(r), images, 1, 10, one_r)
         assert not assignment.images.equal and assignment.images.N == images.N
         assert assignment.images.lengths.tolist() == left
 

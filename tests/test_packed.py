@@ -53,10 +53,10 @@ def test_each_image_is_as_if_alone(lengths, num_prefix, by_size, data):
     ):
         image, rows = slice(*own), slice(*left)
         alone = Images.of(1, lengths[b], DEVICE)
-        found = reference.match(keys[:, image], sizes[image], num_prefix, by_size, alone)
-        assert torch.equal(similarity[image], found[0]) and torch.equal(partner[image], found[1])
-        assert counts[b : b + 1].tolist() == reference.count(found[0], 0.5, alone).tolist()
-        want, end = reference.assign(*found, counts[b : b + 1], num_prefix, alone)
+        pairs = reference.match(keys[:, image], sizes[image], num_prefix, by_size, alone)
+        assert torch.equal(similarity[image], pairs[0]) and torch.equal(partner[image], pairs[1])
+        assert counts[b : b + 1].tolist() == reference.count(pairs[0], 0.5, alone).tolist()
+        want, end = reference.assign(*pairs, counts[b : b + 1], num_prefix, alone)
         want[slots[image] < 0] = -1
         assert end.tolist() == [0, left[1] - left[0]]
         assert torch.equal(slots[image], torch.where(want < 0, -1, want + left[0]))
@@ -100,8 +100,8 @@ def test_a_batch_of_one_length_is_a_view():
 def test_images_merge_to_lengths_of_their_own_and_back():
     images = Images.of(3, 19, DEVICE)
     keys, x = torch.randn(H, 57, d, device=DEVICE), torch.randn(57, C, device=DEVICE)
-    found = reference.match(keys, None, P, False, images)
-    first, cu_seqlens = reference.assign(*found, torch.tensor([4, 0, 9], device=DEVICE), P, images)
+    pairs = reference.match(keys, None, P, False, images)
+    first, cu_seqlens = reference.assign(*pairs, torch.tensor([4, 0, 9], device=DEVICE), P, images)
     assert cu_seqlens.tolist() == [0, 15, 34, 44]
     merged, sizes = reference.merge(x, None, first, 44)
     assert merged.shape == (44, C) and sizes.sum() == 57
@@ -139,9 +139,9 @@ def test_merge_and_unmerge_are_products_with_a_matrix(backend):
 @pytest.mark.parametrize("images", [Images.of(0, 9, DEVICE), images_of()], ids=["equal", "differ"])
 def test_no_image(images, backend):
     keys, x = torch.zeros(H, 0, d, device=DEVICE), torch.zeros(0, C, device=DEVICE)
-    found = ops.match(keys, None, images, P, False, 0.5, backend)
-    assert found.similarity.shape == found.partner.shape == found.counts.shape == (0,)
-    assignment = ops.assign(found, found.counts, images, P, 0, False, backend)
+    pairs = ops.match(keys, None, images, P, False, 0.5, backend)
+    assert pairs.similarity.shape == pairs.partner.shape == pairs.counts.shape == (0,)
+    assignment = ops.assign(pairs, pairs.counts, images, P, 0, False, backend)
     merged = ops.merge(Packed(x, None, images), assignment, backend)
     assert merged.x.shape == ops.unmerge(merged.x, assignment.slots, backend).shape == x.shape
     assert merged.images.cu_seqlens.tolist() == [0]
@@ -157,13 +157,13 @@ def test_kernels_as_the_reference(dtype, by_size):
     keys, sizes = torch.randn(H, T, d, device=DEVICE).to(dtype), some_sizes(T)
     keys[:, 2::5] = keys[:, : len(range(2, T, 5))]
     keys[:, 3::11] = 0
-    found = ops.match(keys, sizes, images, P, by_size, 0.5, "triton")
+    pairs = ops.match(keys, sizes, images, P, by_size, 0.5, "triton")
     want, _ = reference.match(keys, sizes, P, by_size, images)
-    torch.testing.assert_close(found.similarity, want, rtol=0, atol=2e-6)
-    assert torch.equal(found.counts, reference.count(found.similarity, 0.5, images))
-    T = 630 - int(found.counts.sum())
+    torch.testing.assert_close(pairs.similarity, want, rtol=0, atol=2e-6)
+    assert torch.equal(pairs.counts, reference.count(pairs.similarity, 0.5, images))
+    T = 630 - int(pairs.counts.sum())
     assert T < 630
-    got, want = (ops.assign(found, found.counts, images, P, T, False, backend) for backend in ("triton", "reference"))
+    got, want = (ops.assign(pairs, pairs.counts, images, P, T, False, backend) for backend in ("triton", "reference"))
     assert torch.equal(got.slots, want.slots) and torch.equal(got.images.cu_seqlens, want.images.cu_seqlens)
     tokens, spans = reference.lists(want.slots, T)
     assert torch.equal(got.order, tokens) and torch.equal(got.spans, spans)

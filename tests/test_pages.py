@@ -55,8 +55,8 @@ def test_python_blocks_run(page):
 
 @pytest.mark.parametrize("module", [block, config, reference])
 def test_examples_in_docstrings_run(module):
-    found = doctest.testmod(module, optionflags=doctest.ELLIPSIS)
-    assert found.attempted and not found.failed
+    outcome = doctest.testmod(module, optionflags=doctest.ELLIPSIS)
+    assert outcome.attempted and not outcome.failed
 
 
 def test_the_first_example_saves_what_stands_below_it(capsys):
@@ -148,8 +148,8 @@ def test_the_walk_names_what_is_there():
     for path, name in named:
         body = ast.parse((ROOT / path).read_text()).body
         for part in name.split("."):
-            (found,) = (node for node in body if getattr(node, "name", None) == part)
-            body = getattr(found, "body", [])
+            (definition,) = (node for node in body if getattr(node, "name", None) == part)
+            body = getattr(definition, "body", [])
 
 
 def test_readme_links_every_page():

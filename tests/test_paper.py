@@ -58,10 +58,10 @@ def test_flops_are_counted_as_published(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "| DeiT-T, `deit_tiny_patch16_224` | 5.72 (5.72) | 1.25 (1.25) | 1,253,683,200 |" in printed
     assert "finds the same MACs to the integer in all 4 cases" in printed
-    found = json.loads((tmp_path / "paper_flops.json").read_text())
-    assert len(found["models"]) == 2 and found["environment"]["torch"]
-    found["models"][0]["macs"] += 1
-    assert "Torch's counter differs: DeiT-T: 1,253,683,201, by torch 1,253,683,200." in flops.table(found)
+    result = json.loads((tmp_path / "paper_flops.json").read_text())
+    assert len(result["models"]) == 2 and result["environment"]["torch"]
+    result["models"][0]["macs"] += 1
+    assert "Torch's counter differs: DeiT-T: 1,253,683,201, by torch 1,253,683,200." in flops.table(result)
 
 
 @pytest.fixture(autouse=True)
@@ -104,9 +104,9 @@ def run(name, out, *options):
 
 def test_figure4_measures_every_method_at_one_cost(by_curve, tmp_path, monkeypatch, capsys):
     options = ["--limit", "4", "--shares", "0.4", *by_curve]
-    found = run("figure4", tmp_path, *options)
-    assert [row["method"] for row in found["rows"]] == list(methods.METHODS)
-    for row in found["rows"]:
+    result = run("figure4", tmp_path, *options)
+    assert [row["method"] for row in result["rows"]] == list(methods.METHODS)
+    for row in result["rows"]:
         assert 0.3 < 1 - row["overall"]["gflops"] / row["gflops_unpatched"] < 0.5, row["method"]
         assert row["gflops_all_tokens_last"] > row["overall"]["gflops"] and row["overall"]["images"] == 4
     assert (tmp_path / "digits_figure4.png").stat().st_size > 10_000
@@ -115,11 +115,11 @@ def test_figure4_measures_every_method_at_one_cost(by_curve, tmp_path, monkeypat
     path = tmp_path / "digits_figure4.json"
     partial = tmp_path / "digits_figure4.json.partial"
     assert not partial.exists()
-    partial.write_text(json.dumps(found | {"rows": found["rows"][:-1]}))  # as if interrupted
+    partial.write_text(json.dumps(result | {"rows": result["rows"][:-1]}))  # as if interrupted
     measured_at, asked = figure4.measured_at, []
     monkeypatch.setattr(figure4, "measured_at", lambda *about: asked.append(about[1]) or measured_at(*about))
-    assert run("figure4", tmp_path, *options, "--resume")["rows"] == found["rows"] and asked == ["atm, image"]
-    assert not partial.exists() and json.loads(path.read_text())["rows"] == found["rows"]
+    assert run("figure4", tmp_path, *options, "--resume")["rows"] == result["rows"] and asked == ["atm, image"]
+    assert not partial.exists() and json.loads(path.read_text())["rows"] == result["rows"]
     for text, message in (
         (None, "digits_figure4.json was made with another batch_size; leave --resume out, or give another --out"),
         ('{"rows": []}', "digits_figure4.json is no result of this experiment; give another --out"),
@@ -128,7 +128,7 @@ def test_figure4_measures_every_method_at_one_cost(by_curve, tmp_path, monkeypat
             "digits_figure4.json was made with another model, another model_kwargs",
         ),
         ('{"rows": [', "digits_figure4.json is no result of this experiment; give another --out"),
-        (json.dumps(found | {"rows": ["x"]}), "digits_figure4.json is no result of this experiment; give another"),
+        (json.dumps(result | {"rows": ["x"]}), "digits_figure4.json is no result of this experiment; give another"),
     ):
         path.write_text(text or path.read_text())
         assert paper.main(["figure4", *options, "--out", str(tmp_path), "--resume", "--batch-size", "2"]) == 2
@@ -202,7 +202,7 @@ def test_fine_tuned_beside_training_free(by_curve, tmp_path, monkeypatch, capsys
 
 def test_no_training_of_another_model_is_gone_on_with(tmp_path, monkeypatch):
     """Files that an interrupted table left behind are refused by name, not taken for this model's."""
-    found = []
+    subjects = []
     thresholds = tmp_path / "thresholds.json"
     thresholds.write_text(ATMConfig(alpha=0.98, beta=0.7, theta_min=0.6).to_json())
     for checkpoint, scale in ((tmp_path / "one.safetensors", 1), (tmp_path / "other.safetensors", 1.01)):
@@ -210,8 +210,8 @@ def test_no_training_of_another_model_is_gone_on_with(tmp_path, monkeypatch):
         options = ["--limit", "4", "--images", "8", "--epochs", "1", "--batch-size", "2", "--workers", "0"]
         options += ["--checkpoint", str(checkpoint), "--config", str(thresholds)]
         args = finetuned.arguments().parse_args(options)
-        found.append((subject.Subject(args), args))
-    (one, args), (other, others) = found
+        subjects.append((subject.Subject(args), args))
+    (one, args), (other, others) = subjects
     weights = copy.deepcopy(one.model.state_dict())
     finetuned.tuned(one, args, finetuned.unmerged(one), 0, tmp_path / "run")
     for name, weight in one.model.state_dict().items():  # every training starts from them
@@ -433,18 +433,18 @@ def test_the_stress_test_ends_where_top1_falls(tmp_path, monkeypatch, capsys):
         return {"missing": "it cannot"} if method == "evit" else {"overall": quality | {"images": 4}, **about}
 
     monkeypatch.setattr(table1, "measured_at", measured)
-    found = run("table1", tmp_path, "--limit", "4")
-    assert len(found["rows"]) == 2 * table1.STEPS
-    best = table1.best(found)
+    result = run("table1", tmp_path, "--limit", "4")
+    assert len(result["rows"]) == 2 * table1.STEPS
+    best = table1.best(result)
     saved = 1 - best["tome"]["overall"]["gflops"] / best["tome"]["gflops_unpatched"]
     assert best["evit"] is None and 0.4 - table1.MOST / 2**table1.STEPS < saved <= 0.4
     assert "| evit | it cannot |" in capsys.readouterr().out
-    floor = min(row["share"] for row in found["rows"])
+    floor = min(row["share"] for row in result["rows"])
     assert 0.07 < floor  # the last block alone saves as much
-    for row in found["rows"]:
+    for row in result["rows"]:
         if "overall" in row:
             row["overall"]["top1"] = 80
-    assert "| tome | none of 4 settings keeps top-1 |" in table1.table(found)
+    assert "| tome | none of 4 settings keeps top-1 |" in table1.table(result)
     assert table1.best(run("table1", tmp_path, "--limit", "4", "--drop", "1"))["tome"]["share"] > 0.88
 
 
@@ -477,9 +477,9 @@ def test_table_a1_batches_anew(tmp_path, monkeypatch, capsys):
 def test_the_papers_points_stand_beside_ours(tmp_path, monkeypatch, capsys):
     some = [p for p in operating_points() if p.model == "DeiT-S" and not p.fine_tuned][:3]
     monkeypatch.setattr(points, "operating_points", lambda: some)
-    found = run("tablesA2-A5", tmp_path, "--limit", "8")
-    assert found["settings"]["points_of"] == "DeiT-S" and len(found["rows"]) == 3
-    whole, first, _ = found["rows"]
+    result = run("tablesA2-A5", tmp_path, "--limit", "8")
+    assert result["settings"]["points_of"] == "DeiT-S" and len(result["rows"]) == 3
+    whole, first, _ = result["rows"]
     assert first["settings"]["config"]["alpha"] == some[1].alpha == first["alpha"]
     assert whole["alpha"] is None and whole["overall"]["kl"] == pytest.approx(0, abs=1e-9)
     printed = capsys.readouterr().out
@@ -491,8 +491,8 @@ def test_the_papers_points_stand_beside_ours(tmp_path, monkeypatch, capsys):
 
 
 def test_figure2_merges_in_one_block_alone(tmp_path, monkeypatch):
-    found = run("figure2", tmp_path, "--limit", "8", "--thetas", "0.9", "0.99")
-    rows = {(row["theta"], row["block"]): row for row in found["rows"]}
+    result = run("figure2", tmp_path, "--limit", "8", "--thetas", "0.9", "0.99")
+    rows = {(row["theta"], row["block"]): row for row in result["rows"]}
     assert set(rows) == {(theta, block) for theta in (0.9, 0.99) for block in range(1, 12)}
     for block in range(1, 12):
         low, high = rows[0.9, block], rows[0.99, block]
@@ -590,13 +590,13 @@ def test_the_line_for_imagenet_in_docs(imagenet, monkeypatch, capsys):
     monkeypatch.chdir(imagenet)
     arguments = shlex.split(line, comments=True)[3:]
     assert paper.main([*arguments, *kwargs(SMALL), "--limit", "4", "--shares", "0.3", "--out", "."]) == 0
-    found = json.loads(Path("deit_tiny_patch16_224_figure4.json").read_text())
-    assert [row["method"] for row in found["rows"]] == list(compared)
-    missing = {row["method"]: row["missing"] for row in found["rows"] if "missing" in row}
+    result = json.loads(Path("deit_tiny_patch16_224_figure4.json").read_text())
+    assert [row["method"] for row in result["rows"]] == list(compared)
+    missing = {row["method"]: row["missing"] for row in result["rows"] if "missing" in row}
     assert missing == {"atm, batch": 'no thresholds are calibrated for adapt="batch"; give them by --config'}
-    measured = [row["overall"] for row in found["rows"] if "overall" in row]
+    measured = [row["overall"] for row in result["rows"] if "overall" in row]
     assert all(quality["images"] == 3 and quality["top1"] is not None for quality in measured)
-    assert found["not_read"] == [str(Path("imagenet/val/n00000025/image.jpg"))]
+    assert result["not_read"] == [str(Path("imagenet/val/n00000025/image.jpg"))]
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == "1 image could not be read and was left out: imagenet/val/n00000025/image.jpg"
 
@@ -632,9 +632,9 @@ def test_an_experiment_runs_on_directories(name, imagenet, monkeypatch, capsys):
     some = [p for p in operating_points() if p.model == "DeiT-T"]
     monkeypatch.setattr(points, "operating_points", lambda: [*some[:2], *(p for p in some if p.fine_tuned)][:4])
     assert paper.main([name, *NAMED, *ON_DIRECTORIES[name], "--out", "."]) == 0
-    found = json.loads(Path(f"deit_tiny_patch16_224_{name}.json").read_text())
-    assert found["not_read"] == ["imagenet/val/n00000025/image.jpg"]
-    measured = [row for row in found["rows"] if "missing" not in row]
+    result = json.loads(Path(f"deit_tiny_patch16_224_{name}.json").read_text())
+    assert result["not_read"] == ["imagenet/val/n00000025/image.jpg"]
+    measured = [row for row in result["rows"] if "missing" not in row]
     assert measured and all(row["overall"]["images"] == 3 for row in measured if "overall" in row)
     assert "left out: imagenet/val/n00000025/image.jpg" in capsys.readouterr().out.splitlines()[-1]
 
@@ -669,8 +669,8 @@ def test_a_model_without_a_head_is_compared_by_its_features(name, digits, imagen
     monkeypatch.setattr(figure5, "DRAWS", 2)
     options = CONFIG_FILE if name == "table3" else [*CHOOSE, "--shares", "0.3"]
     assert paper.main([name, *headless(tmp_path, 0), *options, "--out", str(tmp_path)]) == 0
-    found = json.loads((tmp_path / f"deit_tiny_patch16_224_{name}.json").read_text())
-    distances = [row["overall"]["distance"] for row in found["rows"] if "overall" in row]
+    result = json.loads((tmp_path / f"deit_tiny_patch16_224_{name}.json").read_text())
+    distances = [row["overall"]["distance"] for row in result["rows"] if "overall" in row]
     assert distances and all(distance > 0 for distance in distances)
     assert f"distance {distances[0]:.{digits}e}" in capsys.readouterr().out
 

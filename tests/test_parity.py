@@ -31,7 +31,7 @@ def assert_equal(model, x, config, r_of_block, size_from, **options):
 
 
 def constant(schedule):
-    return lambda block, found, most: min(schedule[block - 1], most)
+    return lambda block, pairs, most: min(schedule[block - 1], most)
 
 
 @pytest.mark.parametrize(
@@ -57,11 +57,11 @@ def test_the_unfused_path_is_the_same(make):
 
 
 def mean_count(config, depth):
-    def r(block, found, most):
+    def r(block, pairs, most):
         threshold = loops.theta(block, config.alpha, config.beta, config.theta_min)
         if config.thresholds is not None:
             threshold = config.thresholds[block - 1]
-        counts = [sum(s >= threshold for s, _ in image.values()) for image in found]
+        counts = [sum(s >= threshold for s, _ in image.values()) for image in pairs]
         return sum(counts) // len(counts)
 
     return r

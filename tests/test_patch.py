@@ -386,14 +386,16 @@ def test_images_of_any_size_and_none_at_all_are_taken_where_timm_takes_them(opti
             ("forward_intermediates", {"indices": [1], "intermediates_only": True}),
             ("forward_intermediates", {"indices": [1], "intermediates_only": True, "output_fmt": "NLC"}),
         ):
-            expected, equal, found = (outcome(getattr(model, name), x, **given) for model in (own, same, merging))
+            expected, equal, merged = (outcome(getattr(model, name), x, **given) for model in (own, same, merging))
             if isinstance(expected, type):
-                assert equal is found is expected
+                assert equal is merged is expected
                 continue
             taken += 1
-            expected, equal, found = (each[0] if isinstance(each, list) else each for each in (expected, equal, found))
+            expected, equal, merged = (
+                each[0] if isinstance(each, list) else each for each in (expected, equal, merged)
+            )
             torch.testing.assert_close(equal, expected, rtol=1e-4, atol=1e-5)
-            assert found.shape == expected.shape
+            assert merged.shape == expected.shape
             if name == "forward":
                 assert str(summary(merging)) and len(summary(merging).r) == 4
     assert taken or not batch

@@ -181,8 +181,8 @@ def folder(tmp_path):
 
 def test_a_folder_of_images_of_any_mode(folder):
     model = small()[0]
-    found = images.opened(model, "test", 5, str(folder), "--data")
-    assert found.shape == (5, 3, SIDE, SIDE) and found.isfinite().all()
+    photos = images.opened(model, "test", 5, str(folder), "--data")
+    assert photos.shape == (5, 3, SIDE, SIDE) and photos.isfinite().all()
     with pytest.raises(ValueError, match=r"--data .* has 5 images that can be read, not 6 \(1 cannot be read\); ask"):
         images.opened(model, "test", 6, str(folder), "--data")
 
@@ -227,32 +227,32 @@ def some():
 
 
 def test_nothing_merged_is_nothing_changed(some):
-    found = some.outcome(of_baseline("tome", cls_only_last=False, r=0)).to_dict(some.photos)
+    change = some.outcome(of_baseline("tome", cls_only_last=False, r=0)).to_dict(some.photos)
     for name in ("class_token", "patch_tokens", "saliency"):
-        assert found[name]["worst"] < 1e-6
-    assert found["gflops"] == pytest.approx(some.whole) and found["tokens"] == [17] * 4
+        assert change[name]["worst"] < 1e-6
+    assert change["gflops"] == pytest.approx(some.whole) and change["tokens"] == [17] * 4
 
 
 def test_what_is_compared(some):
     """Outcomes equal a second computation, image by image."""
     way = of_baseline("tome", cls_only_last=False, r=3)
-    found = some.outcome(way)
+    outcome = some.outcome(way)
     model = way.patch(small()[0])
     for number, image in enumerate(some.test):
         before, after = (read(m, some.decoder, image.unsqueeze(0)) for m in (some.model, model))
         cosines = [torch.cosine_similarity(b.double(), a.double(), dim=-1) for b, a in zip(before, after, strict=True)]
-        assert found.class_token[number].item() == pytest.approx(1 - cosines[0].item(), abs=1e-6)
-        assert found.patch_tokens[number].item() == pytest.approx(1 - cosines[1].mean().item(), abs=1e-6)
-        assert found.saliency[number].item() == pytest.approx((before[2] - after[2]).abs().mean().item(), abs=1e-6)
-    assert (found.patch_tokens > 1e-4).all()
+        assert outcome.class_token[number].item() == pytest.approx(1 - cosines[0].item(), abs=1e-6)
+        assert outcome.patch_tokens[number].item() == pytest.approx(1 - cosines[1].mean().item(), abs=1e-6)
+        assert outcome.saliency[number].item() == pytest.approx((before[2] - after[2]).abs().mean().item(), abs=1e-6)
+    assert (outcome.patch_tokens > 1e-4).all()
 
 
 def test_tokens_that_are_dropped_have_no_distance(some):
     way = of_baseline("evit", cls_only_last=False, keep_rate=0.5, blocks=(1,), fuse_token=False)
     with pytest.raises(ValueError, match="drops tokens: those patches have no features to compare"):
         some.outcome(way)
-    found = some.outcome(way, has_patches=False).to_dict(some.photos)
-    assert found["patch_tokens"] is None and found["saliency"] is None and found["class_token"]["mean"] > 0
+    change = some.outcome(way, has_patches=False).to_dict(some.photos)
+    assert change["patch_tokens"] is None and change["saliency"] is None and change["class_token"]["mean"] > 0
 
 
 @pytest.mark.parametrize("method", FROM_PAPER)
@@ -265,8 +265,8 @@ def test_each_method_says_whether_its_patches_have_tokens(method, some):
 def test_the_standard_error_is_of_photographs():
     """Many crops of few photographs are no more certain than the photographs."""
     values = torch.tensor([1.0, 3.0] * 50, dtype=torch.float64)
-    found = told(values, torch.arange(100) % 2)
-    assert found == {"mean": 2.0, "se": pytest.approx(1.0), "worst": 3.0, "of_photos": [1.0, 3.0]}
+    error = told(values, torch.arange(100) % 2)
+    assert error == {"mean": 2.0, "se": pytest.approx(1.0), "worst": 3.0, "of_photos": [1.0, 3.0]}
     assert told(values, torch.arange(100))["se"] == pytest.approx(0.1, rel=0.01)
     assert told(values, torch.zeros(100))["se"] is None
 
@@ -305,13 +305,13 @@ def test_unmerging_with_the_residual(some):
     idle = share(some.model)
     idle.blocks[3].ls2.gamma = nn.Parameter(torch.zeros(WIDTH))
     for original, config in ((some.model, replace(last, schedule=(2, 0, 3, 1))), (idle, last)):
-        found = unmerging.features(unmerging.keeping(share(original), config), some.test)
+        features = unmerging.features(unmerging.keeping(share(original), config), some.test)
         with torch.inference_mode():
             nearest = apply_patch(share(original), config).forward_features(some.test)
             unmerged = original.forward_features(some.test)
-        assert torch.allclose(found["nearest"], nearest, atol=1e-5)
+        assert torch.allclose(features["nearest"], nearest, atol=1e-5)
         assert (nearest - unmerged).abs().max() > 0.1
-        assert ((found["residual"] - unmerged).abs().max().item() < 1e-4) == (original is idle)
+        assert ((features["residual"] - unmerged).abs().max().item() < 1e-4) == (original is idle)
 
 
 STATIC = {"config": asdict(ATMConfig(adapt="static", schedule=(3,) * 4, cls_only_last=False))}
@@ -320,11 +320,11 @@ STATIC = {"config": asdict(ATMConfig(adapt="static", schedule=(3,) * 4, cls_only
 @pytest.mark.parametrize("settings", [{"r": 3}, {"theta": 0.5, "adapt": "image"}, STATIC])
 def test_unmerging_is_measured_with_the_settings_of_a_result(settings, some):
     config = unmerging.config_of(settings, 4)
-    found = unmerging.compared(some, config)
+    compared = unmerging.compared(some, config)
     whole = some.outcome(of_config(config)).to_dict(some.photos)
     for name in ("patch_tokens", "saliency"):
-        assert found["nearest"][name]["mean"] == pytest.approx(whole[name]["mean"], rel=1e-3)
-        assert found["residual"][name]["mean"] != found["nearest"][name]["mean"]
+        assert compared["nearest"][name]["mean"] == pytest.approx(whole[name]["mean"], rel=1e-3)
+        assert compared["residual"][name]["mean"] != compared["nearest"][name]["mean"]
 
 
 def test_ideas_differ_in_the_matching_alone(some, tmp_path):
@@ -345,10 +345,10 @@ def test_crops_in_files_are_the_crops(tmp_path, capsys):
     arguments = ["--images", "6", "--side", str(SIDE), "--out", str(tmp_path / "crops")]
     assert images.main(arguments) == 0
     model = small()[0]
-    found = images.opened(model, "test", 6, str(tmp_path / "crops"), "--data")
+    photos = images.opened(model, "test", 6, str(tmp_path / "crops"), "--data")
     names = sorted(path.relative_to(tmp_path / "crops") for path in tmp_path.rglob("*.png"))
     order = [int(name.stem) for name in names]
-    assert torch.equal(found, images.crops(model, "test", 6)[order])
+    assert torch.equal(photos, images.crops(model, "test", 6)[order])
     assert images.main(arguments) == 2
     assert "is there already; name a directory to be made" in capsys.readouterr().err
 

@@ -97,11 +97,11 @@ def test_match_and_count(lengths, equal, P, by_size):
     keys, similarity, partner = matched(images, P, by_size, sizes)
     for image in each(images):
         k = loops.mean_keys(keys[:, image])
-        found = loops.match(k, *loops.groups(len(k), P, sizes[image].tolist() if by_size else None))
+        pairs = loops.match(k, *loops.groups(len(k), P, sizes[image].tolist() if by_size else None))
         ours = found_by(similarity[image], partner[image])
-        assert list(ours) == sorted(found)
+        assert list(ours) == sorted(pairs)
         for i, (s, j) in ours.items():
-            assert s == pytest.approx(found[i][0], abs=1e-12) == pytest.approx(loops.cosine(k[i], k[j]), abs=1e-12)
+            assert s == pytest.approx(pairs[i][0], abs=1e-12) == pytest.approx(loops.cosine(k[i], k[j]), abs=1e-12)
     outside = partner < 0
     assert (similarity[outside] == -math.inf).all() and similarity[~outside].isfinite().all()
     counts = [int((similarity[image] >= 0.5).sum()) for image in each(images)]
@@ -153,11 +153,10 @@ def test_counts_and_the_r_of_a_batch():
 @groupings
 def test_the_tokens_in_a_are_those_that_find_a_partner(by_size):
     for N, P in product(range(1, 7), range(4)):
-        found = loops.match(torch.ones(N, 2).tolist(), *loops.groups(N, P, [1.0] * N if by_size else None))
+        pairs = loops.match(torch.ones(N, 2).tolist(), *loops.groups(N, P, [1.0] * N if by_size else None))
         _, partner = reference.match(torch.ones(1, N, 2), None, P, by_size, Images.of(1, N))
-        in_a = reference.group_a_size(N, P, by_size)
-        assert in_a == len(found) == int((partner >= 0).sum()) >= reference.largest_r(N, P)
-        assert reference.group_a_size(torch.tensor([N]), P, by_size).tolist() == [in_a]
+        in_a = loops.most_pairs(N, P, by_size)
+        assert in_a == len(pairs) == int((partner >= 0).sum()) >= reference.largest_r(N, P)
 
 
 @groupings
@@ -167,17 +166,17 @@ def test_assign_for_every_r(lengths, equal, P, by_size):
     images = images_of(lengths, equal)
     sizes = sizes_of(images)
     _, similarity, partner = matched(images, P, by_size, sizes)
-    most = reference.group_a_size(images.N, P, by_size) + 1
+    most = loops.most_pairs(images.N, P, by_size) + 1
     own = torch.randint(0, most + 1, (images.B,))
     for r in [torch.full((images.B,), r) for r in range(most + 1)] + [own]:
         slots, cu_seqlens = reference.assign(similarity, partner, r, P, images)
         assert slots.dtype == cu_seqlens.dtype == torch.int32
         first, expected = 0, []
         for image, n in zip(each(images), r.tolist(), strict=True):
-            length, found = image.stop - image.start, found_by(similarity[image], partner[image])
+            length, pairs = image.stop - image.start, found_by(similarity[image], partner[image])
             a, b = loops.groups(length, P, sizes[image].tolist() if by_size else None)
-            n = min(n, len(found))
-            assert slots[image].tolist() == [first + slot for slot in loops.assign(length, P, a, b, found, n)]
+            n = min(n, len(pairs))
+            assert slots[image].tolist() == [first + slot for slot in loops.assign(length, P, a, b, pairs, n)]
             first += length - n
             expected.append(first)
         assert cu_seqlens.tolist() == [0, *expected]
@@ -190,10 +189,10 @@ def test_equal_similarities_merge_from_the_first():
 def test_a_given_r_merges_a_bad_key_last():
     keys = torch.rand(1, 9, 4) + 0.1
     keys[0, 2] = math.nan
-    found = alternate(keys)
-    three = assigned(*found, 3)
+    pairs = alternate(keys)
+    three = assigned(*pairs, 3)
     assert three.bincount().tolist()[three[2]] == 1
-    assert sorted(set(assigned(*found, 4).tolist())) == list(range(5))
+    assert sorted(set(assigned(*pairs, 4).tolist())) == list(range(5))
 
 
 @settings(max_examples=60, deadline=None)
@@ -204,8 +203,8 @@ def test_properties_of_an_assignment(patches, P, by_size, data):
     images = images_of([P + n for n in (patches[:1] * 3 if equal else patches)], equal)
     sizes = sizes_of(images, 8)
     _, similarity, partner = matched(images, P, by_size, sizes)
-    in_a = reference.group_a_size(images.lengths, P, by_size)
-    r = torch.tensor([data.draw(st.integers(0, most)) for most in in_a.tolist()])
+    in_a = [loops.most_pairs(N, P, by_size) for N in images.lengths.tolist()]
+    r = torch.tensor([data.draw(st.integers(0, most)) for most in in_a])
     slots, cu_seqlens = reference.assign(similarity, partner, r, P, images)
     left, T = images._replace(cu_seqlens=cu_seqlens, equal=False), int(cu_seqlens[-1])
     assert torch.equal(left.lengths, images.lengths - r)

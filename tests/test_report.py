@@ -88,8 +88,8 @@ def test_where_merging_pays_is_told_cell_by_cell():
         if row["name"] == "ATM image" and not row["session"]:
             cells, ratio = (row["model"], str(row["batch"])), row["of_timm_graph"]
             on_gpu = (line.split(" | ") for line in lines[3 : 3 + len(measured)])
-            (found,) = (line for line in on_gpu if (line[0][2:], line[2]) == cells)
-            assert found[-1] == (f"{ratio:.2f} |" if ratio >= 1 else f"**{ratio:.2f}** |")
+            (told,) = (line for line in on_gpu if (line[0][2:], line[2]) == cells)
+            assert told[-1] == (f"{ratio:.2f} |" if ratio >= 1 else f"**{ratio:.2f}** |")
     assert any(line.startswith("| DINOv2-S | 518 | 8 |") for line in lines)
 
 

@@ -56,16 +56,16 @@ def test_atm_keeps_the_accuracy_and_changes_least():
         if "overall" in row:
             by_share.setdefault(row["share"], {})[row["method"]] = row
     assert len(by_share) == 5 and {row["method"] for row in rows} == MEASURED and len(rows) == 5 * len(MEASURED)
-    for share, found in by_share.items():
-        kl = {name: row["overall"]["kl"] for name, row in found.items()}
+    for share, of_share in by_share.items():
+        kl = {name: row["overall"]["kl"] for name, row in of_share.items()}
         assert min(kl, key=kl.get) == "atm, image" and 2 < kl["threshold, image"] / kl["atm, image"] < 12, share
         others = {name for name in kl if name.startswith(("tome", "evit", "pitome"))}
         assert all(kl["atm, batch"] < kl[name] for name in others), share
-        for row in found.values():
+        for row in of_share.values():
             assert row["overall"]["images"] >= 4000 and row["gflops_all_tokens_last"] > row["overall"]["gflops"]
         if share <= 0.5:
             for name in ("atm, batch", "atm, image"):
-                quality = found[name]["overall"]
+                quality = of_share[name]["overall"]
                 assert quality["top1"] >= quality["top1_unpatched"] - 0.1 and quality["agreement"] > 99.5
 
 
@@ -101,12 +101,12 @@ def test_what_ships_was_calibrated_for_what_it_saves():
 
 
 def test_calibrated_thresholds_are_as_good_as_the_best_of_many_curves():
-    found = result("digits_calibration.json")
-    ratios = beside_the_curve(found)
-    assert len(ratios) == 12 and found["settings"]["draws"] >= 200
+    document = result("digits_calibration.json")
+    ratios = beside_the_curve(document)
+    assert len(ratios) == 12 and document["settings"]["draws"] >= 200
     assert sum(ratio <= 1 for ratio in ratios) >= 10 and max(ratios) <= 1.1
-    kl = {(row["method"], row.get("share"), row["adapt"]): row["overall"]["kl"] for row in found["rows"]}
-    for share in found["settings"]["shares"]:
+    kl = {(row["method"], row.get("share"), row["adapt"]): row["overall"]["kl"] for row in document["rows"]}
+    for share in document["settings"]["shares"]:
         assert kl["calibrated", share, "static"] < min(kl[r, share, "static"] for r in RAMPS)
 
 
@@ -119,9 +119,9 @@ def test_what_stands_beside_costs_as_much():
 
 @pytest.mark.parametrize(("name", "images"), [("", 256), ("_512", 512)])
 def test_passes_of_few_images_are_stated(name, images):
-    found = result(f"digits_calibrate{name}.json")
-    assert found["images"] == images < found["passes"] and found["config"]["adapt"] == "image"
-    assert found["target"]["max_gflops"] == pytest.approx(0.55 * found["unmerged_gflops"], rel=0.01)
+    document = result(f"digits_calibrate{name}.json")
+    assert document["images"] == images < document["passes"] and document["config"]["adapt"] == "image"
+    assert document["target"]["max_gflops"] == pytest.approx(0.55 * document["unmerged_gflops"], rel=0.01)
 
 
 def test_calibrations_keep_their_promises():
@@ -153,9 +153,9 @@ def test_merging_reaches_the_bound_on_a_cpu():
 
 
 def test_images_of_their_own_counts_do_not_depend_on_the_batch():
-    found = result("digits_invariance.json")
-    assert found["images"] >= 1000
-    by_adapt = {adapt: [row for row in found["rows"] if row["adapt"] == adapt] for adapt in ("image", "batch")}
+    document = result("digits_invariance.json")
+    assert document["images"] >= 1000
+    by_adapt = {adapt: [row for row in document["rows"] if row["adapt"] == adapt] for adapt in ("image", "batch")}
     for rows in by_adapt.values():
         cases = {(row["batch_size"], row["order"]) for row in rows}
         assert cases == {(size, order) for size in (7, 64, 256) for order in ("in order", "shuffled")}
@@ -189,15 +189,15 @@ def test_packed_images_reach_the_bound_on_a_cpu():
 
 
 def test_costs_of_the_papers_models_are_the_papers():
-    found = result("paper_flops.json")
-    assert len(found["models"]) == 9
-    for row in found["models"]:
+    document = result("paper_flops.json")
+    assert len(document["models"]) == 9
+    for row in document["models"]:
         assert f"{row['paper_gflops']:.2f}" == f"{row['published_gflops']:.2f}", row["paper"]
         assert f"{row['parameters'] / 1e6:.2f}" == f"{row['expected_millions']:.2f}", row["paper"]
         assert row["macs"] == row["macs_by_torch"] and row["merged_macs"] == row["merged_macs_by_torch"], row["paper"]
-    for row in found["tome_on_deit_s"]:
+    for row in document["tome_on_deit_s"]:
         assert round(row["gmacs"], 3) == row["expected_gmacs"]
-    assert [row["tokens"] for row in found["tome_on_vit_l_384"]] == [377, 177, 27, 8]
+    assert [row["tokens"] for row in document["tome_on_vit_l_384"]] == [377, 177, 27, 8]
 
 
 def test_what_is_said_of_photographs():

@@ -582,13 +582,13 @@ def counted(model, name, **settings):
 
 def test_dynamicvit_costs_what_it_published(deit):
     """2.9 GMACs: 2.88 without the predictors, which ours counts too; 137, 96 and 67 patches; 241,250 weights each."""
-    model, found = counted(deit, "dynamicvit")
-    assert found.record.rows == (197,) * 3 + (138,) * 3 + (97,) * 3 + (68,) * 3
+    model, spent = counted(deit, "dynamicvit")
+    assert spent.record.rows == (197,) * 3 + (138,) * 3 + (97,) * 3 + (68,) * 3
     own = sum(model.blocks[i].predictor_macs(n) for i, n in ((3, 197), (6, 138), (9, 97)))
-    assert (f"{(found.macs - own) / 1e9:.3f}", f"{found.macs / 1e9:.3f}") == ("2.878", "2.981")
-    assert f"{(found.macs - own) / 1e9:.1f}" == "2.9"
+    assert (f"{(spent.macs - own) / 1e9:.3f}", f"{spent.macs / 1e9:.3f}") == ("2.878", "2.981")
+    assert f"{(spent.macs - own) / 1e9:.1f}" == "2.9"
     assert sum(p.numel() for p in model.blocks[3].predictor.parameters()) == 241_250
-    assert found.unmerged.macs == cost(deit, unmerged(deit, (3, 224, 224))).macs
+    assert spent.unmerged.macs == cost(deit, unmerged(deit, (3, 224, 224))).macs
 
 
 # ------------------------------------------------------------------------------------- training
@@ -793,8 +793,8 @@ def test_ltmp_learns_what_it_runs(monkeypatch):
         patched = method.apply(model)
         torch.testing.assert_close(patched(x), learning.answer(patched, x).logits, rtol=0, atol=1e-10)
         there = [block_rows.sum().item() / (6 * 17) for block_rows in model.blocks.last.rows]
-        found = [share.item() for share in learning.answer(patched, x).there[1:]]
-    assert found == pytest.approx(there, abs=1e-12)
+        shares = [share.item() for share in learning.answer(patched, x).there[1:]]
+    assert shares == pytest.approx(there, abs=1e-12)
 
 
 # ------------------------------------------------------------------------------------- more costs
@@ -802,9 +802,9 @@ def test_ltmp_learns_what_it_runs(monkeypatch):
 
 def test_evo_vit_costs_what_it_published(deit):
     """3.0 GMACs: 99 tokens in the last eight blocks, 3.033. With all tokens chosen it is the plain model."""
-    _, found = counted(deit, "evovit")
-    assert f"{found.macs / 1e9:.3f}" == "3.033" and f"{found.macs / 1e9:.1f}" == "3.0"
-    assert found.unmerged.macs == cost(deit, unmerged(deit, (3, 224, 224))).macs
+    _, spent = counted(deit, "evovit")
+    assert f"{spent.macs / 1e9:.3f}" == "3.033" and f"{spent.macs / 1e9:.1f}" == "3.0"
+    assert spent.unmerged.macs == cost(deit, unmerged(deit, (3, 224, 224))).macs
     model, x = new(), images(3, side=32, dtype=F64)
     before = model(x)
     for alone in (False, True):
@@ -814,9 +814,9 @@ def test_evo_vit_costs_what_it_published(deit):
 
 def test_bat_costs_what_its_log_says(deit):
     """Its own counter gives 3.0047916 G for 139, 98 and 69 tokens; it adds no weights to the 22,050,664."""
-    model, found = counted(deit, "bat")
-    assert found.record.rows == (197,) * 3 + (139,) * 3 + (98,) * 3 + (69,) * 3
-    assert f"{found.macs / 1e9:.1f}" == "3.0" and sum(p.numel() for p in model.parameters()) == 22_050_664
+    model, spent = counted(deit, "bat")
+    assert spent.record.rows == (197,) * 3 + (139,) * 3 + (98,) * 3 + (69,) * 3
+    assert f"{spent.macs / 1e9:.1f}" == "3.0" and sum(p.numel() for p in model.parameters()) == 22_050_664
 
 
 def test_ia_red2_costs_what_it_published(deit):
@@ -840,7 +840,7 @@ def test_costs_are_what_torch_counts(name, alone):
     x = images(1, side=32)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
         model(x)
-    found = summary(model).cost
+    spent = summary(model).cost
     record = model.blocks.last
     if name in ("avit", "ltmp"):
         N = [int(n) for n in (*record.tokens, record.rows[-1])]
@@ -848,13 +848,13 @@ def test_costs_are_what_torch_counts(name, alone):
         each = [block_macs(block, *c) for block, *c in zip(model.blocks, N, N, left, strict=False)]
         if alone:
             each[-1] = block_macs(model.blocks[-1], N[-2], 1, 1)
-        assert found.macs == found.stem + sum(each) + found.head and N[-2] < 17
-        assert (found.matching > 0) == (name == "ltmp")
+        assert spent.macs == spent.stem + sum(each) + spent.head and N[-2] < 17
+        assert (spent.matching > 0) == (name == "ltmp")
     else:
         beside = {"evit": class_rows, "evovit": class_rows, "bat": class_rows, "iared2": products}
         more = beside[name](model) if name in beside else 0
-        assert found.macs + found.matching + more == counter.get_total_flops() // 2
-    assert found.macs < summary(model).unmerged.macs
+        assert spent.macs + spent.matching + more == counter.get_total_flops() // 2
+    assert spent.macs < summary(model).unmerged.macs
 
 
 def class_rows(model):

@@ -229,16 +229,16 @@ def test_what_says_r_is_the_same_to_both_backends(r, same, backend, traced, monk
     """Each source of r gives the same as r of each image. ``traced``: through torch's dispatcher."""
     images = Images.of(3, 19, DEVICE)
     keys = torch.randn(2, 57, 16, device=DEVICE)
-    found = ops.match(keys, None, images, 1, False, 0.3, backend)
-    assert found.theta == 0.3
-    of_each = {"batch": found.counts.sum() // 3 * torch.ones_like(found.counts), "image": found.counts}.get(r)
+    pairs = ops.match(keys, None, images, 1, False, 0.3, backend)
+    assert pairs.theta == 0.3
+    of_each = {"batch": pairs.counts.sum() // 3 * torch.ones_like(pairs.counts), "image": pairs.counts}.get(r)
     of_each = torch.tensor(same, device=DEVICE) if of_each is None else of_each
-    assert found.counts.unique().numel() > 1 and int(found.counts.sum()) % 3
+    assert pairs.counts.unique().numel() > 1 and int(pairs.counts.sum()) % 3
     T = 57 - int(of_each.sum())
-    want = ops.assign(found, of_each, images, 1, T, r != "image", "reference")
+    want = ops.assign(pairs, of_each, images, 1, T, r != "image", "reference")
     if traced:
         monkeypatch.setattr(ops, "_plain", lambda arguments: False)
-    got = ops.assign(found, r, images, 1, T, r != "image", backend)
+    got = ops.assign(pairs, r, images, 1, T, r != "image", backend)
     assert torch.equal(got.slots, want.slots) and torch.equal(got.images.cu_seqlens, want.images.cu_seqlens)
     assert (got.T, got.images[1:]) == (want.T, want.images[1:])
 

@@ -69,8 +69,8 @@ class Merging(nn.Module):
 
     def forward(self, keys, sizes):
         here = Images.of(3, 19)
-        found = reference.match(keys, sizes, 1, self.by_size, here)
-        slots, _ = reference.assign(*found, torch.full((3,), 5), 1, here)
+        pairs = reference.match(keys, sizes, 1, self.by_size, here)
+        slots, _ = reference.assign(*pairs, torch.full((3,), 5), 1, here)
         return slots, *reference.merge(keys[0], sizes, slots, 3 * 14)
 
 
