@@ -48,17 +48,22 @@ def parser(commands: Mapping[str, Callable[[argparse.Namespace], Any]]) -> argpa
         prog="atm-triton", description="Adaptive token merging for Vision Transformers."
     )
     subparsers = made.add_subparsers(dest="command", required=True)
-    model, data, merging, out, measure = model_options(), data_options(), _merging(USUAL_ADAPT), _out(), _measure()
+    model, merging, out, measure = model_options(), _merging(USUAL_ADAPT), _out(), _measure()
     parents = {
         "bench": [
             model,
-            data,
+            data_options(usual="64; 8 for random images"),
             _merging(BENCH_ADAPT, " (the short run; image, the other commands' default, takes minutes)"),
             out,
         ],
-        "eval": [model, data, measure, merging, out],
-        "calibrate": [model, data, measure, out],
-        "finetune": [model, data, merging, out],
+        "eval": [model, data_options(), measure, merging, out],
+        "calibrate": [model, data_options("images anywhere in it"), measure, out],
+        "finetune": [
+            model,
+            data_options(),
+            _merging(USUAL_ADAPT, at_cost="; with --recalibrate, the cost that thresholds are found for"),
+            out,
+        ],
         "visualize": [model, merging, out],
     }
     own = {
@@ -109,11 +114,12 @@ def model_options() -> argparse.ArgumentParser:
     return options
 
 
-def data_options() -> argparse.ArgumentParser:
+def data_options(directory: str = "one folder of images for each class", usual: str = "64") -> argparse.ArgumentParser:
+    """The options of images. ``directory``: what a directory of them holds; ``usual``: the batch size if none is
+    given."""
     options = argparse.ArgumentParser(add_help=False)
-    text = "digits, or a directory with one folder of images for each class (to calibrate: with images anywhere)"
-    options.add_argument("--data", help=text)
-    options.add_argument("--batch-size", type=int, help="images per batch (64; 8 for random images)")
+    options.add_argument("--data", help=f"digits, or a directory with {directory}")
+    options.add_argument("--batch-size", type=int, help=f"images per batch ({usual})")
     return options
 
 
@@ -130,15 +136,17 @@ def _measure() -> argparse.ArgumentParser:
     return options
 
 
-def _merging(usual_adapt: str, why: str = "") -> argparse.ArgumentParser:
+def _merging(usual_adapt: str, why: str = "", at_cost: str = "") -> argparse.ArgumentParser:
     """The options of merging. ``usual_adapt``: the way to adapt if neither --adapt nor the thresholds' source decides
-    it; ``why``: the reason, if it differs from the other commands'."""
+    it; ``why``: the reason, if it differs from the other commands'; ``at_cost``: what else --max-gflops means."""
     options = argparse.ArgumentParser(add_help=False)
     options.set_defaults(usual_adapt=usual_adapt)
     group = options.add_argument_group("merging (default: thresholds of the paper's tables, or the digits' own)")
     one = group.add_mutually_exclusive_group()
     one.add_argument("--config", type=Path, help="a JSON file of ATMConfig, or a result file that holds one")
-    one.add_argument("--max-gflops", type=float, help=f"the paper's best operating point at this cost, {GFLOPS}")
+    one.add_argument(
+        "--max-gflops", type=float, help=f"the paper's best operating point at this cost, {GFLOPS}{at_cost}"
+    )
     one.add_argument(
         "--top1-drop", type=float, help="the paper's cheapest operating point at this loss of top-1, in points"
     )
