@@ -369,7 +369,8 @@ class Engine:
         return self.replays
 
     def _bucket(self, T: int, most: int) -> int:
-        """Round the number of rows up, so that there are not too many different ones."""
+        """The number of rows to launch for ``T`` rows: rounded up, so that few graphs serve all batches, to ``most`` at
+        most."""
         step = self.step or 128 * max(1, round(most / 64 / 128))
         return min(most, -(-T // step) * step)
 

@@ -96,7 +96,11 @@ def _traced(x: Tensor) -> bool:
 
 
 def _fits_kernels(backend: str, x: Tensor, num_prefix: int = 0) -> bool:
-    """Whether the kernels compute on ``x`` [..., d]. "auto" gives them whatever they support."""
+    """Whether the kernels run on ``x`` [..., d] with this backend. "auto" takes them wherever they support the shape.
+
+    Raises:
+        ValueError: backend="triton", and they do not support it.
+    """
     if not runs_kernels(backend, x):
         return False
     over = f"num_prefix={num_prefix} is above {KERNEL_PREFIX}" if num_prefix > KERNEL_PREFIX else ""

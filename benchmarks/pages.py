@@ -141,8 +141,8 @@ ON_GPU = {  # heading: what the stage calls it
 
 
 def gpu_table(result: dict[str, Any]) -> str:
-    """Milliseconds of a pass, and time(bound) / time for variants that merge. Sessions with torch.compile are timed
-    after all others; only rows that no other session has are taken from them."""
+    """Milliseconds of a pass, and time(bound) / time for variants that merge. Processes with torch.compile are
+    timed after all others; only rows that no other process has are taken from them."""
     measured, rows = result["stages"]["engine"]["rows"], {}
     for row in measured:
         rows.setdefault((row["model"], row["batch"], row["name"]), row)
@@ -157,7 +157,7 @@ def gpu_table(result: dict[str, Any]) -> str:
     lines += ["", *(_beside_a_graph(rows, cell) for cell in cells if cell[1] == 256)]
     compiled = {(row["model"], row["batch"], row["name"]): row["milliseconds"] for row in measured if row["session"]}
     lines += [
-        f"- {cell[0]} at batch {cell[1]}, in a session of its own: `torch.compile` of timm (reduce-overhead) takes "
+        f"- {cell[0]} at batch {cell[1]}, in a process of its own: `torch.compile` of timm (reduce-overhead) takes "
         f'{compiled[*cell, "timm, compiled"] / compiled[*cell, "ATM image"]:.2f} times as long as `adapt="image"`.'
         for cell in cells
         if {(*cell, "timm, compiled"), (*cell, "ATM image")} <= set(compiled)
@@ -394,7 +394,7 @@ def effort(result: dict[str, Any]) -> str:
     """A sentence on how many passes a single calibration took."""
     asked = f"--max-gflops {result['target']['max_gflops']:g}` with `--adapt {result['config']['adapt']}"
     many = f"On {result['images']} images `{asked}` took {result['passes']:,} passes of an image"
-    return f"{many}; the digits model has as many tokens and blocks as DeiT-S."
+    return f"{many} and {result['seconds'] / 60:.0f} minutes (a model with the tokens and blocks of DeiT-S)."
 
 
 def beside_the_curve(result: dict[str, Any]) -> list[float]:

@@ -1,4 +1,8 @@
-"""Run programs in processes forked from one that has imported torch and timm, since the import takes four seconds."""
+"""Run programs in processes forked from one that has imported torch and timm, since the import takes four seconds.
+
+:func:`python` runs them in the tests' environment, also several at once. :class:`Forking` imports modules in another
+environment, such as one without Triton's interpreter, which they read when they are imported.
+"""
 
 import json
 import multiprocessing

@@ -152,6 +152,12 @@ def test_the_walk_names_what_is_there():
             body = getattr(definition, "body", [])
 
 
+def test_the_map_of_tests_names_every_file():
+    """Also the reverse: what CONTRIBUTING names as a test exists."""
+    named = re.findall(r"`(test_\w+\.py)`", (ROOT / "CONTRIBUTING.md").read_text())
+    assert set(named) == {path.name for path in (ROOT / "tests").glob("test_*.py")}
+
+
 def test_readme_links_every_page():
     linked = set(re.findall(r"\]\((docs/[^)#]+)\)", README.read_text()))
     assert linked == {f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")}

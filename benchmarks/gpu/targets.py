@@ -37,7 +37,7 @@ def of_kernels(rows: Rows) -> Rows:
 
 
 def of_engine(rows: Rows) -> Rows:
-    """Targets for the engine in every way to adapt, from sessions without torch.compile."""
+    """Targets for the engine in every way to adapt, from processes without torch.compile."""
     targets = []
     for row in rows:
         if row["session"] or "whole" not in row:
