@@ -51,12 +51,17 @@ PAGES = {  # file: title, and each result with its description; "": the first li
         },
     ),
     "calibration.md": (
-        "Calibration and training",
+        "Calibration",
         {
             "digits_calibration": "calibrated thresholds beside random curves and ToMe's schedules",
             "digits_calibrate": "how long a calibration takes",
             "digits_calibrate_512": "the same by an earlier search, on 512 images",
             "digits_few_images": "calibrations from 64 images beside earlier ones from many",
+        },
+    ),
+    "training.md": (
+        "Training",
+        {
             "digits_training": "how the digits model was trained",
             **dict.fromkeys(("digits_finetuned", "digits_table4", "digits_tableA3"), ""),
             "digits_cpu_table4": "minutes of Table 4 on a CPU: a twentieth of its images, in one epoch",
