@@ -1,6 +1,7 @@
 """Trained weights from an ONNX file, crops of photographs, and the effect of merging on features and saliency."""
 
 import json
+import math
 import sys
 import zipfile
 from dataclasses import asdict, replace
@@ -15,7 +16,7 @@ from torch import nn
 
 from atm_triton import ATMConfig, apply_patch
 from atm_triton.measure.evaluate import share
-from benchmarks.paper.methods import of_baseline, of_config
+from benchmarks.paper.methods import Way, of_baseline, of_config
 from benchmarks.paper.rows import Rows
 from benchmarks.photos import __main__ as command
 from benchmarks.photos import fetch, ideas, images, report
@@ -338,6 +339,34 @@ def test_ideas_differ_in_the_matching_alone(some, tmp_path):
     assert {tuple(rows[name]["tokens"]) for name in same} == {tuple(tome["tokens"])}
     assert len({row["patch_tokens"]["mean"] for row in rows.values()}) == len(ideas.IDEAS)
     assert len(ideas.table(result).splitlines()) == 2 + len(ideas.IDEAS)
+
+
+def test_ideas_with_thresholds_give_each_image_its_own_number(some, tmp_path):
+    """Matched as ToMe does, they are ATM with alternate groups. Fitted, each block merges as many tokens as ATM on the
+    images to choose by."""
+    one = Photos(some.model, some.decoder, some.chosen_by, some.test, some.photos, batch=1)
+    config = ATMConfig(adapt="image", thresholds=(0.9, None, 0.85, None), split_depth=4, cls_only_last=False)
+    as_tome = ideas.Matching(thresholds=(0.1, -math.inf, 0.15, -math.inf))
+    ours, atm = (one.outcome(way).to_dict(one.photos) for way in (Way({}, as_tome.apply), of_config(config)))
+    assert ours["gflops"] == atm["gflops"] and ours["tokens"] == atm["tokens"]
+    for name in ("class_token", "patch_tokens"):
+        assert ours[name]["of_photos"] == pytest.approx(atm[name]["of_photos"], rel=1e-4)
+
+    counts = ideas.mean_counts(one, config)
+    assert counts[1] == 0 < min(counts[0], counts[2])
+    for name in ideas.AT_OWN_COUNTS:
+        model, merged = ideas.fitted(one, ideas.IDEAS[name], counts).apply(share(one.model)), []
+        for image in one.chosen_by.split(1):
+            model.forward_features(image)
+            merged.append([float(r) for r in model.blocks.last.merged])
+        assert torch.tensor(merged).mean(0).tolist() == pytest.approx(counts, abs=1e-6), name
+        assert len(set(map(tuple, merged))) > 1
+    with pytest.raises(ValueError, match="2 images in a batch; give one"):
+        model(some.test[:2])
+
+    result = ideas.measure_own_counts(one, Rows(tmp_path / "own.json", {}, resume=False), {0.2: config})
+    table = ideas.table(result)
+    assert len(table.splitlines()) == 2 + len(ideas.AT_OWN_COUNTS) and "| as ToMe | -20 % |" in table
 
 
 def test_crops_in_files_are_the_crops(tmp_path, capsys):
