@@ -145,9 +145,9 @@ def _best(s, a_has, b_has, position, valid):
     (``a_has``, ``b_has``) have products of 0 and become similar to nothing; only ``valid`` columns count."""
     s = tl.minimum(s, tl.where(b_has, float("inf"), tl.where(valid, NOT_ALIKE, float("-inf")))[None, :])
     best = tl.max(s, axis=1)
-    found = tl.min(tl.where(s == best[:, None], position[None, :], LAST), axis=1)
+    closest = tl.min(tl.where(s == best[:, None], position[None, :], LAST), axis=1)
     first = tl.min(tl.where(valid, position, LAST), axis=0)
-    return tl.where(a_has, best, tl.minimum(best, NOT_ALIKE)), tl.where(a_has, found, first)
+    return tl.where(a_has, best, tl.minimum(best, NOT_ALIKE)), tl.where(a_has, closest, first)
 
 
 @triton.jit
@@ -210,9 +210,9 @@ def match_image_kernel(
         a_unit, a_has = _unit_vectors(a_mean)
         a_high, a_low = _halves(a_unit)
         s = _cosines(a_high, a_low, b_high, b_low)
-        best, found = _best(s, a_has, b_has, b, in_b)
+        best, closest = _best(s, a_has, b_has, b, in_b)
         tl.store(similarity + a, best, mask=in_a)  # -inf if B is empty
-        tl.store(partner + a, tl.where(nb > 0, found, -1), mask=in_a)
+        tl.store(partner + a, tl.where(nb > 0, closest, -1), mask=in_a)
         candidates += tl.sum((in_a & (best >= theta)).to(tl.int32))
     if PROGRAMS == 1:
         tl.store(counts + image, candidates.to(tl.int64))
@@ -313,17 +313,17 @@ def match_tiles_kernel(
     in_a = i < na
     a_high, a_low, a, a_has = _load_rows(unit, order, start + i, in_a, d, D)
     best = tl.full([ROWS], float("-inf"), tl.float32)
-    found = tl.full([ROWS], -1, tl.int32)
+    closest = tl.full([ROWS], -1, tl.int32)
     for first in tl.range(0, nb, COLUMNS):
         j = first + tl.arange(0, COLUMNS)
         b_high, b_low, b, b_has = _load_rows(unit, order, start + na + j, j < nb, d, D)
         s = _cosines(a_high, a_low, b_high, b_low)
         here, position = _best(s, a_has, b_has, b, j < nb)
-        better = (here > best) | ((here == best) & (position < found))  # if B goes by size, positions are not sorted
+        better = (here > best) | ((here == best) & (position < closest))  # if B goes by size, positions are not sorted
         best = tl.where(better, here, best)
-        found = tl.where(better, position, found)
+        closest = tl.where(better, position, closest)
     tl.store(similarity + start + a, best, mask=in_a)
-    tl.store(partner + start + a, found, mask=in_a)
+    tl.store(partner + start + a, closest, mask=in_a)
     tl.atomic_add(counts + image, tl.sum((in_a & (best >= theta)).to(tl.int32)).to(tl.int64))
 
 
