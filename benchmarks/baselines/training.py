@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from timm.layers import DropPath
@@ -15,15 +15,13 @@ from atm_triton.training.images import seed_all
 from atm_triton.training.method import Method
 from atm_triton.training.recipe import Recipe
 
-if TYPE_CHECKING:
-    from benchmarks.baselines.base import Baseline
-
 BATCH = 512  # images per step for which DeiT and its followers give their learning rates
 
 
 class Learning(Method):
-    """Training of a baseline: ``finetune(model, ..., method=baseline.learning(model))``. It prepares the model: it adds
-    the method's own modules, which are trained and saved with the weights, and freezes what is not trained.
+    """Training of a :class:`~benchmarks.baselines.base.Baseline`: ``finetune(model, ...,
+    method=baseline.learning(model))``. It prepares the model: it adds the method's own modules, which are trained and
+    saved with the weights, and freezes what is not trained.
 
     By default a method is trained as it runs afterwards, by the recipe's loss, and the constants below are DeiT's. The
     recipe is that of the authors in fewer epochs. ``lr``: the rate at 512 images per step, scaled by the batch size if
@@ -42,7 +40,7 @@ class Learning(Method):
     loops: ClassVar[bool] = False
     drop_path: ClassVar[bool] = True
 
-    def __init__(self, baseline: "Baseline", model: VisionTransformer, seed: int = 0) -> None:
+    def __init__(self, baseline: Any, model: VisionTransformer, seed: int = 0) -> None:
         baseline.check(model)
         self.baseline = baseline
         seed_all(seed)
