@@ -18,14 +18,14 @@ from atm_triton.reference import largest_r, of_tokens
 
 
 class Step:
-    """What a block needs to know, and what it reports, in one pass, apart from the values of its tokens.
+    """What a block needs to know about a pass and what it reports back, apart from the values of its tokens.
 
     Only the values pass through the block's call, so that hooks see tensors and a wrapper forwards a single keyword. A
     call does not change its inputs, so it can be repeated, as checkpointing does.
 
-    Inputs: ``before``, the tokens that enter; ``merges``, False: every token stays as it is; ``leading``, how many
-    leading tokens the last block computes, None: all. Outputs: ``after``, the tokens that leave; ``slots`` [T], where
-    each token that entered went (None: nothing merged, the order is unchanged); ``counts`` [B], the number of
+    Inputs: ``before``: the tokens that enter; ``merges``: if False, every token stays as it is; ``leading``: how many
+    leading tokens the last block computes (None: all). Outputs: ``after``: the tokens that leave; ``slots`` [T]: where
+    each token that entered went (None: nothing merged, the order is unchanged); ``counts`` [B]: the number of
     candidates per image (None: no threshold is used).
 
     This is neither a tuple nor a dataclass because module wrappers search those for tensors, cast them, and forward a
@@ -61,14 +61,14 @@ class ATMBlock(Block):
     """timm's ``Block`` that merges tokens after attention: ``block(x, sizes) -> (x, sizes)``.
 
     With ``adapt="image"`` each image merges by its own count, and images of different lengths are stored one after the
-    other: then it is ``block(x, sizes) -> packed`` or ``block(packed) -> packed``, with a
-    :class:`~atm_triton.packed.Packed`. A block accepts what a block returns, so ``h = block(h)`` works for one block
-    after the other.
+    other. The call is then ``block(x, sizes) -> packed`` or ``block(packed) -> packed``, where ``packed`` is a
+    :class:`~atm_triton.packed.Packed`. A block accepts what another block returns, so blocks can be chained with
+    ``h = block(h)``.
 
     A patched model calls ``block(x, step=step) -> x``, and this is what hooks see: x [B, N, C], or rows [T, C] of all
     images once their lengths differ.
 
-    Another method of token reduction is a subclass with a :meth:`plan` of its own, put into a model by
+    To use another method of token reduction, subclass this block, override :meth:`plan`, and call
     ``apply_patch(model, block_class=...)``.
 
     Args:
@@ -141,11 +141,11 @@ class ATMBlock(Block):
         Args:
             x: tokens [B, N, C], or what a block returned.
             sizes: [B, N] float32, the number of patches that each token stands for. None: one each.
-            step: given by the model, whose x may be rows [T, C]. Then only x is returned.
+            step: passed by the model, in which case x may be rows [T, C] and only x is returned.
 
         Returns:
             x [B, M, C] with M <= N and its sizes [B, M] (None as long as nothing has merged). With ``adapt="image"``
-            both as Packed.
+            both in a Packed.
 
         Raises:
             ValueError: images differ in length, but one r must hold for the batch.
@@ -159,7 +159,7 @@ class ATMBlock(Block):
     def _alone(
         self, x: Tensor | tuple[Tensor, Tensor | None] | Packed, sizes: Tensor | None
     ) -> tuple[Tensor, Tensor | None] | Packed:
-        """:meth:`forward` without a model."""
+        """:meth:`forward` of a block that is called on its own, without a model."""
         if not isinstance(x, Packed):
             x = Packed.of(*x) if isinstance(x, tuple) else Packed.of(x, sizes)
         if not x.images.equal and self.config.adapt != "image":
@@ -210,8 +210,9 @@ class ATMBlock(Block):
         return Packed.of(x, sizes)
 
     def called_attn(self, y: Tensor, by: Callable[..., tuple[Tensor, Any]], *given: Any) -> tuple[Tensor, Any]:
-        """Call ``attn`` as a module on the normalised tokens ``y``; ``by``, a method of this block, computes it from y
-        and what is ``given``. Returns both results of ``by``: the projection, and what stands beside it."""
+        """Call ``attn`` as a module on the normalised tokens ``y``. It computes ``by(y, *given)``, where ``by`` is a
+        method of this block with two results. Both are returned: the projection, which passes through the module, and
+        what comes with it."""
         attn, noted = self.attn, []
         if type(attn) is Attention:  # it was put there after patching
             attn.__class__ = ATMAttention
@@ -234,8 +235,8 @@ class ATMBlock(Block):
         return inside(self.attn, Attention)
 
     def attend(self, y: Tensor, tokens: Packed, merges: bool) -> tuple[Tensor, Assignment | Planned | None]:
-        """What attention adds to the tokens, given their norm ``y`` [..., C], and the :meth:`plan` of what merges
-        afterwards."""
+        """Run attention on the norm ``y`` [..., C] of the tokens. Returns what it adds to the tokens, and the
+        :meth:`plan` of what merges afterwards (None unless ``merges``)."""
         attn = self.attention
         q, k, v = self.heads(attn.qkv(y))
         q, k = attn.q_norm(q), attn.k_norm(k)
@@ -243,7 +244,7 @@ class ATMBlock(Block):
         return self.attended(y, q, k, v, tokens), plan
 
     def plan(self, q: Tensor, k: Tensor, tokens: Packed) -> Assignment | Planned | None:
-        """Decide which tokens merge, or are dropped, between attention and MLP. Another method overrides this.
+        """Decide which tokens merge, or are dropped, between attention and MLP. Override this for another method.
 
         Args:
             q: queries [H, T, d] as attention uses them, after ``q_norm``.
@@ -297,7 +298,8 @@ class ATMBlock(Block):
         return min(self.r, largest_r(images.N, self.num_prefix_tokens))
 
     def r_of(self, images: Images) -> int | str:
-        """Where the r of each image comes from, for :func:`ops.assign`. The three ways to adapt differ only here."""
+        """The r of each image as :func:`ops.assign` takes it: a number if given, else "image" or "batch". The three
+        ways to adapt differ only here."""
         given = self.given_r(images)
         return self.config.adapt if given is None else given
 
@@ -352,8 +354,8 @@ class ATMBlock(Block):
     def attended(
         self, y: Tensor, q: Tensor, k: Tensor, v: Tensor, tokens: Packed, queries: Images | None = None
     ) -> Tensor:
-        """The rest of timm's ``Attention`` for the queries of the normalised tokens ``y`` [..., C]; ``queries``: where
-        they lie, None: as the tokens."""
+        """The rest of timm's ``Attention``, once q, k and v are known. ``y`` [..., C]: the normalised tokens that the
+        queries come from; ``queries``: where the queries of each image lie (None: where its tokens do)."""
         attn = self.attention
         return attn.proj_drop(attn.proj(self.mix(y, q, k, v, tokens, queries)))
 
@@ -372,7 +374,7 @@ class ATMBlock(Block):
 
 
 def inside(module: nn.Module, cls: type[nn.Module]) -> Any:
-    """``module`` if it is of class ``cls``, else the first such module inside it; None: there is none."""
+    """Return ``module`` if it is of class ``cls``, else the first such module inside it, or None if there is none."""
     return module if isinstance(module, cls) else next((m for m in module.modules() if isinstance(m, cls)), None)
 
 
@@ -386,8 +388,8 @@ def handed_on(tokens: Packed, x: Tensor) -> Packed:
 
 @torch.compiler.assume_constant_result  # a compiler evaluates this once, and so assumes that no ONNX export is running
 def _check_exporter(adapt: str | None) -> None:
-    """Refuse tracers and exporters that would fix how many tokens merge. ``adapt``: how counts decide this; None: r is
-    given."""
+    """Refuse tracers and exporters that would fix how many tokens merge. ``adapt``: the way to adapt; None: r is given,
+    so that no count decides."""
     traced, exported = torch.jit.is_tracing(), torch.compiler.is_exporting()
     if not (traced or exported):
         return
@@ -402,8 +404,8 @@ def _check_exporter(adapt: str | None) -> None:
 
 def _no_attention(module: nn.Module) -> str:
     return (
-        f"attn is {type(module).__name__}, which no block of a patched model can compute; want Attention of timm, or "
-        f"what wraps it and hands keywords on"
+        f"attn is {type(module).__name__}, which a block of a patched model cannot run; want Attention of timm, or a "
+        f"wrapper around it that passes keyword arguments on"
     )
 
 
@@ -419,7 +421,7 @@ def is_own(module: nn.Module, *classes: type) -> bool:
 
 
 def is_matrix(linear: nn.Module) -> bool:
-    """Whether a linear layer is only a weight and a bias, so that rows of these compute some of the outputs."""
+    """Whether a linear layer is only a weight and a bias, so that a slice of both computes a slice of the output."""
     return is_own(linear, nn.Linear) and type(linear.weight) in (Tensor, nn.Parameter)
 
 

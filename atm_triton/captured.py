@@ -21,7 +21,7 @@ _ATTENDS = itemgetter("scale", "fused_attn")
 _KNOWN = ("torch.", "timm.", "atm_triton.")  # plain attributes of these modules do not change between passes
 _FORWARD, _POINTER = "forward", Tensor.data_ptr
 _METHODS = ("forward_head", "pool", "_pos_embed")  # methods in a graph that may be overridden on a model
-MODULES = 24  # modules per part: as many can be checked while the host waits for a stage
+MODULES = 24  # modules per part: the host can check about this many while it waits for a stage
 
 
 class Modules:
@@ -49,8 +49,8 @@ class Modules:
 
 
 class Part:
-    """Some modules, described by what they are made of, and those among them for which Python must do nothing in a
-    pass."""
+    """What some ``modules`` are made of, to notice changes. Those that are ``captured`` must run no Python of their own
+    in a pass, such as hooks, because graphs would skip it."""
 
     def __init__(self, modules: list[nn.Module], captured: list[nn.Module]) -> None:
         self.owns, self.captured = ([module.__dict__ for module in some] for some in (modules, captured))
@@ -100,10 +100,10 @@ def _plain(value: Any) -> Any:
 def _obstacle(model: VisionTransformer, whole: Part) -> str | None:
     scripted = [name for name, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule)]
     if scripted:
-        return f"{scripted[0]} is compiled by torch.jit, which is not looked into"
+        return f"{scripted[0]} is compiled by torch.jit and cannot be inspected"
     if any(type(tensor) not in (nn.Parameter, Tensor) for tensor in whole.tensors):
         return "a parameter is of a class of its own"
-    if hasattr(model, "unshard"):  # also while they are there, which is when this is asked
+    if hasattr(model, "unshard"):  # refuse even though the parameters are there right now
         return "fully_shard frees the parameters after a pass"
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in whole.tensors):
         return "gradients are on: torch.inference_mode() or no_grad() around the call"

@@ -172,8 +172,9 @@ class ATMConfig:
         """An operating point of the paper.
 
         With ``max_gflops`` it is the most accurate one at or below that cost, with ``top1_drop`` the cheapest one that
-        loses at most so many points of top-1. With neither it is the cheapest of those that lose least. ``source``
-        says which point it is and gives the paper's figures.
+        loses at most that many points of top-1. With neither it is the cheapest that loses nothing or, if all points
+        lose something, the cheapest of those that lose least. ``source`` says which point it is and gives the paper's
+        figures.
 
         These figures hold for the checkpoints that the paper used. Another model needs thresholds of its own:
         :func:`atm_triton.calibrate` finds them from images without labels.

@@ -32,8 +32,8 @@ from atm_triton.stage import Pending, Stage, begin, enter, run, stages
 
 MAX_GRAPHS, MAX_MIB = 512, 4096
 READ_GFLOP = 6.0  # GFLOP that an H200 computes, in 16 bits, in the time of one host read
-FLOAT32 = 8  # float32 takes so many times longer
-KINDS = 4  # buffers are kept for the last so many kinds of passes
+FLOAT32 = 8  # float32 takes this many times as long
+KINDS = 4  # buffers are kept for this many kinds of passes, the latest ones
 
 
 class Kind(NamedTuple):
@@ -81,9 +81,9 @@ class Facts(NamedTuple):
 
 
 class Passes:
-    """What all passes of one kind share: their stages, and what those read and write at fixed addresses, which are the
-    ``images``, two sets of ``buffers`` with as many rows as the first stage has, and a mailbox for each stage with
-    counts. ``counts`` are those of the last pass; ``read`` is the cost of a host read, in GFLOP."""
+    """What all passes of one kind share: their stages, and the memory that these read and write at fixed addresses. It
+    consists of the ``images``, two sets of ``buffers`` with as many rows as the first stage has, and a mailbox for each
+    stage with counts. ``counts``: those of the last pass; ``read``: the cost of a host read, in GFLOP."""
 
     def __init__(self, model: VisionTransformer, kind: Kind, replays: Replays, read: float) -> None:
         self.model, self.kind, self.replays, self.read = model, kind, replays, read
@@ -234,7 +234,7 @@ class Engine:
         return self.max_graphs, self.max_mib, self.step, self.read_gflop
 
     def refusal(self, images: Tensor) -> str | None:
-        """Why the engine does not take a pass over ``images`` [B, C, H, W], so that the blocks run. None: it does."""
+        """Why the engine leaves a pass over ``images`` [B, C, H, W] to the blocks; None if it runs the pass itself."""
         return self._unfit(images) or Modules(self.model).obstacle
 
     def _unfit(self, images: Tensor) -> str | None:
@@ -251,7 +251,7 @@ class Engine:
         if device == "cuda" and torch.version.hip:
             return "CUDA graphs are not tried on ROCm"
         if type(images) is not Tensor:
-            return f"the images are a {type(images).__name__}, no plain tensor"
+            return f"the images are a {type(images).__name__}, not a plain tensor"
         if device == "cpu" and not ops.interpreting():
             return "the images are on the CPU"
         backend, why = ops.explain(config.backend, device, images.dtype)
@@ -261,7 +261,7 @@ class Engine:
             return "there are no images"
         if images.is_cuda and torch.cuda.is_current_stream_capturing():
             return "a CUDA graph is being captured"
-        return "the images want a gradient" if ops.needs_grad(images) else None
+        return "the images require a gradient" if ops.needs_grad(images) else None
 
     def run(self, images: Tensor, leading: int | None, dense: bool, head: bool) -> tuple[Tensor, Facts] | str:
         """Run a pass over images [B, C, H, W].
@@ -321,8 +321,8 @@ class Engine:
     def _run(
         self, images: Tensor, leading: int | None, dense: bool, head: bool, modules: Modules, early: bool
     ) -> tuple[Tensor, Facts] | None:
-        """``early``: check, while the device is at work, whether the ``modules`` are still the same. None: they are
-        not."""
+        """Run a pass. Returns its output and what it did, or None if the ``modules`` have changed. ``early``: check for
+        changes while the device is at work."""
         passes = self._passes(images, leading, dense, head)
         passes.images.copy_(images)
         passes.counts.settle()
@@ -332,7 +332,7 @@ class Engine:
         rows: int | None = None
         for number in count():
             key = (passes, number, rows)
-            if self.graphs.get(key) is None and not all(part.same() for part in parts):  # the stages to come run Python
+            if self.graphs.get(key) is None and not all(part.same() for part in parts):  # Python runs from here on
                 return None
             out = self._play(key, partial(passes.stage, number, rows))
             now = passes.stages[number]
@@ -390,7 +390,7 @@ class Engine:
     def _captured(self, replays: Replays, call: Callable[[], Any]) -> Callable[[], Any]:
         eagerly = partial(replays.eagerly, call)
         if replays.mib() >= self.max_mib:
-            warnings.warn(f"graphs hold {self.max_mib} MiB: raise engine.max_mib; new ones run eagerly", stacklevel=2)
+            warnings.warn(f"graphs hold {self.max_mib} MiB: new stages run eagerly; raise engine.max_mib", stacklevel=2)
             return eagerly
         try:
             return replays.capture(call)

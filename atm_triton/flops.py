@@ -1,4 +1,4 @@
-"""Counts the multiply-accumulates of a VisionTransformer from the tokens that were really there.
+"""Counts the multiply-accumulates of a VisionTransformer from the number of tokens that it really computed.
 
 ``macs``: convolutions, linear layers and the two products of attention, as torch's FlopCounterMode counts them (halved,
 with unfused attention). ``paper_gflops``: what the paper calls FLOPs, which is ``macs`` plus one operation per element

@@ -1,4 +1,4 @@
-"""Runs the engine's stages again: as CUDA graphs, or without a GPU by calling them."""
+"""Repeats the engine's stages: replays CUDA graphs or, without a GPU, calls the stages again."""
 
 import threading
 import weakref
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 UNREAD = -1  # the value of counts on the host until they arrive
 PRIORITY = -2  # of the streams that graphs are captured on: torch has 32 per priority, and no library uses this one
-ENGINES = 32  # at most so many engines hold graphs at a time, each with its own stream
+ENGINES = 32  # at most this many engines hold graphs at a time, each with its own stream
 _capturing = threading.Lock()  # CUDA captures one graph at a time in a process
 
 
@@ -77,7 +77,7 @@ class StreamLease:
             torch.cuda.synchronize(device)  # a graph of the previous holder may still be running
             self.streams = spare.pop()
         elif self.made.get(index, 0) == ENGINES:
-            raise RuntimeError(f"{ENGINES} engines hold graphs on {device}: engine.drop() gives up those of one")
+            raise RuntimeError(f"{ENGINES} engines already hold graphs on {device}; drop those of one by engine.drop()")
         else:
             pool, main = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device, PRIORITY)
             keeps = _place_workspace(main, pool)

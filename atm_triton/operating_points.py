@@ -47,7 +47,7 @@ def choose(
     name: str, max_gflops: float | None = None, top1_drop: float | None = None, fine_tuned: bool = False
 ) -> tuple[OperatingPoint, OperatingPoint]:
     """Choose an operating point. With ``max_gflops`` it is the most accurate point at or below that cost, with
-    ``top1_drop`` the cheapest that loses at most so many points. With neither it is the cheapest that loses nothing,
+    ``top1_drop`` the cheapest that loses at most that many points. With neither it is the cheapest that loses nothing,
     or, if all points lose something, the cheapest of those that lose least.
 
     Args:
@@ -68,7 +68,7 @@ def choose(
         if target is not None and (isinstance(target, bool) or not isinstance(target, Real) or math.isnan(target)):
             raise TypeError(f"{what} must be a number, got {target!r}")
     if not isinstance(name, str):
-        raise TypeError(f"name={name!r} is no model's name; give one of timm's or of the paper's")
+        raise TypeError(f"name must be a model's name, timm's or the paper's, got {name!r}")
     rows = [p for p in operating_points() if p.model == paper_name(name) and p.fine_tuned == fine_tuned]
     if not rows:
         raise ValueError(f"the paper has no fine-tuned points for {name!r} (Table A3: DeiT-T, DeiT-S, DeiT-B)")

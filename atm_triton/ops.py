@@ -23,7 +23,7 @@ from atm_triton import reference
 from atm_triton.packed import Assignment, Images, Packed
 
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-KERNEL_PREFIX, KERNEL_CHANNELS = 16, 128  # the kernels take at most so many protected tokens, and channels per head
+KERNEL_PREFIX, KERNEL_CHANNELS = 16, 128  # the most protected tokens, and channels per head, for the kernels
 
 
 class Match(NamedTuple):
@@ -81,7 +81,7 @@ def runs_kernels(backend: str, x: Tensor) -> bool:
 
 
 def _follower() -> str | None:
-    """The tracer or transform that follows every operation of a pass but cannot look into a kernel; None: none."""
+    """The tracer or transform that follows every operation of a pass but cannot see into a kernel, or None."""
     if torch.jit.is_tracing():  # it would record the sizes of this launch as constants
         return "torch.jit.trace"
     if torch._C._functorch.peek_interpreter_stack() is not None:
@@ -90,8 +90,8 @@ def _follower() -> str | None:
 
 
 def _traced(x: Tensor) -> bool:
-    """Whether a compiler traces tensors on the CPU. If images differ in length it is shown the operations, which run
-    the reference there: their inner shapes depend on numbers that are only known at run time."""
+    """Whether a compiler traces tensors on the CPU. If images differ in length, it is shown the operations and
+    not the reference, which they run there, because its inner shapes depend on numbers known only at run time."""
     return torch.compiler.is_compiling() and x.device.type == "cpu" and not interpreting()
 
 
@@ -220,10 +220,10 @@ def assign(
 
     Args:
         pairs: from :func:`match` with the same ``images`` and ``num_prefix``.
-        r: a number from 0 to the tokens in A, for all images; or int64 [B]; or where it comes from: "image", the own
-            count of each image in ``pairs``, or "batch", the mean of all counts, rounded down.
+        r: one number for all images, from 0 to the tokens in A; or int64 [B]; or the source: "image" for each image's
+            own count in ``pairs``, "batch" for the mean of all counts, rounded down.
         T: how many rows are left. None under a compiler, whose graph reads it from the device.
-        one_r: r is the same for all images, so that images of equal length stay equal.
+        one_r: r is the same for all images, so that images of equal length stay equally long.
         out: slots, order, spans and cu_seqlens of the merged images, for the kernels to write to.
 
     Raises:
@@ -257,8 +257,8 @@ def assign(
 
 
 def _source_of_r(pairs: Match, r: int | Tensor | str, images: Images) -> tuple[int | Tensor, bool, float | None]:
-    """The source of r; whether its mean is meant; and the similarity from which on tokens join, if that is
-    equivalent."""
+    """Return r, or the counts to take it from; whether to take their mean; and, if a threshold amounts to the same,
+    the similarity at or above which tokens join."""
     if isinstance(r, str):
         if r not in ("image", "batch"):
             raise ValueError(f'r={r!r} is unknown; want "image", "batch", a number or a tensor')
@@ -306,7 +306,7 @@ def add_merge_norm(
     tokens: Packed, attended: Tensor, gamma: Tensor | None, assignment: Assignment, norm: nn.LayerNorm
 ) -> tuple[Packed, Tensor]:
     """Merge x + gamma * attended, and compute the LayerNorm of the result [T', C], in one pass over memory. This is all
-    that a block does between attention and MLP. The kernels compute it, without a derivative.
+    that a block does between attention and MLP. Only the kernels do this, without a derivative.
 
     Args:
         attended: [T, C], what attention adds to x.
@@ -557,7 +557,7 @@ _library = Library("atm_triton", "DEF")  # the operations live as long as it doe
 
 @torch.compiler.assume_constant_result  # a compiler would trace what @cache wraps, and cannot
 def interpreting() -> bool:
-    """Whether Triton runs its kernels by its interpreter (TRITON_INTERPRET=1 before Python starts)."""
+    """Whether Triton runs kernels in its interpreter (TRITON_INTERPRET=1 before Python starts)."""
     try:
         import triton
     except ImportError:
@@ -586,7 +586,7 @@ def device_of(x: Tensor) -> AbstractContextManager:
 
 
 def _images(cu_seqlens: Tensor, N: int) -> Images:
-    """For the reference, on the CPU, where it costs nothing to check whether all images have N tokens."""
+    """Images for the reference. On the CPU it costs nothing to check whether all images have N tokens."""
     return Images(cu_seqlens=cu_seqlens, N=N, equal=bool((cu_seqlens.diff() == N).all()))
 
 
@@ -795,7 +795,7 @@ def _attention_forward(
     Nq: int,
     N: int,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`_attention` with a derivative, by the kernels alone; lse float32 [Tq, H]."""
+    """:func:`_attention` with a derivative, for the kernels only. Also returns lse, float32 [Tq, H]."""
     lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
     with device_of(q):
         arguments = (q, k, v, log2_sizes, q_cu_seqlens, cu_seqlens, Nq, N, q.shape[-1] ** -0.5)

@@ -100,7 +100,7 @@ class Assignment(NamedTuple):
             slots: [B, N], integers from 0 to M - 1 per image, each of them at least once; -1 drops a token.
 
         Raises:
-            ValueError: a slot is outside, or no token goes to one. On a GPU, where the host does not wait for the
+            ValueError: a slot is out of range, or gets no token. On a GPU, where the host does not wait for the
                 numbers, a device-side assertion fails instead.
         """
         if not torch.compiler.is_compiling() and not slots.is_meta:
@@ -112,7 +112,7 @@ class Assignment(NamedTuple):
 
 
 def check_prefix(assignment: Assignment, images: Images, num_prefix: int) -> None:
-    """Check that the protected tokens at the start of each image of ``images`` stay its first ones: what reads the
+    """Check that the protected tokens at the start of each image of ``images`` stay first, because whatever reads the
     class token reads the first row.
 
     Raises:

@@ -52,8 +52,8 @@ def apply_patch(
         ``model``.
 
     Raises:
-        TypeError: the model cannot be merged (it is left as it was), or ``block_class`` is no ATMBlock, or has a plan
-            but does not say what it costs.
+        TypeError: the model cannot be merged (it is left as it was), or ``block_class`` is not an ATMBlock, or has a
+            plan but does not say what it costs.
         ValueError: ``config`` is for another depth, or has no thresholds and the model is not one of the paper's. A
             backend that cannot run is refused when the model runs.
     """
@@ -104,7 +104,7 @@ def settled(config: ATMConfig, model: VisionTransformer) -> ATMConfig:
         name = _name_in_paper(model)
         paper = ATMConfig.preset(name)
         curve = {field: getattr(paper, field) for field in ("alpha", "beta", "theta_min")}
-        config = replace(config, **curve, source=f"{paper.source}; taken for a {name} whose weights were not looked at")
+        config = replace(config, **curve, source=f"{paper.source}; treated as a {name} whose weights were not checked")
     if config.proportional_attention is None:
         config = replace(config, proportional_attention=knows_sizes(model))
     return config
@@ -143,12 +143,12 @@ def _shape(model: VisionTransformer) -> tuple[Any, ...]:
 
 
 def remove_patch(model: VisionTransformer) -> VisionTransformer:
-    """Undo :func:`apply_patch`, in place, and return ``model``. Its modules are the same objects, with the hooks that
-    they have now and with parts that were replaced meanwhile.
+    """Undo :func:`apply_patch`, in place, and return ``model``. Its modules stay the same objects, and hooks that were
+    added or parts that were replaced in the meantime remain.
 
     Raises:
         ValueError: the model is not patched.
-        TypeError: something that was done to it while it was patched stands in the way.
+        TypeError: a change that was made to the model while it was patched prevents this.
     """
     if not isinstance(model, MergingTransformer):
         raise ValueError(f"{type(model).__name__} is not patched; remove_patch undoes apply_patch")

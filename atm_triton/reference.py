@@ -364,7 +364,7 @@ def _attend(
 ) -> Tensor:
     """Attention for images of one length: q [B, H, Nq, d]; k, v [B, H, N, d]; bias [B, N], log n."""
     bias = None if bias is None else bias[:, None, None, :]
-    if fused and (bias is None or bias.dtype == q.dtype or q.device.type == "cpu"):  # CUDA's misread another dtype
+    if fused and (bias is None or bias.dtype == q.dtype or q.device.type == "cpu"):  # CUDA misreads other dtypes
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p, scale=scale)
     scores = (q * scale) @ k.transpose(-2, -1)
     if bias is not None:

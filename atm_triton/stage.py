@@ -1,4 +1,4 @@
-"""A stage: the part of a pass from one merge whose count the host reads to the next, as a function from rows to rows.
+"""A stage: the part of a pass between two merges whose counts the host reads, as a function from rows to rows.
 
 A stage computes what the blocks compute, except that every residual sum is fused with the norm after it. Which tokens
 merge depends on the images. A stage therefore ends where a block has assigned its tokens and attended, and the next one
@@ -66,7 +66,7 @@ class Stage(NamedTuple):
 
 
 def stages(blocks: Sequence[ATMBlock], leading: int | None, rows: int, read: float) -> list[Stage]:
-    """Divide a pass over so many ``rows`` into stages: a single one if r is given.
+    """Divide a pass over this many ``rows`` into stages; there is only one if r is given.
 
     Otherwise a stage ends wherever the host reads counts. These places are chosen so that the whole pass takes the
     least time in a rough model: a read takes as long as ``read`` GFLOP of matrix products, a block costs in proportion

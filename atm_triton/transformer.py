@@ -130,8 +130,8 @@ class ATMBlocks(nn.Sequential):
 
     def _fixed(self, *_: Any, **__: Any) -> NoReturn:
         raise ValueError(
-            "blocks of a patched model cannot be added or removed, for each merges as its place says: remove_patch, "
-            "then change them, then apply_patch"
+            "blocks of a patched model cannot be added or removed, because each merges according to its position: "
+            "remove_patch, then change them, then apply_patch"
         )
 
     append = extend = insert = pop = __delitem__ = __iadd__ = __imul__ = _fixed
@@ -215,8 +215,8 @@ class ATMBlocks(nn.Sequential):
         if self.warns and left < 1 - GONE:
             self.warns = False
             warnings.warn(
-                f"{100 * (1 - left):.0f} % of the tokens are gone after {self.quarter} of {len(self)} blocks, as where "
-                "thresholds are another model's: atm-triton eval tells what that changes, calibrate finds better ones",
+                f"{100 * (1 - left):.0f} % of the tokens are gone after {self.quarter} of {len(self)} blocks, as with "
+                "another model's thresholds: atm-triton eval shows what that changes, calibrate finds better ones",
                 stacklevel=2,
             )
 
@@ -228,8 +228,8 @@ class ATMBlocks(nn.Sequential):
 
 def _no_block(index: int, module: nn.Module) -> str:
     return (
-        f"blocks.{index} is {type(module).__name__}; want the block that apply_patch left, or what wraps it and hands "
-        f"keywords on: remove_patch, replace it and apply_patch again"
+        f"blocks.{index} is {type(module).__name__}; want the block that apply_patch left, or a wrapper around it that "
+        f"passes keyword arguments on: remove_patch, replace it and apply_patch again"
     )
 
 
@@ -371,8 +371,8 @@ class MergingTransformer(Base):
         return features if intermediates_only else (final, features)
 
     def traces(self, x: Tensor) -> list[Tensor | None]:
-        """For images [B, C, H, W] and after each block, the merged token of its image that each of the N tokens is in:
-        int32 [B, N]; -1: dropped. None: nothing has merged yet."""
+        """Where the N tokens of images [B, C, H, W] are after each block: int32 [B, N], the number of the merged token
+        within its image; -1: dropped. None instead of a tensor if nothing has merged yet."""
         run = self._run(x, self._leading(), dense=True)
         traces = [None if trace is None else trace.unflatten(0, (len(x), -1)) for trace in run.traces]
         return [
@@ -400,7 +400,7 @@ class MergingTransformer(Base):
 def _refuse(images: Tensor, attn_mask: Tensor | None, is_causal: bool) -> None:
     if isinstance(images, Proxy):
         raise TypeError(
-            "torch.fx, which create_feature_extractor uses, cannot trace a patched model: only values say what merges; "
+            "torch.fx, which create_feature_extractor uses, cannot trace a patched model: merging depends on values; "
             "take forward_intermediates or hooks (docs/features.md)"
         )
     if attn_mask is not None or is_causal:

@@ -1,4 +1,4 @@
-"""One r a batch, or every image its own: ``python -m benchmarks.adaptivity``, on the digits.
+"""One r per batch against an r for each image: ``python -m benchmarks.adaptivity``, on the digits.
 
 It compares three configurations at each of eight costs. Two take the thresholds calibrated for "image" and for "batch"
 at the nearest of four costs, with their distances from 1 scaled until the calibration split costs as much. The third is

@@ -1,4 +1,4 @@
-"""Calibrated thresholds beside what else could be done: ``python -m benchmarks.calibration``, on the digits.
+"""Calibrated thresholds compared with the alternatives: ``python -m benchmarks.calibration``, on the digits.
 
 For each share of the MACs and each way to adapt it runs :func:`atm_triton.calibrate` and takes the best of 200 random
 curves of the paper on the same images. Three static schedules stand beside them: a constant r (ToMe), the best
@@ -99,7 +99,7 @@ def known(path: Path, settings: dict[str, Any], keep: list[str]) -> list[dict[st
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"--out {path} is no result of this experiment; give another") from error
     if not same:
-        raise ValueError(f"--out {path} is of other settings; give another, or delete it")
+        raise ValueError(f"--out {path} was made with other settings; give another, or delete it")
     if not clean or environment()["dirty"]:
         return []
     rows = rows if _same_code(made["commit"]) else [row for row in rows if row["method"] in keep]

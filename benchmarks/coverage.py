@@ -1,7 +1,7 @@
 """How many lines of the package the tests run: ``make coverage VENV=.venv-3.12 PYTHON=python3.12``.
 
 Lines count as run if the process of a test runs them, kernels by Triton's interpreter. Processes that tests start are
-not followed. Before Python 3.12 following lines makes the kernels seven times slower.
+not followed. Before Python 3.12, line tracing makes the kernels seven times slower.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def run_tests(arguments: list[str]) -> dict[str, Any]:
         own = os.environ | core | {"COVERAGE_FILE": str(Path(directory, "data"))}
         done = subprocess.run([*command, f"--cov-report=json:{report}", *arguments], cwd=ROOT, env=own)
         if done.returncode:
-            raise ValueError(f"pytest ended with {done.returncode}; what failed stands above")
+            raise ValueError(f"pytest ended with {done.returncode}; see the failures above")
         return json.loads(report.read_text())["files"]
 
 

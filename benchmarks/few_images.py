@@ -127,8 +127,8 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, default=64, help="of each calibration (64)")
-    parser.add_argument("--sets", type=int, default=3, help="of calibration images, each a calibration (3)")
+    parser.add_argument("--images", type=int, default=64, help="images per calibration (64)")
+    parser.add_argument("--sets", type=int, default=3, help="sets of calibration images, one calibration each (3)")
     parser.add_argument("--test", type=int, default=2000, help="test images (2000)")
     parser.add_argument("--shares", type=float, nargs="+", default=list(SHARES), help="of digits_calibration.json")
     parser.add_argument("--out", type=Path, default=RESULTS / "digits_few_images.json")

@@ -5,8 +5,8 @@ It times a pass of timm's model, of the blocks, and of the engine once it has ca
 adapt, in turn.
 
 - *meta*: DeiT-S at batch 64 on meta tensors; every image merges eight tokens per block. Torch infers shapes of meta
-  tensors in Python, for most operations more slowly than it would dispatch them. That favours us, who leave launches
-  out.
+  tensors in Python, for most operations more slowly than it would dispatch them. That favours our passes,
+  whose launches are left out.
 - *small*: twelve blocks of 24 channels and 17 tokens on the CPU; every image merges one token per block. There, as on a
   GPU, an operation costs the host little more than its dispatch.
 

@@ -54,7 +54,7 @@ class ModelWithImages:
     def measure(self) -> Measure:
         measure = measure_of(self.model)
         if measure.name == "sigmoid":
-            raise ValueError(f"what is measured here is of classes or features; atm-triton eval has {measure}")
+            raise ValueError(f"this experiment compares classes or features, not {measure}; use atm-triton eval")
         return measure
 
     @cached_property

@@ -316,7 +316,7 @@ def run_under(versions: list[str], options: list[str]) -> None:
     """Run this program under each version of Triton. All versions are installed before the first run."""
     for version in versions:
         if not re.fullmatch(r"\d+\.\d+\.\d+", version):
-            raise ValueError(f"--triton {version} is no version; give one such as 3.6.0")
+            raise ValueError(f"--triton {version} is not a version; give one such as 3.6.0")
     pythons = {version: interpreter(version) for version in versions}
     failed = []
     for version, python in pythons.items():
@@ -324,7 +324,7 @@ def run_under(versions: list[str], options: list[str]) -> None:
         if subprocess.run(command, cwd=ROOT).returncode:
             failed.append(version)
     if failed:
-        raise ValueError(f"failed under triton {', '.join(failed)}; what was wrong stands above")
+        raise ValueError(f"failed under triton {', '.join(failed)}; see the errors above")
 
 
 def run(args: argparse.Namespace) -> None:

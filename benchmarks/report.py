@@ -150,7 +150,7 @@ def section(path: Path, about: str) -> str:
         ]
         lines += _table(path, document)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, StopIteration) as error:
-        raise ValueError(f"{path}: is no result of this version ({error!r}); make it anew") from error
+        raise ValueError(f"{path} is not a result of this version ({error!r}); make it anew") from error
     plots = (path.with_name(f"{path.stem}{what}.png") for what in ("", "_pictures"))
     return "\n\n".join([*lines, *(f"![{plot.stem}]({plot.name})" for plot in plots if plot.exists())])
 

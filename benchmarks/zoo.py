@@ -101,7 +101,7 @@ def page(rows: list[tuple[str, str | None, str]]) -> str:
         f"`VisionTransformer` class, {count} can be merged and {len(rows) - count} are refused. Made by "
         "`python -m benchmarks.zoo`.",
         "",
-        "| what it has beside a plain ViT with a class token | names |",
+        "| what it has beyond a plain ViT with a class token | names |",
         "|---|---|",
         *(f"| {kind} | {', '.join(names)} |" for kind, names in sorted(merged.items(), key=lambda kv: -len(kv[1]))),
         "",

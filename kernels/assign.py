@@ -263,8 +263,9 @@ def join_kernel(slots, cu_seqlens, TOKENS: tl.constexpr):
 
 
 def assign_table(block: int, search: bool) -> dict[str, int]:
-    """``block``: tokens of an image, rounded up to a power of two; ``search``: whether the kernel searches for the most
-    similar tokens. Measured on an H200, triton 3.6.0: 197 and 101 tokens, in batches of 1, 8, 64 and 256."""
+    """Warps of assign_kernel. ``block``: tokens of an image, rounded up to a power of two; ``search``: whether the
+    kernel searches for the most similar tokens. Measured on an H200, triton 3.6.0: 197 and 101 tokens, in batches of 1,
+    8, 64 and 256."""
     return {"num_warps": max(1, min(16, block // (64 if search else 32)))}  # two tokens per thread, or one
 
 

@@ -159,7 +159,7 @@ def attention(
         q: [H, Tq, d]; k, v: [H, T, d]; channels contiguous (last stride 1), other strides arbitrary.
         log2_sizes: float32 [T], log2 of the number of patches that each token stands for; None: one each.
         q_cu_seqlens, cu_seqlens: int32 [B + 1], where the queries and the keys of each image begin.
-        Nq, N: upper bounds on the queries and the keys of an image.
+        Nq, N: upper bounds on the queries and the keys of an image; scale: the factor of q k^T.
         lse: float32 [Tq, H], filled with log2 of the sum that each softmax divides by; the derivative needs it.
         config: replaces the table's.
 

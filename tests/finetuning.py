@@ -126,7 +126,7 @@ def main(out, dies=None):
     torch.set_num_threads(1)
     start("cpu")
     if torch.distributed.is_initialized():
-        refused(new(), Recipe(accumulate=3), "accumulate=3 passes a step cannot be shared out alike to 2 processes")
+        refused(new(), Recipe(accumulate=3), "accumulate=3 passes a step cannot be shared evenly among 2 processes")
         refused(small("lvvit_t"), Recipe(), "patch_embed.bn1 is a batch norm")
     for name, options in CASES.items():
         train(Path(out) / name, **options(), pictures=Pictures(dies), save_every=1)

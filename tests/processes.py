@@ -42,7 +42,7 @@ def python(*arguments, ranks=1, timeout=120):
 
 
 def _environments(ranks):
-    common = {**os.environ, "OMP_NUM_THREADS": "1"}
+    common = dict(os.environ)
     if ranks == 1:
         return [common]
     with socket.create_server(("127.0.0.1", 0)) as free:

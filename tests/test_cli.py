@@ -289,7 +289,7 @@ def test_the_way_to_adapt_that_a_command_takes_is_in_its_help(command, adapt, ca
 
 @pytest.mark.parametrize("experiment", ["finetuned", "table4", "tableA3"])
 def test_experiments_that_train_take_the_papers_way_to_adapt(experiment, capsys):
-    assert "one r per batch, as in the paper, or each image its own count (batch)" in help_of(
+    assert "one r per batch, as in the paper, or by each image's own count (batch)" in help_of(
         paper.main, experiment, capsys
     )
     asked = EXPERIMENTS[experiment].arguments().parse_args([])
@@ -601,8 +601,8 @@ def calibrating(*options):
         (["eval", "--json", "/proc/x.json"], "--json /proc/x.json cannot be written ("),
         (["visualize", "--out", "/proc/x.png", "--", "x.jpg"], "--out /proc/x.png cannot be written ("),
         (["eval", "--json", "x" * 250 + ".json"], ".json cannot be written (File name too long); choose another"),
-        (["eval", "--json", "/dev/null"], "--json /dev/null is no regular file; choose another"),
-        (calibrating("--out", "/dev/null"), "--out /dev/null is no regular file; choose another"),
+        (["eval", "--json", "/dev/null"], "--json /dev/null is not a regular file; choose another"),
+        (calibrating("--out", "/dev/null"), "--out /dev/null is not a regular file; choose another"),
     ],
     ids=str,
 )

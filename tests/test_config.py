@@ -187,7 +187,7 @@ def test_bad_presets(arguments, message):
     [
         (("DeiT-S", "3.3"), "max_gflops must be a number, got '3.3'"),
         (("DeiT-S", None, float("nan")), "top1_drop must be a number, got nan"),
-        ((3, 3.3), "name=3 is no model's name"),
+        ((3, 3.3), "name must be a model's name, timm's or the paper's, got 3"),
     ],
 )
 def test_presets_of_the_wrong_type(arguments, message):

@@ -98,8 +98,8 @@ def test_training_takes_every_stage(monkeypatch):
 @pytest.mark.parametrize(
     ("main", "arguments", "message"),
     [
-        (training.main, ["--scale", "0"], "train: --scale 0.0 is no number of steps; give one above 0"),
-        (training.main, ["--scale", "inf"], "train: --scale inf is no number of steps"),
+        (training.main, ["--scale", "0"], "train: --scale must be finite and above 0, got 0.0"),
+        (training.main, ["--scale", "inf"], "train: --scale must be finite and above 0, got inf"),
         (training.main, ["--out", "no/model.safetensors"], "train: --out no/model.safetensors: its directory does not"),
     ],
 )

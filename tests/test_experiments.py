@@ -152,7 +152,7 @@ def test_what_the_calibration_benchmark_keeps(tmp_path, monkeypatch):
     assert kept() == [{"commit": "now", "method": "ToMe"}, {"commit": "now", "method": "curve"}]
     rows_by("then", "ToMe", "curve")
     assert kept() == [] and kept("curve") == [{"commit": "then", "method": "curve"}]
-    with pytest.raises(ValueError, match="out.json is of other settings; give another, or delete it"):
+    with pytest.raises(ValueError, match="out.json was made with other settings; give another, or delete it"):
         kept(draws=5)
     monkeypatch.setattr(calibration, "environment", lambda: {"dirty": True})
     assert kept("curve") == []

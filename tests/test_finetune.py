@@ -271,7 +271,6 @@ def test_a_method_of_its_own_is_asked_before_each_step_and_goes_on_to_the_bit(tm
 
 
 def test_a_run_that_is_killed_goes_on_to_the_bit(tmp_path):
-    torch.set_num_threads(1)
     done = python(HERE / "finetuning.py", tmp_path / "killed", 28)  # before the second half of the fourth step
     assert done.returncode == -9
     whole, _ = train(tmp_path / "whole", CONFIGS["static"])
@@ -576,7 +575,7 @@ BAD = {
         ["--data", "two", "--val-data", "data/val"],
         "directory two holds 2 classes, the model has 3:",
     ),
-    "other classes": (["--data", "renamed"], "directories renamed/train and renamed/val hold other classes; want"),
+    "other classes": (["--data", "renamed"], "directories renamed/train and renamed/val hold different classes;"),
     "no val": (["--data", "two"], "directory two/train does not exist: want two/train and two/val, or --val-data"),
     "no such val": (["--val-data", "missing"], "directory missing does not exist"),
     "itself": (
@@ -610,7 +609,7 @@ BAD = {
     "idle": (["--calibration-images", "70"], "--calibration-images has no effect here; leave it out"),
     "ema": (["--ema", "1"], "ema=1.0 is out of range; give 0 or more, below 1"),
     "opt": (["--opt", "adamz"], "opt='adamz' is unknown; choose one of"),
-    "policy": (["--auto-augment", "rant-m9"], "auto_augment='rant-m9' is unknown to timm; give one as rand-m9-mstd0.5"),
+    "policy": (["--auto-augment", "rant-m9"], "auto_augment='rant-m9' is unknown to timm; try rand-m9-mstd0.5"),
     "16 bits": (["--dtype", "bfloat16"], "weights of torch.bfloat16 are too coarse to be trained: take float32, and"),
     "no run": (["--resume"], "--resume: run/checkpoint.pt does not exist; leave --resume out to begin"),
     "digits alone": (["--images", "30"], "--images has no effect here; leave it out"),
@@ -672,7 +671,7 @@ def test_a_damaged_checkpoint_is_refused(content, place, capsys):
     path = Path("run/checkpoint.pt")
     path.write_bytes(path.read_bytes()[:2000] if content is None else content)
     line = the_line(finetuning(*SCHEDULE, "--epochs", "1", "--out", "run", "--resume"), capsys)
-    assert line == "--resume: run/checkpoint.pt is no checkpoint of a fine-tuning that can be read"
+    assert line == "--resume: run/checkpoint.pt is not a readable checkpoint of a fine-tuning"
 
 
 def test_a_damaged_log_is_refused(tmp_path):

@@ -249,7 +249,7 @@ class Deaf(nn.Module):
     ("change", "message"),
     [
         (lambda m: setattr(m.blocks[1], "attn", Foreign()), "attn is Foreign, .*; want Attention of timm"),
-        (lambda m: setattr(m.blocks[3], "attn", Deaf(m.blocks[3].attn)), "attn is Deaf, .*hands keywords on"),
+        (lambda m: setattr(m.blocks[3], "attn", Deaf(m.blocks[3].attn)), "attn is Deaf, .*passes keyword arguments on"),
         (
             lambda m: setattr(m.blocks, "2", nn.Identity()),
             "blocks.2 is Identity; want the block that apply",
@@ -272,7 +272,7 @@ def test_what_cannot_take_a_place_is_refused_by_name(change, message):
 def test_deaf_blocks_are_refused():
     model = apply_patch(vit(), STATIC)
     model.blocks[1] = Deaf(model.blocks[1])
-    with pytest.raises(TypeError, match="blocks.1 is Deaf; want .*hands keywords on"):
+    with pytest.raises(TypeError, match="blocks.1 is Deaf; want .*passes keyword arguments on"):
         model(images())
 
 

@@ -22,7 +22,7 @@ from atm_triton.flops import cost, unmerged
 from atm_triton.measure.comparison import MEASURES, Measure, measure_of, percentile
 from atm_triton.measure.evaluate import evaluate, unpatched_answers
 from models import distilled, images, small, vit
-from test_calibrate import calibrated, loader, one_thread, small_search, whole  # noqa: F401 (fixtures)
+from test_calibrate import calibrated, loader, small_search, whole  # noqa: F401 (fixtures)
 
 MODELS = {  # a model, the request, and the name of the measure that fits
     "classes": (vit, {}, "softmax"),
@@ -187,7 +187,7 @@ def test_a_target_that_does_not_fit_names_those_that_do(make, asked, target, mes
 
 
 def test_what_fits_no_measure_is_refused():
-    with pytest.raises(ValueError, match=r"^sigmoid is of logits, and the model has no head \(num_classes=0\); leave"):
+    with pytest.raises(ValueError, match=r"^sigmoid compares logits, but the model has no head \(num_classes=0\);"):
         measure_of(vit(num_classes=0), sigmoid=True)
     with pytest.raises(ValueError, match="^dense compares patch tokens and sigmoid the labels of a head; give one of"):
         measure_of(vit(), dense=True, sigmoid=True)
@@ -272,7 +272,7 @@ def test_notes_of_another_measure_are_not_gone_on_with(tmp_path, loader):  # noq
     """The notes are of the same logits, once by softmax and once by sigmoid."""
     model, parts = vit(), split_images(loader, 0)[0]
     Meter(model, parts, {}).remember(tmp_path / "x.partial")
-    with pytest.raises(ValueError, match="is of another calibration that was interrupted"):
+    with pytest.raises(ValueError, match="is from another calibration that was interrupted"):
         Meter(model, parts, {}, Measure("sigmoid")).remember(tmp_path / "x.partial")
     assert isinstance(Notes(None, []), Notes)
 
@@ -336,7 +336,7 @@ def test_an_older_file_promises_by_softmax(tmp_path, photos, capsys):
     path.write_text(json.dumps(old))
     for head, said in ((1, MEASURES["sigmoid"]), (0, MEASURES["pooled"])):
         assert main(["eval", *given(tmp_path, photos, num_classes=head), "--config", str(path)]) == 2
-        wrong = f"--config {path} compared {MEASURES['softmax']}; of this model that is {said}; calibrate anew"
+        wrong = f"--config {path} compared {MEASURES['softmax']}, but this model gives {said}; calibrate anew"
         assert capsys.readouterr().err == f"atm-triton: {wrong}\n"
     assert main(["eval", *given(tmp_path, photos, num_classes=4), "--config", str(path)]) == 0
     path.write_text(json.dumps(old | {"promise": promise | {"measure": "guess"}}))

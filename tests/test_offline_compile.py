@@ -130,7 +130,7 @@ BAD = [
         "offline_compile: --chips sm_90: the results have all of them; give --json FILE for these alone\n",
     ),
     ("--json .", "offline_compile: --json . is a directory; name a file in it\n"),
-    ("--triton 3.6.0 3.9", "offline_compile: --triton 3.9 is no version; give one such as 3.6.0\n"),
+    ("--triton 3.6.0 3.9", "offline_compile: --triton 3.9 is not a version; give one such as 3.6.0\n"),
     (
         "--triton 3.6.0 --json a.json",
         "offline_compile: --json names one file, --triton writes one a version; give one of them\n",

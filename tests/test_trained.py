@@ -611,7 +611,6 @@ def weights(out):
 @pytest.mark.parametrize("name", ["dynamicvit", "iared2", "ltmp", "evovit", "mctf"])
 def test_an_interrupted_run_goes_on_to_the_bit(name, tmp_path):
     """This includes predictors, random draws, a teacher, and rates that change during training."""
-    torch.set_num_threads(1)
     recipe = replace(STEP, epochs=2, smoothing=0.0, ema=0.8)
     whole, _ = train(tmp_path / "whole", name, recipe)
     with pytest.raises(KeyboardInterrupt):

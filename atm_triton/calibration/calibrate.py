@@ -1,4 +1,4 @@
-"""calibrate(model, loader, target): the configuration that changes a model least at a cost, or costs least at a change.
+"""calibrate(model, loader, target): find the least change at a given cost, or the least cost at a given change.
 
 Takes a model, images without labels and a target: a cost in GFLOPs, or a limit on the change, in the measure that fits
 the model's answers (:mod:`atm_triton.measure.comparison`). Three eighths of the images fit the thresholds, three
@@ -214,12 +214,15 @@ def calibrate(
         max_merging_blocks: how many blocks may merge; None: any number. Matching takes time in every merging block,
             and FLOPs do not show it: with adapt="image" four of twelve blocks may be faster than eleven at the same
             GFLOPs.
-        dense: compare patch tokens, because ``forward_features`` is what you read. The last block then computes all
-            tokens and merges like the others.
+        dense: compare patch tokens; set this if you read ``forward_features``. The last block then computes all tokens
+            and merges like the others.
         sigmoid: the labels do not exclude one another. A single logit is always treated so.
         seed: seed of the search; the same seed on the same images gives the same configuration.
         notes: a file that keeps measurements, so that a later run can continue an interrupted one.
         progress: show a bar, or a line every half minute if stderr is not a terminal.
+
+    Returns:
+        The configuration that was found, with the cost and the change that it promises.
 
     Raises:
         ValueError: the target cannot be reached or does not fit what is compared; the images are too few, blank, or of
@@ -318,7 +321,7 @@ def _check_fits(model: VisionTransformer, shape: tuple[int, ...]) -> None:
         unmerged(model, shape)
     except (RuntimeError, AssertionError) as error:
         why = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"images {list(shape)} are not as the model's: {why}; give its channels and size") from error
+        raise ValueError(f"images {list(shape)} do not fit the model: {why}; want its channels and size") from error
 
 
 def _check_not_blank(parts: dict[str, list[Tensor]]) -> None:
@@ -363,8 +366,8 @@ def _rounded_up(number: float) -> str:
 
 
 def _chosen(search: Search, target: Target) -> Fitted:
-    """The chosen plan. If the target limits the change, the cost to search at is that of the plainest plan which holds
-    the target, and the plan that is found is scaled until it just holds it."""
+    """The best plan for a target. If the target limits the change, search at the cost of the plainest plan that meets
+    it, then scale the plan that was found until it only just meets the target."""
     if target.max_gflops is not None:
         return search.run(target.max_gflops)
     goal = _largest(search, target, search.plainest(), 9).mean.gflops

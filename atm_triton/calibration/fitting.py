@@ -1,4 +1,4 @@
-"""Fitting passes: find, in one pass, the thresholds that merge a wanted mean count in each block, and measure them.
+"""Fitting passes: in one pass, find the thresholds at which blocks merge the wanted mean counts, and measure them.
 
 All batches go through the model block by block. Before a block merges, the similarities of its candidates are pooled
 over all images; earlier blocks have already merged. The threshold is the quantile that leaves the wanted number of
@@ -204,8 +204,8 @@ class Fitting:
     def _threshold(
         self, block: FittingBlock, states: list[State], wanted: float, parts: tuple[str, ...]
     ) -> tuple[float | None, float]:
-        """The threshold at which ``wanted`` tokens per image merge on average, and the rest that the next block should
-        make up for: if a batch shares one r, that is a whole number."""
+        """The threshold at which ``wanted`` tokens per image merge on average (None: nothing merges), and the remainder
+        that the next block should make up for. A remainder arises if a batch shares one r, a whole number."""
         block.theta = -1.0  # with any threshold the block looks for partners
         own_batches = [(state.tokens.images.B, block.similarities(state.tokens)) for state in states]
         of_batches = self._of_all(own_batches, parts)
@@ -273,4 +273,4 @@ def check_hooks(model: VisionTransformer) -> None:
     for name, module in watched.items():
         after = module._forward_hooks if not name.startswith("blocks.") else ()
         if module._forward_pre_hooks or after:
-            raise ValueError(f"{name} has hooks that a calibration would not call; take them off before")
+            raise ValueError(f"{name} has hooks that a calibration would not call; remove them first")

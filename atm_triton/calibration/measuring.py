@@ -1,8 +1,8 @@
 """Measures configurations against the unmerged model on parts of the images.
 
 A configuration has a cost in GFLOPs, a divergence (:mod:`atm_triton.measure.comparison`) and a *change*: the mean over
-images of a power of their divergence. One image in hundreds decides the mean divergence itself, so a few images say
-little about it. A lower power needs fewer images, but if it is too low the hard images do not count. Nothing is
+images of a power of their divergence. About one image in hundreds dominates the mean divergence itself, so a small
+sample says little about it. A lower power needs fewer images, but too low a power ignores the hard ones. Nothing is
 measured twice, not even by a later run that finds the notes of this one.
 """
 

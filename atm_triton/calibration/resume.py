@@ -28,7 +28,7 @@ class Notes:
             lines = [mark]
         elif len(lines[0]) != len(mark) or not all(map(_close, lines[0], mark)):
             raise ValueError(
-                f"{path} is of another calibration that was interrupted; delete it, or choose another --out"
+                f"{path} is from another calibration that was interrupted; delete it, or choose another --out"
             )
         self._known = {name: values for name, *values in lines[1:]}
         if self._file is not None:
@@ -58,7 +58,7 @@ def _held(path: Path) -> TextIO:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise ValueError(
-            f"{path} is written by a calibration that still runs; wait, or choose another --out"
+            f"{path} is being written by a calibration that is still running; wait, or choose another --out"
         ) from error
     except (ImportError, OSError):  # Windows; file systems without locks
         pass

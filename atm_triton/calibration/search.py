@@ -175,7 +175,7 @@ class Search:
     # ---------------------------------------------------------------------------------------------- changes of a plan
 
     def climbed(self, best: Fitted, steps: int, goal: float) -> Fitted:
-        """The plan after ``steps`` random changes, of which only those are kept that improve it."""
+        """Try ``steps`` random changes of a plan, keep those that improve it, and return the result."""
         for _ in range(steps):
             child = self.fitting.run(self.changed(best, goal), "fit")
             self.saw(child)
@@ -187,7 +187,7 @@ class Search:
     def changed(self, fitted: Fitted, goal: float) -> Plan:
         """The plan with some or all of its counts changed at random, at the same cost."""
         counts, rng = list(fitted.mean.merged[: self.costs.merging]), self.rng
-        missing = fitted.mean.gflops - self.costs.of(counts)  # images differ, and cost more than one of mean counts
+        missing = fitted.mean.gflops - self.costs.of(counts)  # images that differ cost more than one with mean counts
         merging = [block for block, r in enumerate(counts) if r > 0]
         idle = [block for block, r in enumerate(counts) if r == 0]
         if idle and len(merging) < self.most and rng.random() < 0.3:

@@ -20,7 +20,7 @@ class Parser(argparse.ArgumentParser):
     """argparse's parser with one-line errors; of several processes only the first prints them."""
 
     def error(self, message: str) -> NoReturn:
-        line = f"{self.prog}: {message}; {self.prog} --help says what there is\n"
+        line = f"{self.prog}: {message}; see {self.prog} --help\n"
         self.exit(2, None if int(os.environ.get("RANK", 0)) else line)
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:

@@ -208,7 +208,7 @@ def run_calibrate(args: argparse.Namespace) -> dict[str, Any]:
     options = {name: getattr(args, name) for name in names}
     try:
         calibration = calibrate(model, batches, target, args.adapt, **options, notes=notes)
-    except UnreachableError:  # nothing to go on with
+    except UnreachableError:  # there is nothing to resume
         if rank() == 0:
             notes.unlink(missing_ok=True)
         raise
@@ -334,7 +334,7 @@ def _doubt(name: str, model: VisionTransformer) -> str:
         settled(ATMConfig(), model)
     except ValueError:
         return f"this {name} has another shape or other weights"
-    return f"taken for a {name} whose weights were not looked at"
+    return f"treated as a {name} whose weights were not checked"
 
 
 def _curve(args: argparse.Namespace) -> dict[str, Any]:

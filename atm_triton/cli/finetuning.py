@@ -46,7 +46,7 @@ def check_options(args: argparse.Namespace) -> None:
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} is too small; give 1 or more")
     if args.drop_path is not None and "drop_path_rate" in args.model_kwargs:
-        raise ValueError("--drop-path and --model-kwargs drop_path_rate are one; leave one out")
+        raise ValueError("--drop-path and --model-kwargs drop_path_rate are the same setting; leave one out")
     _check_rates(args)
     _check_out(args)
 
@@ -106,7 +106,7 @@ def training_images(
     images = TrainFolder(model, train, recipe.seed, **augmentation)
     validation = open_images(model, str(judged), dealt=True, **reading)
     if getattr(validation.dataset, "classes", None) != images.images.classes:
-        raise ValueError(f"directories {train} and {judged} hold other classes; want folders of the same names in both")
+        raise ValueError(f"directories {train} and {judged} hold different classes; want the same folder names in both")
     return images, validation
 
 

@@ -125,7 +125,7 @@ def data_options(directory: str = "one folder of images for each class", usual: 
 
 def _measure() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(add_help=False)
-    group = options.add_argument_group("what is compared (default: what the head says, or without one its pool)")
+    group = options.add_argument_group("what is compared (default: logits; without a head, the pooled feature)")
     one = group.add_mutually_exclusive_group()
     one.add_argument(
         "--dense", action="store_true", help="compare patch tokens, for a model whose patch tokens are read"
@@ -151,8 +151,8 @@ def _merging(usual_adapt: str, why: str = "", at_cost: str = "") -> argparse.Arg
         "--top1-drop", type=float, help="the paper's cheapest operating point at this loss of top-1, in points"
     )
     one.add_argument("--schedule", type=int, nargs="+", metavar="R", help='r for each block: adapt="static"')
-    text = f"""how many tokens merge: each image its own count (image), one r per batch (batch), or as a --schedule says
-        (static). Default: {usual_adapt}{why}; the paper's points keep the paper's batch, and a --config its own"""
+    text = f"""how many tokens merge: by each image's own count (image), one r per batch (batch), or a --schedule
+        (static). Default: {usual_adapt}{why}; the paper's points use batch, and a --config keeps its own"""
     group.add_argument("--adapt", choices=ADAPT, help=text)
     group.add_argument("--alpha", type=float, help="threshold of the first block; give --beta and --theta-min too")
     group.add_argument("--beta", type=float, help="how fast the threshold falls with depth")
@@ -160,7 +160,7 @@ def _merging(usual_adapt: str, why: str = "", at_cost: str = "") -> argparse.Arg
     group.add_argument(
         "--split-depth",
         type=int,
-        help="first blocks, which group tokens alternately; later ones group them by size (3/4 of the depth)",
+        help="number of first blocks that group tokens alternately; later ones group by size (3/4 of the depth)",
     )
     group.add_argument("--backend", default="auto", choices=BACKENDS, help=BACKEND_HELP)
     group.add_argument(
@@ -171,7 +171,7 @@ def _merging(usual_adapt: str, why: str = "", at_cost: str = "") -> argparse.Arg
     group.add_argument(
         "--all-tokens-last",
         action="store_true",
-        help="the last block computes all tokens, also where only the class token is read",
+        help="the last block computes all tokens, even if only the class token is read",
     )
     return options
 
@@ -205,7 +205,7 @@ def _calibrate(options: argparse.ArgumentParser) -> None:
     wish.add_argument("--min-agreement", type=float, help="the least cost at which this share keep their class, 0 to 1")
     wish.add_argument("--max-distance", type=float, help="of features: the least cost at this mean of 1 - cosine")
     wish.add_argument("--max-distance-p99", type=float, help="of features: the same at its 99th percentile")
-    text = f"for each image its own count (image), one r per batch (batch), or given r (static). Default: {USUAL_ADAPT}"
+    text = f"each image's own count (image), one r per batch (batch), or a given r (static). Default: {USUAL_ADAPT}"
     options.add_argument("--adapt", default=USUAL_ADAPT, choices=ADAPT, help=text)
     options.add_argument("--max-merging-blocks", type=int, help="merge in no more blocks than these; each takes time")
     options.add_argument("--images", type=int, default=256, help="how many to calibrate on, spread over the data (256)")
@@ -226,7 +226,7 @@ def _finetune(options: argparse.ArgumentParser) -> None:
     options.add_argument("--images", type=int, help="of the digits: how many to draw for each epoch (4096)")
     options.add_argument("--limit", type=int, help="number of images to judge by, taken evenly from all of a folder")
     options.add_argument(
-        "--save-every", type=int, metavar="STEPS", help="save within an epoch too, not at its end alone"
+        "--save-every", type=int, metavar="STEPS", help="also save within an epoch, not only at its end"
     )
     options.add_argument("--plot", type=Path, help="draw loss and accuracy by epoch (PNG, PDF or SVG)")
     _recipe(options.add_argument_group("recipe (default: the paper's, and for the rest DeiT's or the digits' own)"))
@@ -236,14 +236,14 @@ def _finetune(options: argparse.ArgumentParser) -> None:
 
 def _recipe(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--epochs", type=int, help="passes over the images (30)")
-    group.add_argument("--accumulate", type=int, metavar="PASSES", help="batches a step; processes share them out (4)")
+    group.add_argument("--accumulate", type=int, metavar="PASSES", help="batches per step, over all processes (4)")
     group.add_argument("--opt", help="an optimiser of timm's (adamw)")
     group.add_argument("--lr", type=float, help="learning rate at the start, whatever the batch (2e-5)")
     group.add_argument("--min-lr", type=float, help="learning rate at the end (3e-6)")
     group.add_argument("--sched", choices=SCHEDULES, help="how the learning rate falls (cosine)")
     group.add_argument("--warmup-epochs", type=int, help="epochs in which the rate rises from 1e-6 (0)")
     group.add_argument("--weight-decay", type=float, help="weight decay of matrices (0.05)")
-    group.add_argument("--clip-grad", type=float, help="largest norm of the gradient (any)")
+    group.add_argument("--clip-grad", type=float, help="largest norm of the gradient (no limit)")
     group.add_argument("--smoothing", type=float, help="label smoothing (0.1; digits 0.05)")
     group.add_argument("--mixup", type=float, help="alpha of mixup (0.8; digits 0)")
     group.add_argument("--cutmix", type=float, help="alpha of cutmix (1.0; digits 0)")
@@ -258,8 +258,8 @@ def _recipe(group: argparse._ArgumentGroup) -> None:
 
 
 def _augmentation(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--auto-augment", help="a policy of timm's, or none as '' (rand-m9-mstd0.5-inc1)")
-    group.add_argument("--color-jitter", type=float, help="where no policy is at work (0.3)")
+    group.add_argument("--auto-augment", help="a policy of timm's, or '' for none (rand-m9-mstd0.5-inc1)")
+    group.add_argument("--color-jitter", type=float, help="strength of the jitter, if there is no policy (0.3)")
     group.add_argument("--erasing", type=float, help="share of images with a part erased (0.25)")
 
 

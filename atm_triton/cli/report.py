@@ -91,7 +91,7 @@ def calibration_table(calibration: Calibration) -> str:
             *_promised_change(promise),
             f"compared: {Measure(promise.measure)}",
             f"{calibration.passes} passes of an image through the model, {calibration.images} images",
-            *([f"the target is not sure to hold: {doubt}; ask for more, or give more images"] if doubt else []),
+            *([f"the target may not hold: {doubt}; set a stricter one, or give more images"] if doubt else []),
         ]
     )
 

@@ -92,7 +92,7 @@ class Measure:
         return divergence, ((before > 0) == (after > 0)).double().mean(1)
 
     def text(self, divergence: float, agreement: float | None, p99: float | None) -> str:
-        """Say means over some images in words; ``p99``: the 99th percentile of the divergence."""
+        """Put means over some images into words. ``p99``: the 99th percentile of the divergence."""
         if self.of_features:
             return f"distance {divergence:.2g}, 99th percentile {p99:.2g}"
         return f"KL {divergence:.2g}, agreement {agreement:.4g}"
@@ -106,7 +106,7 @@ def measure_of(model: VisionTransformer, dense: bool = False, sigmoid: bool = Fa
         sigmoid: the labels do not exclude one another. A single logit is always treated so.
 
     Raises:
-        TypeError: a head that cannot be looked into.
+        TypeError: the head cannot be inspected.
         ValueError: both are given, ``sigmoid`` is given for a model without a head, or the model pools nothing and
             ``dense`` is not given.
     """
@@ -124,7 +124,7 @@ def measure_of(model: VisionTransformer, dense: bool = False, sigmoid: bool = Fa
         )
     if isinstance(model.head, nn.Identity):
         if sigmoid:
-            raise ValueError("sigmoid is of logits, and the model has no head (num_classes=0); leave it out")
+            raise ValueError("sigmoid compares logits, but the model has no head (num_classes=0); leave it out")
         return Measure("pooled")
     return Measure("sigmoid" if sigmoid or shape == (1,) else "softmax")
 

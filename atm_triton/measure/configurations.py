@@ -64,7 +64,7 @@ def promised_measure(path: Path | None, model: VisionTransformer) -> Measure | N
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"--config {path}: {error}") from error
     if promised != fitting:
-        raise ValueError(f"--config {path} compared {promised}; of this model that is {fitting}; calibrate anew")
+        raise ValueError(f"--config {path} compared {promised}, but this model gives {fitting}; calibrate anew")
     return promised
 
 

@@ -88,7 +88,7 @@ def unpatched_answers(
     title: str | None = "unpatched",
     measure: Measure | None = None,
 ) -> list[Tensor]:
-    """A model's answers to every batch, to be used by several evaluations. ``measure``: None: as fits the model."""
+    """A model's answers to every batch, for use by several evaluations. ``measure``: None for the one that fits."""
     measure = measure_of(model) if measure is None else measure
     bar = tqdm(batches, desc=title, unit="batch", disable=silent(title))
     return [_unpatched(model, images, number, measure) for number, (images, _) in enumerate(bar)]
@@ -219,7 +219,7 @@ def _quality(table: dict[str, Tensor], chosen: Tensor, measure: Measure) -> Qual
 
 
 def _of_images(number: Number | float, B: int) -> Tensor:
-    """float64 [B]."""
+    """``number`` as one value per image, float64 [B]."""
     return torch.as_tensor(number, dtype=torch.float64, device="cpu").expand(B)
 
 

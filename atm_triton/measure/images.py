@@ -100,8 +100,8 @@ class AnyImages(NamedImages):
 
 
 class ReadableImages:
-    """Batches of a :class:`NamedImages` loader without the images that cannot be read, followed by as many spare ones
-    as there are. ``broken``: the paths of the unreadable images met so far."""
+    """Batches of a :class:`NamedImages` loader without the images that cannot be read, followed by spare ones in their
+    place, if there are any. ``broken``: the paths of the unreadable images met so far."""
 
     def __init__(self, loader: DataLoader, dataset: NamedImages, batch_size: int) -> None:
         self.loader, self.dataset, self.batch_size = loader, dataset, batch_size

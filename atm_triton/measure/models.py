@@ -35,7 +35,7 @@ def open_model(
     """
     own = {"pretrained", "checkpoint_path", "features_only"} & model_kwargs.keys()
     if own:
-        raise ValueError(f"model argument {own.pop()}: give a checkpoint, or ask for pretrained weights, by itself")
+        raise ValueError(f"model argument {own.pop()} is not supported; choose weights by checkpoint or pretrained")
     _check_name(name)
     if name == DIGITS:
         name, pretrained = digits_model.NAME, checkpoint is None

@@ -39,7 +39,7 @@ def check_file(option: str, path: Path) -> None:
     if path.is_dir():
         raise IsADirectoryError(f"{option} {path} is a directory; name a file in it")
     if path.exists() and not path.is_file():  # writing would replace /dev/null itself
-        raise ValueError(f"{option} {path} is no regular file; choose another")
+        raise ValueError(f"{option} {path} is not a regular file; choose another")
     if not all(os.access(p, os.W_OK) for p in (path.absolute().parent, path) if p.exists()):  # written beside it first
         raise PermissionError(f"{option} {path} cannot be written; choose another")
     try:

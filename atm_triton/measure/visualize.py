@@ -144,7 +144,8 @@ def paint(seen: np.ndarray, tokens: Tensor) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Picture:
-    """A row of panels: the image, and its tokens after each of ``blocks`` (from 1), of which ``left`` remain."""
+    """A row of panels: the image, then its tokens after each of ``blocks`` (counted from 1). ``left``: how many patch
+    tokens remain after each."""
 
     title: str
     gflops: float

@@ -6,7 +6,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import PatchEmbed
 from torch import Tensor
 
-SIDE = 16  # a token stands for so many pixels of the image in each direction
+SIDE = 16  # a token stands for this many pixels of the image in each direction
 
 
 def published_cfg(**changes: Any) -> dict[str, Any]:
@@ -21,7 +21,7 @@ class Stem(PatchEmbed):
     """timm's ``PatchEmbed`` with other layers: images [B, C, H, W] to tokens [B, N, D], one per 16 x 16 pixels.
 
     Raises:
-        ValueError: patches are not 16 x 16, sides of the image are no multiples of 16, or an option is not supported.
+        ValueError: patches are not 16 x 16, sides of the image are not multiples of 16, or an option is not supported.
     """
 
     def __init__(self, img_size: int | tuple[int, int], patch_size: int, **kwargs: Any) -> None:

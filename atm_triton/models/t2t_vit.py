@@ -79,7 +79,7 @@ class TokenPerformer(nn.Module):
 
 
 class TokensToToken(Stem):
-    """Turns images [B, 3, 224, 224] into tokens [B, 196, D]. Each soft split makes tokens of overlapping windows."""
+    """Turns images [B, 3, 224, 224] into tokens [B, 196, D]. Each soft split turns overlapping windows into tokens."""
 
     def __init__(
         self, *args: Any, in_chans: int = 3, embed_dim: int = 768, attention: type = TokenTransformer, **kwargs: Any

@@ -205,7 +205,7 @@ def finetune(
             configuration for its present weights, as :func:`atm_triton.calibrate` does.
         workers: processes that load images.
         save_every: save every so many steps within an epoch too; None: only at the end of an epoch.
-        method: another way to reduce tokens than ATM; ``config`` is then None.
+        method: a way to reduce tokens other than ATM; ``config`` is then None.
 
     Returns:
         The final ``config``; ``before``, ``after`` and, with ``ema``, ``after_ema``: Evaluations as dicts; ``epochs``:
@@ -384,7 +384,7 @@ def _check_trainable(model: VisionTransformer) -> None:
 def _check_processes(model: VisionTransformer, recipe: Recipe) -> None:
     if recipe.accumulate % world_size():
         raise ValueError(
-            f"accumulate={recipe.accumulate} passes a step cannot be shared out alike to {world_size()} processes; "
+            f"accumulate={recipe.accumulate} passes a step cannot be shared evenly among {world_size()} processes; "
             f"give a multiple of {world_size()}"
         )
     norms = [name for name, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]

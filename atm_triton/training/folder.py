@@ -62,7 +62,7 @@ class RunFolder:
             state = torch.load(path, map_location="cpu", weights_only=True)
             before = json.loads(state["settings"])
         except Exception as error:  # torch, pickle and zip each raise their own for a file that is not theirs
-            raise ValueError(f"--resume: {path} is no checkpoint of a fine-tuning that can be read") from error
+            raise ValueError(f"--resume: {path} is not a readable checkpoint of a fine-tuning") from error
         self._check_same(before)
         if rank() == 0:
             self._cut_log(state["step"])

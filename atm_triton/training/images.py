@@ -104,7 +104,7 @@ class TrainFolder(TrainImages):
                 re_mode="pixel",
             )
         except (AssertionError, ValueError, KeyError, IndexError) as error:
-            raise ValueError(f"auto_augment={auto_augment!r} is unknown to timm; give one as {AUTO_AUGMENT}") from error
+            raise ValueError(f"auto_augment={auto_augment!r} is unknown to timm; try {AUTO_AUGMENT}") from error
         _keep_some_bits(self.images.transform)
         paths = "\n".join(str(Path(path).relative_to(root)) for path, _ in self.images.samples)
         augmentation = {"auto_augment": auto_augment, "color_jitter": color_jitter, "erasing": erasing}
@@ -151,8 +151,8 @@ def check_classes(classes: list[str], root: Path, number: int) -> None:
         )
     if len(classes) != number:
         raise ValueError(
-            f"directory {root} holds {len(classes)} classes, the model has {number}: give it a folder for each of "
-            f"them, or the model --model-kwargs num_classes={len(classes)} and weights for that"
+            f"directory {root} holds {len(classes)} classes, the model has {number}: add or remove folders, "
+            f"or give --model-kwargs num_classes={len(classes)} and weights for that"
         )
 
 

@@ -1,4 +1,4 @@
-"""Method: the interface through which another way of reducing tokens than ATM is trained."""
+"""Method: the interface for training with a way of reducing tokens other than ATM."""
 
 from collections.abc import Callable
 from typing import Any

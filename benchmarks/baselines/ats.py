@@ -24,10 +24,10 @@ class ATS(Baseline):
     token with the nearest sum. Only picked tokens have queries in this block, but all tokens have keys and values. The
     picked tokens leave the block in rising order of their scores, after the leading tokens.
 
-    As in the authors' code, the grid is fixed, not random, the token with the lowest score is never picked, and of two
-    patch tokens neither stays (because of a comparison with the constant 1). This differs from their code:
+    As in the authors' code, the grid is fixed, not random, the token with the lowest score is never picked, and if
+    there are two patch tokens, neither stays (their code compares with the constant 1). This differs from their code:
 
-    - M is free, as in the paper; theirs always has M = 196 and crashes below.
+    - M is free, as in the paper; theirs always has M = 196, and crashes with a smaller one.
     - Each image is sampled from its own tokens alone, with a plain softmax; theirs pads images to the longest of the
       batch, which moves the grid, so that a result depends on the other images.
     - All leading tokens stay; theirs keeps only the class token.

@@ -26,11 +26,11 @@ class AViT(Baseline):
     (its gradient is that of the remainder), and the KL between the distribution of scores over the blocks and a bell
     around two thirds of the depth.
 
-    The authors' code computes that KL from all images of a batch except the first, class token included; here it takes
-    the patch tokens of all images, also halted ones, as their code does. Their code never removes a token; here halted
-    tokens are removed, which gives the same answers. An image whose class token has halted keeps no other token,
-    because none can change its answer any more; the authors still count the FLOPs of its patches. After the last block
-    the score is set to 1, but the KL takes the computed score.
+    The authors' code computes that KL from all images of a batch except the first, class token included; here it is
+    computed from the patch tokens of all images; halted ones count, as in their code. Their code never removes a token;
+    here halted tokens are removed, which gives the same answers. An image whose class token has halted keeps no other
+    token, because none can change its answer any more; the authors still count the FLOPs of its patches. After the last
+    block the score is set to 1, but the KL takes the computed score.
 
     Args:
         gate_scale, gate_center: parameters of the score. The published ones are for DeiT-S; :meth:`fitted` finds the

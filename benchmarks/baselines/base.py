@@ -197,8 +197,8 @@ class EntryBlock(ReducingBlock):
         """Nothing to reduce after attention."""
 
     def macs(self, N: Number, queries: Number, rows: Number) -> Number:
-        """MACs of the tokens that stay and of the predictor, which sees all tokens that enter. (The paper's count has
-        one norm at each number of tokens, as for any block.)"""
+        """MACs of the tokens that stay and of the predictor, which sees all tokens that enter. (The paper's count
+        adds one norm of the tokens that enter and one of those that stay, as for any block.)"""
         if self.index not in self.baseline.blocks:
             return block_macs(self, N, queries, rows)
         return block_macs(self, rows, rows, rows) + self.predictor_macs(N)

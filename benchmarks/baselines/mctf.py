@@ -118,8 +118,8 @@ class MCTF(Baseline):
 
 
 class MCTFBlock(ReducingBlock):
-    """timm's block that fuses tokens before the values are computed. It does so too in a last block that serves only
-    the leading tokens or should not merge, because the tokens that these attend to are fused there."""
+    """timm's block that fuses tokens before the values are computed. It does so even in a last block that computes
+    only the leading tokens or does not merge, because the tokens that they attend to are fused there too."""
 
     baseline: MCTF
 

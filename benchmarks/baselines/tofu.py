@@ -20,8 +20,8 @@ class ToFu(Baseline):
 
     A merged token (MLERP) has the direction of the mean, weighted by size, and the largest norm of its tokens. A mean
     of 0, by whose norm the formula would divide, stays 0. From the first merge on sizes count in the means and in
-    attention. No code of the authors was found. This follows other people's code, which agrees that dropping comes
-    first, on ToMe's matching and on the largest norm. Some of it never sets sizes (``sizes``).
+    attention. No code of the authors was found. This follows other people's code, which agrees on three points:
+    dropping comes first, matching is ToMe's, and the largest norm is taken. Some of it never sets sizes (``sizes``).
 
     Args:
         r: tokens per block. switch: the first block that merges, None: the one after half of the depth, as in other

@@ -44,7 +44,7 @@ class ZeroTPrune(Baseline):
     - what happens if no head is within the bounds: all heads count;
     - whether the variance is divided by the number of tokens: it is;
     - whether the map of the remaining tokens is normalised anew: it is not;
-    - which blocks prune how much: the blocks are recalled, the rate is ours.
+    - which blocks prune how much: the blocks are from memory, the rate is ours.
 
     The iterations are the upper ends of published ranges. The leading tokens stay and vote. Tokens that stay keep their
     order.

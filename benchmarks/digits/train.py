@@ -129,7 +129,7 @@ def run(args: argparse.Namespace) -> None:
     check_file("--out", args.out)
     check_file("--json", args.json)
     if not 0 < args.scale < math.inf:
-        raise ValueError(f"--scale {args.scale} is no number of steps; give one above 0")
+        raise ValueError(f"--scale must be finite and above 0, got {args.scale}")
     model, log = train(args.seed, args.device, args.scale)
     halves = {name: tensor.half().cpu().contiguous() for name, tensor in model.state_dict().items()}
     model.load_state_dict(halves)  # measure the weights as they are saved

@@ -74,8 +74,8 @@ def deit(model: VisionTransformer, batch: int, setting: Setting) -> Case:
 
 @torch.inference_mode()
 def digits(model: VisionTransformer, batch: int, setting: Setting) -> Case:
-    """The case of the trained digits model with the shipped thresholds. Its two plans merge as many tokens as "batch",
-    and as an image merges on average with "image"."""
+    """The case of the trained digits model with the shipped thresholds. One of its plans merges as many tokens as
+    "batch" does, the other as many as an image merges on average with "image"."""
     images, _ = next(iter(open_images(open_model(), limit=batch, batch_size=batch)))
     height, width = model.patch_embed.img_size  # a tiny model gets a corner of each image
     images = images[..., -height:, -width:].to(next(model.parameters()))

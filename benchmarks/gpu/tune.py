@@ -188,10 +188,10 @@ def run(args: argparse.Namespace) -> None:
     where = f"{made['gpu'] or 'no GPU: interpreted'}, triton {made['triton']}"
     print(f"{args.kernel}: {len(ran)} of {len(tried)} configurations ran on {where}")
     if times[0][0] is None:
-        print(f"the table's does not: {table}")
+        print(f"the configuration in the table did not run: {table}")
     for place, (us, config) in enumerate(ran):
         if place < SHOWN or config == table:
-            print(f"{us:10.1f} us  {config}{'  the table says so' if config == table else ''}")
+            print(f"{us:10.1f} us  {config}{'  (in the table)' if config == table else ''}")
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:

@@ -42,7 +42,7 @@ def arguments() -> argparse.ArgumentParser:
 def training_options(seeds: list[int]) -> argparse.ArgumentParser:
     """The options of an experiment that trains."""
     parser = argparse.ArgumentParser(add_help=False, parents=[jobs_option()])
-    text = "one r per batch, as in the paper, or each image its own count (batch)"
+    text = "merge by one r per batch, as in the paper, or by each image's own count (batch)"
     parser.add_argument("--adapt", nargs="+", default=["batch"], choices=ADAPT[:2], help=text)
     parser.add_argument("--epochs", type=int, default=5, help="of each training (5)")
     text = f"a training for each ({' '.join(map(str, seeds))})"
@@ -166,7 +166,7 @@ def _images(subject: Subject, args: argparse.Namespace, model: Any, seed: int) -
         return TrainDigits(digits, seed)
     images = TrainFolder(model, args.train, seed)
     if images.images.classes != subject.classes:
-        raise ValueError(f"--train {args.train} and --data {args.data} hold other classes; want folders of equal names")
+        raise ValueError(f"--train {args.train} and --data {args.data} hold different classes; want equal folder names")
     return images
 
 

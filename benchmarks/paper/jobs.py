@@ -19,8 +19,8 @@ EXPECTED = (ValueError, TypeError, OSError)  # errors that one line explains
 
 
 class Job(NamedTuple):
-    """A row by its key: ``measure(subject, args, *arguments)`` returns the rest of it. ``measure`` is a function of a
-    module, so that another process finds it."""
+    """A row to measure, identified by its ``key``: ``measure(subject, args, *arguments)`` returns the rest of the row.
+    ``measure`` must be a function at module level, so that another process can find it."""
 
     key: dict[str, Any]
     measure: Callable[..., dict[str, Any]]
@@ -43,12 +43,12 @@ def check_jobs(number: int) -> None:
 
 
 def add_all(rows: Rows, subject: Subject, args: argparse.Namespace, jobs: Sequence[Job]) -> None:
-    """Add the row of each job unless it is there. With ``args.jobs`` above 1 so many are measured at once, and rows are
-    added as they are done.
+    """Add the row of each job unless it is there. If ``args.jobs`` is above 1, that many jobs run at once, and rows are
+    added in the order in which jobs finish.
 
     Raises:
-        Exception: what a job raised. Of several at once the rows of the others are added first, and the message names
-            each job that failed.
+        Exception: what a job raised. If several jobs run at once, the rows of the others are added first, and the
+            message names each job that failed.
     """
     if args.jobs == 1:
         for job in jobs:
@@ -80,7 +80,7 @@ def _add(rows: Rows, args: argparse.Namespace, jobs: Sequence[Job]) -> list[tupl
                     row, broken, said = future.result()
                 except BrokenProcessPool as error:
                     raise ValueError(
-                        f"one of {args.jobs} processes died, as where memory runs out; give fewer --jobs, with --resume"
+                        f"one of {args.jobs} processes died, as when memory runs out; give fewer --jobs, with --resume"
                     ) from error
                 except Exception as error:  # of any kind: hours of other trainings must not be lost with it
                     failed.append((futures[future], error))

@@ -29,12 +29,12 @@ def options(choosing: bool = True, config: bool = True) -> argparse.ArgumentPars
     """The options of an experiment that runs a model. ``choosing``: whether it chooses settings; ``config``: whether
     the user gives it thresholds for ATM."""
     parser = argparse.ArgumentParser(add_help=False, parents=[model_options(), data_options()])
-    parser.add_argument("--limit", type=int, help="judge by so many images, spread over all of them")
+    parser.add_argument("--limit", type=int, help="number of images to judge by, spread over all of them")
     if choosing:
         text = "a directory of images to choose settings by (the digits: their own split)"
         parser.add_argument("--choose-by", help=text)
     if config:
-        text = 'ATM\'s thresholds, of "atm-triton calibrate"; of several files the nearest in cost'
+        text = 'thresholds for ATM, from "atm-triton calibrate"; of several files, the nearest in cost is used'
         parser.add_argument("--config", type=Path, nargs="+", metavar="FILE", help=text)
     parser.add_argument("--workers", type=int, default=2, help="processes that load images")
     parser.add_argument("--resume", action="store_true", help="go on with what --out holds of the same run")
@@ -106,7 +106,7 @@ class Subject(ModelWithImages):
 
     @property
     def configs(self) -> dict[str, ATMConfig]:
-        """For experiments that do not compare costs: the thresholds nearest to a usual cost, for each way to adapt."""
+        """The thresholds nearest to a usual cost, by way to adapt; for experiments that do not compare costs."""
         shape = data_config(self.model)["input_size"]
         usual = (1 - USUAL) * cost(self.model, unmerged(self.model, shape)).paper_gflops
         return {adapt: self.thresholds.of_either(adapt, usual) for adapt in ("batch", "image")}
@@ -156,7 +156,7 @@ def batch_size(args: argparse.Namespace) -> int:
 
 def _check_choosing(data: str, chosen: str | None) -> None:
     if data != DIGITS and chosen is None:
-        raise ValueError("--choose-by DIR: say by which images settings are chosen; others than those of --data")
+        raise ValueError("--choose-by DIR: give images to choose settings by, other than those of --data")
     if chosen is not None and overlap(data, chosen):
         raise ValueError(f"--choose-by {chosen} holds images of --data: choose settings by others")
 

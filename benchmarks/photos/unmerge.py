@@ -1,4 +1,4 @@
-"""``python -m benchmarks.photos.unmerge``: patch tokens by their slot alone, or with what merging took from them.
+"""``python -m benchmarks.photos.unmerge``: what patch tokens gain if unmerging adds back what merging took from them.
 
 With "nearest" a patch gets the value x'_slot of the token that it is part of. With "residual" its difference from the
 mean of its slot at the time of the merge is added again: x_i + (x'_slot - mean). That is exact if the later blocks do
