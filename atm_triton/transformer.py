@@ -207,8 +207,8 @@ class ATMBlocks(nn.Sequential):
 
     @property
     def quarter(self) -> int:
-        """The number of blocks in the first quarter."""
-        return len(self) // 4
+        """The number of blocks in the first quarter, at least two: one block merges at most half of the tokens."""
+        return min(max(len(self) // 4, 2), len(self))
 
     def _warn_of_what_is_gone(self, left: float) -> None:
         """Warn, once, if too few tokens are left. ``left``: their share after a quarter of the blocks."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from atm_triton.cli.bad_input import Parser
 from atm_triton.measure.provenance import write_result
 from benchmarks import RESULTS
 
@@ -57,4 +58,5 @@ def main(tests: Path = TESTS, path: Path = RESULTS / "integration.json") -> int:
 
 
 if __name__ == "__main__":
+    Parser(prog="python -m benchmarks.integration", description=__doc__.split("\n\n")[1]).parse_args()
     sys.exit(main())

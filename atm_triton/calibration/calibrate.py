@@ -32,7 +32,7 @@ PARTS = {"fit": 3, "choose": 3, "promise": 2}  # in eighths
 MOST = {"fit": 256, "choose": 512}  # images per part; more take time and tell little more
 LEAST_IMAGES = 64
 SCALES = (-20.0, 10.0)  # log2, from a plan that merges almost nothing to one that merges everything
-ALIKE = 1e-4  # rounding alone may make the compared answers to two equal images differ by this much
+ALIKE = 1e-4  # rounding may make compared answers to equal images differ by this; a divergence grows with its square
 NEAR = 0.01  # share of the range of all pixels; a camera's noise is about as large
 WORST = 100  # up to this many images the 99th percentile is the largest value
 
@@ -304,7 +304,7 @@ def _check_asked(model: VisionTransformer, adapt: str, max_merging_blocks: int |
 
 
 def _check_answers(meter: Meter) -> None:
-    if meter.spread() < ALIKE:
+    if meter.spread() < ALIKE or meter.apart() < ALIKE**2:
         raise ValueError("the model answers all images alike, so no merging changes it; check images, weights and head")
     if meter.normalised():
         raise ValueError("all answers lie in 0 .. 1, as probabilities do; want logits: remove the last activation")

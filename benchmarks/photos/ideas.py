@@ -2,13 +2,15 @@
 
 Each idea merges r tokens per block in every image, so that cost and counts are equal and only the matching differs.
 With ``--adapt image`` each image merges its own number, by thresholds with which each block merges on average as many
-tokens as calibrated ATM does. The ideas are written for this comparison, on top of the reference.
+tokens as calibrated ATM does. With ``--swap`` the photographs to choose by and those to judge by change places. The
+ideas are written for this comparison, on top of the reference.
 """
 
 import argparse
 import json
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import geometric_mean
@@ -29,7 +31,7 @@ from benchmarks.paper.methods import Way
 from benchmarks.paper.rows import Rows
 from benchmarks.photos import __main__ as photographs
 from benchmarks.photos.compare import MEASURES, TO_SCALE, Photos
-from benchmarks.photos.images import PHOTOS
+from benchmarks.photos.images import PHOTOS, crops
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,7 @@ AT_OWN_COUNTS = (
     *("drawn, by sizes", "keys and tokens, drawn, by sizes"),
 )
 SHARES = (0.2, 0.3)  # of the FLOPs, that calibrated ATM was asked to save
-OUT = {"static": "photos_ideas.json", "image": "photos_ideas_image.json"}
+OUT = {"static": "photos_ideas.json", "image": "photos_ideas_image.json", "swap": "photos_ideas_swapped.json"}
 
 
 def measure(photos: Photos, rows: Rows, each: tuple[int, ...]) -> dict[str, Any]:
@@ -156,12 +158,14 @@ def measure(photos: Photos, rows: Rows, each: tuple[int, ...]) -> dict[str, Any]
     return rows.finish()
 
 
-def measure_own_counts(photos: Photos, rows: Rows, calibrated: dict[float, ATMConfig]) -> dict[str, Any]:
+def measure_own_counts(
+    photos: Photos, rows: Rows, calibrated: dict[float, ATMConfig], names: Sequence[str] = AT_OWN_COUNTS
+) -> dict[str, Any]:
     """Measure ideas with thresholds. ``calibrated``: ATM's, by the share of the FLOPs that they were asked to save."""
-    rows.expect(len(AT_OWN_COUNTS) * len(calibrated))
+    rows.expect(len(names) * len(calibrated))
     for saved, config in calibrated.items():
         counts = mean_counts(photos, config)
-        for name in AT_OWN_COUNTS:
+        for name in names:
             key = {"idea": name, "share": saved}
             rows.add(key, lambda idea=IDEAS[name], counts=counts: _with_counts(photos, idea, counts))
     return rows.finish()
@@ -244,7 +248,9 @@ def _less(before: dict[str, Any], row: dict[str, Any], name: str) -> float:
 
 
 def run(args: argparse.Namespace) -> None:
-    out = RESULTS / OUT[args.adapt] if args.out is None else args.out
+    if args.adapt == "static" and (args.swap or args.ideas != list(AT_OWN_COUNTS)):
+        raise ValueError("--swap and --ideas have no effect without --adapt image; leave them out")
+    out = RESULTS / OUT["swap" if args.swap else args.adapt] if args.out is None else args.out
     check_file("--out", out)
     least = len(PHOTOS["test"]) + 1
     if args.data or args.images < least:
@@ -256,14 +262,27 @@ def run(args: argparse.Namespace) -> None:
         print(table(measure(photographs.subject(args), rows, EACH)))
         return
     args.batch_size, calibrated = 1, calibrated_thresholds(RESULTS / "photos.json")
-    rows = Rows(out, photographs.settings(args), args.resume)
-    print(table(measure_own_counts(photographs.subject(args), rows, calibrated)))
+    rows = Rows(out, photographs.settings(args) | {"swapped": args.swap, "ideas": args.ideas}, args.resume)
+    photos = photographs.subject(args)
+    if args.swap:
+        photos = swapped(photos, args.images, args.calibration_images)
+    print(table(measure_own_counts(photos, rows, calibrated, args.ideas)))
+
+
+def swapped(photos: Photos, images: int, calibration_images: int) -> Photos:
+    """The same with the photographs to choose by and those to judge by in each other's place."""
+    chosen_by, test = crops(photos.model, "test", calibration_images), crops(photos.model, "calibration", images)
+    of_photos = torch.arange(images) % len(PHOTOS["calibration"])
+    return Photos(photos.model, photos.decoder, chosen_by, test, of_photos, photos.batch)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="python -m benchmarks.photos.ideas", description=__doc__.split("\n\n")[0].split(": ")[1])
     photographs.add_subject(parser)
     parser.add_argument("--adapt", choices=list(OUT), default="static", help="one r for all, or each image its own")
+    parser.add_argument("--swap", action="store_true", help="choose by the photographs to judge by, and the reverse")
+    text = "with --adapt image: some of " + "; ".join(AT_OWN_COUNTS)
+    parser.add_argument("--ideas", nargs="+", choices=AT_OWN_COUNTS, default=list(AT_OWN_COUNTS), help=text)
     parser.add_argument("--out", type=Path, help=f"the result (in results/: {' or '.join(OUT.values())})")
     args = parser.parse_args(argv)
     return exit_code("benchmarks.photos.ideas", lambda: run(args))

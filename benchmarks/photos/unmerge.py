@@ -22,7 +22,7 @@ from atm_triton.cli.bad_input import Parser, exit_code
 from atm_triton.measure.comparison import Measure
 from atm_triton.measure.configurations import checksum
 from atm_triton.measure.evaluate import share
-from atm_triton.measure.provenance import check_file, write_result
+from atm_triton.measure.provenance import check_file, check_outputs, write_result
 from atm_triton.ops import unmerge
 from atm_triton.packed import Assignment, Packed
 from atm_triton.patch import install
@@ -106,6 +106,7 @@ def config_of(settings: dict[str, Any], depth: int) -> ATMConfig:
 
 
 def run(args: argparse.Namespace) -> None:
+    check_outputs({"--out": args.out}, [args.of])
     check_file("--out", args.out)
     try:
         document = json.loads(args.of.read_text())
