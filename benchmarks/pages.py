@@ -460,6 +460,8 @@ TABLES = {  # for each page: the name of a table, the function that makes it, an
         "photos": (_photographs, ("photos.json",)),
         "unmerge": (unmerge.table, ("photos_unmerge.json",)),
         "ideas": (ideas.table, ("photos_ideas.json",)),
+        "ideas-image": (ideas.table, ("photos_ideas_image.json",)),
+        "ideas-swapped": (ideas.table, ("photos_ideas_swapped.json",)),
     },
     TRAINED: {
         "table4": (table4.table, ("digits_table4.json",)),

@@ -71,7 +71,14 @@ PAGES = {  # file: title, and each result with its description; "": the first li
         "A DINOv2 and photographs",
         {
             "photos": "all methods at several costs, by class token, patch tokens and saliency",
+        },
+    ),
+    "matching.md": (
+        "Other ways to match and unmerge, on photographs",
+        {
             "photos_ideas": "other ways to match tokens",
+            "photos_ideas_image": "the same where each image merges its own number",
+            "photos_ideas_swapped": "three of these on other photographs",
             "photos_unmerge": "other ways to unmerge patch tokens",
         },
     ),
