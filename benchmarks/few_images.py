@@ -1,7 +1,7 @@
 """Calibrations from few images beside earlier ones from many: ``python -m benchmarks.few_images``, on the digits.
 
-Each earlier calibration of ``results/`` for ``adapt="image"`` is compared with several new ones for the same goal, each
-on a different small set of images. All are judged on the test split as they are. Few images predict the cost less
+Each calibration of ``results/`` by an earlier search on 512 images is compared with several new ones for the same goal,
+each on a different small set of images. All are judged on the test split as they are. Few images predict the cost less
 exactly, so the new ones are also judged with the distances of their thresholds from 1 scaled until they cost as much on
 the test split as the earlier one.
 """
@@ -29,7 +29,6 @@ from atm_triton.measure.provenance import check_file, write_result
 from benchmarks import RESULTS
 from benchmarks.model_with_images import BATCH_SIZE, TRIES
 
-SHARES = (0.30, 0.55, 0.62)
 FIELDS = {"cls_only_last": True, "backend": "auto"}
 
 
@@ -61,22 +60,18 @@ class Judge:
         return self.measured(self.search.settled(plan, gflops, ("test",), TRIES).config)
 
 
-def earlier(shares: list[float]) -> Iterator[tuple[str, float, dict[str, Any]]]:
+def earlier() -> Iterator[tuple[str, float, dict[str, Any]]]:
     """Yield the earlier calibrations: on how many images, for which goal in GFLOPs, with which configuration."""
-    one = json.loads((RESULTS / "digits_calibrate_512.json").read_text())
-    yield f"{one['images']} images", one["target"]["max_gflops"], one["config"]
-    several = json.loads((RESULTS / "digits_calibration.json").read_text())
-    for row in several["rows"]:
-        if row["method"] == "calibrated" and row["adapt"] == "image" and row.get("share") in shares:
-            goal = (1 - row["share"]) * row["gflops_unpatched"]
-            yield f"{several['settings']['images']} images", goal, row["config"]
+    for path in sorted(RESULTS.glob("digits_calibrate_512*.json")):
+        one = json.loads(path.read_text())
+        yield f"{one['images']} images", one["target"]["max_gflops"], one["config"]
 
 
 def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     judge, per_set = Judge(args.test), args.images
     loader = open_images(judge.model, split="calibration", limit=per_set * args.sets, batch_size=BATCH_SIZE)
     images = torch.cat([batch for batch, _ in loader])
-    for name, goal, values in earlier(args.shares):
+    for name, goal, values in earlier():
         before = judge.measured(ATMConfig(**values))
         yield {"calibration": name, "goal": goal, "config": values, "as_is": before}
         for number in range(args.sets):
@@ -130,7 +125,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--images", type=int, default=64, help="images per calibration (64)")
     parser.add_argument("--sets", type=int, default=3, help="sets of calibration images, one calibration each (3)")
     parser.add_argument("--test", type=int, default=2000, help="test images (2000)")
-    parser.add_argument("--shares", type=float, nargs="+", default=list(SHARES), help="of digits_calibration.json")
     parser.add_argument("--out", type=Path, default=RESULTS / "digits_few_images.json")
     args = parser.parse_args(argv)
     return exit_code("few_images", lambda: run(args))

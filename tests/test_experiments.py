@@ -126,7 +126,7 @@ def test_few_images(tmp_path, capsys, monkeypatch):
     goal = 0.7 * cost(model, unmerged(model, (1, 112, 112))).paper_gflops
     config = {"alpha": 0.9, "beta": 0.1, "theta_min": 0.5, "adapt": "image"}
     config["thresholds"] = [ATMConfig(**config).theta(block, 4) for block in range(1, 5)]
-    monkeypatch.setattr(few_images, "earlier", lambda shares: iter([("many", goal, config)]))
+    monkeypatch.setattr(few_images, "earlier", lambda: iter([("many", goal, config)]))
     earlier, few = rows_of(few_images.main, tmp_path / "out.json", "--sets", "1", "--test", "16")
     assert "at_cost" not in earlier and few["cpu_seconds"] > 0 and few["calibration"] == "64 images, set 0"
     assert few["at_cost"]["gflops"] == pytest.approx(earlier["as_is"]["gflops"], rel=0.02)
