@@ -13,7 +13,7 @@ from torch.nn.modules import module as every_module
 
 from atm_triton import ops
 from atm_triton.config import ATMConfig
-from atm_triton.packed import Assignment, Images, Packed, check_prefix
+from atm_triton.packed import Assignment, Images, Packed, check_plan
 from atm_triton.reference import largest_r, of_tokens
 
 
@@ -182,9 +182,9 @@ class ATMBlock(Block):
         else:
             assignment, counts = plan, None
             if plan is not None:
-                check_prefix(plan, images, self.num_prefix_tokens)
+                check_plan(plan, images, self.num_prefix_tokens)
         if assignment is None:
-            x = x + self._drop_path(self.drop_path1, self.ls1(attended), images)
+            x = x + self.drop_images(self.drop_path1, self.ls1(attended), images)
             del attended  # frees its memory for what follows
             y = self.norm2(x)
         else:
@@ -192,7 +192,7 @@ class ATMBlock(Block):
             del attended
             images = tokens.images
             x = images.shaped(tokens.x)
-        x = x + self._drop_path(self.drop_path2, self.ls2(self.mlp(y)), images)
+        x = x + self.drop_images(self.drop_path2, self.ls2(self.mlp(y)), images)
         step.counts = counts
         step.slots = None if assignment is None else assignment.slots
         return tokens.with_x(rows(x))
@@ -285,7 +285,7 @@ class ATMBlock(Block):
         )
         return each.permute(1, 2, 0, 3).unbind(0)
 
-    def _drop_path(self, drop_path: nn.Module, x: Tensor, images: Images) -> Tensor:
+    def drop_images(self, drop_path: nn.Module, x: Tensor, images: Images) -> Tensor:
         """Drop whole images, even if their lengths differ."""
         if images.equal or not self.training or isinstance(drop_path, nn.Identity):
             return drop_path(x)
@@ -335,7 +335,7 @@ class ATMBlock(Block):
             gamma = scale_of(self.ls1, tokens.x)
             merged, y = ops.add_merge_norm(tokens, rows(attended), gamma, assignment, self.norm2)
             return merged, merged.images.shaped(y)
-        x = images.shaped(tokens.x) + self._drop_path(self.drop_path1, self.ls1(attended), images)
+        x = images.shaped(tokens.x) + self.drop_images(self.drop_path1, self.ls1(attended), images)
         merged = ops.merge(tokens.with_x(rows(x)), assignment, self.config.backend)
         return merged, self.norm2(merged.images.shaped(merged.x))
 

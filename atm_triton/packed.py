@@ -111,25 +111,39 @@ class Assignment(NamedTuple):
         return cls(slots=numbered, T=B * M, images=Images.of(B, M, device))
 
 
-def check_prefix(assignment: Assignment, images: Images, num_prefix: int) -> None:
-    """Check that the protected tokens at the start of each image of ``images`` stay first, because whatever reads the
-    class token reads the first row.
+def check_plan(assignment: Assignment, images: Images, num_prefix: int) -> None:
+    """Check that a plan fits the tokens of ``images``, and that the protected ones at the start of each image stay
+    first and alone, because whatever reads the class token reads the first row.
 
     Raises:
-        ValueError: they do not. On a GPU a device-side assertion fails instead, as in :meth:`Assignment.of`.
+        TypeError: it is not an assignment; ValueError: they do not. On a GPU a device-side assertion fails instead, as
+            in :meth:`Assignment.of`.
     """
+    if not isinstance(assignment, Assignment):
+        raise TypeError(f"a plan must return an Assignment or None, got {type(assignment).__name__}")
     slots = assignment.slots
+    if images.equal and len(slots) != images.B * images.N:
+        raise ValueError(
+            f"a plan has {len(slots)} slots for {images.B} images of {images.N} tokens; give one per token"
+        )
     if num_prefix == 0 or torch.compiler.is_compiling() or slots.is_meta:
         return
-    first = torch.arange(num_prefix, device=slots.device)
-    stay = images.first(slots, num_prefix) == assignment.images.cu_seqlens[:-1, None] + first
+    first, begin = torch.arange(num_prefix, device=slots.device), assignment.images.cu_seqlens[:-1]
+    stay = images.first(slots, num_prefix) == begin[:, None] + first
+    own = slots - begin.repeat_interleave(images.lengths, output_size=len(slots))
+    alone = ((own >= 0) & (own < num_prefix)).sum() <= stay.numel()
     if slots.is_cuda:
-        torch._assert_async(stay.all())
+        torch._assert_async(stay.all() & alone)
     elif not stay.all():
         image, token = (~stay).nonzero()[0].tolist()
         raise ValueError(
             f"a plan moves or drops token {token} of image {image}, one of the {num_prefix} at its start that must "
             f"stay; give it slot {token}"
+        )
+    elif not alone:
+        raise ValueError(
+            f"a plan merges tokens into the {num_prefix} at the start of an image that must stay as they are; give "
+            f"the others slots from {num_prefix}"
         )
 
 

@@ -23,6 +23,7 @@ class Summary:
     record: Record
     cost: Cost[float]
     unmerged: Cost[float]
+    all_served: Cost[float]  # if the last block computed all its tokens
     way: str  # how the pass ran
     source: str = ""  # where thresholds or r come from, if the configuration says so
     logits: str = ""  # what the logits are, if the model can compute them in several ways
@@ -57,6 +58,11 @@ class Summary:
     def saved(self) -> float:
         return 1 - self.macs / self.unmerged.macs
 
+    @property
+    def saved_by_merging(self) -> float:
+        """What would be saved if the last block computed all its tokens, as timm's does."""
+        return 1 - self.all_served.macs / self.unmerged.macs
+
     def __str__(self) -> str:
         differ = any(isinstance(n, Tensor) for n in self.record.tokens)
         lines = ["block  tokens in" + "  fewest   most" * differ + "  merged  MLP rows       MACs"]
@@ -66,8 +72,9 @@ class Summary:
             ends = f"  {fewest:6d} {most:6d}" * differ
             lines.append(f"{block:5d}  {_number(N, 9)}{ends}  {_number(r, 6)}  {_number(rows, 8)}  {macs:9.3e}")
         lines.append(
-            f"{self.paper_gflops:.2f} GFLOPs an image ({self.macs:.4e} MACs) of {self.unmerged.paper_gflops:.2f}: "
-            f"{100 * self.saved:.1f} % of the MACs saved"
+            f"{self.paper_gflops:.2f} GFLOPs per image ({self.macs:.4e} MACs); unmerged "
+            f"{self.unmerged.paper_gflops:.2f}: {100 * self.saved:.1f} % of the MACs saved"
+            + (f" (all tokens last: {100 * self.saved_by_merging:.1f} %)" if self.record.leading is not None else "")
         )
         said = {"run by": self.way, "merges by": self.source, "logits": self.logits}
         return "\n".join([*lines, *(f"{what}: {text}" for what, text in said.items() if text)])
@@ -94,6 +101,7 @@ def summary(model: VisionTransformer) -> Summary:
         record=record,
         cost=cost(model, record),
         unmerged=whole,
+        all_served=cost(model, record.all_served),
         way=way,
         source=model.blocks.config.source,
         logits=getattr(model, "logits_are", ""),

@@ -1,3 +1,5 @@
+"""Adds versions and machine to what pytest-benchmark writes."""
+
 from atm_triton.measure.provenance import environment
 
 

@@ -21,9 +21,9 @@ PAGES = {  # file: title, and each result with its description; "": the first li
     "cpu.md": (
         "Speed on a CPU",
         {
-            "cpu_bench": "images a second: the digits with one r per batch, DeiT-S with r = 8",
-            "cpu_bench_image": "images a second: each image by its own count, on the digits and on DeiT-S",
-            "cpu_bench_single": "images a second: DeiT-T, one image at a time",
+            "cpu_bench": "images per second: the digits with one r per batch, DeiT-S with r = 8",
+            "cpu_bench_image": "images per second: each image by its own count, on the digits and on DeiT-S",
+            "cpu_bench_single": "images per second: DeiT-T, one image at a time",
         },
     ),
     "gpu.md": (

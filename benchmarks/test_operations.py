@@ -73,6 +73,12 @@ def test_merge(benchmark, backend, qkv, sizes):
     assert merged.x.shape == (B * (N - R), C)
 
 
+def test_unmerge(benchmark, backend, qkv, sizes):
+    assignment = ops.assign(*to_assign(qkv[1], sizes, backend))
+    merged = torch.randn(assignment.T, C, device=DEVICE)
+    assert time(benchmark, ops.unmerge, merged, assignment.slots, backend).shape == (B * N, C)
+
+
 def test_group_by_size(benchmark, sizes):
     a, _ = time(benchmark, group_by_size, sizes.view(B, N), 1)
     assert a.shape == (B, (N - 1) // 2)

@@ -1,3 +1,5 @@
+"""Settings and fixtures for all tests: one thread, Triton's interpreter without a GPU, and seeds."""
+
 import os
 
 import pytest

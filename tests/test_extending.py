@@ -174,19 +174,40 @@ def test_slots_that_would_reach_into_the_next_image_are_refused(slots, M, messag
         Assignment.of(_numbered(slots), M)
 
 
-class ClassTokenDropped(Free):
-    """It forgets the class token."""
-
-    def plan(self, q, k, tokens):
-        B, N = tokens.images.B, tokens.images.N
-        slots = torch.arange(N) // 2
-        slots[0] = -1
-        return Assignment.of(slots.expand(B, N), M=(N + 1) // 2)
+def _pairs(B, N, **changed):
+    """Neighbours merge, the class token and the first patch too. ``changed``: the slot of the class token."""
+    slots = torch.arange(N) // 2
+    slots[0] = changed.get("first", 0)
+    return Assignment.of(slots.expand(B, N), M=(N + 1) // 2)
 
 
-def test_a_plan_that_drops_the_class_token_is_refused(model, images):
-    broken = apply_patch(copy.deepcopy(model), block_class=ClassTokenDropped)
-    with pytest.raises(ValueError, match="a plan moves or drops token 0 of image 0, one of the 1 at its start"):
+BROKEN = {
+    "the class token is dropped": (
+        lambda B, N: _pairs(B, N, first=-1),
+        "a plan moves or drops token 0 of image 0, one of the 1 at its start",
+    ),
+    "a patch joins the class token": (
+        _pairs,
+        "a plan merges tokens into the 1 at the start of an image",
+    ),
+    "an image is missing": (
+        lambda B, N: Assignment.of(torch.arange(N).expand(1, N), M=N),
+        "a plan has 17 slots for 3 images of 17 tokens",
+    ),
+    "no assignment": (lambda B, N: torch.arange(N), "a plan must return an Assignment or None, got Tensor"),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_a_plan_that_does_not_fit_is_refused(what, model, images):
+    plan, message = BROKEN[what]
+
+    class Broken(Free):
+        def plan(self, q, k, tokens):
+            return plan(tokens.images.B, tokens.images.N)
+
+    broken = apply_patch(copy.deepcopy(model), block_class=Broken)
+    with pytest.raises((ValueError, TypeError), match=message):
         broken(images)
 
 

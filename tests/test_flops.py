@@ -138,7 +138,9 @@ def test_the_summary_prints_and_adds_up():
     assert s.saved == 1 - s.macs / s.unmerged.macs and 0.3 < s.saved < 0.6
     lines = str(s).splitlines()
     assert lines[1].split()[:4] == ["1", "26", "3", "23"] and lines[4].split()[:4] == ["4", "16", "0", "1"]
-    assert lines[-2].endswith(f"{100 * s.saved:.1f} % of the MACs saved")
+    assert f"{100 * s.saved:.1f} % of the MACs saved" in lines[-2] and 0 < s.saved_by_merging <= s.saved
+    last = f" (all tokens last: {100 * s.saved_by_merging:.1f} %)"
+    assert lines[-2].endswith(last if s.record.leading is not None else "saved")
     assert lines[-1] == f"run by: {s.way}"
 
 

@@ -109,7 +109,7 @@ def test_gradients_are_those_of_each_image_alone():
 def test_drop_path_drops_whole_images():
     block = ATMBlock(12, 2, block_index=0, depth=4, config=CONFIG, drop_path=0.5).train()
     images = Images.of_lengths(torch.tensor([3, 4] * 20))
-    dropped = block._drop_path(block.drop_path1, torch.ones(140, 12), images)
+    dropped = block.drop_images(block.drop_path1, torch.ones(140, 12), images)
     of_images = dropped[images.cu_seqlens[:-1].long(), :1]
     assert set(of_images.flatten().tolist()) == {0.0, 2.0}
     assert torch.equal(dropped, reference.of_tokens(of_images, images, 140).expand(-1, 12))

@@ -63,7 +63,7 @@ def test_the_first_example_saves_what_stands_below_it(capsys):
     exec(compile(PYTHON["README-1"], "README.md", "exec"), {})
     printed = capsys.readouterr().out
     entering = [line.split()[1] for line in printed.splitlines()[1:13]]
-    cost = re.search(r"([\d.]+) GFLOPs an image \(.*\) of ([\d.]+): ([\d.]+) % of the MACs saved", printed)
+    cost = re.search(r"([\d.]+) GFLOPs per image \(.*\); unmerged ([\d.]+): ([\d.]+) % of the MACs saved", printed)
     said = re.search(
         r"Of the (\d+) tokens of an image, ([\d.]+) on average enter the last block; "
         r"it costs ([\d.]+) GFLOPs instead of ([\d.]+)\.",

@@ -53,7 +53,7 @@ def parser(commands: Mapping[str, Callable[[argparse.Namespace], Any]]) -> argpa
         "bench": [
             model,
             data_options(usual="64; 8 for random images"),
-            _merging(BENCH_ADAPT, " (the short run; image, the other commands' default, takes minutes)"),
+            _merging(BENCH_ADAPT, ", which keeps the run short (image takes minutes)"),
             out,
         ],
         "eval": [model, data_options(), measure, merging, out],

@@ -47,10 +47,10 @@ def evaluation_table(outcome: Evaluation) -> str:
     lines.append(_line("all", overall))
     lines += [_line(f"decile {number}", quality) for number, quality in enumerate(outcome.deciles, start=1)]
     if outcome.deciles:
-        lines.append("deciles: from the images that would keep the fewest tokens by their own count to the most")
+        lines.append("deciles: images sorted by the tokens that they would keep with their own count, fewest first")
     lines.append("tokens that enter each block: " + " ".join(f"{n:.1f}" for n in outcome.tokens))
     lines.append(
-        f"{overall.gflops:.3f} GFLOPs an image of {outcome.gflops_unpatched:.3f}: "
+        f"{overall.gflops:.3f} GFLOPs per image; unmerged {outcome.gflops_unpatched:.3f}: "
         f"{100 * outcome.saved:.1f} % of the MACs saved"
     )
     if overall.top1 is not None and overall.top1_unpatched is not None:
@@ -90,7 +90,7 @@ def calibration_table(calibration: Calibration) -> str:
             f"  {promise.gflops:.4g}{cost_error} GFLOPs of {whole:.4g}: {saved:.1f} % saved",
             *_promised_change(promise),
             f"compared: {Measure(promise.measure)}",
-            f"{calibration.passes} passes of an image through the model, {calibration.images} images",
+            f"{calibration.passes:,} forward passes of single images, on {calibration.images} images",
             *([f"the target may not hold: {doubt}; set a stricter one, or give more images"] if doubt else []),
         ]
     )

@@ -86,7 +86,7 @@ class ATSBlock(ReducingBlock):
         y = self.norm1(images.shaped(tokens.x))
         attended, assignment = self.called_attn(y, self._sampled_attention, tokens)
         left, step.slots = assignment.images, assignment.slots
-        x = tokens.x.index_select(0, _order(assignment)) + self._drop_path(self.drop_path1, self.ls1(attended), left)
+        x = tokens.x.index_select(0, _order(assignment)) + self.drop_images(self.drop_path1, self.ls1(attended), left)
         return self.fed_forward(Packed(x=x, sizes=None, images=left))
 
     def plan(self, *_: object) -> None:

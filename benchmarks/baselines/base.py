@@ -138,7 +138,7 @@ class ReducingBlock(ATMBlock):
             return self.forward_leading(tokens, step.leading)
         x = tokens.images.shaped(tokens.x)
         attended, plan = self.called_attn(self.norm1(x), self.attend, tokens, step.merges)
-        x = x + self._drop_path(self.drop_path1, self.ls1(attended), tokens.images)
+        x = x + self.drop_images(self.drop_path1, self.ls1(attended), tokens.images)
         tokens = tokens.with_x(x.flatten(0, -2))
         if self.baseline.after_mlp:
             tokens = self.fed_forward(tokens)
@@ -152,7 +152,7 @@ class ReducingBlock(ATMBlock):
     def fed_forward(self, tokens: Packed) -> Packed:
         images = tokens.images
         x = images.shaped(tokens.x)
-        x = x + self._drop_path(self.drop_path2, self.ls2(self.mlp(self.norm2(x))), images)
+        x = x + self.drop_images(self.drop_path2, self.ls2(self.mlp(self.norm2(x))), images)
         return tokens.with_x(x.flatten(0, -2))
 
     def reduced(self, tokens: Packed, plan: Plan | Assignment | None) -> tuple[Packed, Tensor | None]:
@@ -165,7 +165,8 @@ class ReducingBlock(ATMBlock):
         x, sizes, images = tokens.x, tokens.sizes, tokens.images
         sizes = torch.ones(len(x), dtype=torch.float32, device=x.device) if sizes is None else sizes
         weighted = x * plan.weights.to(x.dtype).reshape(-1, 1)
-        return Packed.of(*(sums(images.shaped(rows), plan) for rows in (weighted, sizes))), assignment.slots
+        merged, merged_sizes = (sums(images.shaped(rows), plan) for rows in (weighted, sizes))
+        return Packed.of(merged, merged_sizes), assignment.slots
 
     def matching_macs(self, N: Number) -> Number:
         return self.baseline.matching_macs(self, N)
@@ -210,7 +211,7 @@ class EntryBlock(ReducingBlock):
 def left(tokens: Packed, stays: Tensor, M: int | None = None) -> tuple[Packed, Tensor]:
     """Keep the rows marked in ``stays``, bool [T], in their order. ``M``: how many stay per image; None: each image
     keeps its own number. Returns the tokens and each row's slot, -1 if it is dropped."""
-    x, _, images, _ = tokens
+    x, images = tokens.x, tokens.images
     before = torch.cat([stays.new_zeros(1, dtype=torch.long), stays.cumsum(dim=0)])
     slots = torch.where(stays, before[1:] - 1, -1).int()
     rest = Images(cu_seqlens=before[images.cu_seqlens.long()].int(), N=images.N, equal=False)

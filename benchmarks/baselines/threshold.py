@@ -14,7 +14,7 @@ class Threshold(Baseline):
     """Every token of A joins its partner if their similarity is ``theta`` or more; alternate groups throughout.
 
     Args:
-        theta: cosine similarity, -1 to 1; adapt: "batch", one r a batch, or "image".
+        theta: cosine similarity, -1 to 1; adapt: "batch", one r per batch, or "image".
     """
 
     theta: float = 0.9
@@ -32,4 +32,5 @@ class Threshold(Baseline):
     def apply(self, model: VisionTransformer) -> VisionTransformer:
         depth = len(getattr(model, "blocks", [None]))
         options = {"split_depth": depth, "cls_only_last": self.cls_only_last, "source": repr(self)}
-        return apply_patch(model, ATMConfig(self.theta, 0.0, self.theta, adapt=self.adapt, **options))
+        curve = {"alpha": self.theta, "beta": 0.0, "theta_min": self.theta}
+        return apply_patch(model, ATMConfig(**curve, adapt=self.adapt, **options))

@@ -1,0 +1,1 @@
+"""The digits: rendering, the model and its training; imported as ``atm_triton.digits``."""

@@ -1,4 +1,4 @@
-"""Table A1: the batch size, from 1 to 1024, for one r a batch and for every image by its own count."""
+"""Table A1: the batch size, from 1 to 1024, with one r per batch and with each image's own count."""
 
 import argparse
 from typing import Any
