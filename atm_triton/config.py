@@ -95,11 +95,10 @@ class ATMConfig:
     def _check_adapt(self) -> None:
         if self.adapt not in ADAPT:
             raise ValueError(f"adapt={self.adapt!r} is unknown; choose one of {', '.join(ADAPT)}")
-        if (self.adapt == "static") != (self.schedule is not None):
-            raise ValueError(
-                f"adapt={self.adapt!r} with schedule={self.schedule!r}: a schedule, r for each block, belongs to "
-                f'adapt="static" and to it alone'
-            )
+        if self.adapt == "static" and self.schedule is None:
+            raise ValueError('adapt="static" needs a schedule, r for each block; give one')
+        if self.adapt != "static" and self.schedule is not None:
+            raise ValueError(f'a schedule needs adapt="static", got adapt={self.adapt!r}; leave one of them out')
         if self.schedule is not None:
             object.__setattr__(self, "schedule", _each("schedule", self.schedule, _count))
         if self.thresholds is not None:

@@ -283,7 +283,7 @@ def test_the_way_to_adapt_that_a_command_takes_is_in_its_help(command, adapt, ca
     """All commands have the same default except bench, because its run with "image" takes long."""
     said = help_of(main, command, capsys)
     assert f"(static). Default: {adapt}" in said
-    assert ("the other commands' default" in said) == (adapt != "image")
+    assert ("which keeps the run short" in said) == (adapt != "image")
     assert set(COMMANDS) - set(ADAPT_OF) == {"env"} and ATMConfig().adapt == "batch"  # Python has the paper's default
 
 
@@ -429,7 +429,7 @@ def test_bad_files(tmp_path, folder, capsys):
     (tmp_path / "text.safetensors").write_text("no weights")
     data = ["--data", str(folder), "--workers", "0"]
     error = failing([*data, "--checkpoint", small], capsys)
-    assert "small.safetensors does not fit this VisionTransformer: " in error and "of another shape" in error
+    assert "small.safetensors does not fit this VisionTransformer: " in error and "], want [" in error
     torch.save({"model": print}, tmp_path / "code.pth")  # a pickle that holds no weights
     for name in ("text.pth", "text.safetensors", "code.pth"):
         error = failing([*data, "--checkpoint", str(tmp_path / name)], capsys)
@@ -640,10 +640,10 @@ def test_a_class_is_refused_before_its_weights_are_downloaded(name, capsys, monk
 @pytest.mark.parametrize(
     ("made", "asked", "remedy"),
     [
-        ({"num_classes": 7}, [], "; give --model-kwargs num_classes=7, in Python as an argument of the model\n"),
-        ({"num_classes": 0}, [], "; give --model-kwargs num_classes=0, in Python as an argument of the model\n"),
-        ({"num_classes": 7}, ["num_classes=0"], "; give --model-kwargs num_classes=7, in Python as an argument of"),
-        ({"num_classes": 7, "depth": 3}, [], "head.bias [7] instead of [1000] of another shape\n"),
+        ({"num_classes": 7}, [], "; give --model-kwargs num_classes=7 (in Python an argument of the model)\n"),
+        ({"num_classes": 0}, [], "; give --model-kwargs num_classes=0 (in Python an argument of the model)\n"),
+        ({"num_classes": 7}, ["num_classes=0"], "; give --model-kwargs num_classes=7 (in Python an argument of"),
+        ({"num_classes": 7, "depth": 3}, [], "head.bias is [7], want [1000]\n"),
     ],
     ids=str,
 )

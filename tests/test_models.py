@@ -374,7 +374,7 @@ def spoilt(state):
 
 UNFIT = {
     "missing and unexpected": "aux_head.weight missing; neck.weight unexpected",
-    "size": r"pos_embed \[1, 37, 32\] instead of \[1, 17, 32\] of another shape",
+    "size": r"pos_embed is \[1, 37, 32\], want \[1, 17, 32\]",
     "another model": "and 19 more missing; tokens_to_token.* and 21 more unexpected",
     "complex": "holds no weights: want plain tensors by name",
 }

@@ -41,9 +41,9 @@ def load_checkpoint(model: Model, path: str | Path, ema: bool | None = None) -> 
     wrong = {
         "missing": sorted(own.keys() - loaded.keys()),
         "unexpected": sorted(loaded.keys() - own.keys()),
-        "of another shape": [_shapes(key, loaded[key], own[key]) for key in own if _differ(loaded.get(key), own[key])],
+        "": [_shapes(key, loaded[key], own[key]) for key in own if _differ(loaded.get(key), own[key])],
     }
-    said = "; ".join(f"{_some(keys)} {problem}" for problem, keys in wrong.items() if keys)
+    said = "; ".join(f"{_some(keys)} {problem}".rstrip() for problem, keys in wrong.items() if keys)
     if said:
         raise ValueError(
             f"checkpoint {path} does not fit this {type(model).__name__}: {said}{_head_remedy(loaded, own)}"
@@ -86,7 +86,7 @@ def _differ(loaded: Tensor | None, own: Tensor) -> bool:
 
 
 def _shapes(key: str, loaded: Tensor, own: Tensor) -> str:
-    return f"{key} {list(loaded.shape)} instead of {list(own.shape)}"
+    return f"{key} is {list(loaded.shape)}, want {list(own.shape)}"
 
 
 def _head_remedy(loaded: dict[str, Tensor], own: dict[str, Tensor]) -> str:
@@ -97,7 +97,7 @@ def _head_remedy(loaded: dict[str, Tensor], own: dict[str, Tensor]) -> str:
     classes = {tuple(loaded[key].shape[:1]) for key in heads & loaded.keys()} or {(0,)}
     if not same or len(classes) > 1 or () in classes:
         return ""
-    return f"; give --model-kwargs num_classes={classes.pop()[0]}, in Python as an argument of the model"
+    return f"; give --model-kwargs num_classes={classes.pop()[0]} (in Python an argument of the model)"
 
 
 def _some(keys: list[str]) -> str:
