@@ -180,6 +180,6 @@ def draw(rows: list[Picture], path: Path) -> None:
         captions += [f"block {block}\n{left} patch tokens" for block, left in zip(row.blocks, row.left, strict=True)]
         for panel, seen, caption in zip(panels, row.panels, captions, strict=True):
             panel.imshow(seen, interpolation="antialiased")  # "nearest" would drop outlines
-            panel.set_title(caption, fontsize=7)
+            panel.set_title(caption, fontsize=9)
             panel.set_axis_off()
     figure.savefig(path, dpi=120)
