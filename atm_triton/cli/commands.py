@@ -98,7 +98,8 @@ def _image_case(args: argparse.Namespace) -> Case:
     parameter = next(model.parameters())
     batches = [images.to(parameter) for images, _ in islice(loader, count)]
     weights = _weights(args.model, args.checkpoint, args.pretrained)
-    title = f"{args.model}, {weights}, on {data}: {len(batches)} batches of {len(batches[0])}"
+    number = f"{len(batches)} batch" + "es" * (len(batches) > 1)
+    title = f"{args.model}, {weights}, on {data}: {number} of {len(batches[0])}"
     beside = digits_config() if args.model == DIGITS and args.adapt == "image" and not _changed(args) else None
     return Case(
         title=f"{title}, {_where(args)}", model=model, batches=batches, config=_config(args, model), beside=beside

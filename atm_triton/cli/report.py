@@ -16,7 +16,7 @@ COLOURS = {"timm": "0.6", "free-merge bound": "0.8", "ToMe": "C1", "ATM": "C0"} 
 def throughput_table(rows: list[dict[str, Any]]) -> str:
     """A table of the rows of :func:`atm_triton.measure.throughput.measure`."""
     lines = [
-        f"{'':24} {'images/s':>9} {'slowest':>9} {'fastest':>9} {'speed-up':>8} {'bound/it':>8} {'GFLOPs':>7} "
+        f"{'':24} {'images/s':>9} {'slowest':>9} {'fastest':>9} {'speed-up':>8} {'of bound':>8} {'GFLOPs':>7} "
         f"{'peak MiB':>8}"
     ]
     for row in rows:
