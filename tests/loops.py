@@ -75,6 +75,11 @@ def merge(x, n, assignment):
     return torch.stack([t / new_n[m] for m, t in enumerate(total)]), new_n
 
 
+def unmerge(x, assignment):
+    """The value of each token's slot: x [M, C] tensor -> [N, C]; 0 for a dropped token."""
+    return torch.stack([x[slot] if slot >= 0 else torch.zeros_like(x[0]) for slot in assignment])
+
+
 def attention(q, k, v, n):
     """Attention with log n: q [H, Nq, d], k and v [H, N, d], n list of floats -> [H, Nq, d]."""
     H, Nq, d = q.shape

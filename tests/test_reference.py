@@ -241,6 +241,7 @@ def test_merge_and_lists(lengths, equal, P):
         expected, expected_sizes = loops.merge(x, sizes.tolist(), slots.tolist())
         torch.testing.assert_close(merged[: len(expected)], expected, rtol=0, atol=1e-12)
         assert merged_sizes[: len(expected)].tolist() == expected_sizes
+        assert torch.equal(reference.unmerge(merged, slots), loops.unmerge(merged, slots.tolist()))
 
 
 def test_merge_drops_and_leaves_an_unused_slot_empty():
