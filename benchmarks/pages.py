@@ -98,7 +98,7 @@ def _on_photographs(photos: dict[str, Any], unmerged: float) -> str:
     return (
         f"| DINOv2-S, change of patch tokens (1 - cosine) with {saved:.0f} % fewer FLOPs, {judged} "
         f"| 0 | {row['patch_tokens']['mean']:.4f} "
-        f"| ToMe's is about {float(photographs.less_than_tome(photos, row, 'patch_tokens')):.0f} times that |"
+        f"| ToMe at that cost: {float(photographs.less_than_tome(photos, row, 'patch_tokens')):.1f} times as much |"
     )
 
 
