@@ -632,9 +632,10 @@ def test_a_link_stays_a_link(tmp_path):
 @pytest.mark.parametrize("name", ["resnet50", "swin_tiny_patch4_window7_224"])
 def test_a_class_is_refused_before_its_weights_are_downloaded(name, capsys, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    assert main(["eval", "--model", name, "--pretrained"]) == 2
-    error = capsys.readouterr().err
-    assert "cannot be merged: it is not of timm's VisionTransformer class" in error and error.count("\n") == 1
+    for weights in (["--pretrained"], []):
+        assert main(["eval", "--model", name, *weights]) == 2
+        error = capsys.readouterr().err
+        assert "cannot be merged: it is not of timm's VisionTransformer class" in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -58,9 +58,11 @@ def _made(name: str, **arguments: Any) -> nn.Module:
 
 
 def check_weights(name: str, checkpoint: Path | None, pretrained: bool) -> None:
-    """Refuse a model whose name is unknown or whose weights would be random."""
+    """Refuse a model whose name is unknown, that cannot be merged, or whose weights would be random."""
     _check_name(name)
     if name != DIGITS and checkpoint is None and not pretrained:
+        with torch.device("meta"):
+            check_model(_made(name))
         raise ValueError(f"{name} would have random weights: give --checkpoint FILE or --pretrained")
 
 
