@@ -756,7 +756,10 @@ def test_every_method_comes_close_to_the_cost():
             "the paper has no",
         ),
         (["figure5", "--data", "nowhere", "--choose-by", "tests"], "directory nowhere does not exist"),
-        (["figure5", "--data", "tests", "--choose-by", "nowhere"], "directory tests holds no"),
+        (
+            ["figure5", "--data", "tests", "--choose-by", "nowhere"],
+            "directory tests must hold one folder of images per class",
+        ),
         (["figure2", "--model", "deit_tiny_patch16"], "model 'deit_tiny_patch16' is unknown to timm; did you mean"),
         (["flops", "--out", "none/here"], "benchmarks.paper: --out none/here/paper_flops.json"),
         (["table9"], "invalid choice: 'table9' (choose from"),
