@@ -23,9 +23,8 @@ def test_every_result_says_where_it_comes_from():
     for path in [*RESULTS.glob("*.json"), CONFIG, IMAGE_CONFIG]:
         environment = json.loads(path.read_text())["environment"]
         assert environment["commit"] and not environment["dirty"] and environment["utc"], path
-        assert environment["command"].startswith(
-            ("atm-triton ", "python -m atm_triton ", "python -m benchmarks.", "torchrun ")
-        ), path
+        commands = ("atm-triton ", "python -m atm_triton ", "python -m benchmarks.", "torchrun ")
+        assert environment["command"].startswith(commands), path
 
 
 def test_other_libraries_were_shown():
