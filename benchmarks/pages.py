@@ -390,11 +390,14 @@ def _commits(rows: list[dict[str, Any]]) -> list[str]:
     return ["", f"The rows are of the commits: {whose}."] if len(by_commit) > 1 else []
 
 
-def effort(result: dict[str, Any]) -> str:
-    """A sentence on how many passes a single calibration took."""
-    asked = f"--max-gflops {result['target']['max_gflops']:g}` with `--adapt {result['config']['adapt']}"
-    many = f"On {result['images']} images `{asked}` took {result['passes']:,} passes of an image"
-    return f"{many} and {result['seconds'] / 60:.0f} minutes (a model with the tokens and blocks of DeiT-S)."
+def effort(*results: dict[str, Any]) -> str:
+    """A sentence per calibration on the passes and the time that it took."""
+    lines = []
+    for result in results:
+        asked = f"--max-gflops {result['target']['max_gflops']:g}` with `--adapt {result['config']['adapt']}"
+        took = f"{result['passes']:,} forward passes of single images, {result['seconds'] / 60:.1f} minutes"
+        lines.append(f"- {result['model']}, {result['images']} images, `{asked}`: {took}")
+    return "\n".join(lines)
 
 
 def beside_the_curve(result: dict[str, Any]) -> list[float]:
@@ -440,7 +443,7 @@ TABLES = {  # for each page: the name of a table, the function that makes it, an
         "calibration": (calibration_table, ("digits_calibration.json", "digits_calibrate_512.json")),
         "few": (few_images.table, ("digits_few_images.json",)),
     },
-    FAQ: {"effort": (effort, ("digits_calibrate.json",))},
+    FAQ: {"effort": (effort, ("digits_calibrate.json", "dinov2_calibrate.json"))},
     EXPERIMENTS: {"methods": (partial(methods_table, ALL), ())},  # from the classes' own descriptions
     ENGINE: {"host": (host.table, ("host.json",))},
     KERNELS: {

@@ -56,6 +56,7 @@ PAGES = {  # file: title, and each result with its description; "": the first li
             "digits_calibration": "calibrated thresholds beside random curves and ToMe's schedules",
             "digits_calibrate": "how long a calibration takes",
             "digits_calibrate_512*": "the same by an earlier search, on 512 images",
+            "dinov2_calibrate": "a DINOv2 ViT-S/14 on 64 crops of photographs, by its patch tokens",
             "digits_few_images": "calibrations from 64 images beside earlier ones from many",
         },
     ),
