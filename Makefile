@@ -14,15 +14,15 @@ export OPENBLAS_NUM_THREADS := 1
 .PHONY: test test-fast test-oldest test-integration coverage bench microbench docs gpu lint format clean
 
 test: lint
-	$(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 8 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 8 --dist worksteal
 
 test-fast: $(VENV)/installed
-	$(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 8 --dist worksteal \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 8 --dist worksteal \
 		tests/test_config.py tests/test_reference.py tests/test_parity.py tests/test_extending.py tests/test_kernels.py \
 		-k "not (backward or 577 or four_sources or programs_share)"
 
 test-oldest: $(VENV)-oldest/installed
-	$(VENV)-oldest/bin/python -m pytest -q tests/test_triton.py tests/test_image.py \
+	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest -q tests/test_triton.py tests/test_image.py \
 		tests/test_export.py -k "compiles or one_graph or break or hands or export or trace"
 
 test-integration: $(VENV)-integration/installed

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 torch.set_num_threads(1)  # a process runs on each core, and sums must equal those of the processes that tests start
-os.environ["OMP_NUM_THREADS"] = "1"  # for these
+os.environ["OMP_NUM_THREADS"] = "1"  # for these; make sets it earlier, when libraries read it
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is imported
