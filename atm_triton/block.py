@@ -182,7 +182,7 @@ class ATMBlock(Block):
         else:
             assignment, counts = plan, None
             if plan is not None:
-                check_plan(plan, images, self.num_prefix_tokens)
+                check_plan(plan, tokens, self.num_prefix_tokens)
         if assignment is None:
             x = x + self.drop_images(self.drop_path1, self.ls1(attended), images)
             del attended  # frees its memory for what follows

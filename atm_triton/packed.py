@@ -111,8 +111,8 @@ class Assignment(NamedTuple):
         return cls(slots=numbered, T=B * M, images=Images.of(B, M, device))
 
 
-def check_plan(assignment: Assignment, images: Images, num_prefix: int) -> None:
-    """Check that a plan fits the tokens of ``images``, and that the protected ones at the start of each image stay
+def check_plan(assignment: Assignment, tokens: Packed, num_prefix: int) -> None:
+    """Check that a plan fits the ``tokens``, and that the protected ones at the start of each image stay
     first and alone, because whatever reads the class token reads the first row.
 
     Raises:
@@ -121,11 +121,9 @@ def check_plan(assignment: Assignment, images: Images, num_prefix: int) -> None:
     """
     if not isinstance(assignment, Assignment):
         raise TypeError(f"a plan must return an Assignment or None, got {type(assignment).__name__}")
-    slots = assignment.slots
-    if images.equal and len(slots) != images.B * images.N:
-        raise ValueError(
-            f"a plan has {len(slots)} slots for {images.B} images of {images.N} tokens; give one per token"
-        )
+    slots, images = assignment.slots, tokens.images
+    if slots.shape != tokens.x.shape[:1]:
+        raise ValueError(f"a plan has slots {list(slots.shape)} for {len(tokens.x)} tokens; give one per token")
     if num_prefix == 0 or torch.compiler.is_compiling() or slots.is_meta:
         return
     first, begin = torch.arange(num_prefix, device=slots.device), assignment.images.cu_seqlens[:-1]

