@@ -91,7 +91,7 @@ def _most_similar(s, in_a, r):
     room = r - (number & 0xFFFF)
     if (number >> 16) > room:
         level = level & (_up_to(level) <= room)
-    return (more | level) & (r > 0)
+    return tl.where(r > 0, more | level, False)  # with &, the mask would be int32 in the interpreter of Triton 3.9
 
 
 @triton.jit
@@ -189,7 +189,7 @@ def assign_kernel(
     tl.debug_barrier()
     ahead, through = _compared(order, na - kept, mine, target * BLOCK + BLOCK - 1)
     tl.debug_barrier()
-    joined = in_b & (joining > 0)  # tokens of B, if any token joins
+    joined = tl.where(joining > 0, in_b, False)  # tokens of B, if any token joins
     place = tl.where(joined | joins, slot + ahead + (joins & (mate < i)).to(tl.int32), slot)
     tl.store(order + place, (start + i).to(tl.int32), mask=valid)
     begin = (start + slot).to(tl.int32)
@@ -239,7 +239,8 @@ def assign_long_kernel(
         key = _ordered(tl.load(similarity + start + i, mask=i < length, other=float("-inf")))
         in_a = mate >= 0
         level = in_a & (key == bound)
-        joins = ((in_a & (key > bound)) | (level & (_up_to(level) <= room))) & (joining > 0)
+        joins = (in_a & (key > bound)) | (level & (_up_to(level) <= room))
+        joins = tl.where(joining > 0, joins, False)
         stays = in_a & ~joins
         in_b = (i < length) & (i >= P) & (mate < 0)
         slot = tl.where(in_b, P + kept + passed + _up_to(in_b) - 1, i)

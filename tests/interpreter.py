@@ -1,19 +1,32 @@
-"""Makes Triton's interpreter twice as fast, and lets it find integers that overflow."""
+"""Makes Triton's interpreter several times as fast, and lets it find integers that overflow."""
 
 import dataclasses
 from types import SimpleNamespace
 
+import numpy
 from triton import language
+from triton.language import core
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 
 patch_language, numpy_type = interpreter._patch_lang, interpreter._get_np_dtype
-types = {}  # NumPy's, by the name of Triton's
+make_block_type, reduce = core.block_type.__init__, interpreter.ReduceOps.apply_impl
+checked, broadcast = TritonSemantic.binary_op_type_checking_impl, TritonSemantic.broadcast_impl_value
+numpy_types = {}  # by the name of Triton's
+block_types = {}  # by their elements and shape
+shapes = {(): (core.tuple([]), core.constexpr(1))}  # and numbers of elements, by the shape of a type
 
 
 def speed_up():
-    """Leave out work without effect: patching the language at every call of a function, making a table of types for
-    every value, and computing overflow that nothing looks at."""
-    interpreter._patch_lang, interpreter._get_np_dtype = patch_language_once, known_type
+    """Leave out work without effect: patching the language at every call of a function, making types and shapes anew
+    for every value, and computing overflow that nothing looks at."""
+    interpreter._patch_lang, interpreter._get_np_dtype = patch_language_once, known_numpy_type
+    core.block_type.__new__, core.block_type.__init__ = known_block_type, lambda self, element_ty, shape: None
+    core.tensor.__init__ = tensor_of_known_type
+    TritonSemantic.binary_op_type_checking_impl = other_operands_checked
+    TritonSemantic.broadcast_impl_value = other_shapes_broadcast
+    TritonSemantic.binary_op_sanitize_overflow_impl = overflow_found
+    interpreter.ReduceOps.apply_impl = xor_reduced_at_once
     check_overflow(False)
 
 
@@ -25,11 +38,58 @@ def patch_language_once(fn):
     return SimpleNamespace(restore=lambda: None)
 
 
-def known_type(of):
+def known_numpy_type(of):
     scalar = of.scalar
-    if scalar.name not in types:
-        types[scalar.name] = numpy_type(scalar)
-    return types[scalar.name]
+    if scalar.name not in numpy_types:
+        numpy_types[scalar.name] = numpy_type(scalar)
+    return numpy_types[scalar.name]
+
+
+def known_block_type(cls, element_ty, shape):
+    shape = shape.value if isinstance(shape, core.constexpr) else shape
+    shape = tuple(n.value if isinstance(n, core.constexpr) else n for n in shape)
+    if (element_ty.name, shape) not in block_types:
+        made = block_types[element_ty.name, shape] = object.__new__(cls)
+        make_block_type(made, element_ty, list(shape))
+        if shape not in shapes:
+            shapes[shape] = core.tuple([core.constexpr(n) for n in shape]), core.constexpr(made.numel)
+        made.known_shape = shapes[shape]
+    return block_types[element_ty.name, shape]
+
+
+def tensor_of_known_type(self, handle, type):
+    self.handle, self.type, self.dtype = handle, type, type.scalar
+    self.shape, self.numel = type.known_shape if type.is_block() else shapes[()]
+
+
+def other_operands_checked(self, left, right, *args, **kwargs):
+    """Two values of one shape and one of these types need no cast, whatever the operation."""
+    if isinstance(left, core.tensor) and isinstance(right, core.tensor) and left.shape is right.shape:
+        if left.dtype is right.dtype and left.dtype in (core.int32, core.int64, core.float32):
+            return left, right
+    return checked(self, left, right, *args, **kwargs)
+
+
+def other_shapes_broadcast(self, left, right):
+    return (left, right) if left.shape is right.shape else broadcast(self, left, right)
+
+
+def xor_reduced_at_once(self, values):
+    """The sort of triton.language reduces by xor."""
+    if self.combine_fn is not language.standard._xor_combine:
+        return reduce(self, values)
+    (of,) = values
+    return self.to_tensor(numpy.bitwise_xor.reduce(of.handle.data, self.axis, keepdims=self.keep_dims), of.dtype)
+
+
+def overflow_found(self, left, right, operation):
+    type = left.type.scalar
+    if not self.builder.options.sanitize_overflow or type.int_bitwidth >= 64:
+        return
+    operation = {"add": numpy.add, "sub": numpy.subtract, "mul": numpy.multiply}[operation.__name__]
+    exact = operation(left.handle.data, right.handle.data, dtype=numpy.int64)
+    if exact.min() < type.get_int_min_value() or exact.max() > type.get_int_max_value():
+        raise OverflowError(f"{type}: {operation.__name__} of {left} and {right}")
 
 
 def check_overflow(checks):
