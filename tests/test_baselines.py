@@ -20,7 +20,7 @@ from atm_triton.flops import cost, cost_of_each, unmerged
 from atm_triton.measure.evaluate import evaluate
 from atm_triton.packed import Assignment, Packed
 from atm_triton.transformer import leading_tokens
-from benchmarks.baselines import ALL, BASELINES, Baseline, Plan, apply_baseline, baseline
+from benchmarks.baselines import ALL, BASELINES, Baseline, DenseAssignment, apply_baseline, baseline
 from benchmarks.baselines.dtome import DToMe, FittingBlock
 from benchmarks.pages import ROOT
 from loops import cosine
@@ -766,7 +766,7 @@ class FirstTwo(Baseline):
 
     def plan(self, block, q, k, tokens):
         slots = torch.arange(k.shape[2]) - (torch.arange(k.shape[2]) > block.num_prefix_tokens).int()
-        return Plan(slots.int().expand(len(k), -1), k.shape[2] - 1)
+        return DenseAssignment(slots.int().expand(len(k), -1), k.shape[2] - 1)
 
 
 def test_another_method_is_a_class_and_an_entry(monkeypatch):

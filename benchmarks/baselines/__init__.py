@@ -14,7 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from benchmarks.baselines.ats import ATS
 from benchmarks.baselines.avit import AViT
-from benchmarks.baselines.base import Baseline, Plan, ReducingBlock
+from benchmarks.baselines.base import Baseline, DenseAssignment, ReducingBlock
 from benchmarks.baselines.bat import BAT
 from benchmarks.baselines.dtome import DToMe
 from benchmarks.baselines.dynamicvit import DynamicViT
@@ -50,7 +50,7 @@ TRAINED: dict[str, type[Baseline]] = {  # methods that need training
 }
 ALL = ChainMap(TRAINED, BASELINES)  # in order: BASELINES, then TRAINED
 
-__all__ = ["ALL", "BASELINES", "TRAINED", "Baseline", "Plan", "ReducingBlock", "apply_baseline", "baseline"]
+__all__ = ["ALL", "BASELINES", "TRAINED", "Baseline", "DenseAssignment", "ReducingBlock", "apply_baseline", "baseline"]
 
 
 def baseline(name: str, **settings: Any) -> Baseline:

@@ -31,17 +31,17 @@ class About(NamedTuple):
     fused: str = "yes"
 
 
-class Plan(NamedTuple):
-    """What becomes of the tokens. ``slots`` [B, N]: the slot of each token in its image, -1 if it is dropped; ``M``:
-    slots per image; ``weights`` [B, N]: a slot is the sum of its tokens times their weights; None: their mean, weighted
-    by size."""
+class DenseAssignment(NamedTuple):
+    """What becomes of the tokens, where images have equal lengths. ``slots`` [B, N]: the slot of each token in its
+    image, -1 if it is dropped; ``M``: slots per image; ``weights`` [B, N]: a slot is the sum of its tokens times their
+    weights; None: their mean, weighted by size."""
 
     slots: Tensor
     M: int
     weights: Tensor | None = None
 
-    def assignment(self) -> Assignment:
-        """The same plan with slots numbered consecutively over all images."""
+    def packed(self) -> Assignment:
+        """The same with slots numbered consecutively over all images."""
         return Assignment.of(self.slots, self.M)
 
 
@@ -58,9 +58,9 @@ class Baseline:
     after_mlp: ClassVar[bool] = False
     about: ClassVar[About]
 
-    def plan(self, block: "ReducingBlock", q: Tensor, k: Tensor, tokens: Packed) -> Plan | Assignment | None:
+    def plan(self, block: "ReducingBlock", q: Tensor, k: Tensor, tokens: Packed) -> DenseAssignment | Assignment | None:
         """Decide from queries and keys [B, H, N, d] which token goes to which slot. None: all tokens stay. Methods with
-        which each image keeps its own number of tokens return an Assignment, others a Plan."""
+        which each image keeps its own number of tokens return an Assignment."""
         raise NotImplementedError
 
     def check(self, model: VisionTransformer) -> None:
@@ -145,7 +145,7 @@ class ReducingBlock(ATMBlock):
         tokens, step.slots = self.reduced(tokens, plan)
         return tokens if self.baseline.after_mlp else self.fed_forward(tokens)
 
-    def plan(self, q: Tensor, k: Tensor, tokens: Packed) -> Plan | Assignment | None:
+    def plan(self, q: Tensor, k: Tensor, tokens: Packed) -> DenseAssignment | Assignment | None:
         x = tokens.images.shaped(tokens.x)
         return self.baseline.plan(self, by_image(q, x), by_image(k, x), tokens)
 
@@ -155,11 +155,11 @@ class ReducingBlock(ATMBlock):
         x = x + self.drop_images(self.drop_path2, self.ls2(self.mlp(self.norm2(x))), images)
         return tokens.with_x(x.flatten(0, -2))
 
-    def reduced(self, tokens: Packed, plan: Plan | Assignment | None) -> tuple[Packed, Tensor | None]:
+    def reduced(self, tokens: Packed, plan: DenseAssignment | Assignment | None) -> tuple[Packed, Tensor | None]:
         """Merge by the plan. Returns the new tokens with their sizes, and the slots numbered over all images."""
         if plan is None:
             return tokens, None
-        assignment = plan.assignment() if isinstance(plan, Plan) else plan
+        assignment = plan.packed() if isinstance(plan, DenseAssignment) else plan
         if assignment is plan or plan.weights is None:
             return ops.merge(tokens, assignment, self.config.backend), assignment.slots
         x, sizes, images = tokens.x, tokens.sizes, tokens.images
@@ -280,7 +280,7 @@ def by_image(heads: Tensor, x: Tensor) -> Tensor:
     return heads.unflatten(1, x.shape[:2]).transpose(0, 1)
 
 
-def sums(x: Tensor, plan: Plan) -> Tensor:
+def sums(x: Tensor, plan: DenseAssignment) -> Tensor:
     """Sum the tokens [B, N, ...] of each slot: [B, M, ...]."""
     slot = torch.where(plan.slots < 0, plan.M, plan.slots).long()
     index = slot.view(*slot.shape, *[1] * (x.dim() - 2)).expand_as(x)

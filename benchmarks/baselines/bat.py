@@ -13,7 +13,7 @@ from atm_triton.packed import Packed
 from benchmarks.baselines.base import (
     About,
     Baseline,
-    Plan,
+    DenseAssignment,
     ReducingBlock,
     by_value,
     check_blocks,
@@ -74,7 +74,7 @@ class BAT(Baseline):
         left = math.ceil(self.keep_rate * N)
         return left, min(max(int(self.share * (N - left)), 1), left // 2)
 
-    def plan(self, block: ReducingBlock, q: Tensor, k: Tensor, tokens: Packed) -> Plan | None:
+    def plan(self, block: ReducingBlock, q: Tensor, k: Tensor, tokens: Packed) -> DenseAssignment | None:
         x, P = tokens.images.shaped(tokens.x).detach()[:, block.num_prefix_tokens :], block.num_prefix_tokens
         B, N, _ = x.shape
         left, m = self.counts(N)
@@ -90,7 +90,7 @@ class BAT(Baseline):
         slots = torch.cat([of_attentive, of_rest], dim=1).gather(1, places(order)) + P
         slots = torch.cat([torch.arange(P, device=x.device).expand(B, P), slots], dim=1)
         weights = torch.cat([attention.new_ones(B, P), attention], dim=1)
-        whole = Plan(slots, P + left)
+        whole = DenseAssignment(slots, P + left)
         return whole._replace(weights=weights / sums(weights, whole).gather(1, slots))
 
     def matching_macs(self, block: ReducingBlock, N: int) -> int:

@@ -13,7 +13,7 @@ from atm_triton.packed import Packed
 from benchmarks.baselines.base import (
     About,
     Baseline,
-    Plan,
+    DenseAssignment,
     ReducingBlock,
     by_value,
     check_blocks,
@@ -59,7 +59,7 @@ class EViT(Baseline):
     def learning(self, model: VisionTransformer, seed: int = 0) -> "EViTLearning":
         return EViTLearning(self, model, seed)
 
-    def plan(self, block: ReducingBlock, q: Tensor, k: Tensor, tokens: Packed) -> Plan | None:
+    def plan(self, block: ReducingBlock, q: Tensor, k: Tensor, tokens: Packed) -> DenseAssignment | None:
         B, _, N, d = k.shape
         P = block.num_prefix_tokens
         left = math.ceil(self.keep_rate * (N - P))
@@ -73,9 +73,9 @@ class EViT(Baseline):
         prefix = torch.arange(P, device=k.device).expand(B, P)
         slots = torch.cat([prefix, slot], dim=1)
         if not self.fuse_token:
-            return Plan(slots, P + left)
+            return DenseAssignment(slots, P + left)
         weights = torch.cat([attention.new_ones(B, P), torch.where(kept, 1, attention)], dim=1)
-        return Plan(slots=slots, M=P + left + 1, weights=weights)
+        return DenseAssignment(slots=slots, M=P + left + 1, weights=weights)
 
 
 class EViTLearning(Learning):

@@ -14,7 +14,7 @@ from atm_triton.packed import Packed
 from benchmarks.baselines.base import (
     About,
     Baseline,
-    Plan,
+    DenseAssignment,
     ReducingBlock,
     by_image,
     by_value,
@@ -98,7 +98,7 @@ class MCTF(Baseline):
                 scores = scores * (cheap[:, a, None] * cheap[:, None, b]) ** (1 / tau)
         return scores
 
-    def fused(self, scores: Tensor, N: int, r: int, num_prefix: int) -> Plan:
+    def fused(self, scores: Tensor, N: int, r: int, num_prefix: int) -> DenseAssignment:
         """Fuse half of r from A into B, by the best score of each token of A, then the other half from B into what is
         left of A, by the same scores. The rest of A comes first, then the rest of B by its score."""
         a, b = groups(N, num_prefix)
@@ -111,7 +111,7 @@ class MCTF(Baseline):
         b_slot = torch.where(rank < second, a_slot.gather(1, to), left + rank - second)
         slots = torch.arange(N, device=scores.device).repeat(len(scores), 1)
         slots[:, a], slots[:, b] = torch.where(gone, b_slot.gather(1, partner), a_slot), b_slot
-        return Plan(slots, N - r)
+        return DenseAssignment(slots, N - r)
 
     def matching_macs(self, block: ReducingBlock, N: int) -> int:
         return (N + 1) // 2 * (N // 2) * block.attn.qkv.in_features
@@ -184,7 +184,7 @@ def _part(qkv: nn.Linear, rows: slice, y: Tensor) -> Tensor:
     return F.linear(y, qkv.weight[rows], None if qkv.bias is None else qkv.bias[rows])
 
 
-def _fused_map(attention: Tensor, plan: Plan) -> Tensor:
+def _fused_map(attention: Tensor, plan: DenseAssignment) -> Tensor:
     """The attention map of the slots [B, H, M, M]: sums over the keys of a slot, weighted means over its queries."""
     by_key = sums(attention.movedim(3, 1), plan)  # [B, M, H, N]
     by_query = sums((by_key * plan.weights[:, None, None]).movedim(3, 1), plan)  # [B, M query, M key, H]

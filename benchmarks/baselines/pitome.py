@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from atm_triton.packed import Packed
-from benchmarks.baselines.base import About, Baseline, Plan, ReducingBlock, by_value, is_number, places
+from benchmarks.baselines.base import About, Baseline, DenseAssignment, ReducingBlock, by_value, is_number, places
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class PiToMe(Baseline):
         if not (is_number(self.ratio) and 0.5 <= self.ratio <= 1):
             raise ValueError(f"pitome: ratio={self.ratio!r}; want a share from 0.5 to 1")
 
-    def plan(self, block: ReducingBlock, q: Tensor, k: Tensor, tokens: Packed) -> Plan | None:
+    def plan(self, block: ReducingBlock, q: Tensor, k: Tensor, tokens: Packed) -> DenseAssignment | None:
         B, _, N, _ = k.shape
         P = block.num_prefix_tokens
         r = math.floor((N - P) - (N - P) * self.ratio)
@@ -45,7 +45,7 @@ class PiToMe(Baseline):
         fill = self._alternate if block.index < math.ceil(block.depth / 2) else self._highest
         slot = fill(similarity, order, r)
         prefix = torch.arange(P, device=k.device).expand(B, P)
-        return Plan(torch.cat([prefix, slot + P], dim=1), N - r)
+        return DenseAssignment(torch.cat([prefix, slot + P], dim=1), N - r)
 
     @staticmethod
     def _alternate(similarity: Tensor, order: Tensor, r: int) -> Tensor:

@@ -14,7 +14,7 @@ from atm_triton.packed import Packed
 from benchmarks.baselines.base import (
     About,
     Baseline,
-    Plan,
+    DenseAssignment,
     ReducingBlock,
     by_value,
     check_blocks,
@@ -98,7 +98,7 @@ class ZeroTPrune(Baseline):
         return first if block.index < 3 else last if block.index >= block.depth - 3 else between
 
     @torch.no_grad()
-    def plan(self, block: ReducingBlock, q: Tensor, k: Tensor, tokens: Packed) -> Plan | None:
+    def plan(self, block: ReducingBlock, q: Tensor, k: Tensor, tokens: Packed) -> DenseAssignment | None:
         B, _, N, d = k.shape
         P = block.num_prefix_tokens
         r, left = self.counts(block, N)
@@ -115,7 +115,7 @@ class ZeroTPrune(Baseline):
         among = rows.gather(3, rest[:, None, None].expand(-1, graph.shape[1], N - r, -1))
         important = places(by_value(self.importance(among, self.votes(block))[:, P:])) < left
         stays = stays.scatter(1, rest[:, P:], important)
-        return Plan(torch.where(stays, stays.cumsum(dim=1) - 1, -1), P + left)
+        return DenseAssignment(torch.where(stays, stays.cumsum(dim=1) - 1, -1), P + left)
 
     def importance(self, graph: Tensor, votes: int) -> Tensor:
         """The importance [B, N] of the nodes of the graphs [B, H, N, N], one graph per head."""

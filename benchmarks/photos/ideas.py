@@ -25,7 +25,7 @@ from atm_triton.cli.bad_input import Parser, exit_code
 from atm_triton.measure.evaluate import share
 from atm_triton.measure.provenance import check_file
 from benchmarks import RESULTS
-from benchmarks.baselines.base import Baseline, Plan, ReducingBlock, places, sums
+from benchmarks.baselines.base import Baseline, DenseAssignment, ReducingBlock, places, sums
 from benchmarks.paper.cells import markdown
 from benchmarks.paper.methods import Way
 from benchmarks.paper.rows import Rows
@@ -60,7 +60,7 @@ class Matching(Baseline):
     noted: list[Tensor] = field(default_factory=list, repr=False, compare=False)
     proportional_attention: ClassVar[bool | None] = True
 
-    def plan(self, block: ReducingBlock, q: Tensor, k: Tensor, tokens: Any) -> Plan | None:
+    def plan(self, block: ReducingBlock, q: Tensor, k: Tensor, tokens: Any) -> DenseAssignment | None:
         idle = self.thresholds is not None and block.index > len(self.thresholds)
         if idle or block.index % self.rounds:
             return None
@@ -78,9 +78,9 @@ class Matching(Baseline):
             weight = held["size"]
             total = sums(weight, step)
             held = {name: sums(value * weight, step) / total for name, value in held.items()} | {"size": total}
-        return None if M == N else Plan(slots, M)
+        return None if M == N else DenseAssignment(slots, M)
 
-    def _round(self, held: dict[str, Tensor], P: int, index: int, number: int) -> Plan:
+    def _round(self, held: dict[str, Tensor], P: int, index: int, number: int) -> DenseAssignment:
         B, N = held["size"].shape[:2]
         free = torch.arange(P, N)
         if self.groups == "drawn":
@@ -97,7 +97,7 @@ class Matching(Baseline):
         ahead = stays & ~behind
         slots = torch.where(behind, ahead.sum(1, keepdim=True) + behind.cumsum(1), ahead.cumsum(1)) - 1
         slots[:, a] = torch.where(joins, slots[:, b].gather(1, partner), slots[:, a])
-        return Plan(slots, N - r)
+        return DenseAssignment(slots, N - r)
 
     def _number(self, least: Tensor, index: int) -> int:
         """How many tokens of A [B, |A|] merge, given their distances to their partners."""
