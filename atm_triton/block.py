@@ -39,7 +39,7 @@ class Step:
         self.counts: Tensor | None = None
 
 
-class Planned(NamedTuple):
+class AwaitingCounts(NamedTuple):
     """The ``pairs`` that a block matched and, if it has to wait for their counts, the copy of these to the host.
     :meth:`ATMBlock.assign` turns it into an assignment after attention has run."""
 
@@ -177,7 +177,7 @@ class ATMBlock(Block):
         images = tokens.images
         x = images.shaped(tokens.x)
         attended, plan = self.called_attn(self.norm1(x), self.attend, tokens, step.merges)
-        if isinstance(plan, Planned):
+        if isinstance(plan, AwaitingCounts):
             assignment, counts = self.assign(plan.pairs, plan.copy, images), plan.pairs.counts
         else:
             assignment, counts = plan, None
@@ -234,7 +234,7 @@ class ATMBlock(Block):
         """``attn``, even if a wrapper has taken its place."""
         return inside(self.attn, Attention)
 
-    def attend(self, y: Tensor, tokens: Packed, merges: bool) -> tuple[Tensor, Assignment | Planned | None]:
+    def attend(self, y: Tensor, tokens: Packed, merges: bool) -> tuple[Tensor, Assignment | AwaitingCounts | None]:
         """Run attention on the norm ``y`` [..., C] of the tokens. Returns what it adds to the tokens, and the
         :meth:`plan` of what merges afterwards (None unless ``merges``)."""
         attn = self.attention
@@ -243,7 +243,7 @@ class ATMBlock(Block):
         plan = self.plan(q, k, tokens) if merges else None
         return self.attended(y, q, k, v, tokens), plan
 
-    def plan(self, q: Tensor, k: Tensor, tokens: Packed) -> Assignment | Planned | None:
+    def plan(self, q: Tensor, k: Tensor, tokens: Packed) -> Assignment | AwaitingCounts | None:
         """Decide which tokens merge, or are dropped, between attention and MLP. Override this for another method.
 
         Args:
@@ -253,12 +253,12 @@ class ATMBlock(Block):
                 is, ``self.num_prefix_tokens`` how many tokens at the start of each image must stay as they are.
 
         Returns:
-            The assignment of every row. None: all tokens stay. (:class:`Planned` is for ATM, which waits for counts.)
+            The assignment of every row. None: all tokens stay. (:class:`AwaitingCounts` is ATM's own.)
         """
         pairs = self.match(k, tokens)
         if pairs is None:
             return None
-        return Planned(pairs, None if pairs.counts is None else ops.to_host(pairs.counts))
+        return AwaitingCounts(pairs, None if pairs.counts is None else ops.to_host(pairs.counts))
 
     def _attend_leading(self, y: Tensor, tokens: Packed, n: int) -> tuple[Tensor, None]:
         """Attention with one query per leading token and the keys and values of all tokens. If qkv is more than a

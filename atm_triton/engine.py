@@ -106,7 +106,7 @@ class Passes:
             tokens, y, trace = self._entered(into) if rows is None else self._merged(number, rows)
             now = self.stages[number]
             leading = None if kind.dense else kind.leading
-            may = len(self.blocks) - (kind.leading is not None)
+            merging = len(self.blocks) - (kind.leading is not None)
             of_blocks: list[Tensor] = []
 
             def counted(counts: Tensor) -> None:
@@ -115,7 +115,7 @@ class Passes:
                     self.mailboxes[number].send(torch.cat(of_blocks) if len(of_blocks) > 1 else counts)
 
             try:
-                left, trace = run(self.blocks, now, tokens, y, trace, may, leading, counted, self.branch, into)
+                left, trace = run(self.blocks, now, tokens, y, trace, merging, leading, counted, self.branch, into)
                 if isinstance(left, Packed):
                     return self.model.finish(left, trace, self.B, kind.dense, kind.head)
             finally:  # a capture cannot end while its streams are apart

@@ -92,7 +92,7 @@ def cost_of_each(model: VisionTransformer, record: Record) -> Cost[float | Tenso
     """:func:`cost` of every image: tensors [B] if images differ."""
     blocks = [inside(block, Block) or block for block in model.blocks]
     recorded = zip(blocks, record.tokens, record.queries, record.rows, strict=True)
-    own = record.ran  # a planned record is for timm's blocks, whatever the model's own do
+    own = record.ran  # the record of a schedule is for timm's blocks, whatever the model's own do
     counts = [_computed(block, *count) if own else tuple(count) for block, *count in recorded]
     macs = tuple(_macs(block, *c) if own else block_macs(block, *c) for block, c in zip(blocks, counts, strict=True))
     stem, stem_norms = _counted(model, "patch_embed", record.image_shape)
@@ -129,7 +129,7 @@ def paper_last_norm(model: VisionTransformer, rows: Count) -> Count:
     return rows * model.embed_dim if counts else 0
 
 
-def planned(
+def scheduled(
     model: VisionTransformer, image_shape: tuple[int, ...], schedule: tuple[int, ...], cls_only_last: bool
 ) -> Record:
     """The record of a pass with a given r per block over images [C, H, W], computed without running the blocks."""
@@ -165,7 +165,7 @@ def planned(
 
 def unmerged(model: VisionTransformer, image_shape: tuple[int, ...]) -> Record:
     """The record of ``model`` without merging and without the class-token-only last block."""
-    return planned(model, image_shape, (0,) * len(model.blocks), cls_only_last=False)
+    return scheduled(model, image_shape, (0,) * len(model.blocks), cls_only_last=False)
 
 
 def answer_shape(model: VisionTransformer) -> tuple[int, ...]:

@@ -28,7 +28,7 @@ KERNEL_PREFIX, KERNEL_CHANNELS = 16, 128  # the most protected tokens, and chann
 
 class Match(NamedTuple):
     """``similarity`` [T] (float32 or wider) and ``partner`` [T] int32, as :func:`reference.match` returns them.
-    ``counts`` [B] int64: the number of candidates at or above ``theta``. Both are None if no theta was given."""
+    ``counts`` [B] int64: the number of candidates, pairs at or above ``theta``. Both are None if no theta was given."""
 
     similarity: Tensor
     partner: Tensor
@@ -159,7 +159,7 @@ def match(
         keys: [H, T, d], the keys of the block's attention. No gradient flows through the choice.
         num_prefix: number of protected tokens at the start of each image.
         by_size: size-distinctive instead of alternate grouping.
-        theta: count the candidates at or above this cosine similarity.
+        theta: pairs at or above this cosine similarity are candidates, and are counted.
 
     Raises:
         ValueError, TypeError: arguments have another shape, dtype or device; theta is outside -1 .. 1; "triton" was
@@ -211,7 +211,7 @@ def assign(
     r: int | Tensor | str,
     images: Images,
     num_prefix: int,
-    T: int | None,
+    num_slots: int | None,
     one_r: bool,
     backend: str = "auto",
     out: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
@@ -222,37 +222,49 @@ def assign(
         pairs: from :func:`match` with the same ``images`` and ``num_prefix``.
         r: one number for all images, from 0 to the tokens in A; or int64 [B]; or the source: "image" for each image's
             own count in ``pairs``, "batch" for the mean of all counts, rounded down.
-        T: how many rows are left. None under a compiler, whose graph reads it from the device.
+        num_slots: how many rows are left. None under a compiler, whose graph reads it from the device.
         one_r: r is the same for all images, so that images of equal length stay equally long.
         out: slots, order, spans and cu_seqlens of the merged images, for the kernels to write to.
 
     Raises:
         ValueError, TypeError: arguments have another shape, dtype or device; or r refers to counts and there are none.
     """
-    _check_pairs(pairs, images, num_prefix, T)
+    _check_pairs(pairs, images, num_prefix, num_slots)
     r, mean, theta = _source_of_r(pairs, r, images)
     similarity, partner, cu_seqlens = pairs.similarity, pairs.partner, images.cu_seqlens
     equal = one_r and images.equal
     if not (runs_kernels(backend, similarity) or (_traced(partner) and not equal)):
-        if T is None:
+        if num_slots is None:
             raise ValueError(
                 'adapt="image" compiles where the kernels run, or on a CPU without them; use backend="auto"'
             )
         of_each = _of_each(r, mean, images, partner.device)
         slots, merged_cu_seqlens = reference.assign(similarity, partner, of_each, num_prefix, images)
         order = spans = None
-    elif T is not None and (out is not None or _plain((similarity, partner, r, cu_seqlens))):
+    elif num_slots is not None and (out is not None or _plain((similarity, partner, r, cu_seqlens))):
         with device_of(partner):
-            options = (num_prefix, images.N, T, out, theta, mean)
+            options = (num_prefix, images.N, num_slots, out, theta, mean)
             slots, order, spans, merged_cu_seqlens = _kernels().assign(similarity, partner, r, cu_seqlens, *options)
     else:
         of_each = _of_each(r, mean, images, partner.device)
-        arguments = (similarity, partner, of_each, cu_seqlens, num_prefix, images.N, -1 if T is None else T)
+        arguments = (
+            similarity,
+            partner,
+            of_each,
+            cu_seqlens,
+            num_prefix,
+            images.N,
+            -1 if num_slots is None else num_slots,
+        )
         slots, order, spans, merged_cu_seqlens = _call(_assign, *arguments)
-        T = spans.shape[0]
-    N = T // images.B if equal and images.B else images.N
+        num_slots = spans.shape[0]
+    N = num_slots // images.B if equal and images.B else images.N
     return Assignment(
-        slots=slots, T=T, images=Images(cu_seqlens=merged_cu_seqlens, N=N, equal=equal), order=order, spans=spans
+        slots=slots,
+        num_slots=num_slots,
+        images=Images(cu_seqlens=merged_cu_seqlens, N=N, equal=equal),
+        order=order,
+        spans=spans,
     )
 
 
@@ -282,7 +294,7 @@ def _of_each(r: int | Tensor, mean: bool, images: Images, device: torch.device) 
 def lists(assignment: Assignment) -> tuple[Tensor, Tensor]:
     """``order`` and ``spans`` of an assignment, computed if the reference left them out."""
     if assignment.order is None or assignment.spans is None:
-        return reference.lists(assignment.slots, assignment.T)
+        return reference.lists(assignment.slots, assignment.num_slots)
     return assignment.order, assignment.spans
 
 
@@ -295,7 +307,7 @@ def merge(tokens: Packed, assignment: Assignment, backend: str = "auto") -> Pack
     x, sizes, slots, images = tokens.x, tokens.sizes, assignment.slots, assignment.images
     _check_tokens(tokens, assignment)
     if assignment.order is None and not runs_kernels(backend, x):
-        merged, merged_sizes = reference.merge(x, sizes, slots, assignment.T)
+        merged, merged_sizes = reference.merge(x, sizes, slots, assignment.num_slots)
         return Packed(x=merged, sizes=merged_sizes, images=images)
     order, spans = lists(assignment)
     merged, merged_sizes, log2_sizes = _call(_merge, x, sizes, slots, order, spans, images.cu_seqlens)
@@ -498,7 +510,7 @@ def _check_prefix(num_prefix: int) -> None:
         raise ValueError(f"num_prefix={num_prefix} is below 0; want the number of protected tokens, 0 or more")
 
 
-def _check_pairs(pairs: Match, images: Images, num_prefix: int, T: int | None) -> None:
+def _check_pairs(pairs: Match, images: Images, num_prefix: int, num_slots: int | None) -> None:
     similarity, partner = pairs.similarity, pairs.partner
     _check(similarity.dim() == 1 and similarity.shape == partner.shape, "partner", partner, "[T], as similarity")
     _check_prefix(num_prefix)
@@ -506,8 +518,8 @@ def _check_pairs(pairs: Match, images: Images, num_prefix: int, T: int | None) -
         _check_dtype("similarity", similarity, torch.float32)
     _check_dtype("partner", partner, torch.int32)
     _check_device("partner", partner, similarity, "similarity")
-    if T is not None and not 0 <= T <= partner.shape[0]:
-        raise ValueError(f"T={T} is outside 0 .. {partner.shape[0]}, the rows that there are")
+    if num_slots is not None and not 0 <= num_slots <= partner.shape[0]:
+        raise ValueError(f"num_slots={num_slots} is outside 0 .. {partner.shape[0]}, the rows that there are")
 
 
 def _check_tokens(tokens: Packed, assignment: Assignment) -> None:
@@ -515,8 +527,8 @@ def _check_tokens(tokens: Packed, assignment: Assignment) -> None:
     _check(x.dim() == 2, "x", x, "[T, C]")
     _check_slots(assignment.slots, x.shape[:1], x)
     _check_sizes(tokens.sizes, x.shape[0], x)
-    if assignment.T < 0:
-        raise ValueError(f"T={assignment.T} is below 0; want the number of slots")
+    if assignment.num_slots < 0:
+        raise ValueError(f"num_slots={assignment.num_slots} is below 0; want the number of slots")
 
 
 def _check_residual(x: Tensor, attended: Tensor, gamma: Tensor | None, norm: nn.LayerNorm) -> None:

@@ -82,12 +82,12 @@ class Assignment(NamedTuple):
     """A merge step.
 
     ``slots``: int32 [T], the row among the merged tokens that each token goes to; a number outside 0 .. T' - 1 drops
-    it. ``T``: T', the number of merged rows. ``images``: where the merged images lie. The kernels also need the inverse
-    (None if the reference made the assignment): ``order``, int32 [T], the tokens ordered by slot, and ``spans``,
-    int32 [T', 2], where in it the tokens of each slot begin and end."""
+    it. ``num_slots``: T', the number of merged rows. ``images``: where the merged images lie. The kernels also need the
+    inverse (None if the reference made the assignment): ``order``, int32 [T], the tokens ordered by slot, and
+    ``spans``, int32 [T', 2], where in it the tokens of each slot begin and end."""
 
     slots: Tensor
-    T: int
+    num_slots: int
     images: Images
     order: Tensor | None = None
     spans: Tensor | None = None
@@ -108,7 +108,7 @@ class Assignment(NamedTuple):
         B, device = slots.shape[0], slots.device
         first = M * torch.arange(B, device=device).unsqueeze(1)
         numbered = torch.where(slots < 0, -1, slots + first).int().flatten()
-        return cls(slots=numbered, T=B * M, images=Images.of(B, M, device))
+        return cls(slots=numbered, num_slots=B * M, images=Images.of(B, M, device))
 
 
 def check_plan(assignment: Assignment, tokens: Packed, num_prefix: int) -> None:

@@ -43,7 +43,7 @@ class Record:
         return self.tokens if self.leading is None else (*self.tokens[:-1], self.leading)
 
     @property
-    def all_served(self) -> "Record":
+    def all_tokens_last(self) -> "Record":
         """The same pass with a last block that computes all its tokens and merges none, which gives the same logits.
         (A block that fuses tokens before its attention still does so.)"""
         return self if self.leading is None else replace(self, leading=None, rows=(*self.rows[:-1], self.tokens[-1]))

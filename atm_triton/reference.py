@@ -228,52 +228,52 @@ def _places(order: Tensor) -> Tensor:
     return torch.empty_like(order).scatter(1, order, position)
 
 
-def merge(x: Tensor, sizes: Tensor | None, slots: Tensor, T: int) -> tuple[Tensor, Tensor]:
+def merge(x: Tensor, sizes: Tensor | None, slots: Tensor, num_slots: int) -> tuple[Tensor, Tensor]:
     """Definition 2: a slot becomes the size-weighted mean of its tokens, x' = sum(n_i x_i) / sum(n_i), n' = sum(n_i).
 
     Computed as x' = sum_i (n_i / n') x_i: a token that merges with nothing has a share of exactly 1, so it passes
     through unchanged. Sums are taken in float32 or above, in the order of the tokens.
 
     Args:
-        x: [T, C]; sizes: float32 [T], or None for all ones; slots: int32 [T]; T: T', the number of slots.
+        x: [T, C]; sizes: float32 [T], or None for all ones; slots: int32 [T]; num_slots: T'.
 
     Returns:
         merged x [T', C] in the dtype of x, and merged sizes [T'] float32; a slot without tokens is 0 and has size 0.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     sizes = torch.ones(slots.shape, dtype=torch.float32, device=x.device) if sizes is None else sizes
-    n, slot = sizes.to(dtype), _or_last(slots, T)
-    merged_n = n.new_zeros(T + 1).index_add(0, slot, n)  # the last entry takes the dropped tokens
+    n, slot = sizes.to(dtype), _or_last(slots, num_slots)
+    merged_n = n.new_zeros(num_slots + 1).index_add(0, slot, n)  # the last entry takes the dropped tokens
     share = n / merged_n.index_select(0, slot)
     if torch.compiler.is_exporting():  # ONNX has no searchsorted, and runs bags in a loop
-        merged = x.new_zeros(T + 1, x.shape[1], dtype=dtype).index_add(0, slot, share.unsqueeze(1) * x)
+        merged = x.new_zeros(num_slots + 1, x.shape[1], dtype=dtype).index_add(0, slot, share.unsqueeze(1) * x)
     else:
-        order, first = _by_slot(slot, T)
+        order, first = _by_slot(slot, num_slots)
         weights = share.index_select(0, order)
         merged = F.embedding_bag(order, x.to(dtype), first, mode="sum", per_sample_weights=weights)
     return merged[:-1].to(x.dtype), merged_n[:-1].to(sizes.dtype)
 
 
-def lists(slots: Tensor, T: int) -> tuple[Tensor, Tensor]:
+def lists(slots: Tensor, num_slots: int) -> tuple[Tensor, Tensor]:
     """The inverse of an assignment: the tokens of each slot, in their order. Arguments as in :func:`merge`.
 
     Returns:
         order int32 [T]: the tokens sorted by slot, dropped ones last; spans int32 [T', 2]: where in ``order`` the
         tokens of each slot begin and end.
     """
-    order, first = _by_slot(_or_last(slots, T), T)
+    order, first = _by_slot(_or_last(slots, num_slots), num_slots)
     return order.int(), torch.stack([first[:-1], first[1:]], dim=1).int()
 
 
-def _or_last(slots: Tensor, T: int) -> Tensor:
-    """Slots as int64, with T for dropped tokens."""
-    return slots.long().masked_fill((slots < 0) | (slots >= T), T)
+def _or_last(slots: Tensor, num_slots: int) -> Tensor:
+    """Slots as int64, with ``num_slots`` for dropped tokens."""
+    return slots.long().masked_fill((slots < 0) | (slots >= num_slots), num_slots)
 
 
-def _by_slot(slot: Tensor, T: int) -> tuple[Tensor, Tensor]:
-    """Tokens sorted by slot, dropped ones last; and where the tokens of each of the T slots begin."""
+def _by_slot(slot: Tensor, num_slots: int) -> tuple[Tensor, Tensor]:
+    """Tokens sorted by slot, dropped ones last; and where the tokens of each of the slots begin."""
     order = slot.argsort(stable=True)
-    return order, torch.searchsorted(slot.index_select(0, order), torch.arange(T + 1, device=slot.device))
+    return order, torch.searchsorted(slot.index_select(0, order), torch.arange(num_slots + 1, device=slot.device))
 
 
 def unmerge(x: Tensor, slots: Tensor) -> Tensor:

@@ -72,8 +72,8 @@ def stages(blocks: Sequence[ATMBlock], leading: int | None, rows: int, read: flo
     least time in a rough model: a read takes as long as ``read`` GFLOP of matrix products, a block costs in proportion
     to the rows that enter it, and every block with a threshold keeps ``LEFT`` of its tokens.
     """
-    may = blocks if leading is None else blocks[:-1]
-    counted = [index for index, block in enumerate(may) if block.theta is not None]
+    merging = blocks if leading is None else blocks[:-1]
+    counted = [index for index, block in enumerate(merging) if block.theta is not None]
     gflop = [2e-9 * rows * sum(parameter.numel() for parameter in block.parameters()) for block in blocks]
     plans: list[tuple[float, tuple[Stage, ...]]] = [(0.0, ())]  # the best up to the start, and up to each read
     for last in (*counted, None):
@@ -125,7 +125,9 @@ _POSITIONS = (VisionTransformer._pos_embed, VisionTransformerDistilled._pos_embe
 
 def begin(block: ATMBlock, pending: Pending, T: int, images: Images) -> tuple[Packed, Tensor]:
     """The merge at the beginning of a stage of T rows: the merged tokens and their norm for the MLP."""
-    assignment = Assignment(slots=pending.slots, T=T, images=images, order=pending.order, spans=pending.spans[:T])
+    assignment = Assignment(
+        slots=pending.slots, num_slots=T, images=images, order=pending.order, spans=pending.spans[:T]
+    )
     tokens = Packed(x=pending.x, sizes=pending.sizes, images=images)
     return block.merge(tokens, pending.attended, assignment)
 
@@ -136,7 +138,7 @@ def run(
     tokens: Packed,
     y: Tensor | None,
     trace: Tensor | None,
-    may: int,
+    merging: int,
     leading: int | None,
     counted: Callable[[Tensor], None],
     branch: Branch,
@@ -147,7 +149,7 @@ def run(
     Args:
         tokens, y: from :func:`begin`; or the tokens of the stem, and None.
         trace: int32 [B N], the row in which each token of the first block is. None: nobody asked.
-        may: how many blocks may merge: all, or all but the last.
+        merging: how many blocks may merge: all, or all but the last.
         leading: how many tokens the last block computes, None: all.
         counted: called with the counts [B] of each block whose own counts decide how many tokens merge.
         branch: where tokens are matched and assigned while attention runs.
@@ -166,7 +168,7 @@ def run(
             tokens = tokens.with_x(x)
         if leading is not None and index == len(blocks) - 1:
             return block.forward_leading(tokens, leading, y), trace
-        mixed, assignment = attend(block, tokens, y, index < may, counted, branch, into)
+        mixed, assignment = attend(block, tokens, y, index < merging, counted, branch, into)
         attended = project(block.attention, mixed, None if into is None else into.attended)
         branch.join()
         if assignment is not None and trace is not None:

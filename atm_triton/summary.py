@@ -23,7 +23,7 @@ class Summary:
     record: Record
     cost: Cost[float]
     unmerged: Cost[float]
-    all_served: Cost[float]  # if the last block computed all its tokens
+    all_tokens_last: Cost[float]  # if the last block computed all its tokens
     way: str  # how the pass ran
     source: str = ""  # where thresholds or r come from, if the configuration says so
     logits: str = ""  # what the logits are, if the model can compute them in several ways
@@ -61,7 +61,7 @@ class Summary:
     @property
     def saved_by_merging(self) -> float:
         """What would be saved if the last block computed all its tokens, as timm's does."""
-        return 1 - self.all_served.macs / self.unmerged.macs
+        return 1 - self.all_tokens_last.macs / self.unmerged.macs
 
     def __str__(self) -> str:
         differ = any(isinstance(n, Tensor) for n in self.record.tokens)
@@ -101,7 +101,7 @@ def summary(model: VisionTransformer) -> Summary:
         record=record,
         cost=cost(model, record),
         unmerged=whole,
-        all_served=cost(model, record.all_served),
+        all_tokens_last=cost(model, record.all_tokens_last),
         way=way,
         source=model.blocks.config.source,
         logits=getattr(model, "logits_are", ""),

@@ -63,7 +63,7 @@ def to_assign(keys, sizes, backend):
 
 def test_assign(benchmark, backend, qkv, sizes):
     assignment = time(benchmark, ops.assign, *to_assign(qkv[1], sizes, backend))
-    assert assignment.slots.max() == assignment.T - 1 == B * (N - R) - 1
+    assert assignment.slots.max() == assignment.num_slots - 1 == B * (N - R) - 1
 
 
 def test_merge(benchmark, backend, qkv, sizes):
@@ -75,7 +75,7 @@ def test_merge(benchmark, backend, qkv, sizes):
 
 def test_unmerge(benchmark, backend, qkv, sizes):
     assignment = ops.assign(*to_assign(qkv[1], sizes, backend))
-    merged = torch.randn(assignment.T, C, device=DEVICE)
+    merged = torch.randn(assignment.num_slots, C, device=DEVICE)
     assert time(benchmark, ops.unmerge, merged, assignment.slots, backend).shape == (B * N, C)
 
 

@@ -304,7 +304,7 @@ def test_bad_input(loader):
 
 def test_where_nothing_can_merge_it_is_said_before_the_search():
     wishes = (Target(max_kl=0.1), Target(max_gflops=0.0001), Target(min_agreement=0.9))
-    alone = "^no block can merge: the last, here the only one, serves the class token alone$"
+    alone = "^no block can merge: the last, here the only one, computes the class token alone$"
     one_patch = "^images of one patch token have nothing to merge; give larger ones$"
     for depth, side, message in ((1, 40, alone), (4, 8, one_patch)):
         loader, model = images(96, side=side).split(24), vit(depth=depth, img_size=side)

@@ -329,7 +329,7 @@ def dynamically_quantised(model, names):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*quantize_per_tensor:UserWarning")
 @pytest.mark.parametrize("patched_first", [True, False])
 def test_a_quantised_model(patched_first):
-    """A layer's range is taken over all rows it gets. If the last block serves only the class token, three layers get
+    """A layer's range is taken over all rows it gets. If the last block computes only the class token, three layers get
     fewer rows."""
     x, names = images(), {name for name, module in new().named_modules() if type(module) is nn.Linear}
     fewer = {f"blocks.3.{name}" for name in ("attn.proj", "mlp.fc1", "mlp.fc2")}

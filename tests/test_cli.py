@@ -22,7 +22,7 @@ from atm_triton.cli.commands import COMMANDS
 from atm_triton.cli.options import parser
 from atm_triton.config import REMEDY
 from atm_triton.digits.model import IMAGE_CONFIG
-from atm_triton.flops import cost, planned
+from atm_triton.flops import cost, scheduled
 from atm_triton.measure.configurations import digits_config
 from atm_triton.measure.evaluate import evaluate
 from atm_triton.measure.images import open_image, open_images
@@ -193,7 +193,7 @@ def test_a_warning_is_a_line(capsys):
 def test_the_constant_r_of_a_cost_is_the_nearest(cls_only_last):
     """The least of those that are as near."""
     model, shape = vit(), (3, 40, 40)
-    macs = [cost(model, planned(model, shape, (r,) * 4, cls_only_last)).macs for r in range(14)]
+    macs = [cost(model, scheduled(model, shape, (r,) * 4, cls_only_last)).macs for r in range(14)]
     assert macs[-1] == macs[-2]  # nothing is left to merge
     for asked in (0, *macs, *(value + 1000 for value in macs), 2 * macs[0]):
         nearest = min(range(14), key=lambda r, asked=asked: abs(macs[r] - asked))
@@ -209,9 +209,9 @@ def test_bench_of_packed_images(tmp_path):
     for case in (digits, deit):
         rows = {row["name"]: row for row in case["rows"]}
         beside = ['ATM, adapt="batch"'] if case is digits else []
-        assert list(rows) == ["timm", "free-merge bound", "ToMe", "ATM", "one r a batch", *beside]
+        assert list(rows) == ["timm", "free-merge bound", "ToMe", "ATM", "one r per batch", *beside]
         assert rows["ATM"]["tokens"] == rows["free-merge bound"]["tokens"]
-        assert abs(rows["ATM"]["gflops"] - rows["one r a batch"]["gflops"]) < 0.05 * rows["timm"]["gflops"]
+        assert abs(rows["ATM"]["gflops"] - rows["one r per batch"]["gflops"]) < 0.05 * rows["timm"]["gflops"]
     assert digits["config"]["adapt"] == deit["config"]["adapt"] == "image"
     assert digits["rows"][3]["tokens"] == deit["rows"][3]["tokens"]
 
@@ -248,7 +248,7 @@ def test_bench_says_where_merging_does_not_pay():
     """It says so of the rows of ATM only, not of the bound or of other rows."""
 
     def rows(**speedups):
-        names = {"timm": 1, "free-merge bound": 0.7, "ToMe": 0.6, "one r a batch": 0.5} | speedups
+        names = {"timm": 1, "free-merge bound": 0.7, "ToMe": 0.6, "one r per batch": 0.5} | speedups
         return [{"name": name, "speedup": speedup} for name, speedup in names.items()]
 
     assert report.slower(rows(ATM=1.0)) is None

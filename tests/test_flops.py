@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from atm_triton import ATMConfig, apply_patch, summary
-from atm_triton.flops import cost, planned, unmerged
+from atm_triton.flops import cost, scheduled, unmerged
 from models import distilled, images, vit, with_lora
 
 
@@ -45,7 +45,7 @@ def test_unmerged_deit_is_the_papers(name, gflops, macs):
 @pytest.mark.parametrize(("r", "gmacs"), [(8, 3.416), (11, 2.986), (13, 2.703), (16, 2.291)])
 def test_tome_on_deit_s(r, gmacs):
     model = meta("deit_small_patch16_224")
-    record = planned(model, (3, 224, 224), (r,) * 12, cls_only_last=False)
+    record = scheduled(model, (3, 224, 224), (r,) * 12, cls_only_last=False)
     assert round(cost(model, record).macs / 1e9, 3) == gmacs
 
 
@@ -56,7 +56,7 @@ def test_the_class_token_alone_saves_what_the_paper_drops():
         whole = cost(model, unmerged(model, (3, 224, 224))).macs
         mlp = 8 * 196 * model.embed_dim**2
         assert round(100 * mlp / whole, 1) == share
-        alone = cost(model, planned(model, (3, 224, 224), (0,) * 12, cls_only_last=True)).macs
+        alone = cost(model, scheduled(model, (3, 224, 224), (0,) * 12, cls_only_last=True)).macs
         queries = 196 * (2 * model.embed_dim**2 + 2 * 197 * model.embed_dim)
         assert whole - alone == mlp + queries
 
@@ -123,7 +123,7 @@ def test_quantised_layers_are_counted_or_refused():
     "make", [vit, distilled, lambda: vit(class_token=False, global_pool="avg")], ids=["plain", "distilled", "avg"]
 )
 def test_planned_is_what_happens(make, schedule, last):
-    expected = planned(make(), (3, 40, 40), schedule, last)
+    expected = scheduled(make(), (3, 40, 40), schedule, last)
     model = apply_patch(make(), ATMConfig(adapt="static", schedule=schedule, cls_only_last=last))
     model(images(1))
     assert replace(model.blocks.last, counts=expected.counts) == expected

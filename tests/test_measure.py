@@ -234,9 +234,9 @@ def test_answers_at_hand_give_the_same_as_answers_on_the_way():
 
 
 def test_patch_tokens_are_paid_for(loader, small_search):  # noqa: F811
-    """The last block of a dense model serves all tokens; predicted, measured and promised costs all count that."""
+    """The last block of a dense model computes all tokens; predicted, measured and promised costs all count that."""
     model = vit(num_classes=0)
-    target = Target(max_gflops=0.97 * whole(model))  # above the cost if the last block served the class token alone
+    target = Target(max_gflops=0.97 * whole(model))  # above the cost if the last block computed the class token alone
     calibration = calibrate(model, loader, target, progress=False, dense=True)
     patched = apply_patch(vit(num_classes=0), calibration.config)
     patched.load_state_dict(model.state_dict())

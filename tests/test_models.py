@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from atm_triton import ATMConfig, apply_patch, remove_patch, summary
-from atm_triton.flops import cost, planned, unmerged
+from atm_triton.flops import cost, scheduled, unmerged
 from atm_triton.models import LVViT, T2TViT, load_checkpoint
 from models import distilled, images_for, small, vit
 
@@ -261,8 +261,8 @@ def test_macs_equal_torchs_counter(name, aux_eval, merged):
         model(images_for(model, batch=1))
     s = summary(model)
     assert counter.get_total_flops() // 2 == s.macs + s.cost.matching
-    planned_cost = cost(model, planned(model, (3, 64, 64), model.blocks.config.schedule, True))
-    assert planned_cost == s.cost
+    scheduled_cost = cost(model, scheduled(model, (3, 64, 64), model.blocks.config.schedule, True))
+    assert scheduled_cost == s.cost
 
 
 def test_the_papers_count_of_lvvit_splits_where_tokens_merge():
@@ -272,7 +272,7 @@ def test_the_papers_count_of_lvvit_splits_where_tokens_merge():
     stem = 112**2 * (147 * 64 + 2 * 9 * 64 * 64 + 64 * h)
     whole = stem + 16 * 197 * (10 * h**2 + 2 * h * 197 + 10 * 197 * H + 49 * h)
     assert cost(model, unmerged(model, IMAGE)).paper == whole
-    less = cost(model, planned(model, IMAGE, (5,) + (0,) * 15, cls_only_last=False)).paper
+    less = cost(model, scheduled(model, IMAGE, (5,) + (0,) * 15, cls_only_last=False)).paper
     first = 197 * (4 * h**2 + 2 * h * 197 + 10 * 197 * H + 11 * h) + 192 * (6 * h**2 + 38 * h)
     others = 15 * 192 * (10 * h**2 + 2 * h * 192 + 10 * 192 * H + 49 * h)
     assert less == stem + first + others

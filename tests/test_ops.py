@@ -16,12 +16,12 @@ def pairs(by_size=False, P=1, images=IMAGES):
     return ops.match(keys, sizes, images, P, by_size)
 
 
-def assign(r=r, P=1, T=12, **changes):
-    return ops.assign(pairs()._replace(**changes), r, IMAGES, P, T, True)
+def assign(r=r, P=1, num_slots=12, **changes):
+    return ops.assign(pairs()._replace(**changes), r, IMAGES, P, num_slots, True)
 
 
-def merge(x=x, n=None, slots=slots, T=3):
-    return ops.merge(Packed(x, n, IMAGES), Assignment(slots, T, IMAGES))
+def merge(x=x, n=None, slots=slots, num_slots=3):
+    return ops.merge(Packed(x, n, IMAGES), Assignment(slots, num_slots, IMAGES))
 
 
 def fused(attended=x, n=None, gamma=None, norm=norm):
@@ -48,14 +48,14 @@ def attend(q=keys, k=keys, v=keys, n=sizes, log2_sizes=None):
         (lambda: assign(r.to("meta")), "r is on meta, similarity on cpu; move one of them"),
         (lambda: assign("mean"), 'r=\'mean\' is unknown; want "image", "batch", a number or a tensor'),
         (lambda: assign("image"), "r='image' asks for counts, and nothing was counted; give match a theta"),
-        (lambda: assign(T=-1), "T=-1 is outside 0 .. 14, the rows that there are"),
-        (lambda: assign(T=15), "T=15 is outside 0 .. 14"),
+        (lambda: assign(num_slots=-1), "num_slots=-1 is outside 0 .. 14, the rows that there are"),
+        (lambda: assign(num_slots=15), "num_slots=15 is outside 0 .. 14"),
         (lambda: assign(P=-2), "num_prefix=-2 is below 0"),
         (lambda: merge(x[0]), "x has shape [8]; want [T, C]"),
         (lambda: merge(slots=slots[1:]), "slots has shape [13]; want [14], one for each token"),
         (lambda: merge(slots=slots.to("meta")), "slots is on meta, the tokens on cpu; move one of them"),
         (lambda: merge(n=sizes[1:]), "sizes has shape [13]; want [14], one for each token"),
-        (lambda: merge(T=-1), "T=-1 is below 0; want the number of slots"),
+        (lambda: merge(num_slots=-1), "num_slots=-1 is below 0; want the number of slots"),
         (lambda: fused(attended=x[1:]), "attended has shape [13, 8]; want the shape of x"),
         (lambda: fused(attended=x.to("meta")), "attended is on meta, the tokens on cpu; move one of them"),
         (lambda: fused(n=sizes[1:]), "sizes has shape [13]; want [14]"),

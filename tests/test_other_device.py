@@ -1,9 +1,12 @@
 """What runs on a GPU runs on a device that is not the CPU, with the values of the CPU."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
-from atm_triton import ATMConfig
+from atm_triton import ATMConfig, apply_patch
 from atm_triton.measure.evaluate import evaluate
 from atm_triton.training.finetune import Training
 from atm_triton.training.recipe import Recipe
@@ -11,6 +14,7 @@ from benchmarks.baselines import BASELINES, TRAINED, baseline
 from models import vit
 from other_device import other_device
 
+PAGE = Path(__file__).parents[1] / "docs" / "extending.md"
 STEP = Recipe(epochs=1, batch_size=4, accumulate=1, mixup=0.0, cutmix=0.0)
 SETTINGS = {
     "ats": {"M": 6, "blocks": (1, 3)},
@@ -29,9 +33,9 @@ CONFIGS = {adapt: ATMConfig(adapt=adapt, thresholds=(0.6,) * 4) for adapt in ("b
 CONFIGS["static"] = ATMConfig(adapt="static", schedule=(2, 2, 2, 1))
 
 
-def model():
+def model(depth=4):
     torch.manual_seed(0)
-    return vit(embed_dim=16, img_size=32)
+    return vit(embed_dim=16, img_size=32, depth=depth)
 
 
 def batches():
@@ -39,8 +43,8 @@ def batches():
     return [(torch.randn(4, 3, 32, 32, generator=generator), torch.arange(4)) for _ in range(2)]
 
 
-def evaluated(how, at=None):
-    one = model() if at is None else model().to(at)
+def evaluated(how, at=None, depth=4):
+    one = model(depth) if at is None else model(depth).to(at)
     return evaluate(one, batches(), how(one), title=None)
 
 
@@ -53,6 +57,22 @@ def test_a_method_is_evaluated_as_on_the_cpu(name, monkeypatch):
     with other_device(monkeypatch) as device:
         there = evaluated(how, device)
     assert there.tokens == here.tokens and there.overall.own_tokens == here.overall.own_tokens
+    assert there.overall.kl == pytest.approx(here.overall.kl, rel=1e-5) and here.overall.kl > 1e-6
+
+
+@pytest.mark.parametrize("name", ["EverySecond", "EverySecondDropped"])
+def test_a_method_of_the_page_is_evaluated_as_on_the_cpu(name, monkeypatch):
+    page = {}
+    for code in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)[:2]:
+        exec(code, page)
+
+    def how(_):
+        return lambda model: apply_patch(model, block_class=page[name])
+
+    here = evaluated(how, depth=5)  # the last block computes the class token alone; the plans are for block 3
+    with other_device(monkeypatch) as device:
+        there = evaluated(how, device, depth=5)
+    assert there.tokens == here.tokens and here.tokens[-1] < here.tokens[0]
     assert there.overall.kl == pytest.approx(here.overall.kl, rel=1e-5) and here.overall.kl > 1e-6
 
 

@@ -65,12 +65,12 @@ def test_the_first_example_saves_what_stands_below_it(capsys):
     entering = [line.split()[1] for line in printed.splitlines()[1:13]]
     cost = re.search(r"([\d.]+) GFLOPs per image \(.*\); unmerged ([\d.]+): ([\d.]+) % of the MACs saved", printed)
     said = re.search(
-        r"Of the (\d+) tokens of an image, ([\d.]+) on average enter the last block; "
-        r"it costs ([\d.]+) GFLOPs instead of ([\d.]+)\.",
+        r"An image costs ([\d.]+) GFLOPs instead of ([\d.]+): of its (\d+) tokens, "
+        r"([\d.]+) on average enter the last block\.",
         README.read_text(),
     )
-    assert said.groups()[:2] == (entering[0], entering[-1])
-    assert [f"{float(gflops):.2f}" for gflops in said.groups()[2:]] == list(cost.groups()[:2])
+    assert said.groups()[2:] == (entering[0], entering[-1])
+    assert [f"{float(gflops):.2f}" for gflops in said.groups()[:2]] == list(cost.groups()[:2])
     assert float(cost[3]) > 50
 
 

@@ -797,7 +797,7 @@ def test_the_page_of_models_holds_for_every_tenth_and_all_that_are_refused(monke
     run = zoo.run
 
     def run_shallow(model):
-        """The blocks of a model are alike, but for the last, which may serve the class token alone."""
+        """The blocks of a model are alike, but for the last, which may compute the class token alone."""
         model.blocks = model.blocks[:2]
         run(model)
 

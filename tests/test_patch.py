@@ -165,7 +165,7 @@ def test_merged_tokens_share_their_features():
     model, x = vit(), images()
     apply_patch(model, STATIC)
     tokens = model.forward_features(x)
-    assert len(tokens[0].unique(dim=0)) == 26 - 3 - 5 - 2  # the last block serves the class token alone
+    assert len(tokens[0].unique(dim=0)) == 26 - 3 - 5 - 2  # the last block computes the class token alone
     torch.testing.assert_close(model.forward_head(tokens), model(x), rtol=0, atol=1e-5)
 
 

@@ -341,7 +341,7 @@ def _check_differ(parts: dict[str, list[Tensor]]) -> None:
 
 def _check_merges(costs: Costs) -> None:
     if costs.merging == 0:
-        raise ValueError("no block can merge: the last, here the only one, serves the class token alone")
+        raise ValueError("no block can merge: the last, here the only one, computes the class token alone")
     if largest_r(costs.N, costs.prefix) == 0:
         raise ValueError("images of one patch token have nothing to merge; give larger ones")
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from atm_triton.flops import block_macs, cost, paper_block, paper_last_norm, planned, unmerged
+from atm_triton.flops import block_macs, cost, paper_block, paper_last_norm, scheduled, unmerged
 from atm_triton.reference import largest_r
 from atm_triton.transformer import leading_tokens
 
@@ -28,7 +28,7 @@ class Costs:
         self.merging = len(self.blocks) - (self.leading is not None)
         record = unmerged(model, image_shape)
         self.N, self.unmerged = record.N, cost(model, record).paper_gflops
-        self.highest = cost(model, planned(model, image_shape, (0,) * len(self.blocks), cls_only_last)).paper_gflops
+        self.highest = cost(model, scheduled(model, image_shape, (0,) * len(self.blocks), cls_only_last)).paper_gflops
         self._ends = 0.0  # stem and head
         self._ends = self.highest - self.of([0.0] * self.merging)
 
@@ -51,7 +51,7 @@ class Costs:
         return self._ends + (total + paper_last_norm(self.model, rows)) / 1e9
 
     def within(self, counts: Sequence[float]) -> tuple[float, ...]:
-        """The counts, each limited to the number of candidates left in its block."""
+        """The counts, each limited to the number of tokens of A left in its block."""
         N, kept = float(self.N), []
         for r in counts[: self.merging]:
             kept.append(min(r, (N - self.prefix) / 2))

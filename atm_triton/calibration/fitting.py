@@ -1,8 +1,8 @@
 """Fitting passes: in one pass, find the thresholds at which blocks merge the wanted mean counts, and measure them.
 
-All batches go through the model block by block. Before a block merges, the similarities of its candidates are pooled
+All batches go through the model block by block. Before a block merges, the similarities of its tokens of A are pooled
 over all images; earlier blocks have already merged. The threshold is the quantile that leaves the wanted number of
-candidates above it. So one pass gives thresholds, exact counts, the cost and the change.
+them above it. So one pass gives thresholds, exact counts, the cost and the change.
 """
 
 import math
@@ -15,7 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from atm_triton import ops
-from atm_triton.block import ATMBlock, Planned, Step, handed_on
+from atm_triton.block import ATMBlock, AwaitingCounts, Step, handed_on
 from atm_triton.calibration.costs import Costs
 from atm_triton.calibration.measuring import Mean, Measured, Meter, together
 from atm_triton.config import ATMConfig
@@ -72,7 +72,7 @@ class FittingBlock(ATMBlock):
     held: list[tuple[Tensor, Any]]
 
     def similarities(self, tokens: Packed) -> Tensor:
-        """Attend, and return the similarities of the candidates [B Na] to their partners, on the host."""
+        """Attend, and return the similarities of the tokens of A [B Na] to their partners, on the host."""
         x = tokens.images.shaped(tokens.x)
         out, plan = super().called_attn(self.norm1(x), self.attend, tokens, True)
         self.held.append((out, plan.pairs))
@@ -85,7 +85,7 @@ class FittingBlock(ATMBlock):
         if self.theta is None:
             return out, None
         counts = count(pairs.similarity, self.theta, given[0].images)
-        return out, Planned(pairs._replace(counts=counts, theta=self.theta), ops.to_host(counts))
+        return out, AwaitingCounts(pairs._replace(counts=counts, theta=self.theta), ops.to_host(counts))
 
 
 class State(NamedTuple):

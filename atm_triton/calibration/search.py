@@ -22,7 +22,7 @@ from atm_triton.calibration.measuring import Mean
 from atm_triton.reference import threshold
 
 SEEN = ("fit", "choose")  # the parts of the images that the search may see
-LEVELS = (1 / 16, 1 / 8, 1 / 4, 1 / 2)  # shares of a block's candidates: each block merges these alone, as a probe
+LEVELS = (1 / 16, 1 / 8, 1 / 4, 1 / 2)  # shares of a block's tokens of A: each block merges these alone, as a probe
 CURVES = ((0.0, 1.0), (0.5, 6.0), (1.0, 6.0), (1.0, 15.0), (1.5, 15.0))  # log10((1 - theta_min) / (1 - alpha)), blocks
 STEPS = ((3, 10), (2, 12), (1, 24))  # rounds: how many of the best plans go on, how many variations of each are tried
 CLOSE = 0.002  # how near a measured cost must come to the goal, as a share of the unmerged model's cost

@@ -164,7 +164,7 @@ def compare(
         "divergence": divergence,
         "macs": _of_images(spent.macs, B),
         "gflops": _of_images(spent.paper_gflops, B),
-        "all_last": _of_images(cost_of_each(patched, record.all_served).paper_gflops, B),
+        "all_last": _of_images(cost_of_each(patched, record.all_tokens_last).paper_gflops, B),
         "tokens": torch.stack([_of_images(N, B) for N in record.tokens], dim=1),
         "merged": torch.stack([_of_images(r, B) for r in record.merged], dim=1),
         "own_tokens": _own_tokens(record),

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from atm_triton.block import ATMBlock, Step
 from atm_triton.config import ATMConfig
-from atm_triton.flops import Cost, cost, mean, planned, unmerged
+from atm_triton.flops import Cost, cost, mean, scheduled, unmerged
 from atm_triton.measure.evaluate import check_finite, share
 from atm_triton.ops import Match
 from atm_triton.packed import Images, Packed
@@ -40,7 +40,7 @@ from atm_triton.record import Record
 from atm_triton.reference import batch_r, of_tokens
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
-UNPATCHED, BOUND, TOME, ATM, ONE_R = "timm", "free-merge bound", "ToMe", "ATM", "one r a batch"
+UNPATCHED, BOUND, TOME, ATM, ONE_R = "timm", "free-merge bound", "ToMe", "ATM", "one r per batch"
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def constant_r(model: VisionTransformer, image_shape: tuple[int, ...], macs: flo
 
     @cache
     def macs_of(r: int) -> float:
-        return cost(model, planned(model, image_shape, (r,) * depth, cls_only_last)).macs
+        return cost(model, scheduled(model, image_shape, (r,) * depth, cls_only_last)).macs
 
     reached = max(macs, macs_of(every_r[-1]))
     first = bisect_left(every_r, -reached, key=lambda r: -macs_of(r))  # a larger r never costs more
@@ -159,7 +159,7 @@ def variants(
     r = constant_r(model, shape, statistics.fmean(c.macs for c in costs), config.cls_only_last)
     alike = replace(config, adapt="static", schedule=(r,) * depth, thresholds=None, split_depth=depth, source="")
     tome = apply_patch(share(model), alike)
-    tome_record = planned(model, shape, (r,) * depth, config.cls_only_last)
+    tome_record = scheduled(model, shape, (r,) * depth, config.cls_only_last)
     ways = [
         _variant(UNPATCHED, [model] * len(batches), batches, [whole], [cost(model, whole)]),
         _variant(BOUND, bounds, batches, records, costs),

@@ -113,7 +113,9 @@ class ATSBlock(ReducingBlock):
         slots = torch.cat([torch.arange(P, device=scores.device).expand(images.B, P), slots], dim=1)
         left = Images.of_lengths(P + kept.sum(dim=1), images.N)
         slots = torch.where(slots < 0, -1, slots + left.cu_seqlens[:-1].unsqueeze(1))
-        return Assignment(slots=packed(slots.int(), images, len(scores)), T=int(left.cu_seqlens[-1]), images=left)
+        return Assignment(
+            slots=packed(slots.int(), images, len(scores)), num_slots=int(left.cu_seqlens[-1]), images=left
+        )
 
     def macs(self, N: Number, queries: Number, rows: Number) -> Number:
         """The cost of the tokens that leave, plus the queries of the other tokens and their products with all keys."""
@@ -126,7 +128,7 @@ class ATSBlock(ReducingBlock):
 
 def _order(assignment: Assignment) -> Tensor:
     """Row indices of the tokens that stay, in the order of their slots."""
-    return lists(assignment.slots, assignment.T)[0][: assignment.T]
+    return lists(assignment.slots, assignment.num_slots)[0][: assignment.num_slots]
 
 
 @torch.no_grad()

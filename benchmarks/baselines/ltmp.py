@@ -85,7 +85,7 @@ class LTMPBlock(ReducingBlock):
         place = stays.cumsum(dim=1) - 1 + left.cu_seqlens[:-1].unsqueeze(1)
         place = torch.where(stays, place, -1)
         slots = torch.where(joins, place.gather(1, partner), place)
-        return Assignment(slots=packed(slots.int(), images, T), T=int(left.cu_seqlens[-1]), images=left)
+        return Assignment(slots=packed(slots.int(), images, T), num_slots=int(left.cu_seqlens[-1]), images=left)
 
     def matching_macs(self, N: Number) -> Number:
         """MACs of the attention map, which fused attention does not return, and of the similarities."""

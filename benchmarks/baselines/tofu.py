@@ -67,7 +67,9 @@ class ToFu(Baseline):
             return merging
         slots, partner = (images.shaped(of_token) for of_token in (merging.slots, pairs.partner))
         joins = (partner >= 0) & (slots == slots.gather(1, partner.clamp(min=0).long()))
-        return Assignment(slots=torch.where(joins, -1, slots).flatten(), T=merging.T, images=merging.images)
+        return Assignment(
+            slots=torch.where(joins, -1, slots).flatten(), num_slots=merging.num_slots, images=merging.images
+        )
 
     def matching_macs(self, block: ReducingBlock, N: int) -> int:
         free = N - block.num_prefix_tokens
@@ -85,10 +87,10 @@ class ToFuBlock(ReducingBlock):
         merged = ops.merge(tokens, plan, self.config.backend)
         slots, mean = plan.slots.long(), merged.x.to(torch.promote_types(merged.x.dtype, torch.float32))
         norms = tokens.x.to(mean.dtype).norm(dim=1)
-        largest = norms.new_zeros(plan.T).scatter_reduce(0, slots, norms, "amax", include_self=False)
+        largest = norms.new_zeros(plan.num_slots).scatter_reduce(0, slots, norms, "amax", include_self=False)
         norm = mean.norm(dim=1)
         scale = largest / norm.masked_fill(norm == 0, 1)
-        alone = torch.bincount(slots, minlength=plan.T) == 1
+        alone = torch.bincount(slots, minlength=plan.num_slots) == 1
         x = torch.where(alone, 1, scale).unsqueeze(1) * mean
         return Packed(
             x=x.to(tokens.x.dtype), sizes=merged.sizes if self.baseline.sizes else None, images=merged.images

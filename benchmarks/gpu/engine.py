@@ -23,7 +23,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor
 
 from atm_triton.config import ATMConfig
-from atm_triton.flops import mean, planned
+from atm_triton.flops import mean, scheduled
 from atm_triton.graphs import replays_on
 from atm_triton.measure.evaluate import share
 from atm_triton.measure.throughput import free_merge_bound, keep_freed_memory, time_in_turn
@@ -184,7 +184,7 @@ def variants(cell: Cell, case: Case, setting: Setting) -> dict[str, Variant]:
     by_name = {TIMM: Variant(model, model), f"{TIMM}, {ONE_GRAPH}": Variant(OneGraph(model), model)}
     bounds = {}
     for mark, static in case.plans.items():
-        record = replace(planned(model, shape, static.schedule, static.cls_only_last), batch=cell.batch)
+        record = replace(scheduled(model, shape, static.schedule, static.cls_only_last), batch=cell.batch)
         bounds[mark] = bound = free_merge_bound(model, record, replace(static, engine=False))
         blocks = patched(model, static, engine=False)
         by_name[f"{BOUND}{mark}"] = Variant(bound, bound)

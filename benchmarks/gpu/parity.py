@@ -342,7 +342,7 @@ def check_assign(pairs: ops.Match, r: int | Tensor | str, images: Images, one_r:
 def check_merge(tokens: Packed, assignment: Assignment) -> tuple[float, Packed]:
     with poisoned():
         merged = ops.merge(tokens, assignment, "triton")
-    x, slots, T = tokens.x, assignment.slots, assignment.T
+    x, slots, T = tokens.x, assignment.slots, assignment.num_slots
     want, want_sizes = reference.merge(x.double(), tokens.sizes, slots, T)
     magnitude, _ = reference.merge(x.double().abs(), tokens.sizes, slots, T)
     same(merged.sizes, want_sizes, "sizes")
@@ -356,7 +356,7 @@ def check_merge(tokens: Packed, assignment: Assignment) -> tuple[float, Packed]:
 
 def check_norms(tokens: Packed, attended: Tensor, assignment: Assignment) -> float:
     """Check add_merge_norm and add_norm; returns the largest share of the tolerance."""
-    x, sizes, slots, T = tokens.x, tokens.sizes, assignment.slots, assignment.T
+    x, sizes, slots, T = tokens.x, tokens.sizes, assignment.slots, assignment.num_slots
     norm = nn.LayerNorm(x.shape[1], eps=1e-6, device=x.device, dtype=x.dtype)
     gamma = torch.randn_like(norm.weight)
     for parameter in norm.parameters():

@@ -64,7 +64,7 @@ def measure(subject: Subject, rows: Rows, args: argparse.Namespace) -> None:
         for method, model in models.items():
             shown = picture(model, images[number], tuple(args.blocks), f"image {number}, {names[method]}")
             pictures.append(shown)
-            all_last = cost_of_each(model, model.blocks.last.all_served).paper_gflops
+            all_last = cost_of_each(model, model.blocks.last.all_tokens_last).paper_gflops
             about.append({"gflops": shown.gflops, "gflops_all_tokens_last": float(all_last), "left": shown.left})
     draw(pictures, rows.path.with_suffix(".png"))
     for shown, row in zip(pictures, about, strict=True):

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 import atm_triton.models  # noqa: F401 (registers them)
 from atm_triton import ATMConfig, apply_patch, summary
-from atm_triton.flops import cost, planned, unmerged
+from atm_triton.flops import cost, scheduled, unmerged
 
 IMAGE = (3, 224, 224)
 MERGED = 4  # r of every block in the static schedule that torch's counter also counts
@@ -85,13 +85,13 @@ def _meta(name: str) -> VisionTransformer:
 
 def _tome_row(r: int, published: float) -> dict[str, Any]:
     model = _meta("deit_small_patch16_224")
-    record = planned(model, IMAGE, (r,) * 12, cls_only_last=False)
+    record = scheduled(model, IMAGE, (r,) * 12, cls_only_last=False)
     return {"r": r, "gmacs": cost(model, record).macs / 1e9, "expected_gmacs": published}
 
 
 def _length_row(blocks: int, published: int) -> dict[str, Any]:
     model = _meta("vit_large_patch16_384")
-    record = planned(model, (3, 384, 384), (25,) * blocks + (0,) * (24 - blocks), cls_only_last=False)
+    record = scheduled(model, (3, 384, 384), (25,) * blocks + (0,) * (24 - blocks), cls_only_last=False)
     return {"blocks": blocks, "tokens": record.rows[-1], "published_tokens": published}
 
 

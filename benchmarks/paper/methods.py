@@ -49,7 +49,7 @@ LINES = {  # in plots: a style (one colour per method, solid if images have thei
 
 @dataclass(frozen=True)
 class Way:
-    """A method with its settings. ``patch`` puts it into a model, whose last block then serves the class token alone.
+    """A method with its settings. ``patch`` puts it into a model, whose last block then computes the class token alone.
     ``own_count``: images differ in cost, so that the cost is measured on the images to choose by."""
 
     settings: dict[str, Any]

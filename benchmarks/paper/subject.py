@@ -101,7 +101,7 @@ class Subject(ModelWithImages):
 
     @property
     def merging(self) -> int:
-        """The number of blocks that may merge: all but a last block that serves the leading tokens alone."""
+        """The number of blocks that may merge: all but a last block that computes the leading tokens alone."""
         return self.depth - (leading_tokens(self.model) is not None)
 
     @property

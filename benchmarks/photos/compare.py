@@ -2,7 +2,7 @@
 
 Distances are 1 - cosine between outputs of the merged and the unmerged model: of the class token, and of the patch
 tokens after unmerging (the mean over an image). The decoder computes saliency from the patch tokens; its error is the
-mean absolute difference of two maps. The last block serves all tokens.
+mean absolute difference of two maps. The last block computes all tokens.
 """
 
 from dataclasses import dataclass

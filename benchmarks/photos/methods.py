@@ -1,4 +1,4 @@
-"""Find for every method the setting whose GFLOPs come closest to a cost; the last block serves all tokens.
+"""Find for every method the setting whose GFLOPs come closest to a cost; the last block computes all tokens.
 
 The cost of methods with a schedule follows from the image shape. For methods with thresholds one number is found on the
 images to choose by: the threshold itself, or how far the paper's curve stays below 1. Calibrated thresholds are those
