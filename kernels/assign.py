@@ -91,7 +91,7 @@ def _most_similar(s, in_a, r):
     room = r - (number & 0xFFFF)
     if (number >> 16) > room:
         level = level & (_up_to(level) <= room)
-    return tl.where(r > 0, more | level, False)  # with &, the mask would be int32 in the interpreter of Triton 3.9
+    return tl.where(r > 0, more | level, False)  # not &, here and below: the interpreter would make the mask int32
 
 
 @triton.jit

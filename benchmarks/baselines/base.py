@@ -40,8 +40,8 @@ class DenseAssignment(NamedTuple):
     M: int
     weights: Tensor | None = None
 
-    def packed(self) -> Assignment:
-        """The same with slots numbered consecutively over all images."""
+    def assignment(self) -> Assignment:
+        """The same assignment with slots numbered consecutively over all images."""
         return Assignment.of(self.slots, self.M)
 
 
@@ -159,7 +159,7 @@ class ReducingBlock(ATMBlock):
         """Merge by the plan. Returns the new tokens with their sizes, and the slots numbered over all images."""
         if plan is None:
             return tokens, None
-        assignment = plan.packed() if isinstance(plan, DenseAssignment) else plan
+        assignment = plan.assignment() if isinstance(plan, DenseAssignment) else plan
         if assignment is plan or plan.weights is None:
             return ops.merge(tokens, assignment, self.config.backend), assignment.slots
         x, sizes, images = tokens.x, tokens.sizes, tokens.images
