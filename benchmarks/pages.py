@@ -225,13 +225,14 @@ def pays_table(gpu: dict[str, Any], *cpu: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+SHORT = {**NAMES, "DeiT-T": "deit_tiny_patch16_224"}
 _WAYS = {"ATM static": "static", "ATM batch": "batch", "ATM image": "image"}
 
 
 def _model(name: str) -> tuple[str, int]:
     """The name of a model on the pages, and the side of its images in pixels."""
-    timms = {DIGITS: digits_model.NAME, **NAMES}.get(name, name)
-    short = {long: short for short, long in NAMES.items()}.get(timms, name)
+    timms = {DIGITS: digits_model.NAME, **SHORT}.get(name, name)
+    short = {long: short for short, long in SHORT.items()}.get(timms, name)
     return short, timm.get_pretrained_cfg(timms).input_size[-1]
 
 

@@ -74,7 +74,7 @@ def test_the_goal_is_met_and_the_promise_is_what_an_evaluation_finds(adapt, load
     assert promise.gflops == pytest.approx(outcome.overall.gflops) and promise.kl == pytest.approx(outcome.overall.kl)
     assert 100 * promise.agreement == pytest.approx(outcome.overall.agreement) and promise.images == 24
     assert (promise.kl_se is None) == (adapt == "batch") and promise.agreement_se > 0  # the images are one batch
-    assert (f"KL {promise.kl:.3g} ±" in calibration_table(calibration)) == (adapt != "batch")
+    assert (f"KL {promise.kl:.3g} ±" in calibration_table(calibration, calibration.images)) == (adapt != "batch")
 
 
 def test_no_image_is_in_two_parts(loader):
@@ -467,7 +467,8 @@ def test_the_command(tmp_path, small_search, monkeypatch, capsys):
     out = tmp_path / "digits.json"
     arguments = ["--images", "64", "--adapt", "image", "--out", str(out)]
     assert main(["calibrate", "--max-gflops", "0.25", *arguments]) == 0
-    assert "on 16 images that the search did not see" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "on 16 images that the search did not see" in said and "asked for" not in said
     document = json.loads(out.read_text())
     assert document["model"] == document["data"] == "digits" and document["images"] == 64
     assert document["transform"]["input_size"] == [1, 112, 112] and document["environment"]["torch"]
@@ -511,7 +512,9 @@ def test_a_broken_image_is_left_out_and_named(tmp_path, small_search, capsys):
     out = tmp_path / "found.json"
     options = [*tiny(tmp_path), "--data", str(broken.parent), "--batch-size", "16", "--workers", "0", "--out", str(out)]
     assert main(["calibrate", "--max-gflops", "0.0005", *options]) == 0
-    assert f"1 image could not be read and was left out: {broken}\n" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"1 image could not be read and was left out: {broken}\n" in said
+    assert "on 69 images, fewer than the 256 asked for (--images): there are no more" in said
     document = json.loads(out.read_text())
     assert document["images"] == 69 and document["not_read"] == [str(broken)]
 

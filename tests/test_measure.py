@@ -130,7 +130,7 @@ def test_the_promise_is_what_an_evaluation_finds(make, asked, name, adapt, loade
         assert getattr(promise, column) == pytest.approx(getattr(quality, column))
     assert promise.agreement == (None if measure.of_features else pytest.approx(quality.agreement / 100))
     assert calibration.config.cls_only_last == (name != "dense")
-    assert f"compared: {measure}" in calibration_table(calibration)
+    assert f"compared: {measure}" in calibration_table(calibration, calibration.images)
 
 
 @pytest.mark.parametrize(

@@ -221,7 +221,7 @@ def run_calibrate(args: argparse.Namespace) -> dict[str, Any]:
     if rank() == 0:
         write_result(args.out, about | document)
         notes.unlink()
-    print(f"{args.model} on {data}, {_where(args)}\n\n{report.calibration_table(calibration)}")
+    print(f"{args.model} on {data}, {_where(args)}\n\n{report.calibration_table(calibration, args.images)}")
     return about | document
 
 

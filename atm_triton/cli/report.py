@@ -73,8 +73,8 @@ def _line(name: str, quality: Quality) -> str:
     )
 
 
-def calibration_table(calibration: Calibration) -> str:
-    """A text with the configuration that was found and what it promises."""
+def calibration_table(calibration: Calibration, asked: int) -> str:
+    """A text with the configuration that was found and what it promises. ``asked``: for how many images."""
     config, promise = calibration.config, calibration.promise
     merging = config.thresholds or config.schedule or ()
     values = " ".join("-" if value is None else f"{value:g}" for value in merging)
@@ -82,6 +82,7 @@ def calibration_table(calibration: Calibration) -> str:
     whole = calibration.unmerged_gflops
     saved = 100 * (1 - promise.gflops / whole)
     doubt = calibration.target.doubt(promise)
+    fewer = "" if calibration.images >= asked else f", fewer than the {asked} asked for (--images): there are no more"
     cost_error = "" if promise.gflops_se is None else f" ± {promise.gflops_se:.2g}"
     return "\n".join(
         [
@@ -90,7 +91,7 @@ def calibration_table(calibration: Calibration) -> str:
             f"  {promise.gflops:.4g}{cost_error} GFLOPs of {whole:.4g}: {saved:.1f} % saved",
             *_promised_change(promise),
             f"compared: {Measure(promise.measure)}",
-            f"{calibration.passes:,} forward passes of single images, on {calibration.images} images",
+            f"{calibration.passes:,} forward passes of single images, on {calibration.images} images{fewer}",
             *([f"the target may not hold: {doubt}; set a stricter one, or give more images"] if doubt else []),
         ]
     )
