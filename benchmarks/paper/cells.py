@@ -33,7 +33,7 @@ def saved(row: dict[str, Any]) -> str:
     """The share of GFLOPs saved, and the same if the last block computes all its tokens."""
     whole = row["gflops_unpatched"]
     costs = row["overall"]["gflops"], row["gflops_all_tokens_last"]
-    with_all, alone = (round(100 * (cost / whole - 1), 1) + 0.0 for cost in reversed(costs))  # -0.0 becomes 0.0
+    with_all, alone = (round(100 * (1 - cost / whole), 1) + 0.0 for cost in reversed(costs))  # -0.0 becomes 0.0
     return f"{alone:.1f} % (all tokens last: {with_all:.1f} %)"
 
 
