@@ -1,7 +1,9 @@
 """The table and the plot of the measurements of ``python -m benchmarks.photos``."""
 
 import math
+from collections.abc import Iterator
 from itertools import pairwise
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -39,21 +41,59 @@ def table(result: dict[str, Any]) -> str:
 
 
 def less_than_tome(result: dict[str, Any], row: dict[str, Any], name: str) -> str:
-    """How many times less a measure changes than with ToMe. The logarithm of ToMe's change is interpolated linearly
-    between its costs; "-" if ToMe was not measured on both sides."""
+    """How many times less a measure changes than with ToMe at that cost; "-" if ToMe was not measured on both sides."""
     tome = [one for one in result["rows"] if one["method"] == "tome" and "settings" in one]
-    points = sorted((one["gflops"], math.log(one[name]["mean"])) for one in tome)
+    at = None if row[name] is None else interpolated(tome, row["gflops"], name)
+    return "-" if at is None else f"{at / row[name]['mean']:.2f}"
+
+
+def interpolated(rows: list[dict[str, Any]], gflops: float, name: str) -> float | None:
+    """A measure's mean at a cost between those of the rows, its logarithm interpolated linearly; None beyond."""
+    points = sorted((row["gflops"], math.log(row[name]["mean"])) for row in rows)
     for (low, at_low), (high, at_high) in pairwise(points):
-        if row[name] is not None and low <= row["gflops"] <= high:
-            at = at_low + (at_high - at_low) * (row["gflops"] - low) / (high - low)
-            return f"{math.exp(at) / row[name]['mean']:.2f}"
-    return "-"
+        if low <= gflops <= high:
+            return math.exp(at_low + (at_high - at_low) * (gflops - low) / (high - low))
+    return None
 
 
 def _cell(figures: dict[str, float] | None) -> str:
     if figures is None:
         return "n/a: dropped patches have no token"
     return f"{figures['mean']:.4f}" + ("" if figures["se"] is None else f" ± {figures['se']:.4f}")
+
+
+def by_crops(*results: dict[str, Any]) -> str:
+    """What calibrated thresholds change, by the number of crops that they were calibrated on: a Markdown table. Two
+    results are also compared at equal cost."""
+    found = [[row for row in result["rows"] if row["method"] == "atm, calibrated, image"] for result in results]
+    crops = [result["settings"]["calibration_images"] for result in results]
+    names = ("class_token", "patch_tokens")
+    body = []
+    for share in sorted(row["share"] for row in found[0]):
+        for number, rows in zip(crops, found, strict=True):
+            (row,) = (row for row in rows if row["share"] == share)
+            changes = (f"{row[name]['mean']:.5f} ± {row[name]['se']:.5f}" for name in names)
+            body.append([f"-{100 * share:.0f} %", f"{number} crops", f"{row['gflops']:.2f}", *changes])
+    about = f"{results[0]['settings']['images']} other crops; asked"
+    head = [about, "calibrated on", "GFLOPs", *(name.replace("_", " ") for name in names)]
+    lines = [markdown(head, body)]
+    ratios = [f"{ratio:.2f} (-{100 * share:.0f} %)" for share, ratio in _at_equal_cost(*found)] if found[1:] else []
+    if ratios:
+        of = f"{', '.join(ratios)} times as much as those from {crops[1]}"
+        lines += ["", f"At equal cost, the thresholds from {crops[0]} crops change patch tokens {of}."]
+    return "\n".join(lines)
+
+
+def _at_equal_cost(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> Iterator[tuple[float, float]]:
+    """Each share, and the first rows' change of patch tokens divided by that of the second, at the cost of one of the
+    two rows of that share; nothing where the other rows do not span it."""
+    for one, other in zip(*(sorted(rows, key=itemgetter("share")) for rows in (first, second)), strict=True):
+        seconds = interpolated(second, one["gflops"], "patch_tokens")
+        firsts = interpolated(first, other["gflops"], "patch_tokens")
+        if seconds is not None:
+            yield one["share"], one["patch_tokens"]["mean"] / seconds
+        elif firsts is not None:
+            yield one["share"], firsts / other["patch_tokens"]["mean"]
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
