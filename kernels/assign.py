@@ -91,7 +91,7 @@ def _most_similar(s, in_a, r):
     room = r - (number & 0xFFFF)
     if (number >> 16) > room:
         level = level & (_up_to(level) <= room)
-    return tl.where(r > 0, more | level, False)  # not &, here and below: the interpreter would make the mask int32
+    return tl.where(r > 0, more | level, False)  # not &, here and below: Triton 3.9's interpreter refuses int32 masks
 
 
 @triton.jit

@@ -468,7 +468,7 @@ def test_the_command(tmp_path, small_search, monkeypatch, capsys):
     arguments = ["--images", "64", "--adapt", "image", "--out", str(out)]
     assert main(["calibrate", "--max-gflops", "0.25", *arguments]) == 0
     said = capsys.readouterr().out
-    assert "on 16 images that the search did not see" in said and "asked for" not in said
+    assert "on 16 images that the search did not see" in said and "fewer than" not in said
     document = json.loads(out.read_text())
     assert document["model"] == document["data"] == "digits" and document["images"] == 64
     assert document["transform"]["input_size"] == [1, 112, 112] and document["environment"]["torch"]
@@ -514,7 +514,7 @@ def test_a_broken_image_is_left_out_and_named(tmp_path, small_search, capsys):
     assert main(["calibrate", "--max-gflops", "0.0005", *options]) == 0
     said = capsys.readouterr().out
     assert f"1 image could not be read and was left out: {broken}\n" in said
-    assert "on 69 images, fewer than the 256 asked for (--images): there are no more" in said
+    assert "on 69 images, fewer than --images 256: there are no more" in said
     document = json.loads(out.read_text())
     assert document["images"] == 69 and document["not_read"] == [str(broken)]
 

@@ -452,3 +452,7 @@ def test_calibrations_on_few_crops_are_compared_at_equal_cost():
     assert text.endswith(f"the thresholds from 64 crops change patch tokens {ratios} times as much as those from 256.")
     beyond = report.by_crops(result(64, 2, (5.2, 5.1, 5.0)), result(256, 1, (4.2, 4.1, 4.0)))
     assert len(beyond.splitlines()) == 8 and "At equal cost" not in beyond
+    elsewhere = result(256, 1, (5.0, 4.2, 3.0))
+    elsewhere["settings"]["images"] = 9
+    with pytest.raises(ValueError, match="differ in more settings than calibration_images"):
+        report.by_crops(result(64, 2, (5.2, 4.1, 2.9)), elsewhere)

@@ -82,7 +82,7 @@ def calibration_table(calibration: Calibration, asked: int) -> str:
     whole = calibration.unmerged_gflops
     saved = 100 * (1 - promise.gflops / whole)
     doubt = calibration.target.doubt(promise)
-    fewer = "" if calibration.images >= asked else f", fewer than the {asked} asked for (--images): there are no more"
+    fewer = "" if calibration.images >= asked else f", fewer than --images {asked}: there are no more"
     cost_error = "" if promise.gflops_se is None else f" ± {promise.gflops_se:.2g}"
     return "\n".join(
         [

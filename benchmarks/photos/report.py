@@ -64,7 +64,14 @@ def _cell(figures: dict[str, float] | None) -> str:
 
 def by_crops(*results: dict[str, Any]) -> str:
     """What calibrated thresholds change, by the number of crops that they were calibrated on: a Markdown table. Two
-    results are also compared at equal cost."""
+    results are also compared at equal cost.
+
+    Raises:
+        ValueError: they differ in more than that number, so that their rows cannot be compared.
+    """
+    others = [{**result["settings"], "calibration_images": None} for result in results]
+    if any(other != others[0] for other in others):
+        raise ValueError("the results differ in more settings than calibration_images; measure them alike")
     found = [[row for row in result["rows"] if row["method"] == "atm, calibrated, image"] for result in results]
     crops = [result["settings"]["calibration_images"] for result in results]
     names = ("class_token", "patch_tokens")
