@@ -23,7 +23,7 @@ from atm_triton.reference import threshold
 
 SEEN = ("fit", "choose")  # the parts of the images that the search may see
 LEVELS = (1 / 16, 1 / 8, 1 / 4, 1 / 2)  # shares of a block's tokens of A: each block merges these alone, as a probe
-CURVES = ((0.0, 1.0), (0.5, 6.0), (1.0, 6.0), (1.0, 15.0), (1.5, 15.0))  # log10((1 - theta_min) / (1 - alpha)), blocks
+CURVES = ((0.5, 1.5), (1.0, 1.5), (1.0, 3.0), (1.5, 3.0), (1.0, 6.0), (1.0, 15.0))  # spread and rise, as in eq1
 STEPS = ((3, 10), (2, 12), (1, 24))  # rounds: how many of the best plans go on, how many variations of each are tried
 CLOSE = 0.002  # how near a measured cost must come to the goal, as a share of the unmerged model's cost
 FAR = 0.01  # the same where costs change in steps
@@ -48,7 +48,7 @@ class Search:
     def run(self, goal: float) -> Fitted:
         """The plan that changes least at a cost of ``goal``, fitted to all images that the search may see."""
         beam = self.starts(goal)
-        last = beam[:2]
+        last = list(beam)
         for kept, steps in STEPS:
             beam = ranked([self.climbed(fitted, steps, goal) for fitted in beam[:kept]], goal)
             last.append(beam[0])
@@ -160,9 +160,13 @@ class Search:
         return counts, losses.gather(1, best[:, None]).sum().item()
 
     def curves(self, goal: float, near: Fitted) -> list[Fitted]:
-        """Plans by Eq. 1 with several spreads and rises, at the cost ``goal``. ``near``: a plan to start from."""
+        """Plans by Eq. 1 with several spreads and rises, at the cost ``goal``. ``near``: a plan to start from. If each
+        block has one r, these are the mean counts that the curves give if each image merges its own number."""
         if self.fitting.adapt == "static":
-            return []
+            fitting = Fitting(self.fitting.meter, self.costs, "image")
+            own = Search(fitting, self.proportional, None, 0, lambda least: None)
+            curves = own.curves(goal, own.settled(near.plan, goal))
+            return [self.settled(self.plan(curve.mean.merged[: self.costs.merging]), goal) for curve in curves]
         thetas = [theta for theta in near.config.thresholds or () if theta is not None]
         begin = 1 - sorted(thetas)[len(thetas) // 2] if thetas else 0.1
         curves = []
@@ -234,5 +238,5 @@ def ranked(fits: list[Fitted], goal: float) -> list[Fitted]:
 def expected(costs: Costs, images: dict[str, int]) -> float:
     """Roughly how many images will go through the model."""
     fits = 5 + 0.55 * len(LEVELS) * costs.merging + 3 * (len(CURVES) + 2) + 0.8 * sum(n * steps for n, steps in STEPS)
-    seen = sum(images[part] for part in SEEN)
-    return fits * images["fit"] + (len(STEPS) + 4) * images["choose"] + 3 * seen + 2 * sum(images.values())
+    judged, seen = len(CURVES) + 2 + len(STEPS) + 3, sum(images[part] for part in SEEN)
+    return fits * images["fit"] + judged * images["choose"] + 3 * seen + 2 * sum(images.values())
