@@ -31,7 +31,7 @@ from atm_triton.measure.models import open_model
 from models import distilled, images, small, vit
 
 SOFTMAX = Measure("softmax")
-SMALL = {"LEVELS": (1 / 8, 1 / 2), "CURVES": ((0.0, 1.0),), "STEPS": ((2, 1), (1, 2))}
+SMALL = {"LEVELS": (1 / 8, 1 / 2), "CURVES": ((0.0, 1.0),), "STEPS": 4}
 
 
 @pytest.fixture
@@ -473,7 +473,7 @@ def randomised(model):
 
 
 def test_the_command(tmp_path, small_search, monkeypatch, capsys):
-    for name, value in {"LEVELS": (1 / 4,), "STEPS": ((1, 1),)}.items():
+    for name, value in {"LEVELS": (1 / 4,), "STEPS": 1}.items():
         monkeypatch.setattr(search, name, value)
     monkeypatch.setattr(calibrating, "MOST", {"fit": 12, "choose": 12})
     out = tmp_path / "digits.json"

@@ -19,7 +19,7 @@ from models import vit
 
 @pytest.fixture(autouse=True)
 def small_search(monkeypatch):
-    for name, value in {"LEVELS": (1 / 4,), "CURVES": ((0.5, 6.0),), "STEPS": ((1, 2),)}.items():
+    for name, value in {"LEVELS": (1 / 4,), "CURVES": ((0.5, 6.0),), "STEPS": 2}.items():
         monkeypatch.setattr(search, name, value)
     monkeypatch.setattr(calibrate, "MOST", {"fit": 12, "choose": 12})
 

@@ -1,10 +1,10 @@
 """The search of a calibration: how many tokens each block should merge, for a goal in GFLOPs.
 
 It starts from three kinds of plan: the paper's curve (Eq. 1), the same mean count in every block, and counts allotted
-by how much merging in each block alone changes. These changes do not add up, so the search then varies the best plans
-at random, at equal cost, and keeps a variation if a whole pass finds it better. All this is measured on the "fit"
-images; the last plans are judged on the "choose" images. Labels are never used. The search is seeded, so a run that
-continues an interrupted one asks for the same measurements.
+by how much merging in each block alone changes. These changes do not add up, so the search then varies the best of
+these plans at random, at equal cost, and keeps a variation if a whole pass finds it better. All this is measured on the
+"fit" images; what comes of it is judged on the "choose" images, beside all plans that it started from. Labels are never
+used. The search is seeded, so a run that continues an interrupted one asks for the same measurements.
 """
 
 import math
@@ -24,7 +24,7 @@ from atm_triton.reference import threshold
 SEEN = ("fit", "choose")  # the parts of the images that the search may see
 LEVELS = (1 / 16, 1 / 8, 1 / 4, 1 / 2)  # shares of a block's tokens of A: each block merges these alone, as a probe
 CURVES = ((0.5, 1.5), (1.0, 1.5), (1.0, 3.0), (1.5, 3.0), (1.0, 6.0), (1.0, 15.0))  # spread and rise, as in eq1
-STEPS = ((3, 10), (2, 12), (1, 24))  # rounds: how many of the best plans go on, how many variations of each are tried
+STEPS = 48  # how many variations of the best plan are tried
 CLOSE = 0.002  # how near a measured cost must come to the goal, as a share of the unmerged model's cost
 FAR = 0.01  # the same where costs change in steps
 STEEP = 10  # the change falls with about this power of the cost; used to compare plans of slightly different cost
@@ -47,12 +47,9 @@ class Search:
 
     def run(self, goal: float) -> Fitted:
         """The plan that changes least at a cost of ``goal``, fitted to all images that the search may see."""
-        beam = self.starts(goal)
-        last = list(beam)
-        for kept, steps in STEPS:
-            beam = ranked([self.climbed(fitted, steps, goal) for fitted in beam[:kept]], goal)
-            last.append(beam[0])
-        last += self.grouped(last[-1], goal)
+        starts = self.starts(goal)
+        best = self.climbed(starts[0], goal)
+        last = [*starts, best, *self.grouped(best, goal)]
         judged = {fitted.config: fitted for fitted in last}.values()
         means = [self.fitting.meter.mean(fitted.config, ("choose",)) for fitted in judged]
         changes = [at_goal(mean, goal) for mean in means]
@@ -60,7 +57,7 @@ class Search:
         return self.settled(chosen.plan, goal, SEEN)
 
     def starts(self, goal: float) -> list[Fitted]:
-        """The plans to begin with: the best of each family, then the others, the best first."""
+        """The plans to begin with, the best first."""
         counts = self.allotted(goal)
         starts = [self.settled(self.plan(counts), goal)]
         if self.most == self.costs.merging:
@@ -72,9 +69,7 @@ class Search:
                 f"no plan comes close to {goal:.4g} GFLOPs: the cost changes in large steps, because the images are "
                 "alike or have few tokens; choose another target, or more varied images"
             )
-        starts = ranked(starts, goal)
-        best = {start.plan.family: start for start in reversed(starts)}.values()
-        return [*(start for start in starts if start in best), *(start for start in starts if start not in best)]
+        return ranked(starts, goal)
 
     def settled(self, plan: Plan, goal: float, parts: tuple[str, ...] = ("fit",), tries: int = 4) -> Fitted:
         """The plan scaled until it costs ``goal`` on these parts of the images, as nearly as ``tries`` tries allow."""
@@ -178,9 +173,9 @@ class Search:
 
     # ---------------------------------------------------------------------------------------------- changes of a plan
 
-    def climbed(self, best: Fitted, steps: int, goal: float) -> Fitted:
-        """Try ``steps`` random changes of a plan, keep those that improve it, and return the result."""
-        for _ in range(steps):
+    def climbed(self, best: Fitted, goal: float) -> Fitted:
+        """Try :data:`STEPS` random changes of a plan, keep those that improve it, and return the result."""
+        for _ in range(STEPS):
             child = self.fitting.run(self.changed(best, goal), "fit")
             self.saw(child)
             if at_goal(child.mean, goal) < at_goal(best.mean, goal):
@@ -237,6 +232,6 @@ def ranked(fits: list[Fitted], goal: float) -> list[Fitted]:
 
 def expected(costs: Costs, images: dict[str, int]) -> float:
     """Roughly how many images will go through the model."""
-    fits = 5 + 0.55 * len(LEVELS) * costs.merging + 3 * (len(CURVES) + 2) + 0.8 * sum(n * steps for n, steps in STEPS)
-    judged, seen = len(CURVES) + 2 + len(STEPS) + 3, sum(images[part] for part in SEEN)
+    fits = 5 + 0.55 * len(LEVELS) * costs.merging + 3 * (len(CURVES) + 2) + 0.8 * STEPS
+    judged, seen = len(CURVES) + 2 + 4, sum(images[part] for part in SEEN)
     return fits * images["fit"] + judged * images["choose"] + 3 * seen + 2 * sum(images.values())
