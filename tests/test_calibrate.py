@@ -631,3 +631,14 @@ def test_lines_where_there_is_no_terminal(capsys, monkeypatch):
     with progress.Progress(10, False) as bar:
         bar.update(4)
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("target", [{"max_kl": 0.02}, {"min_agreement": 0.9}, {"max_gflops": 0.8}])
+def test_the_number_of_passes_is_estimated(target, loader, capsys, monkeypatch):
+    monkeypatch.setattr(progress, "EVERY", 0)
+    model = vit()
+    if "max_gflops" in target:
+        target = {"max_gflops": 0.8 * whole(model)}
+    passes = calibrate(model, loader, Target(**target)).passes
+    first = capsys.readouterr().err.splitlines()[0]
+    assert int(first.split(" of ")[1].split()[0]) == pytest.approx(passes, rel=0.25)

@@ -32,6 +32,7 @@ PARTS = {"fit": 3, "choose": 3, "promise": 2}  # in eighths
 MOST = {"fit": 256, "choose": 512}  # images per part; more take time and tell little more
 LEAST_IMAGES = 64
 SCALES = (-20.0, 10.0)  # log2, from a plan that merges almost nothing to one that merges everything
+ROUGH, FINE = 9, 12  # halvings of this range: to find a cost at which a limit holds; to merge as much as it allows
 ALIKE = 1e-4  # rounding may make compared answers to equal images differ by this; a divergence grows with its square
 NEAR = 0.01  # share of the range of all pixels; a camera's noise is about as large
 WORST = 100  # up to this many images the 99th percentile is the largest value
@@ -242,7 +243,8 @@ def calibrate(
         _check_reachable(target.max_gflops, costs, max_merging_blocks)
     proportional = knows_sizes(model) if proportional_attention is None else proportional_attention
     numbers = {name: sum(map(len, batches)) for name, batches in parts.items()}
-    with Progress(expected(costs, numbers), progress) as bar:
+    halvings = 0 if target.max_gflops is not None else ROUGH + FINE
+    with Progress(expected(costs, numbers, halvings), progress) as bar:
         meter = Meter(model, parts, settings, measure, bar.update)
         _check_answers(meter)
         meter.remember(notes)
@@ -370,8 +372,8 @@ def _chosen(search: Search, target: Target) -> Fitted:
     it, then scale the plan that was found until it only just meets the target."""
     if target.max_gflops is not None:
         return search.run(target.max_gflops)
-    goal = _largest(search, target, search.plainest(), 9).mean.gflops
-    return _largest(search, target, search.run(goal).plan, 12)
+    goal = _largest(search, target, search.plainest(), ROUGH).mean.gflops
+    return _largest(search, target, search.run(goal).plan, FINE)
 
 
 def _largest(search: Search, target: Target, plan: Plan, steps: int) -> Fitted:

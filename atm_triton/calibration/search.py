@@ -230,8 +230,8 @@ def ranked(fits: list[Fitted], goal: float) -> list[Fitted]:
     return sorted(fits, key=lambda fitted: at_goal(fitted.mean, goal))
 
 
-def expected(costs: Costs, images: dict[str, int]) -> float:
-    """Roughly how many images will go through the model."""
+def expected(costs: Costs, images: dict[str, int], more: int) -> float:
+    """Roughly how many images will go through the model. ``more``: passes of all images seen, outside the search."""
     fits = 5 + 0.55 * len(LEVELS) * costs.merging + 3 * (len(CURVES) + 2) + 0.8 * STEPS
-    judged, seen = len(CURVES) + 2 + 4, sum(images[part] for part in SEEN)
-    return fits * images["fit"] + judged * images["choose"] + 3 * seen + 2 * sum(images.values())
+    judged, seen = len(CURVES) + 4, sum(images[part] for part in SEEN)
+    return fits * images["fit"] + judged * images["choose"] + (3 + more) * seen + 2 * sum(images.values())
