@@ -29,7 +29,7 @@ from atm_triton.patch import check_model, knows_sizes
 from atm_triton.reference import largest_r
 
 PARTS = {"fit": 3, "choose": 3, "promise": 2}  # in eighths
-MOST = {"fit": 256, "choose": 512}  # images per part; more take time and tell little more
+MOST = {"fit": 256, "choose": 1024}  # images per part; more take time and tell little more
 LEAST_IMAGES = 64
 SCALES = (-20.0, 10.0)  # log2, from a plan that merges almost nothing to one that merges everything
 ROUGH, FINE = 9, 12  # halvings of this range: to find a cost at which a limit holds; to merge as much as it allows
