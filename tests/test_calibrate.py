@@ -104,13 +104,15 @@ def test_a_limit_on_the_change(adapt, loader, small_search):
     model = vit()
     parts, _ = split_images(loader, 0)
     meter, costs = Meter(model, parts, {}), Costs(model, (3, 40, 40), True)
-    for name, limit in (("max_kl", 0.02), ("min_agreement", 0.9)):
+    for name, limit in (("max_kl", 0.012), ("min_agreement", 0.9)):
         calibration = calibrated(model, loader, adapt, **{name: limit})
         seen = meter.mean(calibration.config, ("fit", "choose"))
-        assert seen.divergence <= limit if name == "max_kl" else seen.agreement >= limit
+        share, n = seen.agreement, seen.images
+        most = seen.divergence + seen.divergence_se
+        assert most <= limit if name == "max_kl" else share - (share * (1 - share) / n) ** 0.5 >= limit
         assert seen.gflops < costs.highest - 0.02 * costs.unmerged  # it merges
         if (name, adapt) == ("max_kl", "image"):
-            assert seen.divergence > 0.8 * limit  # it uses most of what is allowed
+            assert most > 0.8 * limit  # it uses most of what is allowed
 
 
 @pytest.mark.parametrize("adapt", ["image", "static"])

@@ -84,10 +84,14 @@ class Target:
             )
 
     def holds(self, mean: Mean) -> bool:
-        """Whether the change is small enough. Only for targets that limit the change."""
-        if self.min_agreement is not None:
-            return mean.agreement is not None and mean.agreement >= self.min_agreement
-        return (mean.p99 if self.max_distance_p99 is not None else mean.divergence) <= self.value
+        """Whether the change is small enough, a mean by one standard error: on the images that a plan was chosen by, it
+        changes less than on others. Only for targets that limit the change."""
+        if self.max_distance_p99 is not None:
+            return mean.p99 <= self.max_distance_p99
+        if self.min_agreement is None:
+            return mean.divergence + mean.divergence_se <= self.value
+        share = mean.agreement or 0.0
+        return share - (share * (1 - share) / mean.images) ** 0.5 >= self.min_agreement
 
     def doubt(self, promise: "Promise") -> str | None:
         """Why the target may not hold on other images; None if it should."""
@@ -386,7 +390,10 @@ def _largest(search: Search, target: Target, plan: Plan, steps: int) -> Fitted:
     largest = at(low)
     if not target.holds(largest.mean):
         change = search.fitting.meter.by.text(largest.mean.divergence, largest.mean.agreement, largest.mean.p99)
-        raise UnreachableError(f"the target cannot be met: even merging almost nothing gives {change}")
+        raise UnreachableError(
+            f"the target cannot be met: even merging almost nothing gives {change}, and a mean must meet it by a "
+            "standard error"
+        )
     for _ in range(steps):
         middle = (low + high) / 2
         tried = at(middle)

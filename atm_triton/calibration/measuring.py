@@ -41,11 +41,13 @@ COLUMNS = [field.name for field in fields(Measured)]
 
 @dataclass(frozen=True)
 class Mean:
-    """Means of a :class:`Measured`, agreement in [0, 1]. ``p99``: the 99th percentile of the divergence; ``change``:
-    the mean of the divergence to the power :data:`POWER`."""
+    """Means of a :class:`Measured` of n ``images``, agreement in [0, 1]; ``divergence_se``: standard error of the
+    divergence; ``p99``: its 99th percentile; ``change``: the mean of the divergence to the power :data:`POWER`."""
 
+    images: int
     gflops: float
     divergence: float
+    divergence_se: float
     agreement: float | None
     p99: float
     change: float
@@ -53,21 +55,28 @@ class Mean:
 
     @classmethod
     def of(cls, measured: Measured) -> "Mean":
-        agreement = None if measured.agree is None else measured.agree.mean().item()
-        change = (measured.divergence.clamp(min=0) ** POWER).mean().item()
-        gflops, divergence = measured.gflops.mean().item(), measured.divergence.mean().item()
-        p99, merged = percentile(measured.divergence), tuple(measured.merged.mean(0).tolist())
-        return cls(gflops=gflops, divergence=divergence, agreement=agreement, p99=p99, change=change, merged=merged)
+        divergence = measured.divergence
+        return cls(
+            images=len(divergence),
+            gflops=measured.gflops.mean().item(),
+            divergence=divergence.mean().item(),
+            divergence_se=(divergence.std() / len(divergence) ** 0.5).item(),
+            agreement=None if measured.agree is None else measured.agree.mean().item(),
+            p99=percentile(divergence),
+            change=(divergence.clamp(min=0) ** POWER).mean().item(),
+            merged=tuple(measured.merged.mean(0).tolist()),
+        )
 
     def to_list(self) -> list[Any]:
-        return [self.gflops, self.divergence, self.agreement, self.p99, self.change, *self.merged]
+        return [*(getattr(self, name) for name in NUMBERS), *self.merged]
 
     @classmethod
     def from_list(cls, values: list[Any]) -> "Mean":
-        gflops, divergence, agreement, p99, change, *merged = values
-        return cls(
-            gflops=gflops, divergence=divergence, agreement=agreement, p99=p99, change=change, merged=tuple(merged)
-        )
+        numbers = dict(zip(NUMBERS, values, strict=False))
+        return cls(**numbers, merged=tuple(values[len(NUMBERS) :]))
+
+
+NUMBERS = [field.name for field in fields(Mean) if field.name != "merged"]
 
 
 class Meter:
@@ -109,7 +118,7 @@ class Meter:
         """Keep measurements in this file, and take those that an interrupted run has left there."""
         batch_size = max(len(batches[0]) for batches in self.parts.values())
         answers = [in_order([x.double().abs().mean().item() for x in batches]) for batches in self.base.values()]
-        settings = [list(MEASURES).index(self.by.name), POWER, batch_size]
+        settings = [len(NUMBERS), list(MEASURES).index(self.by.name), POWER, batch_size]
         self.notes = Notes(path, settings + [mean for means in answers for mean in means])
 
     def spread(self) -> float:

@@ -11,6 +11,7 @@ import math
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from atm_triton.reference import threshold
 
 SEEN = ("fit", "choose")  # the parts of the images that the search may see
 LEVELS = (1 / 16, 1 / 8, 1 / 4, 1 / 2)  # shares of a block's tokens of A: each block merges these alone, as a probe
-CURVES = ((0.5, 1.5), (1.0, 1.5), (1.0, 3.0), (1.5, 3.0), (1.0, 6.0), (1.0, 15.0))  # spread and rise, as in eq1
+CURVES = ((0.0, 1.0), *product((0.5, 1.0, 2.0), (1.5, 3.0, 6.0)))  # spread and rise, as in eq1
 STEPS = 48  # how many variations of the best plan are tried
 CLOSE = 0.002  # how near a measured cost must come to the goal, as a share of the unmerged model's cost
 FAR = 0.01  # the same where costs change in steps
