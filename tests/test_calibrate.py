@@ -108,8 +108,8 @@ def test_a_limit_on_the_change(adapt, loader, small_search):
         calibration = calibrated(model, loader, adapt, **{name: limit})
         seen = meter.mean(calibration.config, ("fit", "choose"))
         share, n = seen.agreement, seen.images
-        most = seen.divergence + seen.divergence_se
-        assert most <= limit if name == "max_kl" else share - (share * (1 - share) / n) ** 0.5 >= limit
+        most = seen.divergence + 2 * seen.divergence_se
+        assert most <= limit if name == "max_kl" else share - 2 * (share * (1 - share) / n) ** 0.5 >= limit
         assert seen.gflops < costs.highest - 0.02 * costs.unmerged  # it merges
         if (name, adapt) == ("max_kl", "image"):
             assert most > 0.8 * limit  # it uses most of what is allowed

@@ -43,6 +43,7 @@ class Target:
     """What a calibration aims for. Give exactly one of: ``max_gflops`` (1e9, in the paper's convention); for logits
     ``max_kl``, the mean KL(unmerged || merged) in nats, or ``min_agreement``, in [0, 1]; for features ``max_distance``,
     the mean of 1 - cosine, or ``max_distance_p99``, its 99th percentile, both in [0, 2]. :class:`Measure` defines them.
+    A mean must meet its limit by two standard errors on the images that the search uses.
 
     Raises:
         ValueError: no target or more than one is given, or a number is out of range.
@@ -84,14 +85,14 @@ class Target:
             )
 
     def holds(self, mean: Mean) -> bool:
-        """Whether the change is small enough, a mean by one standard error: on the images that a plan was chosen by, it
-        changes less than on others. Only for targets that limit the change."""
+        """Whether the change is small enough, a mean by two standard errors: on the images that a plan was chosen by,
+        it changes less than on others. Only for targets that limit the change."""
         if self.max_distance_p99 is not None:
             return mean.p99 <= self.max_distance_p99
         if self.min_agreement is None:
-            return mean.divergence + mean.divergence_se <= self.value
+            return mean.divergence + 2 * mean.divergence_se <= self.value
         share = mean.agreement or 0.0
-        return share - (share * (1 - share) / mean.images) ** 0.5 >= self.min_agreement
+        return share - 2 * (share * (1 - share) / mean.images) ** 0.5 >= self.min_agreement
 
     def doubt(self, promise: "Promise") -> str | None:
         """Why the target may not hold on other images; None if it should."""
@@ -391,8 +392,8 @@ def _largest(search: Search, target: Target, plan: Plan, steps: int) -> Fitted:
     if not target.holds(largest.mean):
         change = search.fitting.meter.by.text(largest.mean.divergence, largest.mean.agreement, largest.mean.p99)
         raise UnreachableError(
-            f"the target cannot be met: even merging almost nothing gives {change}, and a mean must meet it by a "
-            "standard error"
+            f"the target cannot be met: even merging almost nothing gives {change}, and a mean must meet it by "
+            "two standard errors"
         )
     for _ in range(steps):
         middle = (low + high) / 2
