@@ -85,8 +85,8 @@ class Target:
             )
 
     def holds(self, mean: Mean) -> bool:
-        """Whether the change is small enough, a mean by two standard errors: on the images that a plan was chosen by,
-        it changes less than on others. Only for targets that limit the change."""
+        """Whether the change is small enough. Only for targets that limit the change. A mean has to meet its limit by
+        two standard errors of images, because a plan changes less on the images it was chosen by than on others."""
         if self.max_distance_p99 is not None:
             return mean.p99 <= self.max_distance_p99
         if self.min_agreement is None:

@@ -3,7 +3,7 @@
 It starts from three kinds of plan: the paper's curve (Eq. 1), the same mean count in every block, and counts allotted
 by how much merging in each block alone changes. These changes do not add up, so the search then varies the best of
 these plans at random, at equal cost, and keeps a variation if a whole pass finds it better. All this is measured on the
-"fit" images; what comes of it is judged on the "choose" images, beside all plans that it started from. Labels are never
+"fit" images; the result and all plans that it started from are judged on the "choose" images. Labels are never
 used. The search is seeded, so a run that continues an interrupted one asks for the same measurements.
 """
 
