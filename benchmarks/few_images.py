@@ -1,9 +1,10 @@
-"""Calibrations from few images beside earlier ones from many: ``python -m benchmarks.few_images``, on the digits.
+"""Calibrations from few images beside earlier ones from many: ``python -m benchmarks.few_images``.
 
-Each calibration of ``results/`` by an earlier search on 512 images is compared with several new ones for the same goal,
-each on a different small set of images. All are judged on the test split as they are. Few images predict the cost less
+The model is the digits', or with ``--photos`` a DINOv2, whose patch tokens are compared on crops of photographs. Each
+calibration of ``results/`` by an earlier search on 512 images is compared with several new ones for the same goal, each
+on a different small set of images. All are judged on other images as they are. Few images predict the cost less
 exactly, so the new ones are also judged with the distances of their thresholds from 1 scaled until they cost as much on
-the test split as the earlier one.
+those images as the earlier one.
 """
 
 import argparse
@@ -11,11 +12,13 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
 
 from atm_triton import ATMConfig, Target, calibrate
 from atm_triton.calibration.costs import Costs
@@ -23,33 +26,81 @@ from atm_triton.calibration.fitting import Fitting, Plan
 from atm_triton.calibration.measuring import Meter
 from atm_triton.calibration.search import Search
 from atm_triton.cli.bad_input import Parser, exit_code
+from atm_triton.measure.comparison import measure_of
 from atm_triton.measure.images import open_images
 from atm_triton.measure.models import open_model
 from atm_triton.measure.provenance import check_file, write_result
+from atm_triton.patch import knows_sizes
 from benchmarks import RESULTS
 from benchmarks.model_with_images import BATCH_SIZE, TRIES
+from benchmarks.photos.compare import told
+from benchmarks.photos.images import PHOTOS, crops
+from benchmarks.photos.weights import open_backbone
 
-FIELDS = {"cls_only_last": True, "backend": "auto"}
+
+@dataclass(frozen=True)
+class Subject:
+    """A model, images [n, C, H, W] to calibrate on and others to judge by, and whether patch tokens are compared.
+    ``sources``: the photograph that each image to judge by comes from; ``earlier``: the files of earlier
+    calibrations in ``results/``."""
+
+    model: VisionTransformer
+    images: Tensor
+    test: Tensor
+    sources: Tensor
+    dense: bool
+    earlier: str
+
+
+def digits(images: int, test: int) -> Subject:
+    model = open_model()
+
+    def opened(split: str, number: int) -> Tensor:
+        return torch.cat([batch for batch, _ in open_images(model, split=split, limit=number, batch_size=BATCH_SIZE)])
+
+    return Subject(
+        model,
+        opened("calibration", images),
+        opened("test", test),
+        sources=torch.arange(test),
+        dense=False,
+        earlier="digits_calibrate_512*.json",
+    )
+
+
+def photographs(images: int, test: int) -> Subject:
+    model = open_backbone()
+    return Subject(
+        model,
+        crops(model, "calibration", images),
+        crops(model, "test", test),
+        sources=torch.arange(test) % len(PHOTOS["test"]),
+        dense=True,
+        earlier="dinov2_calibrate_512*.json",
+    )
 
 
 class Judge:
-    """Measures configurations on the test images."""
+    """Measures configurations on a subject's images to judge by."""
 
-    def __init__(self, number: int) -> None:
-        self.model = open_model()
-        loader = open_images(self.model, split="test", limit=number, batch_size=BATCH_SIZE)
-        batches = [images for images, _ in loader]
-        self.costs = Costs(self.model, tuple(batches[0].shape[1:]), True)
-        self.meter = Meter(self.model, {"test": batches}, FIELDS)
-        self.search = Search(Fitting(self.meter, self.costs, "image"), True, None, 0, lambda least: None)
+    def __init__(self, subject: Subject) -> None:
+        self.subject, model, last = subject, subject.model, not subject.dense
+        self.costs = Costs(model, tuple(subject.test.shape[1:]), last)
+        self.measure = measure_of(model, dense=subject.dense)
+        fields = {"cls_only_last": last, "backend": "auto"}
+        self.meter = Meter(model, {"test": list(subject.test.split(BATCH_SIZE))}, fields, self.measure)
+        fitting = Fitting(self.meter, self.costs, "image")
+        self.search = Search(fitting, knows_sizes(model), None, 0, lambda least: None)
 
-    def measured(self, config: ATMConfig) -> dict[str, float]:
+    def measured(self, config: ATMConfig) -> dict[str, Any]:
         measured = self.meter.measure(config, "test")
-        error = measured.divergence.std() / len(measured.divergence) ** 0.5
-        return {"gflops": measured.gflops.mean().item(), "kl": measured.divergence.mean().item(), "kl_se": error.item()}
+        figures, name = told(measured.divergence, self.subject.sources), self.measure.divergence
+        of_photos = {"of_photos": figures["of_photos"]} if "of_photos" in figures else {}
+        gflops = measured.gflops.mean().item()
+        return {"gflops": gflops, name: figures["mean"], f"{name}_se": figures["se"], **of_photos}
 
-    def at(self, config: ATMConfig, gflops: float) -> dict[str, float]:
-        """Measure the configuration with its thresholds scaled until the test images cost ``gflops``."""
+    def at(self, config: ATMConfig, gflops: float) -> dict[str, Any]:
+        """Measure the configuration with its thresholds scaled until the images cost ``gflops``."""
         thresholds = config.thresholds[: self.costs.merging]
         plan = Plan(
             counts=(),
@@ -60,23 +111,22 @@ class Judge:
         return self.measured(self.search.settled(plan, gflops, ("test",), TRIES).config)
 
 
-def earlier() -> Iterator[tuple[str, float, dict[str, Any]]]:
+def earlier(files: str) -> Iterator[tuple[str, float, dict[str, Any]]]:
     """Yield the earlier calibrations: on how many images, for which goal in GFLOPs, with which configuration."""
-    for path in sorted(RESULTS.glob("digits_calibrate_512*.json")):
+    for path in sorted(RESULTS.glob(files)):
         one = json.loads(path.read_text())
         yield f"{one['images']} images", one["target"]["max_gflops"], one["config"]
 
 
-def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    judge, per_set = Judge(args.test), args.images
-    loader = open_images(judge.model, split="calibration", limit=per_set * args.sets, batch_size=BATCH_SIZE)
-    images = torch.cat([batch for batch, _ in loader])
-    for name, goal, values in earlier():
+def measure(subject: Subject, per_set: int) -> Iterator[dict[str, Any]]:
+    judge = Judge(subject)
+    for name, goal, values in earlier(subject.earlier):
         before = judge.measured(ATMConfig(**values))
         yield {"calibration": name, "goal": goal, "config": values, "as_is": before}
-        for number in range(args.sets):
-            begin, batches = time.process_time(), list(images[number * per_set :][:per_set].split(BATCH_SIZE))
-            calibration = calibrate(judge.model, batches, Target(max_gflops=goal), "image", seed=number)
+        for number, images in enumerate(subject.images.split(per_set)):
+            begin, batches = time.process_time(), list(images.split(BATCH_SIZE))
+            target = Target(max_gflops=goal)
+            calibration = calibrate(subject.model, batches, target, "image", seed=number, dense=subject.dense)
             about = {
                 "cpu_seconds": time.process_time() - begin,
                 "passes": calibration.passes,
@@ -90,42 +140,63 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def table(result: dict[str, Any]) -> str:
     """A Markdown table with the earlier calibration for each goal and, below it, those on few images."""
+    name = "kl" if "kl" in result["rows"][0]["as_is"] else "distance"
+    change = {"kl": "KL", "distance": "change of patch tokens"}[name]
     lines = [
-        f"| goal, GFLOPs | calibrated on | passes | CPU seconds | GFLOPs of {result['test']} test images | KL there "
-        "| KL at the cost of the earlier one |",
-        "|---|---|---|---|---|---|---|",
+        f"| goal, GFLOPs | calibrated on | passes | CPU seconds | GFLOPs of {result['test']} test images "
+        f"| {change} there | {change} at the cost of the earlier one | ratio |",
+        "|---|---|---|---|---|---|---|---|",
     ]
+    before: dict[str, Any] = {}
     for row in result["rows"]:
-        effort = f"{row['passes']:,} | {row['cpu_seconds']:.0f}" if "passes" in row else " | "
-        same = f"{row['at_cost']['kl']:.1e} ± {row['at_cost']['kl_se']:.0e}" if "at_cost" in row else ""
-        kl = f"{row['as_is']['kl']:.1e} ± {row['as_is']['kl_se']:.0e}"
+        effort, same = " | ", " | "
+        if "at_cost" in row:
+            effort = f"{row['passes']:,} | {row['cpu_seconds']:.0f}"
+            same = f"{_cell(row['at_cost'], name)} | {_ratio(row['at_cost'], before, name)}"
+        else:
+            before = row["as_is"]
         lines.append(
-            f"| {row['goal']:.4f} | {row['calibration']} | {effort} | {row['as_is']['gflops']:.4f} | {kl} | {same} |"
+            f"| {row['goal']:.4g} | {row['calibration']} | {effort} | {row['as_is']['gflops']:.4g} "
+            f"| {_cell(row['as_is'], name)} | {same} |"
         )
     return "\n".join(lines)
 
 
+def _cell(figures: dict[str, Any], name: str) -> str:
+    return f"{figures[name]:.1e} ± {figures[f'{name}_se']:.0e}"
+
+
+def _ratio(few: dict[str, Any], before: dict[str, Any], name: str) -> str:
+    """How many times as much the answers change, with the standard error over the photographs where there are some."""
+    ratio = few[name] / before[name]
+    if "of_photos" not in few:
+        return f"{ratio:.2f}"
+    rest = torch.tensor(few["of_photos"]) - ratio * torch.tensor(before["of_photos"])
+    return f"{ratio:.2f} ± {rest.std() / len(rest) ** 0.5 / before[name]:.2f}"
+
+
 def run(args: argparse.Namespace) -> None:
-    if min(args.images, args.test, args.sets) < 1:
+    if min(args.images, args.sets, 1 if args.test is None else args.test) < 1:
         raise ValueError("--images, --test and --sets must be at least 1")
-    check_file("--out", args.out)
+    made, least, name = (photographs, 64, "photos") if args.photos else (digits, 2000, "digits")
+    out, test = args.out or RESULTS / f"{name}_few_images.json", args.test or least
+    check_file("--out", out)
     rows = []
-    for row in measure(args):
+    for row in measure(made(args.images * args.sets, test), args.images):
         rows.append(row)
-        write_result(args.out, {"images": args.images, "test": args.test, "rows": rows})
+        write_result(out, {"images": args.images, "test": test, "rows": rows})
         judged = row.get("at_cost", row["as_is"])
-        print(
-            f"{row['calibration']}: {judged['gflops']:.4f} GFLOPs, KL {judged['kl']:.2e} ± {judged['kl_se']:.0e}",
-            flush=True,
-        )
+        change = ", ".join(f"{name} {judged[name]:.2e}" for name in ("kl", "distance") if name in judged)
+        print(f"{row['calibration']}: {judged['gflops']:.4g} GFLOPs, {change}", flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--photos", action="store_true", help="a DINOv2 on crops of photographs, instead of the digits")
     parser.add_argument("--images", type=int, default=64, help="images per calibration (64)")
     parser.add_argument("--sets", type=int, default=3, help="sets of calibration images, one calibration each (3)")
-    parser.add_argument("--test", type=int, default=2000, help="test images (2000)")
-    parser.add_argument("--out", type=Path, default=RESULTS / "digits_few_images.json")
+    parser.add_argument("--test", type=int, help="test images (2000; 64 crops)")
+    parser.add_argument("--out", type=Path, help="the result (results/digits_few_images.json, or photos_...)")
     args = parser.parse_args(argv)
     return exit_code("few_images", lambda: run(args))
 

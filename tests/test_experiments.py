@@ -15,6 +15,7 @@ from atm_triton.measure.models import open_model
 from benchmarks import adaptivity, calibration, coverage, few_images, invariance, kept_for_backward, model_with_images
 from benchmarks.paper.thresholds import Calibrated, Thresholds
 from models import vit
+from onnx_file import SIDE, small
 
 
 @pytest.fixture(autouse=True)
@@ -123,17 +124,39 @@ def test_few_images(tmp_path, capsys, monkeypatch):
     model = open_model()
     model.blocks = model.blocks[:4]
     monkeypatch.setattr(few_images, "open_model", lambda: model)
-    goal = 0.7 * cost(model, unmerged(model, (1, 112, 112))).paper_gflops
-    config = {"alpha": 0.9, "beta": 0.1, "theta_min": 0.5, "adapt": "image"}
+    earlier, few, table = few_rows(monkeypatch, tmp_path / "out.json", model, (1, 112, 112), 0.9, "--test", "16")
+    assert few["at_cost"]["kl"] > 0 and "| 64 images, set 0 | " in table
+    assert table.endswith(f" | {few['at_cost']['kl'] / earlier['as_is']['kl']:.2f} |")
+    assert "many: " in capsys.readouterr().out
+
+
+def test_few_photographs(tmp_path, capsys, monkeypatch):
+    """Patch tokens are compared, also in the last block; the errors are those of four photographs."""
+    model, _ = small()
+    monkeypatch.setattr(few_images, "open_backbone", lambda: model)
+    options = (model, (3, SIDE, SIDE), 0.99, "--photos", "--test", "8")
+    earlier, few, table = few_rows(monkeypatch, tmp_path / "out.json", *options)
+    assert few["promise"]["measure"] == "dense" and not few["config"]["cls_only_last"]
+    before, after = (torch.tensor(row["of_photos"]) for row in (earlier["as_is"], few["at_cost"]))
+    assert len(before) == len(after) == 4 and before.mean() == pytest.approx(earlier["as_is"]["distance"], rel=1e-4)
+    rest = after - before * (after.mean() / before.mean())
+    assert table.endswith(f"{after.mean() / before.mean():.2f} ± {rest.std() / 2 / before.mean():.2f} |")
+    assert "many: " in capsys.readouterr().out
+
+
+def few_rows(monkeypatch, out, model, shape, alpha, *options):
+    """The rows of an earlier calibration, by the paper's curve, and of one on 64 images, and their table."""
+    goal = 0.7 * cost(model, unmerged(model, shape)).paper_gflops
+    config = {"alpha": alpha, "beta": 0.1, "theta_min": 0.5, "adapt": "image"}
     config["thresholds"] = [ATMConfig(**config).theta(block, 4) for block in range(1, 5)]
-    monkeypatch.setattr(few_images, "earlier", lambda: iter([("many", goal, config)]))
-    earlier, few = rows_of(few_images.main, tmp_path / "out.json", "--sets", "1", "--test", "16")
+    monkeypatch.setattr(few_images, "earlier", lambda files: iter([("many", goal, config)]))
+    earlier, few = rows_of(few_images.main, out, "--sets", "1", *options)
     assert "at_cost" not in earlier and few["cpu_seconds"] > 0 and few["calibration"] == "64 images, set 0"
     assert few["at_cost"]["gflops"] == pytest.approx(earlier["as_is"]["gflops"], rel=0.02)
-    assert few["as_is"]["gflops"] == pytest.approx(goal, rel=0.2) and few["at_cost"]["kl"] > 0
-    assert "many: " in capsys.readouterr().out
-    table = few_images.table(json.loads((tmp_path / "out.json").read_text()))
-    assert table.count("\n") == 3 and "| 64 images, set 0 | " in table
+    assert few["as_is"]["gflops"] == pytest.approx(goal, rel=0.2)
+    table = few_images.table(json.loads(out.read_text()))
+    assert table.count("\n") == 3
+    return earlier, few, table
 
 
 def test_what_the_calibration_benchmark_keeps(tmp_path, monkeypatch):

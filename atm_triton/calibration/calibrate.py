@@ -43,7 +43,8 @@ class Target:
     """What a calibration aims for. Give exactly one of: ``max_gflops`` (1e9, in the paper's convention); for logits
     ``max_kl``, the mean KL(unmerged || merged) in nats, or ``min_agreement``, in [0, 1]; for features ``max_distance``,
     the mean of 1 - cosine, or ``max_distance_p99``, its 99th percentile, both in [0, 2]. :class:`Measure` defines them.
-    A mean must meet its limit by two standard errors on the images that the search uses.
+    A mean must meet its limit by two standard errors on the images that the search uses. These errors take images as
+    independent. With one r per batch they are not, so the limit holds less surely.
 
     Raises:
         ValueError: no target or more than one is given, or a number is out of range.
