@@ -252,6 +252,24 @@ def test_one_r_per_block_begins_with_the_counts_of_curves(loader):
         assert min(apart) <= 1.5
 
 
+@pytest.mark.parametrize("adapt", ["image", "static"])
+def test_the_chosen_plan_is_also_tried_with_idle_first_blocks(adapt, loader, monkeypatch):
+    """It wins where merging in the first blocks changes much, here in a search that starts with even counts alone."""
+    model, goal = vit(depth=6), 0.8 * whole(vit(depth=6))
+    with torch.no_grad():
+        model.blocks[0].attn.proj.weight *= 6
+    some = searching(model, loader, adapt)
+    even = some.settled(some.plan(some.costs.scaled([1.0] * some.costs.merging, goal)), goal)
+    monkeypatch.setattr(some, "starts", lambda goal: [even])
+    monkeypatch.setattr(search, "STEPS", 0)
+    found = some.run(goal)
+    sixth, quarter = some.late(even.plan, goal)
+    assert even.mean.merged[0] > 0 == sixth.mean.merged[0] == quarter.mean.merged[1] < sixth.mean.merged[1]
+    assert found.plan.counts[0] == 0 and found.mean.gflops == pytest.approx(goal, rel=0.03)
+    curve = replace(even.plan, thresholds=search.eq1(0.1, 1.0, 3.0, 5))
+    assert curve.without(2).thresholds == (None, None, *curve.thresholds[2:])
+
+
 def test_a_curve_is_the_papers():
     thetas = search.eq1(0.01, 1.0, 6.0, 11)
     assert thetas[0] == 0.99 and min(thetas) == thetas[-1] == thetas[7] == 0.9 and thetas[5] > 0.9

@@ -175,8 +175,8 @@ def _batch_means(column: Tensor, batch_size: int) -> Tensor:
 @dataclass(frozen=True)
 class Calibration:
     """The ``config`` found for a ``target`` on ``images`` images, and its ``promise``. ``family`` is "curve" if the
-    thresholds follow the paper's Eq. 1, else "free". ``passes`` counts images that went through the model in this
-    run."""
+    thresholds follow the paper's Eq. 1, perhaps after some idle blocks, else "free". ``passes`` counts images that went
+    through the model in this run."""
 
     config: ATMConfig
     target: Target

@@ -52,6 +52,12 @@ class Plan:
             self, thresholds=tuple(None if t is None else theta_at((1 - t) * scale) for t in self.thresholds)
         )
 
+    def without(self, blocks: int) -> "Plan":
+        """The plan with its first ``blocks`` blocks idle."""
+        if self.thresholds is None:
+            return replace(self, counts=tuple(0.0 if i < blocks else r for i, r in enumerate(self.counts)))
+        return replace(self, thresholds=tuple(None if i < blocks else t for i, t in enumerate(self.thresholds)))
+
 
 def theta_at(distance: float) -> float:
     """The threshold at this distance from 1, rounded to seven decimals."""

@@ -3,8 +3,9 @@
 It starts from three kinds of plan: the paper's curve (Eq. 1), the same mean count in every block, and counts allotted
 by how much merging in each block alone changes. These changes do not add up, so the search then varies the best of
 these plans at random, at equal cost, and keeps a variation if a whole pass finds it better. All this is measured on the
-"fit" images; the result and all plans that it started from are judged on the "choose" images. Labels are never
-used. The search is seeded, so a run that continues an interrupted one asks for the same measurements.
+"fit" images; the result and all plans that it started from are judged on the "choose" images, and then the best of them
+with its first blocks idle. Labels are never used. The search is seeded, so a run that continues an interrupted one asks
+for the same measurements.
 """
 
 import math
@@ -25,6 +26,7 @@ from atm_triton.reference import threshold
 SEEN = ("fit", "choose")  # the parts of the images that the search may see
 LEVELS = (1 / 16, 1 / 8, 1 / 4, 1 / 2)  # shares of a block's tokens of A: each block merges these alone, as a probe
 CURVES = ((0.0, 1.0), *product((0.5, 1.0, 2.0), (1.5, 3.0, 6.0)))  # spread and rise, as in eq1
+LATE = (1 / 6, 1 / 4)  # shares of the blocks, from the first, that the chosen plan is also tried without
 STEPS = 48  # how many variations of the best plan are tried
 CLOSE = 0.002  # how near a measured cost must come to the goal, as a share of the unmerged model's cost
 FAR = 0.01  # the same where costs change in steps
@@ -50,12 +52,15 @@ class Search:
         """The plan that changes least at a cost of ``goal``, fitted to all images that the search may see."""
         starts = self.starts(goal)
         best = self.climbed(starts[0], goal)
-        last = [*starts, best, *self.grouped(best, goal)]
-        judged = {fitted.config: fitted for fitted in last}.values()
-        means = [self.fitting.meter.mean(fitted.config, ("choose",)) for fitted in judged]
-        changes = [at_goal(mean, goal) for mean in means]
-        chosen = next(fitted for fitted, c in zip(judged, changes, strict=True) if c <= (1 + TIE) * min(changes))
+        chosen = self.chosen([*starts, best, *self.grouped(best, goal)], goal)
+        chosen = self.chosen([chosen, *self.late(chosen.plan, goal)], goal)
         return self.settled(chosen.plan, goal, SEEN)
+
+    def chosen(self, fits: list[Fitted], goal: float) -> Fitted:
+        """The first whose change on images that the plans were not fitted to is about the least."""
+        means = [self.fitting.meter.mean(fitted.config, ("choose",)) for fitted in fits]
+        changes = [at_goal(mean, goal) for mean in means]
+        return next(fitted for fitted, c in zip(fits, changes, strict=True) if c <= (1 + TIE) * min(changes))
 
     def starts(self, goal: float) -> list[Fitted]:
         """The plans to begin with, the best first."""
@@ -64,13 +69,16 @@ class Search:
         if self.most == self.costs.merging:
             even = self.settled(self.plan(self.costs.scaled([1.0] * self.costs.merging, goal)), goal)
             starts += [even, *self.curves(goal, even)]
-        starts = [start for start in starts if abs(start.mean.gflops - goal) <= FAR * self.costs.unmerged]
+        starts = self.near(starts, goal)
         if not starts:
             raise UnreachableError(
                 f"no plan comes close to {goal:.4g} GFLOPs: the cost changes in large steps, because the images are "
                 "alike or have few tokens; choose another target, or more varied images"
             )
         return ranked(starts, goal)
+
+    def near(self, fits: list[Fitted], goal: float) -> list[Fitted]:
+        return [fitted for fitted in fits if abs(fitted.mean.gflops - goal) <= FAR * self.costs.unmerged]
 
     def settled(self, plan: Plan, goal: float, parts: tuple[str, ...] = ("fit",), tries: int = 4) -> Fitted:
         """The plan scaled until it costs ``goal`` on these parts of the images, as nearly as ``tries`` tries allow."""
@@ -213,6 +221,11 @@ class Search:
         others = [self.settled(other, goal) for other in better]
         return [other for other in others if at_goal(other.mean, goal) < at_goal(fitted.mean, goal)]
 
+    def late(self, plan: Plan, goal: float) -> list[Fitted]:
+        """The plan with its first blocks idle, at the cost ``goal``, where this can be reached."""
+        plans = [plan.without(round(share * self.fitting.depth)) for share in LATE]
+        return self.near([self.settled(late, goal) for late in plans if late != plan], goal)
+
 
 def eq1(distance: float, spread: float, rise: float, blocks: int) -> tuple[float, ...]:
     """Thresholds by the paper's Eq. 1: alpha is 1 - ``distance``, theta_min is 1 - 10^spread * ``distance``, and the
@@ -233,6 +246,6 @@ def ranked(fits: list[Fitted], goal: float) -> list[Fitted]:
 
 def expected(costs: Costs, images: dict[str, int], more: int) -> float:
     """Roughly how many images will go through the model. ``more``: passes of all images seen, outside the search."""
-    fits = 5 + 0.55 * len(LEVELS) * costs.merging + 3 * (len(CURVES) + 2) + 0.8 * STEPS
-    judged, seen = len(CURVES) + 4, sum(images[part] for part in SEEN)
+    fits = 5 + 0.55 * len(LEVELS) * costs.merging + 3 * (len(CURVES) + len(LATE) + 2) + 0.8 * STEPS
+    judged, seen = len(CURVES) + len(LATE) + 4, sum(images[part] for part in SEEN)
     return fits * images["fit"] + judged * images["choose"] + (3 + more) * seen + 2 * sum(images.values())
