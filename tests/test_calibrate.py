@@ -263,7 +263,7 @@ def test_the_chosen_plan_is_also_tried_with_idle_first_blocks(adapt, loader, mon
     monkeypatch.setattr(some, "starts", lambda goal: [even])
     monkeypatch.setattr(search, "STEPS", 0)
     found = some.run(goal)
-    sixth, quarter = some.late(even.plan, goal)
+    sixth, quarter = some.better(some.late(even.plan), even, goal)
     assert even.mean.merged[0] > 0 == sixth.mean.merged[0] == quarter.mean.merged[1] < sixth.mean.merged[1]
     assert found.plan.counts[0] == 0 and found.mean.gflops == pytest.approx(goal, rel=0.03)
     curve = replace(even.plan, thresholds=search.eq1(0.1, 1.0, 3.0, 5))
@@ -632,7 +632,7 @@ def test_groups_and_attention_are_tried_too(loader):
     start, tried = searched.starts(goal)[0], []
     run = searched.fitting.run
     searched.fitting.run = lambda plan, *parts: tried.append(plan) or run(plan, *parts)
-    for other in searched.grouped(start, goal):
+    for other in searched.better(searched.grouped(start.plan), start, goal):
         assert other.mean.change < start.mean.change * 1.5 and other.plan in tried
     assert {(plan.split_depth, plan.proportional_attention) for plan in tried} == {(4, True), (1, True), (None, False)}
 

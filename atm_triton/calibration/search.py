@@ -52,8 +52,8 @@ class Search:
         """The plan that changes least at a cost of ``goal``, fitted to all images that the search may see."""
         starts = self.starts(goal)
         best = self.climbed(starts[0], goal)
-        chosen = self.chosen([*starts, best, *self.grouped(best, goal)], goal)
-        chosen = self.chosen([chosen, *self.late(chosen.plan, goal)], goal)
+        chosen = self.chosen([*starts, best, *self.better(self.grouped(best.plan), best, goal)], goal)
+        chosen = self.chosen([chosen, *self.better(self.late(chosen.plan), chosen, goal)], goal)
         return self.settled(chosen.plan, goal, SEEN)
 
     def chosen(self, fits: list[Fitted], goal: float) -> Fitted:
@@ -211,20 +211,20 @@ class Search:
             return fitted.plan
         return replace(fitted.plan, thresholds=None, counts=self.costs.scaled(counts, goal - missing))
 
-    def grouped(self, fitted: Fitted, goal: float) -> list[Fitted]:
-        """Variants of the plan with another split depth or the other attention, if they are better."""
-        depth = self.fitting.depth
-        plan, better = fitted.plan, []
-        for split in (depth, self.costs.merging // 2):
-            better.append(replace(plan, split_depth=split))
-        better.append(replace(plan, proportional_attention=not plan.proportional_attention))
-        others = [self.settled(other, goal) for other in better]
+    def better(self, plans: list[Plan], fitted: Fitted, goal: float) -> list[Fitted]:
+        """Those of the plans that change less than a fitted one at the cost ``goal``."""
+        others = self.near([self.settled(plan, goal) for plan in plans], goal)
         return [other for other in others if at_goal(other.mean, goal) < at_goal(fitted.mean, goal)]
 
-    def late(self, plan: Plan, goal: float) -> list[Fitted]:
-        """The plan with its first blocks idle, at the cost ``goal``, where this can be reached."""
-        plans = [plan.without(round(share * self.fitting.depth)) for share in LATE]
-        return self.near([self.settled(late, goal) for late in plans if late != plan], goal)
+    def grouped(self, plan: Plan) -> list[Plan]:
+        """Variants of the plan with another split depth or the other attention."""
+        splits = (self.fitting.depth, self.costs.merging // 2)
+        variants = [replace(plan, split_depth=split) for split in splits]
+        return [*variants, replace(plan, proportional_attention=not plan.proportional_attention)]
+
+    def late(self, plan: Plan) -> list[Plan]:
+        """Variants of the plan with its first blocks idle."""
+        return [plan.without(round(share * self.fitting.depth)) for share in LATE]
 
 
 def eq1(distance: float, spread: float, rise: float, blocks: int) -> tuple[float, ...]:
