@@ -1,9 +1,11 @@
 """The tables of README, CONTRIBUTING and docs, from ``benchmarks/results/``: ``python -m benchmarks.report``."""
 
 import json
+import math
 import re
 from functools import partial
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 import timm
@@ -365,13 +367,14 @@ def _targets(result: dict[str, Any]) -> str:
         target = f"agreement {row['min_agreement']}" if share is None else f"-{100 * share:.0f} %"
         beside = [rows.get((method, share, adapt)) if share is not None else None for method, _ in others]
         lines.append(f'| {target} | `"{adapt}"` | {_outcome(row)} | {" | ".join(map(_kl, beside))} |')
-    ratios = beside_the_curve(result)
+    ratios, above = beside_the_curve(result)
     calibrated = [row for row in result["rows"] if row["method"] == "calibrated"]
     passes, seconds = ([row[name] for row in calibrated] for name in ("passes", "seconds"))
     lines += [
         "",
         f"In {sum(ratio <= 1 for ratio in ratios)} of {len(ratios)} cells the calibrated KL is at or below that of the "
-        f"best curve, in the others at most {100 * max([1, *ratios]) - 100:.0f} % above. A calibration "
+        f"best curve, in the others at most {100 * max([1, *ratios]) - 100:.0f} %, or {max([0, *above]):.1f} standard "
+        f"errors, above. The geometric mean of the {len(ratios)} ratios is {geometric_mean(ratios):.2f}. A calibration "
         f"took {min(passes):,} to {max(passes):,} passes of an image through the model, "
         f"{min(seconds):.0f} to {max(seconds):.0f} seconds.",
         *_commits(result["rows"]),
@@ -402,10 +405,13 @@ def effort(*results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def beside_the_curve(result: dict[str, Any]) -> list[float]:
-    """The ratio of the calibrated KL to that of the best random curve, for each share and way to adapt."""
-    kl = {(row["method"], row.get("share"), row["adapt"]): row["overall"]["kl"] for row in result["rows"]}
-    return [kl["calibrated", *cell] / kl["curve", *cell] for method, *cell in kl if method == "curve"]
+def beside_the_curve(result: dict[str, Any]) -> tuple[list[float], list[float]]:
+    """For each share and way to adapt: the ratio of the calibrated KL to that of the best random curve, and by how many
+    standard errors it is above."""
+    rows = {(row["method"], row.get("share"), row["adapt"]): row["overall"] for row in result["rows"]}
+    pairs = [(rows["calibrated", *cell], row) for (method, *cell), row in rows.items() if method == "curve"]
+    above = [(ours["kl"] - curve["kl"]) / math.hypot(ours["kl_se"], curve["kl_se"]) for ours, curve in pairs]
+    return [ours["kl"] / curve["kl"] for ours, curve in pairs], above
 
 
 def _outcome(row: dict[str, Any]) -> str:

@@ -103,9 +103,10 @@ def test_what_ships_was_calibrated_for_what_it_saves():
 
 def test_calibrated_thresholds_are_as_good_as_the_best_of_many_curves():
     document = result("digits_calibration.json")
-    ratios = beside_the_curve(document)
+    ratios, above = beside_the_curve(document)
     assert len(ratios) == 12 and document["settings"]["draws"] >= 200
-    assert sum(ratio <= 1 for ratio in ratios) >= 10 and max(ratios) <= 1.1
+    assert max(ratios) <= 1.2 and max(above) <= 1  # standard errors are 10 to 40 %
+    assert math.prod(ratios) ** (1 / 12) <= 0.85
     kl = {(row["method"], row.get("share"), row["adapt"]): row["overall"]["kl"] for row in document["rows"]}
     for share in document["settings"]["shares"]:
         assert kl["calibrated", share, "static"] < min(kl[r, share, "static"] for r in RAMPS)
