@@ -113,7 +113,10 @@ class Judge:
 
 def earlier(files: str) -> Iterator[tuple[str, float, dict[str, Any]]]:
     """Yield the earlier calibrations: on how many images, for which goal in GFLOPs, with which configuration."""
-    for path in sorted(RESULTS.glob(files)):
+    paths = sorted(RESULTS.glob(files))
+    if not paths:
+        raise FileNotFoundError(f"{RESULTS} has no {files} to compare with; make one by atm-triton calibrate")
+    for path in paths:
         one = json.loads(path.read_text())
         yield f"{one['images']} images", one["target"]["max_gflops"], one["config"]
 
@@ -178,8 +181,8 @@ def _ratio(few: dict[str, Any], before: dict[str, Any], name: str) -> str:
 def run(args: argparse.Namespace) -> None:
     if min(args.images, args.sets, 1 if args.test is None else args.test) < 1:
         raise ValueError("--images, --test and --sets must be at least 1")
-    made, least, name = (photographs, 64, "photos") if args.photos else (digits, 2000, "digits")
-    out, test = args.out or RESULTS / f"{name}_few_images.json", args.test or least
+    made, usual, name = (photographs, 64, "photos") if args.photos else (digits, 2000, "digits")
+    out, test = args.out or RESULTS / f"{name}_few_images.json", args.test or usual
     check_file("--out", out)
     rows = []
     for row in measure(made(args.images * args.sets, test), args.images):

@@ -144,6 +144,13 @@ def test_few_photographs(tmp_path, capsys, monkeypatch):
     assert "many: " in capsys.readouterr().out
 
 
+def test_few_images_without_an_earlier_calibration(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(few_images, "RESULTS", tmp_path)
+    assert few_images.main(["--sets", "1", "--test", "1"]) == 2
+    assert "has no digits_calibrate_512*.json to compare with; make one" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def few_rows(monkeypatch, out, model, shape, alpha, *options):
     """The rows of an earlier calibration, by the paper's curve, and of one on 64 images, and their table."""
     goal = 0.7 * cost(model, unmerged(model, shape)).paper_gflops
