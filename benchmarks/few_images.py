@@ -179,8 +179,8 @@ def _ratio(few: dict[str, Any], before: dict[str, Any], name: str) -> str:
 
 
 def run(args: argparse.Namespace) -> None:
-    if min(args.images, args.sets, 1 if args.test is None else args.test) < 1:
-        raise ValueError("--images, --test and --sets must be at least 1")
+    if min(args.images, args.sets) < 1 or (args.test is not None and args.test < 2):
+        raise ValueError("--images and --sets must be at least 1, --test at least 2: a standard error takes two")
     made, usual, name = (photographs, 64, "photos") if args.photos else (digits, 2000, "digits")
     out, test = args.out or RESULTS / f"{name}_few_images.json", args.test or usual
     check_file("--out", out)
@@ -189,7 +189,7 @@ def run(args: argparse.Namespace) -> None:
         rows.append(row)
         write_result(out, {"images": args.images, "test": test, "rows": rows})
         judged = row.get("at_cost", row["as_is"])
-        change = ", ".join(f"{name} {judged[name]:.2e}" for name in ("kl", "distance") if name in judged)
+        change = ", ".join(f"{of} {judged[of]:.2e}" for of in ("kl", "distance") if of in judged)
         print(f"{row['calibration']}: {judged['gflops']:.4g} GFLOPs, {change}", flush=True)
 
 

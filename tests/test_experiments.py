@@ -146,7 +146,7 @@ def test_few_photographs(tmp_path, capsys, monkeypatch):
 
 def test_few_images_without_an_earlier_calibration(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(few_images, "RESULTS", tmp_path)
-    assert few_images.main(["--sets", "1", "--test", "1"]) == 2
+    assert few_images.main(["--sets", "1", "--test", "2"]) == 2
     assert "has no digits_calibrate_512*.json to compare with; make one" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
@@ -194,7 +194,8 @@ def test_what_the_calibration_benchmark_keeps(tmp_path, monkeypatch):
         (invariance.main, ["--images", "0"], "invariance: --images 0 is too few; give 1 or more"),
         (adaptivity.main, ["--images", "0"], "adaptivity: --images and --test must be at least 1"),
         (calibration.main, ["--draws", "0"], "calibration: --draws, --images and --test must be at least 1"),
-        (few_images.main, ["--sets", "0"], "few_images: --images, --test and --sets must be at least 1"),
+        (few_images.main, ["--sets", "0"], "few_images: --images and --sets must be at least 1, --test at least 2"),
+        (few_images.main, ["--test", "1"], "few_images: --images and --sets must be at least 1, --test at least 2"),
         (calibration.main, ["--shares", "2"], "calibration: --shares want numbers between 0 and 1"),
         (calibration.main, ["--out", "/nowhere/out.json"], "calibration: --out /nowhere/out.json: its directory does"),
     ],

@@ -3,9 +3,9 @@
 It starts from three kinds of plan: the paper's curve (Eq. 1), the same mean count in every block, and counts allotted
 by how much merging in each block alone changes. These changes do not add up, so the search then varies the best of
 these plans at random, at equal cost, and keeps a variation if a whole pass finds it better. All this is measured on the
-"fit" images; the result and all plans that it started from are judged on the "choose" images, and then the best of them
-with its first blocks idle. Labels are never used. The search is seeded, so a run that continues an interrupted one asks
-for the same measurements.
+"fit" images. The result and all plans that it started from are judged on the "choose" images. The best of them is then
+tried with its first blocks idle. Labels are never used. The search is seeded, so a run that continues an interrupted
+one asks for the same measurements.
 """
 
 import math
@@ -57,7 +57,7 @@ class Search:
         return self.settled(chosen.plan, goal, SEEN)
 
     def chosen(self, fits: list[Fitted], goal: float) -> Fitted:
-        """The first whose change on images that the plans were not fitted to is about the least."""
+        """The first whose change on images that the plans were not fitted to is within :data:`TIE` of the least."""
         means = [self.fitting.meter.mean(fitted.config, ("choose",)) for fitted in fits]
         changes = [at_goal(mean, goal) for mean in means]
         return next(fitted for fitted, c in zip(fits, changes, strict=True) if c <= (1 + TIE) * min(changes))
@@ -78,6 +78,7 @@ class Search:
         return ranked(starts, goal)
 
     def near(self, fits: list[Fitted], goal: float) -> list[Fitted]:
+        """Those whose measured cost is within :data:`FAR` of the goal."""
         return [fitted for fitted in fits if abs(fitted.mean.gflops - goal) <= FAR * self.costs.unmerged]
 
     def settled(self, plan: Plan, goal: float, parts: tuple[str, ...] = ("fit",), tries: int = 4) -> Fitted:
