@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from numbers import Integral, Real
 from typing import Any, Self, TypeVar
 
@@ -13,6 +13,8 @@ from atm_triton.reference import threshold
 T = TypeVar("T")
 ADAPT = ("batch", "image", "static")
 BACKENDS = ("auto", "triton", "reference")
+_CURVE = ("alpha", "beta", "theta_min")
+_MERGING = (*_CURVE, "split_depth", "adapt", "schedule", "thresholds", "proportional_attention", "cls_only_last")
 REMEDY = "atm-triton calibrate finds them, or give alpha, beta and theta_min, or thresholds"
 
 
@@ -82,7 +84,7 @@ class ATMConfig:
             raise TypeError(f"source must be a string, got {self.source!r}")
 
     def _check_curve(self) -> None:
-        curve = {name: getattr(self, name) for name in ("alpha", "beta", "theta_min")}
+        curve = {name: getattr(self, name) for name in _CURVE}
         given = [name for name, value in curve.items() if value is not None]
         for name in given:
             object.__setattr__(self, name, _real(name, curve[name], 0 if name == "beta" else -1, 1))
@@ -140,6 +142,13 @@ class ATMConfig:
         _check_block(block, depth)
         return block > (3 * depth // 4 if self.split_depth is None else self.split_depth)
 
+    def changed(self, **values: Any) -> Self:
+        """A copy with other values. If ``source`` says where this configuration comes from, it names those fields that
+        change what merges: the figures in it no longer hold."""
+        names = [name for name, value in values.items() if name in _MERGING and value != getattr(self, name)]
+        note = f" (changed here: {', '.join(names)}; these figures no longer hold)" if names and self.source else ""
+        return replace(self, **{"source": self.source + note, **values})
+
     def to_json(self) -> str:
         """All fields as a JSON object."""
         return json.dumps(asdict(self), indent=2)
@@ -183,7 +192,7 @@ class ATMConfig:
             max_gflops: 1e9 multiply-accumulates per image.
             top1_drop: percentage points. Give at most one of the two targets.
             fine_tuned: use Table A3 (30 epochs of fine-tuning).
-            changes: further fields, such as ``backend``.
+            changes: further fields, such as ``backend``; as :meth:`changed` takes them.
 
         Raises:
             ValueError: the model is unknown, the paper does not reach the target, or both targets are given.
@@ -195,10 +204,10 @@ class ATMConfig:
             f"{point.gflops:.2f} GFLOPs, {point.top1:.2f} % top-1 on ImageNet-1k "
             f"(unmerged {unmerged.gflops:.2f}, {unmerged.top1:.2f} %)"
         )
-        # the MAE model averages its patch tokens and is evaluated without log n (Appendix A)
-        mae = {"proportional_attention": False, "cls_only_last": False} if point.model == "MAE" else {}
-        values = {"alpha": point.alpha, "beta": point.beta, "theta_min": point.theta_min, "source": source}
-        return cls(**{**values, **mae, **changes})
+        values: dict[str, Any] = {name: getattr(point, name) for name in _CURVE} | {"source": source}
+        if point.model == "MAE":  # it averages its patch tokens and is evaluated without log n (Appendix A)
+            values |= {"proportional_attention": False, "cls_only_last": False}
+        return cls(**values).changed(**changes)
 
 
 def _is(kind: type, value: Any) -> bool:

@@ -16,7 +16,7 @@ from atm_triton.block import ATMAttention, ATMBlock
 from atm_triton.config import REMEDY, ATMConfig
 from atm_triton.engine import Engine
 from atm_triton.operating_points import PAPER_NAMES
-from atm_triton.transformer import ATMBlocks, MergingTransformer, knows_sizes, merging_class
+from atm_triton.transformer import ATMBlocks, MergingTransformer, knows_sizes, leading_tokens, merging_class
 
 OWN_FORWARD = "forward of its own, which would no longer run: take it off, and put it on after apply_patch"
 TIMMS_OWN = (
@@ -100,14 +100,20 @@ def settled(config: ATMConfig, model: VisionTransformer) -> ATMConfig:
     Raises:
         ValueError: there are no thresholds, and the paper has none for this model.
     """
-    if not config.has_thresholds:
-        name = _name_in_paper(model)
-        paper = ATMConfig.preset(name)
-        curve = {field: getattr(paper, field) for field in ("alpha", "beta", "theta_min")}
-        config = replace(config, **curve, source=f"{paper.source}; treated as a {name} whose weights were not checked")
     if config.proportional_attention is None:
         config = replace(config, proportional_attention=knows_sizes(model))
-    return config
+    return config if config.has_thresholds else _as_in_the_paper(config, model)
+
+
+def _as_in_the_paper(config: ATMConfig, model: VisionTransformer) -> ATMConfig:
+    """The paper's configuration for this model, with the other fields of ``config``."""
+    name = _name_in_paper(model)
+    paper = settled(ATMConfig.preset(name), model)
+    paper = replace(paper, source=f"{paper.source}; treated as a {name} whose weights were not checked")
+    own = ["split_depth", "adapt", "proportional_attention", "backend", "engine"]
+    if leading_tokens(model) is not None:
+        own.append("cls_only_last")  # otherwise the last block computes all tokens in any case
+    return paper.changed(**{field: getattr(config, field) for field in own})
 
 
 # the entries of timm's pretrained_cfg that identify weights
@@ -213,7 +219,7 @@ def install(model: VisionTransformer, make: Callable[[Block, int], ATMBlock], co
         make(block, index)
     blocks.__class__ = ATMBlocks
     blocks.config, blocks.last, blocks.engine = config, None, Engine(model)
-    blocks.depth, blocks.warns, blocks.looked = len(blocks), True, False
+    blocks.depth, blocks.warns, blocks.passes = len(blocks), True, 0
     own: type = type(model)
     model.__class__ = merging_class(own)
     return model

@@ -73,7 +73,7 @@ class ATMBlocks(nn.Sequential):
     engine: Engine
     depth: int
     warns: bool  # warn, once, if most tokens are gone early
-    looked: bool  # the engine's first pass has been checked for this; nobody may ever ask for its counts
+    passes: int  # of the engine
     by_pool: bool = False  # the model's way of pooling decides whether attention adds log n
     _last: Record | Facts | None
 
@@ -96,15 +96,16 @@ class ATMBlocks(nn.Sequential):
     def _recorded(self, done: Facts) -> Record:
         with self.engine.lock:  # another thread's pass reads the same mailbox
             record = recorded(done)
-        self.looked = True
         if self.quarter:
             left = torch.as_tensor(record.rows[self.quarter - 1], dtype=torch.float64)  # already on the host
             self._warn_of_what_is_gone(left.mean().item() / record.N)
         return record
 
     def look(self, done: Facts) -> None:
-        """Check once whether most tokens are gone early, for users who never ask for the record."""
-        if self.warns and not self.looked:
+        """Check passes 1, 2, 4, 8 and so on of the engine for tokens that are gone early: users may never ask for the
+        record, and the first passes may be of noise."""
+        self.passes += 1
+        if self.warns and self.passes.bit_count() == 1:
             self._recorded(done)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -29,13 +29,15 @@ from atm_triton.cli.bad_input import Parser, exit_code
 from atm_triton.measure.comparison import measure_of
 from atm_triton.measure.images import open_images
 from atm_triton.measure.models import open_model
-from atm_triton.measure.provenance import check_file, write_result
+from atm_triton.measure.provenance import check_file, check_outputs, write_result
 from atm_triton.patch import knows_sizes
 from benchmarks import RESULTS
 from benchmarks.model_with_images import BATCH_SIZE, TRIES
 from benchmarks.photos.compare import told
 from benchmarks.photos.images import PHOTOS, crops
 from benchmarks.photos.weights import open_backbone
+
+NEAR = 0.0005  # of the unmerged model's cost: how near equal costs are; a change grows about ten times as fast
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ class Judge:
             split_depth=config.split_depth,
             proportional_attention=config.proportional_attention,
         )
-        return self.measured(self.search.settled(plan, gflops, ("test",), TRIES).config)
+        return self.measured(self.search.settled(plan, gflops, ("test",), TRIES, NEAR).config)
 
 
 def earlier(files: str) -> Iterator[tuple[str, float, dict[str, Any]]]:
@@ -183,9 +185,11 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("--images and --sets must be at least 1, --test at least 2: a standard error takes two")
     made, usual, name = (photographs, 64, "photos") if args.photos else (digits, 2000, "digits")
     out, test = args.out or RESULTS / f"{name}_few_images.json", args.test or usual
+    subject = made(args.images * args.sets, test)
+    check_outputs({"--out": out}, sorted(RESULTS.glob(subject.earlier)))
     check_file("--out", out)
     rows = []
-    for row in measure(made(args.images * args.sets, test), args.images):
+    for row in measure(subject, args.images):
         rows.append(row)
         write_result(out, {"images": args.images, "test": test, "rows": rows})
         judged = row.get("at_cost", row["as_is"])

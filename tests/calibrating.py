@@ -1,7 +1,7 @@
 """The program of each process in test_distributed.py: ``torchrun tests/calibrating.py OUT ADAPT [DIES]``.
 
-It calibrates a small model and writes the result. With the ADAPT "image dense" it compares patch tokens. The rank DIES
-exits silently in the middle of the calibration.
+It calibrates a small model and writes the result. With the ADAPT "image dense" it compares patch tokens, with
+"image whole" every part is one batch. The rank DIES exits silently in the middle of the calibration.
 """
 
 import os
@@ -24,8 +24,8 @@ def main(out, adapt, dies=None):
     if rank() == dies:
         measuring.Meter.mean = lambda *_: os._exit(1)
     adapt, *asked = adapt.split()
-    asked = dict.fromkeys(asked, True)
-    calibration = calibrate(vit(), images(100).split(8), Target(max_gflops=0.0009), adapt, progress=False, **asked)
+    batches, dense = images(100).split(100 if "whole" in asked else 8), "dense" in asked
+    calibration = calibrate(vit(), batches, Target(max_gflops=0.0009), adapt, progress=False, dense=dense)
     (Path(out) / f"{rank()}.txt").write_text(repr(calibration))
     stop()
 

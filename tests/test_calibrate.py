@@ -20,7 +20,7 @@ from atm_triton.calibration.fitting import Fitting, Plan
 from atm_triton.calibration.measuring import Mean, Measured, Meter
 from atm_triton.calibration.resume import Notes
 from atm_triton.calibration.search import Search
-from atm_triton.cli import main
+from atm_triton.cli import commands, main
 from atm_triton.cli.report import calibration_table
 from atm_triton.flops import cost, unmerged
 from atm_triton.measure.comparison import Measure
@@ -403,7 +403,7 @@ class StoppedError(Exception):
 
 def test_an_interrupted_run_goes_on(tmp_path, loader, small_search, monkeypatch):
     model, target = vit(), Target(max_gflops=0.8 * whole(vit()))
-    notes, passes, count, stop_at = tmp_path / "out.json.partial", [], Meter.count, 20
+    path, passes, count, stop_at = tmp_path / "out.json.partial", [], Meter.count, 20
 
     def failing(self, images):
         passes.append(images)
@@ -411,15 +411,19 @@ def test_an_interrupted_run_goes_on(tmp_path, loader, small_search, monkeypatch)
             raise StoppedError
         count(self, images)
 
+    def noted(model):
+        with Notes(path) as notes:
+            return calibrate(model, loader, target, notes=notes, progress=False)
+
     monkeypatch.setattr(Meter, "count", failing)
     with pytest.raises(StoppedError):
-        calibrate(model, loader, target, notes=notes, progress=False)
-    notes.write_text(notes.read_text() + '["fit None')  # as if killed in the middle of a line
+        noted(model)
+    path.write_text(path.read_text() + '["fit None')  # as if killed in the middle of a line
     with pytest.raises(ValueError, match="from another calibration that was interrupted; delete it, or choose another"):
-        calibrate(vit(), loader, target, notes=notes, progress=False)
+        noted(vit())
     done, stop_at = stop_at - 1 - 3, None  # without the passes of the unmerged model
     passes.clear()
-    calibration = calibrate(model, loader, target, notes=notes, progress=False)
+    calibration = noted(model)
     resumed = len(passes)
     passes.clear()
     fresh = calibrate(model, loader, target, progress=False)
@@ -483,12 +487,20 @@ def test_the_promise_is_of_images_that_nothing_else_saw(loader, small_search, mo
     assert seen.count("promise") == 1 and seen[-1] == "promise" and {"fit", "choose"} < set(seen)
 
 
-def test_a_damaged_file_of_measurements_is_named(tmp_path, loader, small_search):
-    notes = tmp_path / "out.json.partial"
-    for text, message in (("no json\n", "is damaged"), ("{}\n", "holds no measurements")):
-        notes.write_text(text)
-        with pytest.raises(ValueError, match=f"^{notes} {message}.*delete it, or choose another --out$"):
-            calibrate(vit(), loader, Target(max_gflops=0.8 * whole(vit())), notes=notes, progress=False)
+def test_a_damaged_file_of_measurements_is_named(tmp_path):
+    path = tmp_path / "out.json.partial"
+    for text, message in (
+        ("no json\n", "is damaged"),
+        ("[" * 100_000 + "\n", "is damaged"),
+        ("{}\n", "holds no measurements"),
+    ):
+        path.write_text(text)
+        with (
+            pytest.raises(ValueError, match=f"^{path} {message}.*delete it, or choose another --out$"),
+            Notes(path) as n,
+        ):
+            n.belong([1.0])
+        assert path.read_text() == text
 
 
 def randomised(model):
@@ -571,8 +583,11 @@ def test_others_take_the_place_of_images_that_cannot_be_read(tmp_path, small_sea
     assert document["images"] == 64 and f": {', '.join(document['not_read'])}" in named
     assert {str(path) for path in broken[:2]} <= {*document["not_read"]} <= {*map(str, broken)}
     (images / f"{left[-1]:02}.png").write_bytes(b"no image")
+    out.unlink()
+    before = set(tmp_path.iterdir())
     assert main(["calibrate", *options]) == 2
     assert "63 images are too few to calibrate on" in capsys.readouterr().err
+    assert set(tmp_path.iterdir()) == before
 
 
 def test_no_image_takes_the_place_of_one_to_judge_by(tmp_path):
@@ -592,13 +607,40 @@ def test_no_image_takes_the_place_of_one_to_judge_by(tmp_path):
         assert loader.broken == {str(folder / "0.png")}
 
 
-def test_two_calibrations_do_not_write_one_file(tmp_path):
-    first = Notes(tmp_path / "out.json.partial", [1.0])
-    with pytest.raises(ValueError, match=r"partial is being written by a calibration that is still running; wait"):
-        Notes(tmp_path / "out.json.partial", [1.0])
-    first.add("a", [2.0])
-    del first
-    assert Notes(tmp_path / "out.json.partial", [1.0]).get("a") == [2.0]
+def test_two_calibrations_do_not_write_one_file(tmp_path, capsys, monkeypatch):
+    """Neither while the first runs, nor between its last measurement and its result, nor after that."""
+    monkeypatch.chdir(tmp_path)
+    command = ["calibrate", "--max-gflops", "0.25", "--images", "64", "--out", "out.json"]
+    with Notes(Path("out.json.partial")) as notes:
+        assert main(command) == 2
+        assert (
+            "out.json.partial is being written by another run; wait, or choose another --out" in capsys.readouterr().err
+        )
+        notes.belong([1.0])
+        notes.add("a", [2.0])
+    with Notes(Path("out.json.partial")) as notes:
+        notes.belong([1.0])
+        assert notes.get("a") == [2.0]
+        notes.over = True
+    assert not list(tmp_path.iterdir())
+    Path("out.json").write_text("a result")
+    assert main(command) == 2
+    assert capsys.readouterr().err == "atm-triton: --out out.json exists already; delete it, or choose another\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
+
+
+def test_a_result_written_while_another_run_began_stays(tmp_path, capsys, monkeypatch):
+    """The second run has looked for a result in vain, and gets hold of the notes when the first has let go of them."""
+    out, opened = tmp_path / "out.json", commands.open_model
+
+    def slowly(*arguments, **options):
+        out.write_text("a result")
+        return opened(*arguments, **options)
+
+    monkeypatch.setattr(commands, "open_model", slowly)
+    assert main(["calibrate", "--max-gflops", "0.25", "--images", "64", "--out", str(out)]) == 2
+    assert "exists already" in capsys.readouterr().err and out.read_text() == "a result"
+    assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
 
 
 def bad(*arguments):

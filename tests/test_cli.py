@@ -26,7 +26,7 @@ from atm_triton.flops import cost, scheduled
 from atm_triton.measure.configurations import digits_config
 from atm_triton.measure.evaluate import evaluate
 from atm_triton.measure.images import open_image, open_images
-from atm_triton.measure.models import open_model
+from atm_triton.measure.models import data_config, open_model
 from atm_triton.measure.provenance import check_file, write_result
 from atm_triton.measure.throughput import constant_r
 from benchmarks import zoo
@@ -102,6 +102,31 @@ def test_eval_of_the_papers_other_backbones(tmp_path, folder, capsys):
         result = json.loads(out.read_text())
         assert result["model_kwargs"] == {**shape, **own}
         assert result["config"]["proportional_attention"] is (own.get("global_pool") != "avg")
+
+
+def test_images_have_the_channels_of_the_model(tmp_path, folder, capsys):
+    """timm's settings for the weights have three. Grey images are normalised by the average of the three."""
+    shape = {"depth": 2, "embed_dim": 48, "num_heads": 2, "img_size": 64}
+    model = timm.create_model(TINY[1], **shape, in_chans=1)
+    (grey,) = open_image(model, next(folder.rglob("*.jpg")))
+    colours = open_image(timm.create_model(TINY[1], **shape), next(folder.rglob("*.jpg")))
+    config = data_config(model)
+    assert config["input_size"] == (1, 64, 64)
+    assert config["mean"] == pytest.approx(((0.485 + 0.456 + 0.406) / 3,))
+    assert config["std"] == pytest.approx(((0.229 + 0.224 + 0.225) / 3,))
+    luma = (torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1) * colours).sum(0)
+    assert (grey - luma).abs().max() < 0.2
+    for channels in (1, 4):
+        given = [f"{name}={value}" for name, value in {**shape, "in_chans": channels}.items()]
+        own = weights(tmp_path / f"{channels}.safetensors", **shape, in_chans=channels)
+        arguments = [*TINY, "--model-kwargs", *given]
+        assert main(["bench", *arguments, "--batch-size", "1", "--repeats", "1"]) == 0
+        arguments += ["--checkpoint", own, *CURVE, "--data", str(folder), "--workers", "0"]
+        assert main(["eval", *arguments]) == (0 if channels == 1 else 2)
+    *_, error = capsys.readouterr().err.splitlines()  # after warnings
+    assert error == "atm-triton: the model takes images of 4 channels; image files have 1 or 3"
+    assert main(["eval", "--schedule", *["1"] * 12, "--model-kwargs", "in_chans=3"]) == 2
+    assert "the digits are 1 x 112 x 112, the model takes 3 x 112 x 112" in capsys.readouterr().err
 
 
 def test_evaluation_equals_a_count_by_hand():

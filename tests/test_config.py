@@ -1,6 +1,7 @@
 """ATMConfig: fields out of range, JSON and the paper's presets."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -154,6 +155,10 @@ def test_presets():
     assert tuned.source.startswith("paper, Table A3, DeiT-S, fine-tuned, alpha 1.0, beta 0.05, theta_min 0.855: 2.93")
     mae = ATMConfig.preset("vit_base_patch16_224.mae", top1_drop=0.1, backend="reference")
     assert not mae.proportional_attention and not mae.cls_only_last and mae.backend == "reference"
+    assert "changed here" not in mae.source
+    static = ATMConfig.preset("DeiT-S", max_gflops=3.3, adapt="image", engine=False)
+    assert static == replace(config, adapt="image", engine=False, source=static.source)
+    assert static.source == f"{config.source} (changed here: adapt; these figures no longer hold)"
 
 
 def test_every_model_of_the_paper_has_a_preset():

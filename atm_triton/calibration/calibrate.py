@@ -9,7 +9,6 @@ import math
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from atm_triton.calibration.errors import UnreachableError
 from atm_triton.calibration.fitting import Fitted, Fitting, Plan, check_hooks
 from atm_triton.calibration.measuring import Mean, Measured, Meter
 from atm_triton.calibration.progress import Progress
+from atm_triton.calibration.resume import Notes
 from atm_triton.calibration.search import FAR, SEEN, Search, expected
 from atm_triton.config import ADAPT, ATMConfig
 from atm_triton.flops import unmerged
@@ -203,7 +203,7 @@ def calibrate(
     sigmoid: bool = False,
     backend: str = "auto",
     seed: int = 0,
-    notes: Path | None = None,
+    notes: Notes | None = None,
     progress: bool = True,
 ) -> Calibration:
     """Find how a model should merge, from images without labels. Labels in the loader are ignored.
@@ -225,7 +225,8 @@ def calibrate(
             and merges like the others.
         sigmoid: the labels do not exclude one another. A single logit is always treated so.
         seed: seed of the search; the same seed on the same images gives the same configuration.
-        notes: a file that keeps measurements, so that a later run can continue an interrupted one.
+        notes: keep measurements in a file, so that a later run can continue an interrupted one: in
+            ``with Notes(Path("mine.partial")) as notes:`` (:class:`atm_triton.calibration.resume.Notes`).
         progress: show a bar, or a line every half minute if stderr is not a terminal.
 
     Returns:
@@ -253,7 +254,8 @@ def calibrate(
     with Progress(expected(costs, numbers, halvings), progress) as bar:
         meter = Meter(model, parts, settings, measure, bar.update)
         _check_answers(meter)
-        meter.remember(notes)
+        if notes is not None:
+            meter.remember(notes)
         bar.refresh()
 
         def show(least: float) -> None:

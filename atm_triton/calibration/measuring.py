@@ -8,7 +8,6 @@ measured twice, not even by a later run that finds the notes of this one.
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -107,19 +106,20 @@ class Meter:
         for name, batches in parts.items():
             self.base[name] = unpatched_answers(model, [(images, None) for images in own(batches)], None, self.by)
             self.count(sum(map(len, batches)))
-        self.remember(None)
+        self.notes = Notes()
 
     def count(self, images: float) -> None:
         """Count images that went through the model."""
         self.images += images
         self._saw(images)
 
-    def remember(self, path: Path | None) -> None:
-        """Keep measurements in this file, and take those that an interrupted run has left there."""
+    def remember(self, notes: Notes) -> None:
+        """Keep measurements in these notes, and take those that an interrupted run has left there."""
         batch_size = max(len(batches[0]) for batches in self.parts.values())
         answers = [in_order([x.double().abs().mean().item() for x in batches]) for batches in self.base.values()]
         settings = [len(NUMBERS), list(MEASURES).index(self.by.name), POWER, batch_size]
-        self.notes = Notes(path, settings + [mean for means in answers for mean in means])
+        notes.belong(settings + [mean for means in answers for mean in means])
+        self.notes = notes
 
     def spread(self) -> float:
         """The largest difference between two images in one compared value of the unmerged model's answers: in nats, or
@@ -132,8 +132,9 @@ class Meter:
     def apart(self) -> float:
         """The largest divergence between the unmerged model's answers to an image and to the first one of its part. It
         is 0 for a saturated head, whose logits may still differ."""
-        parts = [torch.cat(of_part) for of_part in self.base.values() if of_part]
-        return max(in_order([self.by.compared(x, x[:1].expand_as(x))[0].max().item() for x in parts]))
+        pairs = [(x, of_part[0][:1]) for of_part in self.base.values() for x in of_part]
+        most = max((self.by.compared(x, first.expand_as(x))[0].max().item() for x, first in pairs), default=0.0)
+        return max(in_order([most]))
 
     def normalised(self) -> bool:
         """Whether the unmerged model answers with probabilities: all in [0, 1], and for classes summing to 1."""

@@ -3,32 +3,54 @@
 import json
 import math
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from atm_triton.measure.distributed import from_first, rank
+from atm_triton.measure.provenance import lock
 
 
 class Notes:
     """Lists of numbers or None, each under a name. Under torchrun only the first process reads and writes the file; all
-    processes know what it read.
+    processes know what it read. As a context manager it holds the file, so that no other calibration writes there, and
+    in the end removes one that is empty or ``over``: nothing is left to continue.
 
     Args:
         path: the file; None: nothing is kept.
-        mark: numbers that identify the model and the images; the file's own must equal them to 1e-5, relative.
 
     Raises:
-        ValueError: the file belongs to another model or other images, or another process is writing it.
+        ValueError: another process is writing the file.
     """
 
-    def __init__(self, path: Path | None, mark: list[float]) -> None:
+    def __init__(self, path: Path | None = None) -> None:
         self._path = path if rank() == 0 else None
-        self._file = None if self._path is None else _held(self._path)
+        self._file = None if self._path is None else self._path.open("a")
+        if self._path is not None and self._file is not None:
+            lock(self._file.fileno(), self._path)
+        self._known: dict[str, list[Any]] = {}
+        self.over = False
+
+    def __enter__(self) -> "Notes":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._path is not None and self._file is not None:
+            self._file.close()
+            if self.over or self._path.stat().st_size == 0:
+                self._path.unlink(missing_ok=True)
+
+    def belong(self, mark: list[float]) -> None:
+        """Read what an interrupted calibration has left. ``mark``: numbers that identify the model and the images; the
+        file's own must equal them to 1e-5, relative.
+
+        Raises:
+            ValueError: the file belongs to another model or other images, or is damaged.
+        """
         lines = from_first([] if self._path is None else _lines(self._path))
         if not lines:
             lines = [mark]
         elif len(lines[0]) != len(mark) or not all(map(_close, lines[0], mark)):
             raise ValueError(
-                f"{path} is from another calibration that was interrupted; delete it, or choose another --out"
+                f"{self._path} is from another calibration that was interrupted; delete it, or choose another --out"
             )
         self._known = {name: values for name, *values in lines[1:]}
         if self._file is not None:
@@ -49,27 +71,11 @@ class Notes:
         self._file.flush()
 
 
-def _held(path: Path) -> TextIO:
-    """Open the file to append to, and lock it if the system can: no other process may hold it while it is open."""
-    file = path.open("a")
-    try:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise ValueError(
-            f"{path} is being written by a calibration that is still running; wait, or choose another --out"
-        ) from error
-    except (ImportError, OSError):  # Windows; file systems without locks
-        pass
-    return file
-
-
 def _lines(path: Path) -> list[list]:
     """The complete lines of the file; the last one may be cut short."""
     try:
         lines = [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error}; delete it, or choose another --out") from error
     if not all(isinstance(line, list) and line for line in lines):
         raise ValueError(f"{path} holds no measurements; delete it, or choose another --out")

@@ -81,8 +81,11 @@ class Search:
         """Those whose measured cost is within :data:`FAR` of the goal."""
         return [fitted for fitted in fits if abs(fitted.mean.gflops - goal) <= FAR * self.costs.unmerged]
 
-    def settled(self, plan: Plan, goal: float, parts: tuple[str, ...] = ("fit",), tries: int = 4) -> Fitted:
-        """The plan scaled until it costs ``goal`` on these parts of the images, as nearly as ``tries`` tries allow."""
+    def settled(
+        self, plan: Plan, goal: float, parts: tuple[str, ...] = ("fit",), tries: int = 4, within: float = CLOSE
+    ) -> Fitted:
+        """The plan scaled until it costs ``goal`` on these parts of the images, as nearly as ``tries`` tries allow.
+        ``within``: how near is near enough, as a share of the unmerged model's cost."""
         low, high, scale = -math.inf, math.inf, 0.0  # logs: too expensive, too cheap, tried now
         tried: list[tuple[float, Fitted]] = []
         for _ in range(tries):
@@ -90,7 +93,7 @@ class Search:
             self.saw(fitted)
             tried.append((scale, fitted))
             off = fitted.mean.gflops - goal
-            if abs(off) <= CLOSE * self.costs.unmerged:
+            if abs(off) <= within * self.costs.unmerged:
                 break
             low, high = (max(low, scale), high) if off > 0 else (low, min(high, scale))
             slope = fitted.mean.gflops - self.costs.highest  # as if savings grew with the scale

@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from atm_triton.calibration.calibrate import Target, calibrate
+from atm_triton.calibration.calibrate import Calibration, Target, calibrate
 from atm_triton.calibration.errors import UnreachableError
+from atm_triton.calibration.resume import Notes
 from atm_triton.cli import finetuning, report
 from atm_triton.cli.bad_input import exit_code
 from atm_triton.cli.options import DTYPES, parser
@@ -28,7 +29,7 @@ from atm_triton.measure.distributed import rank, start, stop
 from atm_triton.measure.evaluate import evaluate
 from atm_triton.measure.images import TRANSFORM, labels_fit, open_image, open_images
 from atm_triton.measure.models import DIGITS, check_device, check_weights, data_config, open_model
-from atm_triton.measure.provenance import check_file, check_outputs, environment, write_result
+from atm_triton.measure.provenance import check_file, check_new, check_outputs, environment, write_result
 from atm_triton.measure.throughput import keep_freed_memory, measure
 from atm_triton.measure.visualize import draw, picture
 from atm_triton.ops import explain
@@ -185,11 +186,25 @@ def run_eval(args: argparse.Namespace) -> dict[str, Any]:
 def run_calibrate(args: argparse.Namespace) -> dict[str, Any]:
     """Thresholds for a model from images without labels: the least change at a cost, or the least cost at a change."""
     target = Target(**{field.name: getattr(args, field.name) for field in fields(Target)})
-    check_file("--out", args.out)
+    check_new("--out", args.out)
     check_weights(args.model, args.checkpoint, args.pretrained)
-    model, data = _model(args), args.data or DIGITS
+    model = _model(args)
     target.check_fits(measure_of(model, args.dense, args.sigmoid))
-    batch_size = 64 if args.batch_size is None else args.batch_size
+    with Notes(Path(f"{args.out}.partial")) as notes:
+        check_new("--out", args.out)  # another calibration may have written it before these notes were held
+        about, calibration = _calibrated(args, model, target, notes)
+        if rank() == 0:
+            write_result(args.out, about)
+        notes.over = True
+    print(f"{args.model} on {about['data']}, {_where(args)}\n\n{report.calibration_table(calibration, args.images)}")
+    return about
+
+
+def _calibrated(
+    args: argparse.Namespace, model: VisionTransformer, target: Target, notes: Notes
+) -> tuple[dict[str, Any], Calibration]:
+    """Read the images and calibrate on them. Returns what the file will hold, and the calibration."""
+    data, batch_size = args.data or DIGITS, 64 if args.batch_size is None else args.batch_size
     reading = {"workers": args.workers, "device": args.device, "labelled": False, "lenient": True}
     begin = time.perf_counter()
     loader = open_images(model, data, args.split, args.images, batch_size, **reading)
@@ -204,25 +219,19 @@ def run_calibrate(args: argparse.Namespace) -> dict[str, Any]:
     about |= {"checkpoint_sha256": checksum(args.checkpoint)}
     about |= {"transform": transform, "batch_size": batch_size, "dtype": args.dtype}
     about |= {"split": args.split if data == DIGITS else None, "not_read": broken}
-    notes = Path(f"{args.out}.partial")
     names = ("max_merging_blocks", "dense", "sigmoid", "backend", "seed")
     options = {name: getattr(args, name) for name in names}
     try:
         calibration = calibrate(model, batches, target, args.adapt, **options, notes=notes)
-    except UnreachableError:  # there is nothing to resume
-        if rank() == 0:
-            notes.unlink(missing_ok=True)
+    except UnreachableError:
+        notes.over = True  # there is nothing to continue
         raise
     about["seconds"] = time.perf_counter() - begin
     promise = f"promised {calibration.promise} ({calibration.promise.measure})"
     source = f"atm-triton calibrate, {args.model} on {calibration.images} images of {data}: {promise}"
     document = calibration.to_dict()
     document["config"] |= {"source": source}
-    if rank() == 0:
-        write_result(args.out, about | document)
-        notes.unlink()
-    print(f"{args.model} on {data}, {_where(args)}\n\n{report.calibration_table(calibration, args.images)}")
-    return about | document
+    return about | document, calibration
 
 
 def run_finetune(args: argparse.Namespace) -> dict[str, Any]:
@@ -371,13 +380,9 @@ def _config(args: argparse.Namespace, model: VisionTransformer, default: ATMConf
     if curve and (config.adapt == "static" or config.thresholds is not None):
         options = ", ".join("--" + name.replace("_", "-") for name in curve)
         raise ValueError(f"{options}: no effect beside a schedule or thresholds of each block; leave one of them out")
-    fields = {name: value for name, value in fields.items() if value not in (None, getattr(config, name))}
-    changed = [name for name in fields if name != "backend"]
     if curve:
         fields["source"] = ""  # the thresholds no longer come from there
-    elif changed and config.source:
-        fields["source"] = f"{config.source} (changed here: {', '.join(changed)}; these figures no longer hold)"
-    config = replace(config, **fields)
+    config = config.changed(**{name: value for name, value in fields.items() if value is not None})
     config.check_depth(len(model.blocks))
     return settled(config, model)
 

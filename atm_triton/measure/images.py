@@ -21,6 +21,7 @@ from atm_triton.measure.distributed import own_images
 from atm_triton.measure.models import DIGITS, data_config
 
 TRANSFORM = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")  # of timm's data config
+MODES = {1: "L", 3: "RGB"}  # Pillow's, by the channels that a model takes
 TEST_IMAGES = 4000  # how many images of the digits' test split to take if no limit is given
 
 
@@ -55,13 +56,19 @@ def _picture(path: str | Path, mode: str) -> Image.Image:
     return upright.convert(mode)
 
 
+def _mode(channels: int) -> str:
+    if channels not in MODES:
+        raise ValueError(f"the model takes images of {channels} channels; image files have 1 or 3")
+    return MODES[channels]
+
+
 class NamedImages(ImageFolder):
     """torchvision's ImageFolder with errors that name the bad file; images are grey if the model has one channel.
     ``lenient``: return the path of an image that cannot be read instead of raising. ``spare``: samples that may replace
     unreadable ones."""
 
     def __init__(self, root: str, channels: int) -> None:
-        self.mode, self.lenient = "L" if channels == 1 else "RGB", False
+        self.mode, self.lenient = _mode(channels), False
         self.spare: list[tuple[str, int]] = []
         super().__init__(root, loader=self.open)
 
@@ -215,8 +222,9 @@ def open_image(model: VisionTransformer, path: Path) -> Tensor:
     config = data_config(model)
     if not path.is_file():
         raise FileNotFoundError(f"image {path} does not exist; give the path of an image file")
+    mode = _mode(config["input_size"][0])
     try:
-        opened = _picture(path, "L" if config["input_size"][0] == 1 else "RGB")
+        opened = _picture(path, mode)
     except Exception as error:
         raise ValueError(f"{path} is not a readable image: {error}") from error
     return create_transform(**{name: config[name] for name in TRANSFORM})(opened)

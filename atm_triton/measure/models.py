@@ -2,6 +2,7 @@
 
 from difflib import get_close_matches
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import timm
@@ -73,10 +74,16 @@ def _check_name(name: str) -> None:
 
 
 def data_config(model: VisionTransformer) -> dict[str, Any]:
-    """timm's settings for preparing images: the size is the model's own if it has one, the rest its weights'."""
+    """timm's settings for preparing images: channels and size are the model's own if it has them, the rest its
+    weights'. If these are for another number of channels, every channel takes the average of their means and
+    deviations."""
     config = resolve_model_data_config(model)
-    size = getattr(model.patch_embed, "img_size", None)
-    return config if size is None else {**config, "input_size": (config["input_size"][0], *size)}
+    channels = getattr(model, "in_chans", config["input_size"][0])
+    size = getattr(model.patch_embed, "img_size", None) or config["input_size"][1:]
+    for name in ("mean", "std"):
+        if len(config[name]) != channels:
+            config[name] = (fmean(config[name]),) * channels
+    return {**config, "input_size": (channels, *size)}
 
 
 def check_device(device: str) -> None:

@@ -49,6 +49,30 @@ def check_file(option: str, path: Path) -> None:
         raise OSError(f"{option} {path} cannot be written ({error.strerror}); choose another") from error
 
 
+def check_new(option: str, path: Path) -> None:
+    """Refuse a path that cannot be written to, or that holds something: a result that took long stays."""
+    check_file(option, path)
+    if path.exists() and path.stat().st_size:
+        raise FileExistsError(f"{option} {path} exists already; delete it, or choose another")
+
+
+def lock(number: int, path: Path) -> None:
+    """Lock what is open under this file descriptor, a file or a directory at ``path``, until it is closed. Systems that
+    cannot lock do nothing.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    try:
+        import fcntl
+
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ValueError(f"{path} is being written by another run; wait, or choose another --out") from error
+    except (ImportError, OSError):  # Windows; file systems without locks
+        pass
+
+
 def check_outputs(outputs: dict[str, Path], inputs: list[Path]) -> None:
     """Refuse outputs that would replace an input or one another.
 

