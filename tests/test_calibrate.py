@@ -559,12 +559,13 @@ def test_a_broken_image_is_left_out_and_named(tmp_path, small_search, capsys):
     broken.write_bytes(b"no image")
     out = tmp_path / "found.json"
     options = [*tiny(tmp_path), "--data", str(broken.parent), "--batch-size", "16", "--workers", "0", "--out", str(out)]
-    assert main(["calibrate", "--max-gflops", "0.0005", *options]) == 0
+    assert main(["calibrate", "--max-gflops", "0.0005", "--adapt", "batch", *options]) == 0
     said = capsys.readouterr().out
     assert f"1 image could not be read and was left out: {broken}\n" in said
     assert "on 69 images, fewer than --images 256: there are no more" in said
     document = json.loads(out.read_text())
     assert document["images"] == 69 and document["not_read"] == [str(broken)]
+    assert f"on 69 images of {broken.parent} in batches of 16: promised" in document["config"]["source"]
 
 
 def test_others_take_the_place_of_images_that_cannot_be_read(tmp_path, small_search, capsys):

@@ -199,6 +199,24 @@ def test_what_fits_no_measure_is_refused():
         Measure("cosine")
 
 
+@pytest.mark.parametrize(
+    ("model", "options", "name"),
+    [
+        ("vit_medium_patch32_clip_224.tinyclip_laion400m", {}, "pooled"),
+        ("vit_medium_patch32_clip_224.tinyclip_laion400m", {"num_classes": 10}, "softmax"),
+        ("vit_base_patch32_clip_224.laion2b_ft_in1k", {}, "softmax"),
+        ("vit_base_mci_224.apple_mclip", {}, "pooled"),
+        ("vit_pe_core_tiny_patch16_384.fb", {}, "pooled"),
+        ("vit_base_patch16_224.augreg_in21k", {}, "softmax"),
+    ],
+)
+def test_the_embedding_of_a_clip_model_names_no_class(model, options, name):
+    with torch.device("meta"):
+        made = timm.create_model(model, **options)
+    assert measure_of(made).name == name
+    assert measure_of(made, sigmoid=True).name == "sigmoid"
+
+
 def test_the_head_decides_and_not_what_the_model_says_of_it():
     """Users replace heads after a model is made."""
     model = vit(num_classes=1000)

@@ -257,9 +257,12 @@ def test_no_photograph_and_no_result_is_replaced(tmp_path, monkeypatch, capsys):
     Path("photos.json").write_text(json.dumps({"rows": rows}))
     photos = command.main(["--out", "a/0.json", "--data", "a", "--calibration-data", "b"])
     lost = command.main(["--out", "photos.json", "--methods", "tome"])
+    Path("trip_pictures.png").write_text("a photograph")
+    trip = command.main(["--out", "trip.json"])
     of = unmerging.main(["--of", "photos.json", "--out", "./photos.json"])
-    assert (photos, lost, of) == (2, 2, 2)
-    replaces, loses, of = capsys.readouterr().err.splitlines()
+    assert (photos, lost, trip, of) == (2, 2, 2, 2)
+    replaces, loses, trip, of = capsys.readouterr().err.splitlines()
+    assert "--out trip.json would replace trip_pictures.png, which is of no result; choose another" in trip
     assert "--out (plot) a/0.png would replace what is read from a; choose another" in replaces
     assert "--out photos.json would lose 1 rows, as of mctf; --resume keeps them" in loses
     assert "--out photos.json would replace what is read from photos.json; choose another" in of

@@ -209,7 +209,7 @@ def _calibrated(
     begin = time.perf_counter()
     loader = open_images(model, data, args.split, args.images, batch_size, **reading)
     _say_logits(model)
-    batches = list(loader)
+    images = list(loader)
     broken = sorted(getattr(loader, "broken", ()))
     if broken:
         print(report.left_out(broken))
@@ -222,13 +222,14 @@ def _calibrated(
     names = ("max_merging_blocks", "dense", "sigmoid", "backend", "seed")
     options = {name: getattr(args, name) for name in names}
     try:
-        calibration = calibrate(model, batches, target, args.adapt, **options, notes=notes)
+        calibration = calibrate(model, images, target, args.adapt, **options, notes=notes)
     except UnreachableError:
         notes.over = True  # there is nothing to continue
         raise
     about["seconds"] = time.perf_counter() - begin
     promise = f"promised {calibration.promise} ({calibration.promise.measure})"
-    source = f"atm-triton calibrate, {args.model} on {calibration.images} images of {data}: {promise}"
+    batches = f" in batches of {batch_size}" if args.adapt == "batch" else ""
+    source = f"atm-triton calibrate, {args.model} on {calibration.images} images of {data}{batches}: {promise}"
     document = calibration.to_dict()
     document["config"] |= {"source": source}
     return about | document, calibration

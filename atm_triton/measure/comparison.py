@@ -2,7 +2,8 @@
 
 The model decides which measure fits. Logits of classes are compared through their softmax. A single logit, and logits
 of labels that do not exclude one another, are compared each through its sigmoid. A model without a head has no
-classes: its pooled feature is compared by direction, or its patch tokens if those are what is read.
+classes: its pooled feature is compared by direction, as is the embedding of a CLIP model, or its patch tokens if those
+are what is read.
 """
 
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ MEASURES = {
     "pooled": "the pooled feature, by the cosine",
     "dense": "the patch tokens, unmerged, by the cosine",
 }
+CONTRASTIVE = ("_clip_", "_mci_", "_pe_core_")  # in timm's names of models that were trained with texts
 PASSES_ON = (nn.Identity, nn.Dropout, nn.Sequential)  # a head of these alone answers with the features
 
 
@@ -127,7 +129,17 @@ def measure_of(model: VisionTransformer, dense: bool = False, sigmoid: bool = Fa
         if sigmoid:
             raise ValueError("sigmoid compares logits, but the model has no head (num_classes=0); leave it out")
         return Measure("pooled")
+    if not sigmoid and _embeds(model, shape):
+        return Measure("pooled")
     return Measure("sigmoid" if sigmoid or shape == (1,) else "softmax")
+
+
+def _embeds(model: VisionTransformer, shape: tuple[int, ...]) -> bool:
+    """Whether the head is a CLIP model's projection, by timm's name and tag. Its outputs are an embedding, no classes;
+    a model that was fine-tuned to classes has another tag or another number of outputs."""
+    made = getattr(model, "pretrained_cfg", None) or {}
+    contrastive = any(part in (made.get("architecture") or "") for part in CONTRASTIVE)
+    return contrastive and "_ft_" not in (made.get("tag") or "") and shape == (made.get("num_classes"),)
 
 
 def percentile(divergence: Tensor) -> float:

@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> None:
     check_outputs(outputs, [Path(given) for given in (args.data, args.calibration_data) if given])
     for path in outputs.values():
         check_file("--out", path)
-    _check_none_lost(args)
+    _check_none_lost(args, list(pictures.values()))
     check_shares(args.shares)
     need_matplotlib()
     rows = Rows(args.out, settings(args), args.resume, same=OF_FILE)
@@ -93,9 +93,14 @@ def run(args: argparse.Namespace) -> None:
     draw(photos, result, pictures["_pictures"])
 
 
-def _check_none_lost(args: argparse.Namespace) -> None:
-    """Refuse to replace a result that has rows of other methods or shares."""
-    if args.resume or not args.out.is_file():
+def _check_none_lost(args: argparse.Namespace, pictures: list[Path]) -> None:
+    """Refuse to replace a result that has rows of other methods or shares, or pictures that belong to no result."""
+    if not args.out.is_file():
+        others = [path for path in pictures if path.exists()]
+        if others:
+            raise ValueError(f"--out {args.out} would replace {others[0]}, which is of no result; choose another")
+        return
+    if args.resume:
         return
     try:
         keys = [(row["method"], row["share"]) for row in json.loads(args.out.read_text())["rows"]]
