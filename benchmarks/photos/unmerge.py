@@ -33,7 +33,7 @@ from benchmarks.photos.compare import Photos, told
 from benchmarks.photos.weights import kept
 
 WAYS = {"nearest": 0.0, "half the residual": 0.5, "residual": 1.0}  # the share of the residual that is added
-METHODS = ("tome", "threshold, image")
+METHODS = ("tome", "threshold, image", "atm, calibrated, image")
 
 
 class KeepingBlock(ATMBlock):
