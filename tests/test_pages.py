@@ -105,8 +105,9 @@ def small_runs(monkeypatch):
 
 @pytest.mark.parametrize("page", dict.fromkeys(page for page, _ in SHELL))
 def test_shell_lines_run(page, place, capsys, monkeypatch, small_runs):
-    """Lines of a page run one after the other, because some read what earlier ones write."""
+    """Lines of a page run one after the other, because some read what earlier ones write; other pages do not."""
     monkeypatch.chdir(place)
+    (place / "mine.json").unlink(missing_ok=True)
     for line in dict.fromkeys(line for other, lines in SHELL if other == page for line in lines):
         _run(line, capsys)
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from itertools import pairwise
 from statistics import mean
 
 import pytest
@@ -218,15 +219,37 @@ def test_what_is_said_of_photographs():
         saved = 100 * (1 - row["gflops"] / result("dinov2_calibrate.json")["unmerged_gflops"])
         said = f"alibrated for -{100 * share:.0f} %, they save {saved:.0f} % {said.format(*less)}"
         assert said in text and min(less) > 1
-    unmerged = {(row["method"], row["share"], row["unmerge"]): row for row in result("photos_unmerge.json")["rows"]}
-    for (method, share, way), row in unmerged.items():
-        nearest, after = unmerged[method, share, "nearest"]["patch_tokens"]["mean"], row["patch_tokens"]["mean"]
-        assert way == "nearest" or 0.86 < after / nearest < 1
     ideas = {(row["idea"], row["r"]): row for row in result("photos_ideas.json")["rows"]}
     for r in (8, 16):
         assert (
             ideas["no log n in attention", r]["patch_tokens"]["mean"] > 2 * ideas["as ToMe", r]["patch_tokens"]["mean"]
         )
+
+
+def test_what_is_said_of_the_residual():
+    rows = result("photos_unmerge.json")["rows"]
+    nearest = {(row["method"], row["share"]): row for row in rows if row["unmerge"] == "nearest"}
+    gained = {
+        name: {
+            key: 100 * (1 - row[name]["mean"] / nearest[key][name]["mean"])
+            for row in rows
+            if row["unmerge"] == "residual" and (key := (row["method"], row["share"]))
+        }
+        for name in ("patch_tokens", "saliency")
+    }
+    patches, saliency = (list(of.values()) for of in gained.values())
+    own = [gain for (method, _), gain in gained["patch_tokens"].items() if method == "atm, calibrated, image"]
+    calibrated = [row for row in result("photos.json")["rows"] if row["method"] == "atm, calibrated, image"]
+    points = sorted((math.log(row["gflops"]), math.log(row["patch_tokens"]["mean"])) for row in calibrated)
+    slopes = [(before - after) / (dearer - cost) for (cost, before), (dearer, after) in pairwise(points)]
+    text = " ".join(PHOTOS.read_text().split())
+    assert (
+        f"{min(patches):.0f} to {max(patches):.0f} % in patch tokens, {min(saliency):.0f} to {max(saliency):.0f} %"
+        in text
+    )
+    assert f"distance of patch tokens by {min(own):.0f} to {max(own):.0f} %" in text
+    assert f"1 % more FLOPs lower it by {min(slopes):.0f} to {max(slopes):.0f} %" in text
+    assert len(own) == 4 and all(0 < gain / min(slopes) for gain in own) and max(own) / max(slopes) < 2
 
 
 def few_beside_many(file, name):
