@@ -185,9 +185,9 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("--images and --sets must be at least 1, --test at least 2: a standard error takes two")
     made, usual, name = (photographs, 64, "photos") if args.photos else (digits, 2000, "digits")
     out, test = args.out or RESULTS / f"{name}_few_images.json", args.test or usual
+    check_file("--out", out)
     subject = made(args.images * args.sets, test)
     check_outputs({"--out": out}, sorted(RESULTS.glob(subject.earlier)))
-    check_file("--out", out)
     rows = []
     for row in measure(subject, args.images):
         rows.append(row)

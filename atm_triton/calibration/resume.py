@@ -22,10 +22,10 @@ class Notes:
     """
 
     def __init__(self, path: Path | None = None) -> None:
-        self._path = path if rank() == 0 else None
-        self._file = None if self._path is None else self._path.open("a")
-        if self._path is not None and self._file is not None:
-            lock(self._file.fileno(), self._path)
+        self._path, self._file = path, None
+        if path is not None and rank() == 0:
+            self._file = path.open("a")
+            lock(self._file.fileno(), path)
         self._known: dict[str, list[Any]] = {}
         self.over = False
 
@@ -34,8 +34,9 @@ class Notes:
 
     def __exit__(self, *_: object) -> None:
         if self._path is not None and self._file is not None:
+            empty = self._file.tell() == 0
             self._file.close()
-            if self.over or self._path.stat().st_size == 0:
+            if self.over or empty:
                 self._path.unlink(missing_ok=True)
 
     def belong(self, mark: list[float]) -> None:
@@ -45,7 +46,7 @@ class Notes:
         Raises:
             ValueError: the file belongs to another model or other images, or is damaged.
         """
-        lines = from_first([] if self._path is None else _lines(self._path))
+        lines = from_first([] if self._path is None or self._file is None else _lines(self._path))
         if not lines:
             lines = [mark]
         elif len(lines[0]) != len(mark) or not all(map(_close, lines[0], mark)):
