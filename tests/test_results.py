@@ -128,6 +128,12 @@ def test_passes_of_few_images_are_stated(name, images):
     assert document["target"]["max_gflops"] == pytest.approx(0.55 * document["unmerged_gflops"], rel=0.01)
 
 
+def test_few_crops_of_a_dinov2_take_less_than_five_minutes():
+    document = result("dinov2_calibrate.json")
+    assert (document["images"], document["config"]["adapt"], document["promise"]["measure"]) == (64, "image", "dense")
+    assert document["seconds"] < 5 * 60 and "2 cores" in document["environment"]["cpu"]
+
+
 def test_calibrations_keep_their_promises():
     agreement, *rows = (row for row in result("digits_calibration.json")["rows"] if row["method"] == "calibrated")
     assert agreement["min_agreement"] == 0.995 and agreement["saved"] >= 0.55
