@@ -450,7 +450,7 @@ TABLES = {  # for each page: the name of a table, the function that makes it, an
     CALIBRATION: {
         "calibration": (calibration_table, ("digits_calibration.json", "digits_calibrate_512.json")),
         "few": (few_images.table, ("digits_few_images.json",)),
-        "by-crops": (photographs.by_crops, ("photos_64.json", "photos_256.json")),
+        "few-crops": (few_images.table, ("photos_few_images.json",)),
     },
     FAQ: {"effort": (effort, ("digits_calibrate.json", "dinov2_calibrate.json"))},
     EXPERIMENTS: {"methods": (partial(methods_table, ALL), ())},  # from the classes' own descriptions

@@ -58,8 +58,9 @@ PAGES = {  # file: title, and each result with its description; "": the first li
             "digits_calibrate_512*": "the same by an earlier search, on 512 images",
             "dinov2_calibrate": "a DINOv2 ViT-S/14 on 64 crops of photographs, by its patch tokens",
             "digits_few_images": "calibrations from 64 images beside earlier ones from many",
-            "photos_64": "thresholds for a DINOv2 calibrated on 64 crops of photographs",
-            "photos_256": "the same calibrated on 256 crops",
+            "dinov2_calibrate_512_[45].[25]*": "the same by an earlier search, on 512 crops",
+            "dinov2_calibrate_512_4.9": "the same; passes and time are those after an interruption",
+            "photos_few_images": "calibrations of the DINOv2 from 64 crops beside those from 512",
         },
     ),
     "training.md": (

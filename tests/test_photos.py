@@ -468,25 +468,3 @@ def test_how_many_times_less_than_tome():
     rows = [row("tome", 4.0, 1e-2), row("tome", 5.0, 1e-4), row("mctf", 4.5, 1e-4), row("pitome", 3.9, 1e-4)]
     lines = report.table({"rows": rows}).splitlines()
     assert lines[-2].endswith("| 10.00, 10.00 |") and lines[-1].endswith("| -, - |")
-
-
-def test_calibrations_on_few_crops_are_compared_at_equal_cost():
-    """Changes fall a hundredfold per GFLOP, and are doubled for the few; two costs of the few are beyond the many's."""
-
-    def result(crops, times, costs):
-        rows = []
-        for saved, gflops in zip((0.1, 0.2, 0.3), costs, strict=True):
-            told = {"mean": times * 100 ** (3 - gflops), "se": 0.0}
-            row = {"method": "atm, calibrated, image", "share": saved, "gflops": gflops}
-            rows.append(row | {"class_token": told, "patch_tokens": told})
-        return {"settings": {"images": 8, "calibration_images": crops}, "rows": rows}
-
-    text = report.by_crops(result(64, 2, (5.2, 4.1, 2.9)), result(256, 1, (5.0, 4.2, 3.0)))
-    ratios = "2.00 (-10 %), 2.00 (-20 %), 2.00 (-30 %)"
-    assert text.endswith(f"the thresholds from 64 crops change patch tokens {ratios} times as much as those from 256.")
-    beyond = report.by_crops(result(64, 2, (5.2, 5.1, 5.0)), result(256, 1, (4.2, 4.1, 4.0)))
-    assert len(beyond.splitlines()) == 8 and "At equal cost" not in beyond
-    elsewhere = result(256, 1, (5.0, 4.2, 3.0))
-    elsewhere["settings"]["images"] = 9
-    with pytest.raises(ValueError, match="differ in more settings than calibration_images"):
-        report.by_crops(result(64, 2, (5.2, 4.1, 2.9)), elsewhere)

@@ -278,3 +278,6 @@ def test_what_few_images_cost_is_stated():
     assert len(ratios) == 4 * 3
     assert f"is {min(ratios):.1f} to {max(ratios):.1f} times as large" in text
     assert f"the cost misses the goal by up to {100 * max(off):.0f} %" in text
+    ratios, _ = few_beside_many("photos_few_images.json", "distance")
+    assert len(ratios) == 3 * 3 and max(ratios) <= 1.1
+    assert f"change patch tokens {min(ratios):.2f} to {max(ratios):.2f} times as much" in text

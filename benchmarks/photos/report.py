@@ -1,9 +1,7 @@
 """The table and the plot of the measurements of ``python -m benchmarks.photos``."""
 
 import math
-from collections.abc import Iterator
 from itertools import pairwise
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -60,47 +58,6 @@ def _cell(figures: dict[str, float] | None) -> str:
     if figures is None:
         return "n/a: dropped patches have no token"
     return f"{figures['mean']:.4f}" + ("" if figures["se"] is None else f" ± {figures['se']:.4f}")
-
-
-def by_crops(*results: dict[str, Any]) -> str:
-    """What calibrated thresholds change, by the number of crops that they were calibrated on: a Markdown table. Two
-    results are also compared at equal cost.
-
-    Raises:
-        ValueError: they differ in more than that number, so that their rows cannot be compared.
-    """
-    others = [{**result["settings"], "calibration_images": None} for result in results]
-    if any(other != others[0] for other in others):
-        raise ValueError("the results differ in more settings than calibration_images; measure them alike")
-    found = [[row for row in result["rows"] if row["method"] == "atm, calibrated, image"] for result in results]
-    crops = [result["settings"]["calibration_images"] for result in results]
-    names = ("class_token", "patch_tokens")
-    body = []
-    for share in sorted(row["share"] for row in found[0]):
-        for number, rows in zip(crops, found, strict=True):
-            (row,) = (row for row in rows if row["share"] == share)
-            changes = (f"{row[name]['mean']:.5f} ± {row[name]['se']:.5f}" for name in names)
-            body.append([f"-{100 * share:.0f} %", f"{number} crops", f"{row['gflops']:.2f}", *changes])
-    about = f"{results[0]['settings']['images']} other crops; asked"
-    head = [about, "calibrated on", "GFLOPs", *(name.replace("_", " ") for name in names)]
-    lines = [markdown(head, body)]
-    ratios = [f"{ratio:.2f} (-{100 * share:.0f} %)" for share, ratio in _at_equal_cost(*found)] if found[1:] else []
-    if ratios:
-        of = f"{', '.join(ratios)} times as much as those from {crops[1]}"
-        lines += ["", f"At equal cost, the thresholds from {crops[0]} crops change patch tokens {of}."]
-    return "\n".join(lines)
-
-
-def _at_equal_cost(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> Iterator[tuple[float, float]]:
-    """Each share, and the first rows' change of patch tokens divided by that of the second, at the cost of one of the
-    two rows of that share; nothing where the other rows do not span it."""
-    for one, other in zip(*(sorted(rows, key=itemgetter("share")) for rows in (first, second)), strict=True):
-        seconds = interpolated(second, one["gflops"], "patch_tokens")
-        firsts = interpolated(first, other["gflops"], "patch_tokens")
-        if seconds is not None:
-            yield one["share"], one["patch_tokens"]["mean"] / seconds
-        elif firsts is not None:
-            yield one["share"], firsts / other["patch_tokens"]["mean"]
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
