@@ -212,7 +212,7 @@ def _calibrate(options: argparse.ArgumentParser) -> None:
     options.add_argument(
         "--split", default="calibration", choices=SPLITS, help="which images of the digits (calibration)"
     )
-    options.add_argument("--out", type=Path, required=True, help="where the configuration goes (JSON)")
+    options.add_argument("--out", type=Path, required=True, help="where the configuration goes (JSON, a new file)")
     options.add_argument("--seed", type=int, default=0, help="seed of the search (0)")
     options.add_argument("--backend", default="auto", choices=BACKENDS, help=BACKEND_HELP)
     _workers(options)
